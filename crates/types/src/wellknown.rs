@@ -1,0 +1,100 @@
+//! Ports, labels, annotations and fixed names, each declared once.
+
+/// The trust domain unless `meshConfig.trustDomain` says otherwise.
+pub const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
+/// DNS domain of services.
+pub const DEFAULT_DOMAIN_SUFFIX: &str = "cluster.local";
+/// Namespace whose policies hold for the whole mesh.
+pub const DEFAULT_ROOT_NAMESPACE: &str = "istio-system";
+/// Audience of the tokens that the CA accepts.
+pub const TOKEN_AUDIENCE: &str = "istio-ca";
+
+/// Fixed ports, with Istio's meaning.
+pub mod ports {
+    /// Proxy admin, loopback only.
+    pub const PROXY_ADMIN: u16 = 15000;
+    /// Redirected outbound traffic.
+    pub const OUTBOUND: u16 = 15001;
+    /// Redirected inbound traffic.
+    pub const INBOUND: u16 = 15006;
+    /// HBONE.
+    pub const HBONE: u16 = 15008;
+    /// xDS and CA in plaintext.
+    pub const XDS_PLAINTEXT: u16 = 15010;
+    /// xDS and CA over TLS.
+    pub const XDS: u16 = 15012;
+    /// Control-plane metrics and debug endpoints.
+    pub const CONTROL_METRICS: u16 = 15014;
+    /// Webhooks.
+    pub const WEBHOOK: u16 = 15017;
+    /// Merged metrics and health of a pod.
+    pub const MERGED_METRICS: u16 = 15020;
+    /// Readiness of a proxy.
+    pub const READINESS: u16 = 15021;
+    /// DNS of a proxy.
+    pub const DNS: u16 = 15053;
+    /// Metrics of a proxy.
+    pub const PROXY_METRICS: u16 = 15090;
+    /// Console.
+    pub const CONSOLE: u16 = 20001;
+}
+
+/// Socket marks that tell the proxy's own connections from the application's.
+pub mod marks {
+    /// The proxy towards others.
+    pub const PROXY: u32 = 1337;
+    /// The proxy towards its own application.
+    pub const PROXY_TO_APP: u32 = 1338;
+}
+
+/// Labels.
+pub mod labels {
+    /// Namespace label that switches injection on (`enabled`) or off (`disabled`).
+    pub const INJECTION: &str = "istio-injection";
+    /// Namespace and pod label that chooses a revision.
+    pub const REVISION: &str = "istio.io/rev";
+    /// Pod label that forces injection on or off.
+    pub const INJECT: &str = "sidecar.istio.io/inject";
+    /// Set by injection: the workload speaks mesh TLS.
+    pub const TLS_MODE: &str = "security.istio.io/tlsMode";
+    /// Canonical service name, set by injection.
+    pub const CANONICAL_NAME: &str = "service.istio.io/canonical-name";
+    /// Canonical revision, set by injection.
+    pub const CANONICAL_REVISION: &str = "service.istio.io/canonical-revision";
+    /// `app`
+    pub const APP: &str = "app";
+    /// `app.kubernetes.io/name`
+    pub const APP_KUBERNETES: &str = "app.kubernetes.io/name";
+    /// `version`
+    pub const VERSION: &str = "version";
+    /// `app.kubernetes.io/version`
+    pub const VERSION_KUBERNETES: &str = "app.kubernetes.io/version";
+    /// Region of a node or workload.
+    pub const REGION: &str = "topology.kubernetes.io/region";
+    /// Zone of a node or workload.
+    pub const ZONE: &str = "topology.kubernetes.io/zone";
+    /// Sub-zone of a node or workload.
+    pub const SUB_ZONE: &str = "topology.istio.io/subzone";
+    /// Locality of a workload, parts joined by `.`.
+    pub const LOCALITY: &str = "istio-locality";
+    /// Service a slice belongs to.
+    pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
+    /// Set by the Deployment controller.
+    pub const POD_TEMPLATE_HASH: &str = "pod-template-hash";
+}
+
+/// Annotations.
+pub mod annotations {
+    /// Pod annotation that forces injection on or off (older than the label).
+    pub const INJECT: &str = "sidecar.istio.io/inject";
+    /// What an injected pod got, as JSON.
+    pub const STATUS: &str = "sidecar.istio.io/status";
+    /// Outbound ports that are not captured, comma-separated.
+    pub const EXCLUDE_OUTBOUND_PORTS: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
+    /// Inbound ports that are not captured, comma-separated.
+    pub const EXCLUDE_INBOUND_PORTS: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
+    /// Local program that plays the pod's only container. `.NAME` appended: one container.
+    pub const COMMAND: &str = "lateen.dev/command";
+    /// What `kubectl rollout restart` stamps into a pod template.
+    pub const RESTARTED_AT: &str = "kubectl.kubernetes.io/restartedAt";
+}

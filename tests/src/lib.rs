@@ -1,0 +1,1 @@
+//! End-to-end, simulated and golden tests.
