@@ -1,1 +1,449 @@
+//! Message heads: one form for HTTP/1.1, HTTP/2 and gRPC.
+//!
+//! A head owns one byte buffer and a flat, ordered list of spans into it. Reading a head costs two
+//! allocations however many fields it has, an edit appends to the buffer, and a cleared head keeps
+//! its memory for the next message of the connection.
+//!
+//! **Invariants.** Field names are lower case (asserted in debug builds). Pseudo-fields (`:path`
+//! and the like) are never in the list; they have their own places. Values are bytes: any octet
+//! but CR, LF and NUL, without leading or trailing white space; the codecs enforce it (property 4).
 
+use std::fmt;
+
+/// The protocol a message arrived with, or leaves with.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
+pub enum Version {
+    /// HTTP/1.0
+    Http10,
+    /// HTTP/1.1
+    #[default]
+    Http11,
+    /// HTTP/2
+    Http2,
+}
+
+impl Version {
+    /// As access logs write it (Envoy's `%PROTOCOL%`).
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Http10 => "HTTP/1.0",
+            Self::Http11 => "HTTP/1.1",
+            Self::Http2 => "HTTP/2",
+        }
+    }
+}
+
+/// The scheme of a request.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Scheme {
+    /// `http`
+    #[default]
+    Http,
+    /// `https`
+    Https,
+}
+
+impl Scheme {
+    /// `http` or `https`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Https => "https",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Span {
+    start: u32,
+    len: u32,
+}
+
+impl Span {
+    fn of(self, buf: &[u8]) -> &[u8] {
+        &buf[self.start as usize..(self.start + self.len) as usize]
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Entry {
+    name: Span,
+    value: Span,
+}
+
+/// An ordered list of fields (headers or trailers).
+///
+/// *Shape*: order of arrival; a name may occur many times; names are lower case.
+/// *Cost*: lookups walk the list (heads are short); edits append; nothing is moved but list entries.
+#[derive(Clone, Default)]
+pub struct Fields {
+    buf: Vec<u8>,
+    list: Vec<Entry>,
+}
+
+impl Fields {
+    /// An empty list that allocates on first use.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// An empty list with room for `fields` fields and `bytes` bytes.
+    pub fn with_capacity(fields: usize, bytes: usize) -> Self {
+        Self { buf: Vec::with_capacity(bytes), list: Vec::with_capacity(fields) }
+    }
+
+    fn store(&mut self, bytes: &[u8]) -> Span {
+        let start = u32::try_from(self.buf.len()).expect("heads are bounded far below 4 GiB by the codecs");
+        self.buf.extend_from_slice(bytes);
+        Span { start, len: u32::try_from(bytes.len()).expect("heads are bounded far below 4 GiB by the codecs") }
+    }
+
+    /// Appends a field; `name` must be lower case already.
+    pub fn push(&mut self, name: &str, value: &[u8]) {
+        debug_assert!(!name.bytes().any(|b| b.is_ascii_uppercase()), "field names are lower case: {name}");
+        debug_assert!(!name.starts_with(':'), "pseudo-fields are not fields: {name}");
+        let name = self.store(name.as_bytes());
+        let value = self.store(value);
+        self.list.push(Entry { name, value });
+    }
+
+    /// Appends a field whose ASCII `name` may be in any case; it is stored lower case.
+    pub fn push_any_case(&mut self, name: &[u8], value: &[u8]) {
+        let span = self.store(name);
+        self.buf[span.start as usize..].make_ascii_lowercase();
+        let value = self.store(value);
+        self.list.push(Entry { name: span, value });
+    }
+
+    /// Number of fields.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether there is no field.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// Bytes of all names and values.
+    pub fn bytes(&self) -> usize {
+        self.list.iter().map(|entry| (entry.name.len + entry.value.len) as usize).sum()
+    }
+
+    fn position(&self, name: &str) -> Option<usize> {
+        self.list.iter().position(|entry| entry.name.of(&self.buf) == name.as_bytes())
+    }
+
+    /// The first value of `name` (lower case).
+    pub fn get(&self, name: &str) -> Option<&[u8]> {
+        self.position(name).map(|at| self.list[at].value.of(&self.buf))
+    }
+
+    /// The first value of `name`, if it is UTF-8.
+    pub fn get_str(&self, name: &str) -> Option<&str> {
+        self.get(name).and_then(|value| std::str::from_utf8(value).ok())
+    }
+
+    /// Whether `name` occurs.
+    pub fn contains(&self, name: &str) -> bool {
+        self.position(name).is_some()
+    }
+
+    /// Every value of `name`, in order.
+    pub fn get_all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> + 'a {
+        self.list
+            .iter()
+            .filter(move |entry| entry.name.of(&self.buf) == name.as_bytes())
+            .map(|entry| entry.value.of(&self.buf))
+    }
+
+    /// Every value of `name` joined by `,`, as Envoy joins repeated headers before matching
+    /// (property 11). `None` if the field is absent; borrows when it occurs once.
+    pub fn joined(&self, name: &str) -> Option<std::borrow::Cow<'_, [u8]>> {
+        let mut values = self.list.iter().filter(|entry| entry.name.of(&self.buf) == name.as_bytes());
+        let first = values.next()?.value.of(&self.buf);
+        let Some(second) = values.next() else { return Some(first.into()) };
+        let mut all = first.to_vec();
+        for entry in std::iter::once(second).chain(values) {
+            all.push(b',');
+            all.extend_from_slice(entry.value.of(&self.buf));
+        }
+        Some(all.into())
+    }
+
+    /// All fields in order. Names are ASCII lower case.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> + '_ {
+        self.list.iter().map(|entry| {
+            let name = std::str::from_utf8(entry.name.of(&self.buf)).unwrap_or_default();
+            (name, entry.value.of(&self.buf))
+        })
+    }
+
+    /// Replaces every occurrence of `name` by one with `value`, at the place of the first.
+    pub fn set(&mut self, name: &str, value: &[u8]) {
+        let Some(at) = self.position(name) else { return self.push(name, value) };
+        let span = self.store(value);
+        self.list[at].value = span;
+        let mut index = 0;
+        let buf = &self.buf;
+        self.list.retain(|entry| {
+            let keep = index <= at || entry.name.of(buf) != name.as_bytes();
+            index += 1;
+            keep
+        });
+    }
+
+    /// Removes every occurrence of `name`; says whether there was one.
+    pub fn remove(&mut self, name: &str) -> bool {
+        let before = self.list.len();
+        let buf = &self.buf;
+        self.list.retain(|entry| entry.name.of(buf) != name.as_bytes());
+        self.list.len() != before
+    }
+
+    /// Keeps the fields for which `keep(name, value)` holds.
+    pub fn retain(&mut self, mut keep: impl FnMut(&str, &[u8]) -> bool) {
+        let buf = &self.buf;
+        self.list.retain(|entry| {
+            let name = std::str::from_utf8(entry.name.of(buf)).unwrap_or_default();
+            keep(name, entry.value.of(buf))
+        });
+    }
+
+    /// Forgets all fields, keeps the memory.
+    pub fn clear(&mut self) {
+        self.buf.clear();
+        self.list.clear();
+    }
+}
+
+impl fmt::Debug for Fields {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.iter().map(|(name, value)| (name, String::from_utf8_lossy(value)))).finish()
+    }
+}
+
+impl PartialEq for Fields {
+    fn eq(&self, other: &Self) -> bool {
+        self.iter().eq(other.iter())
+    }
+}
+
+impl<'a> FromIterator<(&'a str, &'a [u8])> for Fields {
+    fn from_iter<I: IntoIterator<Item = (&'a str, &'a [u8])>>(iter: I) -> Self {
+        let mut fields = Self::new();
+        for (name, value) in iter {
+            fields.push(name, value);
+        }
+        fields
+    }
+}
+
+/// The head of a request.
+#[derive(Clone, Default)]
+pub struct RequestHead {
+    /// How it arrived.
+    pub version: Version,
+    /// `:scheme`, or what the connection implies.
+    pub scheme: Scheme,
+    /// The headers, without `host` (that is the authority).
+    pub fields: Fields,
+    method: Span,
+    authority: Span,
+    path: Span,
+    protocol: Option<Span>,
+}
+
+impl RequestHead {
+    /// A head with method, authority and path (with query), no fields, HTTP/1.1.
+    pub fn new(method: &str, authority: &str, path: &str) -> Self {
+        let mut head = Self::default();
+        head.set_method(method);
+        head.set_authority(authority.as_bytes());
+        head.set_path(path.as_bytes());
+        head
+    }
+
+    /// `GET`, … exactly as sent (methods are case-sensitive).
+    pub fn method(&self) -> &str {
+        std::str::from_utf8(self.method.of(&self.fields.buf)).unwrap_or_default()
+    }
+
+    /// Sets the method.
+    pub fn set_method(&mut self, method: &str) {
+        self.method = self.fields.store(method.as_bytes());
+    }
+
+    /// `:authority` or `Host`, exactly as sent.
+    pub fn authority(&self) -> &[u8] {
+        self.authority.of(&self.fields.buf)
+    }
+
+    /// The authority, if it is UTF-8.
+    pub fn authority_str(&self) -> &str {
+        std::str::from_utf8(self.authority()).unwrap_or_default()
+    }
+
+    /// Sets the authority.
+    pub fn set_authority(&mut self, authority: &[u8]) {
+        self.authority = self.fields.store(authority);
+    }
+
+    /// Path and query, `/a?b=c`; `*` for a server-wide OPTIONS; empty for CONNECT.
+    pub fn path(&self) -> &[u8] {
+        self.path.of(&self.fields.buf)
+    }
+
+    /// Path without the query.
+    pub fn path_only(&self) -> &[u8] {
+        let path = self.path();
+        path.iter().position(|b| *b == b'?').map_or(path, |at| &path[..at])
+    }
+
+    /// The query without `?`; `None` when there is no `?`.
+    pub fn query(&self) -> Option<&[u8]> {
+        let path = self.path();
+        path.iter().position(|b| *b == b'?').map(|at| &path[at + 1..])
+    }
+
+    /// Sets path and query.
+    pub fn set_path(&mut self, path: &[u8]) {
+        self.path = self.fields.store(path);
+    }
+
+    /// `:protocol` of an extended CONNECT, or the `upgrade` token of HTTP/1.1.
+    pub fn protocol(&self) -> Option<&[u8]> {
+        self.protocol.map(|span| span.of(&self.fields.buf))
+    }
+
+    /// Sets or clears the upgrade protocol.
+    pub fn set_protocol(&mut self, protocol: Option<&[u8]>) {
+        self.protocol = protocol.map(|bytes| self.fields.store(bytes));
+    }
+
+    /// Value of a header or of the pseudo-header `:method`, `:path`, `:authority` (or `host`),
+    /// `:scheme`, every occurrence joined by `,`: what Envoy's header matchers and formatters see.
+    pub fn header(&self, name: &str) -> Option<std::borrow::Cow<'_, [u8]>> {
+        match name {
+            ":method" => Some(self.method.of(&self.fields.buf).into()),
+            ":path" => Some(self.path().into()),
+            ":authority" | "host" => Some(self.authority().into()),
+            ":scheme" => Some(self.scheme.as_str().as_bytes().into()),
+            _ => self.fields.joined(name),
+        }
+    }
+
+    /// Whether the request is gRPC: `content-type` is `application/grpc` or begins with
+    /// `application/grpc+` (Envoy's rule).
+    pub fn is_grpc(&self) -> bool {
+        self.fields.get("content-type").is_some_and(is_grpc_content_type)
+    }
+
+    /// Forgets everything, keeps the memory.
+    pub fn clear(&mut self) {
+        let mut fields = std::mem::take(&mut self.fields);
+        fields.clear();
+        *self = Self { fields, ..Self::default() };
+    }
+}
+
+/// Whether a `content-type` value means gRPC.
+pub fn is_grpc_content_type(value: &[u8]) -> bool {
+    const GRPC: &[u8] = b"application/grpc";
+    value.len() >= GRPC.len()
+        && value[..GRPC.len()].eq_ignore_ascii_case(GRPC)
+        && matches!(value.get(GRPC.len()), None | Some(b'+'))
+}
+
+impl fmt::Debug for RequestHead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RequestHead")
+            .field("method", &self.method())
+            .field("scheme", &self.scheme.as_str())
+            .field("authority", &self.authority_str())
+            .field("path", &String::from_utf8_lossy(self.path()))
+            .field("version", &self.version)
+            .field("fields", &self.fields)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The head of a response.
+#[derive(Clone, Default, PartialEq)]
+pub struct ResponseHead {
+    /// How it arrived.
+    pub version: Version,
+    /// 100 to 999.
+    pub status: u16,
+    /// The headers.
+    pub fields: Fields,
+}
+
+impl ResponseHead {
+    /// A head with `status` and no fields, HTTP/1.1.
+    pub fn new(status: u16) -> Self {
+        Self { version: Version::Http11, status, fields: Fields::new() }
+    }
+
+    /// Whether the response is gRPC.
+    pub fn is_grpc(&self) -> bool {
+        self.fields.get("content-type").is_some_and(is_grpc_content_type)
+    }
+}
+
+impl fmt::Debug for ResponseHead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseHead")
+            .field("status", &self.status)
+            .field("version", &self.version)
+            .field("fields", &self.fields)
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn set_replaces_all_in_the_place_of_the_first() {
+        let mut fields = Fields::new();
+        fields.push("a", b"1");
+        fields.push("b", b"2");
+        fields.push("a", b"3");
+        fields.set("a", b"4");
+        let all: Vec<_> = fields.iter().collect();
+        assert_eq!(all, [("a", &b"4"[..]), ("b", &b"2"[..])]);
+    }
+
+    #[test]
+    fn joined_sees_every_occurrence() {
+        let mut fields = Fields::new();
+        assert!(fields.joined("x").is_none());
+        fields.push_any_case(b"X", b"1");
+        fields.push("x", b"2");
+        assert_eq!(&*fields.joined("x").unwrap(), b"1,2");
+    }
+
+    #[test]
+    fn path_and_query() {
+        let head = RequestHead::new("GET", "a", "/x?y=1?2");
+        assert_eq!(head.path_only(), b"/x");
+        assert_eq!(head.query(), Some(&b"y=1?2"[..]));
+    }
+
+    #[test]
+    fn grpc_is_told_by_type() {
+        assert!(is_grpc_content_type(b"application/grpc"));
+        assert!(is_grpc_content_type(b"application/grpc+proto"));
+        assert!(!is_grpc_content_type(b"application/grpc-web"));
+    }
+
+    #[test]
+    fn a_cleared_head_is_empty() {
+        let mut head = RequestHead::new("GET", "a", "/x");
+        head.fields.push("a", b"1");
+        head.clear();
+        assert_eq!((head.method(), head.path(), head.fields.len()), ("", &b""[..], 0));
+    }
+}

@@ -23,6 +23,8 @@ pub mod wellknown;
 pub use cluster_name::ClusterName;
 pub use finding::{Effect, Finding, ObjectRef, Position, Severity};
 
+pub use cause::{Cause, GrpcCode};
+pub use head::{Fields, RequestHead, ResponseHead, Scheme, Version};
 pub use identity::{SpiffeId, TrustDomain};
 pub use labels::{Labels, Selector};
 pub use locality::Locality;
