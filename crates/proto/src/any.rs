@@ -3,37 +3,7 @@
 pub use envoy_types::pb::google::protobuf::Any;
 use prost::{DecodeError, Name};
 
-/// Type URLs of the resources that travel over ADS.
-pub mod type_urls {
-    /// Clusters (CDS).
-    pub const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
-    /// Endpoints (EDS).
-    pub const ENDPOINT: &str = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
-    /// Listeners (LDS).
-    pub const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
-    /// Route configurations (RDS).
-    pub const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
-    /// Secrets (SDS).
-    pub const SECRET: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
-    /// Name table (Istio's NDS).
-    pub const NAME_TABLE: &str = "type.googleapis.com/istio.networking.nds.v1.NameTable";
-    /// Extension configurations (ECDS).
-    pub const EXTENSION_CONFIG: &str = "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig";
-
-    /// `CDS`, `EDS`, … as Istio's tools call a type; the last part of the URL for others.
-    pub fn short(type_url: &str) -> &str {
-        match type_url {
-            CLUSTER => "CDS",
-            ENDPOINT => "EDS",
-            LISTENER => "LDS",
-            ROUTE => "RDS",
-            SECRET => "SDS",
-            NAME_TABLE => "NDS",
-            EXTENSION_CONFIG => "ECDS",
-            other => other.rsplit(['.', '/']).next().unwrap_or(other),
-        }
-    }
-}
+pub use types::wellknown::type_urls;
 
 /// Wraps a message, with its type URL.
 pub fn pack<M: Name>(message: &M) -> Any {

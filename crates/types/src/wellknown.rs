@@ -98,3 +98,39 @@ pub mod annotations {
     /// What `kubectl rollout restart` stamps into a pod template.
     pub const RESTARTED_AT: &str = "kubectl.kubernetes.io/restartedAt";
 }
+
+/// Type URLs of the resources that travel over ADS.
+pub mod type_urls {
+    /// Clusters (CDS).
+    pub const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
+    /// Endpoints (EDS).
+    pub const ENDPOINT: &str = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
+    /// Listeners (LDS).
+    pub const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
+    /// Route configurations (RDS).
+    pub const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
+    /// Secrets (SDS).
+    pub const SECRET: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+    /// Extension configurations (ECDS).
+    pub const EXTENSION_CONFIG: &str = "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig";
+    /// Name table (Istio's NDS).
+    pub const NAME_TABLE: &str = "type.googleapis.com/istio.networking.nds.v1.NameTable";
+
+    /// The order in which a push sends the types: what is referred to comes before what refers to
+    /// it (make before break).
+    pub const PUSH_ORDER: [&str; 7] = [CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET, EXTENSION_CONFIG, NAME_TABLE];
+
+    /// `CDS`, `EDS`, … as Istio's tools call a type; the last part of the URL for others.
+    pub fn short(type_url: &str) -> &str {
+        match type_url {
+            CLUSTER => "CDS",
+            ENDPOINT => "EDS",
+            LISTENER => "LDS",
+            ROUTE => "RDS",
+            SECRET => "SDS",
+            EXTENSION_CONFIG => "ECDS",
+            NAME_TABLE => "NDS",
+            other => other.rsplit(['.', '/']).next().unwrap_or(other),
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! The server side: sessions and their glue to gRPC.
