@@ -1,0 +1,87 @@
+//! Objects of a [`api::ConfigSet`] sorted by what they are for.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use api::{ConfigSet, MeshConfig, Metadata, Typed, k8s, networking as net, operator::IstioOperator, security, telemetry};
+use types::{Finding, Severity};
+
+use crate::config::Config;
+use crate::snapshot::Namespace;
+
+pub(crate) struct Collected<'a> {
+    pub(crate) mesh_config: MeshConfig,
+    pub(crate) namespaces: BTreeMap<Box<str>, Namespace>,
+    pub(crate) pods: Vec<(&'a Metadata, &'a Arc<k8s::Pod>)>,
+    pub(crate) services: Vec<Config<k8s::Service>>,
+    pub(crate) slices: Vec<Config<k8s::EndpointSlice>>,
+    pub(crate) secrets: Vec<Config<k8s::Secret>>,
+    pub(crate) config_maps: Vec<Config<k8s::ConfigMap>>,
+    pub(crate) service_entries: Vec<Config<net::ServiceEntry>>,
+    pub(crate) workload_entries: Vec<Config<net::WorkloadEntry>>,
+    pub(crate) virtual_services: Vec<Config<net::VirtualService>>,
+    pub(crate) destination_rules: Vec<Config<net::DestinationRule>>,
+    pub(crate) gateways: Vec<Config<net::Gateway>>,
+    pub(crate) sidecars: Vec<Config<net::Sidecar>>,
+    pub(crate) peer_authentications: Vec<Config<security::PeerAuthentication>>,
+    pub(crate) request_authentications: Vec<Config<security::RequestAuthentication>>,
+    pub(crate) authorization_policies: Vec<Config<security::AuthorizationPolicy>>,
+    pub(crate) telemetries: Vec<Config<telemetry::Telemetry>>,
+}
+
+fn all<T: Typed>(configs: &ConfigSet) -> Vec<Config<T>> {
+    configs
+        .all::<T>()
+        .filter(|(object, _)| !object.meta.deleted)
+        .map(|(object, spec)| Config::new(&object.meta, object.kind.name(), spec))
+        .collect()
+}
+
+impl<'a> Collected<'a> {
+    pub(crate) fn of(configs: &'a ConfigSet, findings: &mut Vec<Finding>) -> Self {
+        let mesh_config = match configs.mesh_config() {
+            None => MeshConfig::default(),
+            Some((winner, config)) => {
+                let others = configs.all::<IstioOperator>().filter(|(object, operator)| {
+                    operator.mesh_config.is_some() && object.reference() != winner.reference()
+                });
+                findings.extend(others.map(|(object, _)| Finding {
+                    code: "LAT0230".into(),
+                    severity: Severity::Warning,
+                    object: Some(object.reference()),
+                    field: "spec.meshConfig".into(),
+                    position: None,
+                    message: format!("{} is older and its meshConfig holds, so this one changes nothing", winner.reference()).into(),
+                    hint: "keep meshConfig in one IstioOperator".into(),
+                }));
+                config.clone()
+            }
+        };
+        let namespaces = configs
+            .all::<k8s::Namespace>()
+            .map(|(object, _)| {
+                let facts = Namespace { labels: object.meta.labels.clone(), annotations: object.meta.annotations.clone() };
+                (object.meta.name.clone(), facts)
+            })
+            .collect();
+        Self {
+            mesh_config,
+            namespaces,
+            pods: configs.all::<k8s::Pod>().filter(|(o, _)| !o.meta.deleted).map(|(o, pod)| (&o.meta, pod)).collect(),
+            services: all(configs),
+            slices: all(configs),
+            secrets: all(configs),
+            config_maps: all(configs),
+            service_entries: all(configs),
+            workload_entries: all(configs),
+            virtual_services: all(configs),
+            destination_rules: all(configs),
+            gateways: all(configs),
+            sidecars: all(configs),
+            peer_authentications: all(configs),
+            request_authentications: all(configs),
+            authorization_policies: all(configs),
+            telemetries: all(configs),
+        }
+    }
+}
