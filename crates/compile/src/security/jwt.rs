@@ -1,0 +1,180 @@
+//! RequestAuthentications of one workload, as a token filter.
+//!
+//! Source: `security.md` 9, xds digest 9. All matching objects are merged. Deviation from Istio,
+//! settled in `design.md`: every token a request carries must be valid, not just one of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use api::security::{JwtRule, RequestAuthentication};
+use envoy_types::pb::envoy::config::core::v3::{DataSource, data_source};
+use envoy_types::pb::envoy::config::route::v3::{RouteMatch, route_match};
+use envoy_types::pb::envoy::extensions::filters::http::jwt_authn::v3::{
+    JwtClaimToHeader, JwtHeader, JwtProvider, JwtRequirement, JwtRequirementAndList, JwtRequirementOrList,
+    RequirementRule, jwt_provider, jwt_requirement, requirement_rule,
+};
+use mesh::config::Config;
+use types::{Finding, Severity};
+
+use super::authz::http_filter;
+use super::matchers::{JWT_FILTER, JWT_PAYLOAD};
+use super::wire::JwtAuthentication;
+use super::{Place, PolicyFacts, PolicyFilters};
+
+/// A key set without keys: every token of its issuer is refused.
+const NO_KEYS: &str = r#"{"keys":[]}"#;
+
+/// One rule and where it stands.
+struct Entry<'a> {
+    rule: &'a JwtRule,
+    config: &'a Config<RequestAuthentication>,
+    index: usize,
+}
+
+/// Appends the filter, if some object asks for it.
+pub(crate) fn append(facts: &PolicyFacts<'_>, out: &mut PolicyFilters) {
+    let mut entries: Vec<Entry<'_>> = facts
+        .authentication
+        .iter()
+        .copied()
+        .flat_map(|config| {
+            let rules = config.spec.jwt_rules.iter().enumerate();
+            rules.map(move |(index, rule)| Entry { rule, config, index })
+        })
+        .collect();
+    if entries.is_empty() {
+        return;
+    }
+    entries.sort_by(|a, b| a.rule.issuer.cmp(&b.rule.issuer));
+    let mut providers = BTreeMap::new();
+    let mut names = Vec::new();
+    for (index, entry) in entries.iter().enumerate() {
+        let name = format!("origins-{index}");
+        providers.insert(name.clone(), provider(entry, facts, out));
+        names.push(name);
+    }
+    let issuers: BTreeSet<_> = entries.iter().map(|entry| entry.rule.issuer.as_str()).collect();
+    let issuers_tell_apart = issuers.len() == entries.len() && !issuers.contains("");
+    let config = JwtAuthentication {
+        providers,
+        rules: vec![RequirementRule {
+            r#match: Some(RouteMatch {
+                path_specifier: Some(route_match::PathSpecifier::Prefix("/".to_owned())),
+                ..RouteMatch::default()
+            }),
+            requirement_type: Some(requirement_rule::RequirementType::Requires(requirement(
+                &names,
+                issuers_tell_apart,
+            ))),
+        }],
+        bypass_cors_preflight: true,
+    };
+    out.http.push(http_filter(JWT_FILTER, config.pack()));
+}
+
+/// One issuer: its token, or none. Several: Istio's form (one of them, or none at all), and also
+/// "whatever is there is valid", which needs issuers that tell the rules apart.
+fn requirement(names: &[String], issuers_tell_apart: bool) -> JwtRequirement {
+    if let [name] = names {
+        return any(vec![provided(name), allow_missing()]);
+    }
+    let mut alternatives: Vec<_> = names.iter().map(|name| provided(name)).collect();
+    alternatives.push(all(names.iter().map(|name| any(vec![provided(name), allow_missing()])).collect()));
+    let one_or_none = any(alternatives);
+    if issuers_tell_apart { all(vec![one_or_none, allow_missing()]) } else { one_or_none }
+}
+
+fn requires(kind: jwt_requirement::RequiresType) -> JwtRequirement {
+    JwtRequirement { requires_type: Some(kind) }
+}
+
+fn provided(name: &str) -> JwtRequirement {
+    requires(jwt_requirement::RequiresType::ProviderName(name.to_owned()))
+}
+
+fn allow_missing() -> JwtRequirement {
+    requires(jwt_requirement::RequiresType::AllowMissing(Default::default()))
+}
+
+fn any(requirements: Vec<JwtRequirement>) -> JwtRequirement {
+    requires(jwt_requirement::RequiresType::RequiresAny(JwtRequirementOrList { requirements }))
+}
+
+fn all(requirements: Vec<JwtRequirement>) -> JwtRequirement {
+    requires(jwt_requirement::RequiresType::RequiresAll(JwtRequirementAndList { requirements }))
+}
+
+fn provider(entry: &Entry<'_>, facts: &PolicyFacts<'_>, out: &mut PolicyFilters) -> JwtProvider {
+    let rule = entry.rule;
+    let mut spaced: Vec<String> = vec!["permission".to_owned(), "scope".to_owned()];
+    for claim in &rule.space_delimited_claims {
+        if !spaced.contains(claim) {
+            spaced.push(claim.clone());
+        }
+    }
+    let from_headers =
+        rule.from_headers.iter().map(|h| JwtHeader { name: h.name.clone(), value_prefix: h.prefix.clone() });
+    let claims = rule.output_claim_to_headers.iter().map(|c| JwtClaimToHeader {
+        header_name: c.header.clone(),
+        claim_name: c.claim.clone(),
+        ..JwtClaimToHeader::default()
+    });
+    JwtProvider {
+        issuer: rule.issuer.clone(),
+        audiences: rule.audiences.clone(),
+        forward: rule.forward_original_token,
+        from_headers: from_headers.collect(),
+        from_params: rule.from_params.clone(),
+        from_cookies: rule.from_cookies.clone(),
+        forward_payload_header: rule.output_payload_to_header.clone(),
+        payload_in_metadata: JWT_PAYLOAD.to_owned(),
+        normalize_payload_in_metadata: Some(jwt_provider::NormalizePayload { space_delimited_claims: spaced }),
+        claim_to_headers: claims.collect(),
+        clear_route_cache: facts.place == Place::Gateway,
+        jwks_source_specifier: Some(jwt_provider::JwksSourceSpecifier::LocalJwks(DataSource {
+            specifier: Some(data_source::Specifier::InlineString(key_set(entry, facts, out))),
+            ..DataSource::default()
+        })),
+        ..JwtProvider::default()
+    }
+}
+
+/// The keys: inline, else fetched by the control plane; without usable ones tokens are refused.
+fn key_set(entry: &Entry<'_>, facts: &PolicyFacts<'_>, out: &mut PolicyFilters) -> String {
+    let rule = entry.rule;
+    if !rule.jwks.is_empty() {
+        if is_key_set(&rule.jwks) {
+            return rule.jwks.clone();
+        }
+        out.findings.push(unusable(entry, "jwks", "is not a JSON Web Key Set with at least one key"));
+        return NO_KEYS.to_owned();
+    }
+    match facts.services.key_set(&rule.issuer, &rule.jwks_uri) {
+        Some(keys) if is_key_set(&keys) => keys,
+        Some(_) => {
+            out.findings.push(unusable(entry, "jwksUri", "what was fetched is not a JSON Web Key Set"));
+            NO_KEYS.to_owned()
+        }
+        None => {
+            let field = if rule.jwks_uri.is_empty() { "issuer" } else { "jwksUri" };
+            out.findings.push(unusable(entry, field, "the keys of the issuer have not been fetched"));
+            NO_KEYS.to_owned()
+        }
+    }
+}
+
+fn is_key_set(text: &str) -> bool {
+    let Ok(value) = serde_json::from_str::<serde_json::Value>(text) else { return false };
+    value.get("keys").and_then(serde_json::Value::as_array).is_some_and(|keys| !keys.is_empty())
+}
+
+fn unusable(entry: &Entry<'_>, field: &str, what: &str) -> Finding {
+    Finding {
+        code: "LAT0302".into(),
+        severity: Severity::Error,
+        object: Some(entry.config.object.clone()),
+        field: format!("spec.jwtRules[{}].{field}", entry.index).into(),
+        position: None,
+        message: format!("{what}; tokens of issuer {:?} are refused", entry.rule.issuer).into(),
+        hint: "put the key set into `jwks`, or make `jwksUri` reachable".into(),
+    }
+}

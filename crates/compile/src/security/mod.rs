@@ -1,0 +1,74 @@
+//! What a workload requires of those who talk to it: mutual TLS, tokens, policies.
+//!
+//! [`filters`] gives the filters of authentication and authorization, for sidecars (inbound) and
+//! gateways alike; [`inbound`] the chains of listener 15006; [`tls`] the TLS contexts.
+//!
+//! **Invariants.** A security object that cannot be understood fails closed: see [`rule`] and
+//! [`jwt`]. Output does not depend on hash order: see [`wire`].
+
+use api::mesh_config::MeshConfig;
+use api::security::{AuthorizationPolicy, RequestAuthentication};
+use envoy_types::pb::envoy::config::listener::v3::Filter;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpFilter;
+use mesh::config::Config;
+use types::Finding;
+
+pub(crate) mod authz;
+pub(crate) mod ext_authz;
+pub(crate) mod jwt;
+pub(crate) mod matchers;
+#[cfg(test)]
+pub(crate) mod render;
+pub(crate) mod rule;
+pub(crate) mod tls;
+pub(crate) mod wire;
+
+/// Where filters are placed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Place {
+    /// Inbound at a sidecar.
+    Sidecar,
+    /// At a gateway, where routing may depend on claims.
+    Gateway,
+}
+
+/// What filters need to know of the mesh beyond policies.
+pub(crate) trait Lookup {
+    /// The fully qualified host of `host` or `namespace/host`, if a service of that name has the port.
+    fn host_with_port(&self, service: &str, port: u16) -> Option<String>;
+    /// The key set that was fetched for an issuer; `jwks_uri` may be empty.
+    fn key_set(&self, issuer: &str, jwks_uri: &str) -> Option<String>;
+}
+
+/// All that the policy filters of one workload depend on.
+pub(crate) struct PolicyFacts<'a> {
+    pub(crate) place: Place,
+    pub(crate) mesh_config: &'a MeshConfig,
+    /// The mesh's trust domain, then its aliases.
+    pub(crate) trust_domains: Vec<String>,
+    /// Those that hold for the workload.
+    pub(crate) authorization: Vec<&'a Config<AuthorizationPolicy>>,
+    /// Those that hold for the workload.
+    pub(crate) authentication: Vec<&'a Config<RequestAuthentication>>,
+    pub(crate) services: &'a dyn Lookup,
+}
+
+/// The filters, in the order in which they run.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub(crate) struct PolicyFilters {
+    /// For HTTP connection managers.
+    pub(crate) http: Vec<HttpFilter>,
+    /// For chains that relay bytes.
+    pub(crate) tcp: Vec<Filter>,
+    /// What does not work as written.
+    pub(crate) findings: Vec<Finding>,
+}
+
+/// Compiles the policies of a workload.
+pub(crate) fn filters(facts: &PolicyFacts<'_>) -> PolicyFilters {
+    let mut out = PolicyFilters::default();
+    authz::append_custom(facts, &mut out);
+    jwt::append(facts, &mut out);
+    authz::append(facts, &mut out);
+    out
+}
