@@ -1,0 +1,210 @@
+//! A workload's certificate, key and trust roots.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use aws_lc_rs::digest;
+use rustls::RootCertStore;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
+use thiserror::Error;
+use types::SpiffeId;
+
+use crate::peer::{InvalidCertificate, PeerFacts};
+use crate::pem::{self, InvalidPem};
+use crate::tls::provider;
+
+/// The certificates one trusts, and what they revoked.
+pub struct TrustRoots {
+    /// For rustls.
+    pub(crate) store: Arc<RootCertStore>,
+    /// Revocation lists; empty: nothing is checked.
+    pub(crate) revoked: Vec<CertificateRevocationListDer<'static>>,
+    certificates: Vec<CertificateDer<'static>>,
+    digest: [u8; 32],
+}
+
+impl TrustRoots {
+    /// Reads a PEM bundle; each certificate must be usable as a root.
+    pub fn from_pem(text: &[u8]) -> Result<Self, InvalidIdentity> {
+        let certificates = pem::certificates(text).map_err(InvalidIdentity::Roots)?;
+        Self::new(certificates, Vec::new())
+    }
+
+    /// From certificates and revocation lists. *Errors*: no certificate, or one that is no root.
+    pub fn new(
+        certificates: Vec<CertificateDer<'static>>,
+        revoked: Vec<CertificateRevocationListDer<'static>>,
+    ) -> Result<Self, InvalidIdentity> {
+        let mut store = RootCertStore::empty();
+        let mut context = digest::Context::new(&digest::SHA256);
+        for certificate in &certificates {
+            store.add(certificate.clone()).map_err(InvalidIdentity::Root)?;
+            context.update(certificate);
+        }
+        for list in &revoked {
+            context.update(list.as_ref());
+        }
+        if store.is_empty() {
+            return Err(InvalidIdentity::Roots(InvalidPem::NoCertificate));
+        }
+        let mut digest = [0; 32];
+        digest.copy_from_slice(context.finish().as_ref());
+        Ok(Self { store: Arc::new(store), revoked, certificates, digest })
+    }
+
+    /// The roots of the operating system.
+    ///
+    /// *Errors*: none of the usual bundles exists.
+    pub fn system() -> Result<Self, InvalidIdentity> {
+        const BUNDLES: &[&str] = &[
+            "/etc/ssl/certs/ca-certificates.crt",
+            "/etc/pki/tls/certs/ca-bundle.crt",
+            "/etc/ssl/ca-bundle.pem",
+            "/etc/ssl/cert.pem",
+        ];
+        let text = BUNDLES.iter().find_map(|path| std::fs::read(path).ok());
+        let text = text.ok_or(InvalidIdentity::Roots(InvalidPem::NoCertificate))?;
+        let certificates = pem::certificates(&text).map_err(InvalidIdentity::Roots)?;
+        // A bundle of the system may hold what rustls does not take; the rest counts.
+        let usable =
+            certificates.into_iter().filter(|certificate| RootCertStore::empty().add(certificate.clone()).is_ok());
+        Self::new(usable.collect(), Vec::new())
+    }
+
+    /// The certificates, in the order given.
+    pub fn certificates(&self) -> &[CertificateDer<'static>] {
+        &self.certificates
+    }
+
+    /// As PEM text.
+    pub fn to_pem(&self) -> String {
+        pem::encode_all(&self.certificates)
+    }
+}
+
+impl PartialEq for TrustRoots {
+    fn eq(&self, other: &Self) -> bool {
+        self.digest == other.digest
+    }
+}
+
+impl Eq for TrustRoots {}
+
+impl fmt::Debug for TrustRoots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TrustRoots").field("certificates", &self.certificates.len()).finish_non_exhaustive()
+    }
+}
+
+/// A private key with its certificate chain, leaf first. Immutable.
+#[derive(Clone)]
+pub struct KeyAndChain {
+    certified: Arc<CertifiedKey>,
+}
+
+impl KeyAndChain {
+    /// Reads PEM text. *Errors*: unreadable, or the key is not that of the first certificate.
+    pub fn from_pem(chain: &[u8], key: &[u8]) -> Result<Self, InvalidIdentity> {
+        let chain = pem::certificates(chain).map_err(InvalidIdentity::Chain)?;
+        let key = pem::private_key(key).map_err(InvalidIdentity::Key)?;
+        Self::new(chain, key)
+    }
+
+    /// Joins a chain and a key. *Errors*: the key cannot be used, or is another's.
+    pub fn new(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Self, InvalidIdentity> {
+        let provider: &CryptoProvider = provider();
+        let certified = CertifiedKey::from_der(chain, key, provider).map_err(|error| match error {
+            rustls::Error::InconsistentKeys(_) => InvalidIdentity::Mismatch,
+            other => InvalidIdentity::Unusable(other),
+        })?;
+        Ok(Self { certified: Arc::new(certified) })
+    }
+
+    /// For rustls.
+    pub fn certified(&self) -> &Arc<CertifiedKey> {
+        &self.certified
+    }
+
+    /// The chain, leaf first.
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.certified.cert
+    }
+
+    /// What the leaf says.
+    pub fn facts(&self) -> Result<PeerFacts, InvalidIdentity> {
+        let leaf = self.certified.end_entity_cert().map_err(InvalidIdentity::Unusable)?;
+        PeerFacts::read(leaf).map_err(InvalidIdentity::Leaf)
+    }
+}
+
+impl fmt::Debug for KeyAndChain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeyAndChain").field("certificates", &self.certified.cert.len()).finish_non_exhaustive()
+    }
+}
+
+/// What a workload proves itself with, and whom it trusts. Immutable; renewal makes a new one.
+#[derive(Clone, Debug)]
+pub struct WorkloadIdentity {
+    /// Who the workload is.
+    pub id: SpiffeId,
+    /// Key and chain: leaf, then intermediates, never the root.
+    pub keys: KeyAndChain,
+    /// The mesh's roots.
+    pub roots: Arc<TrustRoots>,
+    /// The leaf's facts.
+    pub facts: Arc<PeerFacts>,
+    /// Counts renewals of this process, from 1: a cheap key for what is derived.
+    pub generation: u64,
+}
+
+impl WorkloadIdentity {
+    /// Puts an identity together. *Errors*: the leaf has no single SPIFFE ID.
+    pub fn new(keys: KeyAndChain, roots: Arc<TrustRoots>, generation: u64) -> Result<Self, InvalidIdentity> {
+        let facts = keys.facts()?;
+        let id = facts.id.clone().ok_or_else(|| InvalidIdentity::NoSpiffeId(facts.uris.clone()))?;
+        Ok(Self { id, keys, roots, facts: Arc::new(facts), generation })
+    }
+
+    /// Reads PEM texts: chain, key, roots (files of a mounted identity).
+    pub fn from_pem(chain: &[u8], key: &[u8], roots: &[u8]) -> Result<Self, InvalidIdentity> {
+        Self::new(KeyAndChain::from_pem(chain, key)?, Arc::new(TrustRoots::from_pem(roots)?), 1)
+    }
+
+    /// Valid until.
+    pub fn not_after(&self) -> SystemTime {
+        self.facts.not_after
+    }
+}
+
+/// Why certificate, key and roots do not make an identity.
+#[derive(Debug, Error)]
+pub enum InvalidIdentity {
+    /// The chain is unreadable.
+    #[error("certificate chain {0}")]
+    Chain(InvalidPem),
+    /// The key is unreadable.
+    #[error("private key {0}")]
+    Key(InvalidPem),
+    /// The roots are unreadable.
+    #[error("root bundle {0}")]
+    Roots(InvalidPem),
+    /// A certificate cannot be a root.
+    #[error("a certificate of the root bundle cannot be used as a root")]
+    Root(#[source] rustls::Error),
+    /// The leaf is unreadable.
+    #[error("leaf certificate {0}")]
+    Leaf(InvalidCertificate),
+    /// The key does not belong to the leaf.
+    #[error("the private key does not belong to the certificate")]
+    Mismatch,
+    /// The crypto provider does not take the key or certificate.
+    #[error("certificate or key cannot be used")]
+    Unusable(#[source] rustls::Error),
+    /// There is no single well-formed SPIFFE ID.
+    #[error("the certificate has no single SPIFFE URI, but {0:?}")]
+    NoSpiffeId(Vec<String>),
+}
