@@ -134,3 +134,28 @@ pub mod type_urls {
         }
     }
 }
+
+/// Environment variables that the local mesh's node sets for the programs it starts.
+///
+/// They are the contract between node and proxy, which do not see each other.
+pub mod env {
+    /// Listening sockets that a gateway inherits: `PORT=FD,PORT=FD`, e.g. `8080=7,8443=8`.
+    ///
+    /// Each descriptor is a non-blocking TCP listener of the *machine's* network. The proxy serves
+    /// it beside its own socket whenever it has an xDS listener on `PORT`, with that listener's
+    /// filter chains, and keeps it open while it has none (clients wait in its queue). Descriptors
+    /// are inherited without close-on-exec: set it when adopting. The node keeps its own copy, so a
+    /// restarted proxy finds the queue as it was.
+    pub const LISTEN_FDS: &str = "LATEEN_LISTEN_FDS";
+    /// Descriptor of a `SOCK_SEQPACKET` socket that hands out sockets of the machine's network: `FD`.
+    ///
+    /// A request is one packet of four bytes: version `1`, kind (`1` TCP, `2` UDP), family (`4` or
+    /// `6`), count (1 to 16). The answer is one packet: byte 0 is `0` and the sockets ride along as
+    /// `SCM_RIGHTS` (non-blocking, close-on-exec, neither bound nor connected), or byte 0 is a
+    /// system error number and none do. Answers come in the order of requests. A TCP socket is
+    /// connected by whoever asked; never set a mark on it. Use one for every destination outside of
+    /// [`MESH_RANGES`]: the pod's own network has no way out.
+    pub const HOST_SOCKETS: &str = "LATEEN_HOST_SOCKETS";
+    /// Addresses inside the local mesh, as comma-separated CIDRs.
+    pub const MESH_RANGES: &str = "LATEEN_MESH_RANGES";
+}
