@@ -178,6 +178,17 @@ pub fn parse_time(text: &str) -> Option<i64> {
     Some(days * 86_400 + hour * 3600 + minute * 60 + second - offset)
 }
 
+/// The code of a gRPC status that is written by name or number.
+pub fn grpc_code(name: &str) -> Option<u32> {
+    const NAMES: [&str; 17] = [
+        "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
+        "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
+        "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
+    ];
+    let by_name = NAMES.iter().position(|known| *known == name).and_then(|code| u32::try_from(code).ok());
+    by_name.or_else(|| name.parse().ok().filter(|code| *code <= 16))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,91 @@
+//! What an API server with Istio's webhook would refuse or warn about, one object at a time.
+//!
+//! *Source*: `traffic.md` 5.10 and the sections of each kind, `security.md` 8.1 and 9. A field that
+//! Istio has and this mesh does not build yet is a warning, and refused where it is about security.
+
+mod destination_rule;
+mod gateway;
+mod kubernetes;
+mod mesh;
+mod rules;
+mod security;
+mod service_entry;
+mod sidecar;
+mod virtual_service;
+
+use types::{Finding, Severity};
+
+use crate::codes;
+use crate::object::{Object, Spec};
+
+/// Checks one decoded object. An `Error` means that it may not be admitted.
+pub fn validate(object: &Object) -> Vec<Finding> {
+    let mut check = Check { object, findings: Vec::new() };
+    kubernetes::metadata(&mut check);
+    match &object.spec {
+        Spec::VirtualService(spec) => virtual_service::check(&mut check, spec),
+        Spec::DestinationRule(spec) => destination_rule::check(&mut check, spec),
+        Spec::Gateway(spec) => gateway::check(&mut check, spec),
+        Spec::ServiceEntry(spec) => service_entry::check(&mut check, spec),
+        Spec::WorkloadEntry(spec) => service_entry::workload_entry(&mut check, spec, "spec"),
+        Spec::Sidecar(spec) => sidecar::check(&mut check, spec),
+        Spec::PeerAuthentication(spec) => security::peer_authentication(&mut check, spec),
+        Spec::RequestAuthentication(spec) => security::request_authentication(&mut check, spec),
+        Spec::AuthorizationPolicy(spec) => security::authorization_policy(&mut check, spec),
+        Spec::IstioOperator(spec) => mesh::operator(&mut check, spec),
+        Spec::Service(spec) => kubernetes::service(&mut check, spec),
+        Spec::Deployment(spec) => kubernetes::deployment(&mut check, spec),
+        Spec::Pod(spec) => kubernetes::pod(&mut check, &spec.spec, "spec"),
+        Spec::EndpointSlice(spec) => kubernetes::endpoint_slice(&mut check, spec),
+        Spec::ConfigMap(spec) => kubernetes::config_map(&mut check, spec),
+        Spec::Secret(spec) => kubernetes::secret(&mut check, spec),
+        Spec::Namespace(_) | Spec::ServiceAccount(_) | Spec::Telemetry(_) | Spec::Recognised => {}
+    }
+    check.findings
+}
+
+/// Findings on one object, as they are made.
+struct Check<'a> {
+    object: &'a Object,
+    findings: Vec<Finding>,
+}
+
+impl Check<'_> {
+    fn add(&mut self, code: &str, severity: Severity, field: &str, message: impl Into<String>, hint: &str) {
+        self.findings.push(Finding {
+            code: code.into(),
+            severity,
+            object: Some(self.object.reference()),
+            field: field.into(),
+            position: None,
+            message: message.into().into(),
+            hint: hint.into(),
+        });
+    }
+
+    /// The object may not be admitted.
+    fn error(&mut self, field: &str, message: impl Into<String>, hint: &str) {
+        self.add(codes::SCHEMA, Severity::Error, field, message, hint);
+    }
+
+    /// Admitted, but probably not what was meant.
+    fn warn(&mut self, field: &str, message: impl Into<String>, hint: &str) {
+        self.add(codes::DUBIOUS, Severity::Warning, field, message, hint);
+    }
+
+    /// Istio has it, we do not build it yet: a warning, an error for security kinds.
+    fn unbuilt(&mut self, field: &str) {
+        let severity = if self.object.kind.is_security() { Severity::Error } else { Severity::Warning };
+        let name = field.rsplit('.').next().unwrap_or(field).to_owned();
+        self.add(codes::NOT_EFFECTIVE, severity, field, format!("{name} is not yet effective"), "");
+    }
+
+    fn unbuilt_if(&mut self, is_set: bool, field: impl AsRef<str>) {
+        if is_set {
+            self.unbuilt(field.as_ref());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,145 @@
+//! IstioOperator and meshConfig.
+
+use super::destination_rule::{connection_pool, outlier_detection};
+use super::virtual_service::retries;
+use super::{Check, rules};
+use crate::mesh_config::{ExtensionProvider, MeshConfig};
+use crate::networking::OutboundMode;
+use crate::operator::IstioOperator;
+
+pub(super) fn operator(check: &mut Check<'_>, spec: &IstioOperator) {
+    for (name, set) in [
+        ("components", spec.components.is_some()),
+        ("values", spec.values.is_some()),
+        ("revision", !spec.revision.is_empty()),
+        ("unvalidatedValues", spec.unvalidated_values.is_some()),
+    ] {
+        check.unbuilt_if(set, format!("spec.{name}"));
+    }
+    if let Some(config) = &spec.mesh_config {
+        mesh_config(check, "spec.meshConfig", config);
+    }
+}
+
+fn mesh_config(check: &mut Check<'_>, at: &str, config: &MeshConfig) {
+    rules::duration(check, &format!("{at}.connectTimeout"), config.connect_timeout);
+    rules::duration_or_zero(check, &format!("{at}.protocolDetectionTimeout"), config.protocol_detection_timeout);
+    rules::duration(check, &format!("{at}.dnsRefreshRate"), config.dns_refresh_rate);
+    if let Some(root) = &config.root_namespace
+        && !root.is_empty()
+        && !rules::is_dns_label(root)
+    {
+        check.error(&format!("{at}.rootNamespace"), format!("{root:?} is not a namespace"), "");
+    }
+    for (name, policy) in [
+        ("defaultHttpRetryPolicy", &config.default_http_retry_policy),
+        ("defaultInboundHttpRetryPolicy", &config.default_inbound_http_retry_policy),
+    ] {
+        if let Some(policy) = policy {
+            retries(check, &format!("{at}.{name}"), policy);
+        }
+    }
+    if let Some(policy) = &config.default_traffic_policy {
+        let at = format!("{at}.defaultTrafficPolicy");
+        if let Some(pool) = &policy.connection_pool {
+            connection_pool(check, &format!("{at}.connectionPool"), pool);
+        }
+        if let Some(outlier) = &policy.outlier_detection {
+            outlier_detection(check, &format!("{at}.outlierDetection"), outlier);
+        }
+    }
+    let mut names: Vec<&str> = Vec::new();
+    for (index, entry) in config.extension_providers.iter().enumerate() {
+        let at = format!("{at}.extensionProviders[{index}]");
+        if names.contains(&entry.name.as_str()) {
+            check.error(&format!("{at}.name"), format!("provider {:?} is defined twice", entry.name), "");
+        }
+        names.push(&entry.name);
+        provider(check, &at, entry);
+    }
+    let sampling = config.default_config.as_ref().and_then(|c| c.tracing.as_ref()).and_then(|t| t.sampling);
+    if sampling.is_some_and(|percent| !(0.0..=100.0).contains(&percent)) {
+        check.error(&format!("{at}.defaultConfig.tracing.sampling"), "sampling is not between 0 and 100", "");
+    }
+    check.unbuilt_if(config.outbound_mode() == OutboundMode::AllowAnyDynamicDns, format!("{at}.outboundTrafficPolicy.mode"));
+    let egress_proxy = config.outbound_traffic_policy.as_ref().is_some_and(|policy| policy.egress_proxy.is_some());
+    check.unbuilt_if(egress_proxy, format!("{at}.outboundTrafficPolicy.egressProxy"));
+    for (name, set) in [
+        ("configSources", config.config_sources.is_some()),
+        ("caCertificates", config.ca_certificates.is_some()),
+        ("certificates", config.certificates.is_some()),
+        ("serviceSettings", config.service_settings.is_some()),
+        ("serviceEntryVisibility", config.service_entry_visibility.is_some()),
+        ("serviceScopeConfigs", config.service_scope_configs.is_some()),
+        ("ca", config.ca.is_some()),
+        ("discoverySelectors", !config.discovery_selectors.is_empty()),
+        ("proxyHttpPort", config.proxy_http_port.is_some_and(|port| port != 0)),
+        ("enableEnvoyAccessLogService", config.enable_envoy_access_log_service == Some(true)),
+        ("ingressClass", config.ingress_class.is_some()),
+        ("ingressService", config.ingress_service.is_some()),
+        ("ingressControllerMode", config.ingress_controller_mode.is_some()),
+        ("ingressSelector", config.ingress_selector.is_some()),
+    ] {
+        check.unbuilt_if(set, format!("{at}.{name}"));
+    }
+}
+
+fn provider(check: &mut Check<'_>, at: &str, entry: &ExtensionProvider) {
+    if !rules::is_dns_label(&entry.name) {
+        check.error(&format!("{at}.name"), format!("{:?} is not the name of a provider", entry.name), "lower-case letters, digits and `-`, 63 at most");
+    }
+    let services = [
+        ("envoyExtAuthzHttp", entry.envoy_ext_authz_http.as_ref().map(|p| (&p.service, p.port))),
+        ("envoyExtAuthzGrpc", entry.envoy_ext_authz_grpc.as_ref().map(|p| (&p.service, p.port))),
+        ("zipkin", entry.zipkin.as_ref().map(|p| (&p.service, p.port))),
+    ];
+    for (name, service) in services {
+        let Some((service, port)) = service else { continue };
+        let host = service.split_once('/').map_or(service.as_str(), |(_, host)| host);
+        rules::host(check, &format!("{at}.{name}.service"), host);
+        rules::port_number(check, &format!("{at}.{name}.port"), port);
+    }
+    if let Some(http) = &entry.envoy_ext_authz_http {
+        let at = format!("{at}.envoyExtAuthzHttp");
+        rules::duration(check, &format!("{at}.timeout"), http.timeout);
+        if !http.path_prefix.is_empty() && !http.path_prefix.starts_with('/') {
+            check.error(&format!("{at}.pathPrefix"), "pathPrefix must begin with /", "");
+        }
+        for (name, list) in [
+            ("headersToUpstreamOnAllow", &http.headers_to_upstream_on_allow),
+            ("headersToDownstreamOnAllow", &http.headers_to_downstream_on_allow),
+            ("headersToDownstreamOnDeny", &http.headers_to_downstream_on_deny),
+        ] {
+            for (index, header) in list.iter().enumerate() {
+                if header == "*" {
+                    check.error(&format!("{at}.{name}[{index}]"), "a bare `*` is not allowed", "write `prefix*` or `*suffix`");
+                }
+            }
+        }
+    }
+    let statuses = [
+        ("envoyExtAuthzHttp", entry.envoy_ext_authz_http.as_ref().map(|p| p.status_on_error.as_str())),
+        ("envoyExtAuthzGrpc", entry.envoy_ext_authz_grpc.as_ref().map(|p| p.status_on_error.as_str())),
+    ];
+    for (name, status) in statuses {
+        let Some(status) = status.filter(|status| !status.is_empty()) else { continue };
+        if !status.parse::<u16>().is_ok_and(|code| (100..600).contains(&code)) {
+            check.error(&format!("{at}.{name}.statusOnError"), format!("{status:?} is not a status code"), "");
+        }
+    }
+    for (name, set) in [
+        ("envoyExtAuthzGrpc", entry.envoy_ext_authz_grpc.is_some()),
+        ("opentelemetry", entry.opentelemetry.is_some()),
+        ("skywalking", entry.skywalking.is_some()),
+        ("datadog", entry.datadog.is_some()),
+        ("lightstep", entry.lightstep.is_some()),
+        ("opencensus", entry.opencensus.is_some()),
+        ("stackdriver", entry.stackdriver.is_some()),
+        ("envoyHttpAls", entry.envoy_http_als.is_some()),
+        ("envoyTcpAls", entry.envoy_tcp_als.is_some()),
+        ("envoyOtelAls", entry.envoy_otel_als.is_some()),
+        ("sds", entry.sds.is_some()),
+    ] {
+        check.unbuilt_if(set, format!("{at}.{name}"));
+    }
+}

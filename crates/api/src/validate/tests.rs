@@ -1,0 +1,345 @@
+//! Cases: a document, and what is said about it.
+
+use types::Severity;
+
+use crate::{Documents, parse_documents};
+
+fn messages(documents: &Documents, severity: Severity) -> Vec<String> {
+    let of = documents.findings.iter().filter(|finding| finding.severity == severity);
+    of.map(|finding| format!("{}: {}", finding.field, finding.message)).collect()
+}
+
+/// `error` must be a part of the only errors' text; empty: admitted.
+fn check(text: &str, error: &str) {
+    let documents = parse_documents("t.yaml", text);
+    let errors = messages(&documents, Severity::Error);
+    if error.is_empty() {
+        assert!(errors.is_empty(), "{text}\n{errors:?}");
+        assert!(!documents.objects.is_empty(), "{text}");
+    } else {
+        assert!(errors.iter().any(|message| message.contains(error)), "{text}\nwanted {error:?} in {errors:?}");
+        assert!(documents.objects.is_empty(), "{text}");
+        assert_eq!(documents.refused.len(), 1);
+        assert!(documents.findings.iter().all(|f| f.position.as_ref().is_some_and(|p| p.line > 0)));
+    }
+}
+
+fn kind(api: &str, kind: &str, spec: &str) -> String {
+    let spec = spec.replace('\n', "\n  ");
+    format!("apiVersion: {api}\nkind: {kind}\nmetadata: {{name: x, namespace: shop}}\nspec:\n  {spec}\n")
+}
+
+fn virtual_service(spec: &str, error: &str) {
+    check(&kind("networking.istio.io/v1", "VirtualService", spec), error);
+}
+
+#[test]
+fn virtual_services() {
+    let to = "route: [{destination: {host: reviews}}]";
+    for (spec, error) in [
+        (format!("hosts: [reviews]\nhttp: [{{{to}}}]"), ""),
+        (format!("hosts: ['*']\ngateways: [gw]\nhttp: [{{{to}}}]"), ""),
+        (format!("hosts: ['*']\nhttp: [{{{to}}}]"), "not allowed for sidecars"),
+        (format!("hosts: [a.com, '*.com']\nhttp: [{{{to}}}]"), "overlaps"),
+        (format!("gateways: [gw]\nhttp: [{{{to}}}]"), "at least one host"),
+        ("hosts: [a]".to_owned(), "at least one of http"),
+        ("hosts: [a]\nhttp: [{}]".to_owned(), "one of route, redirect"),
+        (format!("hosts: [a]\nhttp: [{{redirect: {{uri: /x}}, {to}}}]"), "exclude each other"),
+        ("hosts: [a]\nhttp: [{redirect: {}}]".to_owned(), "redirect says nothing"),
+        ("hosts: [a]\nhttp: [{redirect: {uri: /x, redirectCode: 305}}]".to_owned(), "not a redirect"),
+        ("hosts: [a]\nhttp: [{redirect: {uri: /x}, fault: {abort: {httpStatus: 500}}}]".to_owned(), "cannot stand beside"),
+        ("hosts: [a]\nhttp: [{directResponse: {status: 100}}]".to_owned(), "not between 200"),
+        ("hosts: [a]\nhttp: [{route: [{destination: {host: a}, weight: -1}]}]".to_owned(), "negative"),
+        ("hosts: [a]\nhttp: [{route: [{destination: {host: a}}, {destination: {host: b}}]}]".to_owned(), "sum to 0"),
+        ("hosts: [a]\nhttp: [{route: [{destination: {host: a}, weight: 1}, {destination: {host: b}, weight: 2}]}]".to_owned(), ""),
+        (format!("hosts: [a]\nhttp: [{{timeout: 0s, {to}}}]"), "at least 1ms"),
+        (format!("hosts: [a]\nhttp: [{{timeout: 5, {to}}}]"), "expected text, found the number 5"),
+        (format!("hosts: [a]\nhttp: [{{timeout: 1500us, {to}}}]"), "whole number of milliseconds"),
+        (format!("hosts: [a]\nhttp: [{{retries: {{attempts: 3, retryOn: '5xx,reset,503'}}, {to}}}]"), ""),
+        (format!("hosts: [a]\nhttp: [{{retries: {{attempts: 3, retryOn: '5xx, reset'}}, {to}}}]"), "not a condition"),
+        (format!("hosts: [a]\nhttp: [{{retries: {{attempts: 0, retryOn: 5xx}}, {to}}}]"), "disables retries"),
+        (format!("hosts: [a]\nhttp: [{{match: [{{uri: {{regex: '('}}}}], {to}}}]"), "not a regular expression"),
+        (format!("hosts: [a]\nhttp: [{{match: [{{uri: {{prefix: /, exact: /}}}}], {to}}}]"), "only one of"),
+        (format!("hosts: [a]\nhttp: [{{match: [{{headers: {{x: {{prefix: ''}}}}}}], {to}}}]"), "prefix is empty"),
+        (format!("hosts: [a]\nhttp: [{{match: [{{headers: {{x: {{}}, y:, z: {{regex: '*'}}}}}}], {to}}}]"), ""),
+        (format!("hosts: [a]\nhttp: [{{match: [{{headers: {{'@request.auth.claims.g': {{exact: a}}}}}}], {to}}}]"), "gateways only"),
+        (format!("hosts: [a]\ngateways: [g]\nhttp: [{{match: [{{headers: {{'@request.auth.claims.g': {{exact: a}}}}}}], {to}}}]"), ""),
+        (format!("hosts: [a]\nhttp: [{{headers: {{request: {{set: {{':path': x}}}}}}, {to}}}]"), "cannot be changed"),
+        (format!("hosts: [a]\nhttp: [{{headers: {{request: {{set: {{Host: x}}}}}}, {to}}}]"), ""),
+        (format!("hosts: [a]\nhttp: [{{headers: {{response: {{remove: [Host]}}}}, {to}}}]"), "cannot be removed"),
+        (format!("hosts: [a]\nhttp: [{{headers: {{request: {{set: {{x: \"a\\r\\nb: c\"}}}}}}, {to}}}]"), "control character"),
+        (format!("hosts: [a]\nhttp: [{{fault: {{}}, {to}}}]"), "needs delay or abort"),
+        (format!("hosts: [a]\nhttp: [{{fault: {{delay: {{fixedDelay: 7s, percentage: {{value: 101}}}}}}, {to}}}]"), "between 0 and 100"),
+        (format!("hosts: [a]\nhttp: [{{fault: {{abort: {{grpcStatus: OOPS, percentage: {{value: 1}}}}}}, {to}}}]"), "gRPC status"),
+        (format!("hosts: [a]\nhttp: [{{fault: {{abort: {{httpStatus: 500, percentage: {{value: 0.5}}}}}}, {to}}}]"), ""),
+        (format!("hosts: [a]\nhttp: [{{corsPolicy: {{allowMethods: [FETCH]}}, {to}}}]"), "not an HTTP method"),
+        (format!("hosts: [a]\nhttp: [{{mirror: {{host: b}}, mirrors: [{{destination: {{host: b}}}}], {to}}}]"), "exclude each other"),
+        (format!("hosts: [a.com]\ntls: [{{match: [{{sniHosts: [b.com]}}], {to}}}]"), "not covered"),
+        (format!("hosts: [a.com]\ntls: [{{match: [{{sniHosts: [a.com]}}], {to}}}]"), ""),
+        ("hosts: [a]\ntcp: [{}]".to_owned(), "at least one destination"),
+        (format!("hosts: [a]\nexportTo: ['*', shop]\nhttp: [{{{to}}}]"), "must stand alone"),
+        (format!("hosts: [a]\nexportTo: ['~']\nhttp: [{{{to}}}]"), "not allowed here"),
+        (format!("hosts: [a]\nhttp: [{{{to}, destinaton: 1}}]"), "unknown field \"destinaton\""),
+        (format!("hosts: a\nhttp: [{{{to}}}]"), "expected a list"),
+    ] {
+        virtual_service(&spec, error);
+    }
+    let shadowed = kind("networking.istio.io/v1beta1", "VirtualService", &format!("hosts: [a]\nhttp:\n- {{{to}}}\n- {{match: [{{uri: {{prefix: /b}}}}], {to}}}"));
+    let documents = parse_documents("t.yaml", &shadowed);
+    assert_eq!(documents.findings[0].code.as_ref(), "IST0130");
+    assert_eq!(documents.findings[0].position.as_ref().unwrap().line, 8);
+}
+
+#[test]
+fn destination_rules() {
+    for (spec, error) in [
+        ("host: reviews\nsubsets: [{name: v1, labels: {version: v1}}, {name: v2}]", ""),
+        ("host: reviews\nsubsets: [{name: v1}, {name: v1}]", "defined twice"),
+        ("host: ''\n", "host is missing"),
+        ("host: a\ntrafficPolicy: {}", "trafficPolicy is empty"),
+        ("host: a\ntrafficPolicy: {outlierDetection: {}}", ""),
+        ("host: a\ntrafficPolicy: {connectionPool: {}}", "connectionPool is empty"),
+        ("host: a\ntrafficPolicy: {portLevelSettings: [{port: {number: 80}}]}", "settings are empty"),
+        ("host: a\ntrafficPolicy: {portLevelSettings: [{tls: {mode: DISABLE}}]}", "port is needed"),
+        ("host: a\ntrafficPolicy: {loadBalancer: {simple: ROUND_ROBBIN}}", "is not one of"),
+        ("host: a\ntrafficPolicy: {loadBalancer: {consistentHash: {httpCookie: {ttl: 0s}}}}", "no name"),
+        ("host: a\ntrafficPolicy: {loadBalancer: {consistentHash: {useSourceIp: true, maglev: {tableSize: 100}}}}", "prime"),
+        ("host: a\ntrafficPolicy: {tls: {mode: MUTUAL}}", "MUTUAL needs"),
+        ("host: a\ntrafficPolicy: {tls: {mode: ISTIO_MUTUAL, clientCertificate: /x}}", "own certificate"),
+        ("host: a\ntrafficPolicy: {connectionPool: {tcp: {maxConnections: 1, connectTimeout: 30ms}, http: {http2MaxRequests: 1000}}}", ""),
+        ("host: a\ntrafficPolicy: {outlierDetection: {consecutive5xxErrors: 7, interval: 5m, baseEjectionTime: 15m}}", ""),
+        ("host: a\ntrafficPolicy: {loadBalancer: {localityLbSetting: {distribute: [{from: a/*, to: {b: 50}}]}}}", "sum to 100"),
+        ("host: a\nworkloadSelector: {matchLabels: {a: b}}\nexportTo: ['*']", "cannot be exported"),
+    ] {
+        check(&kind("networking.istio.io/v1alpha3", "DestinationRule", spec), error);
+    }
+}
+
+#[test]
+fn gateways() {
+    let http = "port: {number: 80, name: http, protocol: HTTP}, hosts: ['*']";
+    for (spec, error) in [
+        (format!("selector: {{istio: ingressgateway}}\nservers: [{{{http}}}]"), ""),
+        (format!("servers: [{{{http}, tls: {{httpsRedirect: true}}}}]"), ""),
+        (format!("servers: [{{{http}, tls: {{mode: SIMPLE, credentialName: c}}}}]"), "only tls.httpsRedirect"),
+        ("servers: []".to_owned(), "at least one server"),
+        ("servers: [{port: {number: 443, name: s, protocol: HTTPS}, hosts: ['*']}]".to_owned(), "needs tls"),
+        ("servers: [{port: {number: 443, name: s, protocol: HTTPS}, hosts: ['*'], tls: {mode: SIMPLE}}]".to_owned(), "needs a certificate"),
+        ("servers: [{port: {number: 443, name: s, protocol: HTTPS}, hosts: ['a.com'], tls: {mode: SIMPLE, credentialName: c}}]".to_owned(), ""),
+        ("servers: [{port: {number: 443, name: s, protocol: TLS}, hosts: ['a.com'], tls: {mode: PASSTHROUGH}}]".to_owned(), ""),
+        ("servers: [{port: {number: 443, name: s, protocol: HTTPS}, hosts: ['a.com'], tls: {mode: ISTIO_MUTUAL, credentialName: c}}]".to_owned(), "own certificate"),
+        ("servers: [{port: {number: 443, name: s, protocol: HTTPS}, hosts: ['a.com'], tls: {mode: SIMPLE, credentialName: c, minProtocolVersion: TLSV1_1}}]".to_owned(), "not supported"),
+        ("servers: [{port: {number: 80, name: h, protocol: HTPP}, hosts: ['*']}]".to_owned(), "protocol \"HTPP\""),
+        ("servers: [{port: {number: 80, name: h, protocol: HTTP}, hosts: [short]}]".to_owned(), "short host"),
+        ("servers: [{port: {number: 70000, name: h, protocol: HTTP}, hosts: ['*']}]".to_owned(), "70000 is not between 0 and 65535"),
+        (format!("servers: [{{{http}}}, {{{http}}}]"), "used twice"),
+    ] {
+        check(&kind("networking.istio.io/v1", "Gateway", &spec), error);
+    }
+}
+
+#[test]
+fn service_entries_and_sidecars() {
+    let port = "ports: [{number: 80, name: http, protocol: HTTP}]";
+    for (spec, error) in [
+        (format!("hosts: [a.com]\nresolution: STATIC\nendpoints: [{{address: 10.0.0.1}}]\n{port}"), ""),
+        (format!("hosts: [a.com]\nresolution: STATIC\nendpoints: [{{address: b.com}}]\n{port}"), "which STATIC needs"),
+        (format!("hosts: [a.com]\nendpoints: [{{address: 10.0.0.1}}]\n{port}"), "takes no endpoints"),
+        (format!("hosts: ['*']\n{port}"), "not allowed"),
+        (format!("hosts: ['*.a.com']\nresolution: DNS\n{port}"), "cannot be resolved"),
+        (format!("hosts: [a.com]\nresolution: DNS\naddresses: [10.0.0.0/8]\n{port}"), "CIDR"),
+        ("hosts: [a.com]\nports: [{number: 80, name: a}, {number: 80, name: b}]".to_owned(), "listed twice"),
+        ("hosts: [a.com]".to_owned(), "at least one port"),
+        (format!("hosts: [a.com]\nresolution: STATIC\nendpoints: [{{address: 10.0.0.1, ports: {{tcp: 1}}}}]\n{port}"), "not among"),
+    ] {
+        check(&kind("networking.istio.io/v1", "ServiceEntry", &spec), error);
+    }
+    for (spec, error) in [
+        ("egress: [{hosts: ['./*', 'istio-system/*']}]", ""),
+        ("egress: [{hosts: ['reviews']}]", "namespace/host"),
+        ("egress: [{hosts: []}]", "at least one host"),
+        ("outboundTrafficPolicy: {mode: REGISTRY_ONLY}", ""),
+        ("workloadSelector: {labels: {a: b}}", "says nothing"),
+        // A security kind's field that is not built is refused.
+        ("ingress: [{port: {number: 80, protocol: HTTP, name: h}}]", "not yet effective"),
+    ] {
+        check(&kind("networking.istio.io/v1", "Sidecar", spec), error);
+    }
+}
+
+#[test]
+fn security_kinds() {
+    for (spec, error) in [
+        ("mtls: {mode: STRICT}", ""),
+        ("mtls: {mode: STRICTT}", "is not one of UNSET, DISABLE, PERMISSIVE, STRICT"),
+        ("selector: {matchLabels: {app: a}}\nportLevelMtls: {8080: {mode: DISABLE}}", ""),
+        ("portLevelMtls: {8080: {mode: DISABLE}}", "needs a selector"),
+        ("selector: {matchLabels: {app: a}}\nportLevelMtls: {0: {mode: DISABLE}}", "between 1 and 65535"),
+        ("selector: {matchLabels: {app: a}}\nportLevelMtls: {http: {mode: DISABLE}}", "not a port"),
+    ] {
+        check(&kind("security.istio.io/v1", "PeerAuthentication", spec), error);
+    }
+    for (spec, error) in [
+        ("jwtRules: [{issuer: a, jwks: '{\"keys\": [{\"kty\": \"RSA\", \"n\": \"x\", \"e\": \"AQAB\"}]}'}]", ""),
+        ("jwtRules: [{issuer: a, jwks: '{}'}]", "needs a list"),
+        ("jwtRules: [{issuer: a, jwks: 'x'}]", "not JSON"),
+        ("jwtRules: [{issuer: a, jwks: '{\"keys\": [{\"kty\": \"EC\", \"x\": \"x\"}]}'}]", "lacks `crv`"),
+        ("jwtRules: [{}]", "issuer is needed"),
+        ("jwtRules: [{issuer: a, jwksUri: 'ftp://x'}]", "http or https"),
+        ("jwtRules: [{issuer: a, jwksUri: 'https://x/y'}]", ""),
+        ("targetRefs: [{kind: Gateway, name: g}]", "not yet effective"),
+    ] {
+        check(&kind("security.istio.io/v1beta1", "RequestAuthentication", spec), error);
+    }
+    for (spec, error) in [
+        ("{}", ""),
+        ("rules: [{}]", ""),
+        ("action: DENY\nrules: [{to: [{operation: {paths: [/admin*], ports: ['8080']}}]}]", ""),
+        ("action: DENY", "needs rules"),
+        ("action: CUSTOM\nrules: [{}]", "needs a provider"),
+        ("action: DENY\nprovider: {name: x}\nrules: [{}]", "takes no provider"),
+        ("action: CUSTOM\nprovider: {name: x}\nrules: [{from: [{source: {principals: ['*']}}]}]", "not known yet"),
+        ("rules: [{from: []}]", "would match everything"),
+        ("rules: [{from: [{source: {}}]}]", "says nothing"),
+        ("rules: [{from: [{source: {principals: []}}]}]", "would not restrict"),
+        ("rules: [{from: [{source: {principals: ['']}}]}]", "value is empty"),
+        ("rules: [{from: [{source: {ipBlocks: [10.0.0.0/33]}}]}]", "CIDR"),
+        ("rules: [{from: [{source: {serviceAccounts: [a/b/c]}}]}]", "not of the form"),
+        ("rules: [{from: [{source: {serviceAccounts: [a], namespaces: [b]}}]}]", "cannot stand beside"),
+        ("rules: [{to: [{operation: {ports: ['80x']}}]}]", "not a port"),
+        ("rules: [{to: [{operation: {ports: [80]}}]}]", "expected text, found the number 80"),
+        ("rules: [{to: [{operation: {paths: ['/a/{*}/b/{**}']}}]}]", ""),
+        ("rules: [{to: [{operation: {paths: ['/a/{**}/{*}']}}]}]", "last operator"),
+        ("rules: [{to: [{operation: {paths: ['/a/{x}']}}]}]", "whole operator"),
+        ("rules: [{to: [{operation: {methods: ['a*b']}}]}]", "only at its beginning"),
+        ("rules: [{when: [{key: 'request.headers[x]', values: [a]}]}]", ""),
+        ("rules: [{when: [{key: 'request.header[x]', values: [a]}]}]", "not known"),
+        ("rules: [{when: [{key: source.ip}]}]", "values or notValues"),
+        ("rules: [{from: [{source: {principal: [a]}}]}]", "unknown field \"principal\""),
+        ("rules: [null]", "list entry is empty"),
+        ("action: denyy\nrules: [{}]", "is not one of"),
+    ] {
+        let text = kind("security.istio.io/v1", "AuthorizationPolicy", spec);
+        check(&text, error);
+    }
+}
+
+#[test]
+fn kubernetes_kinds() {
+    let deployment = |pod: &str| {
+        kind("apps/v1", "Deployment", &format!("selector: {{matchLabels: {{app: a}}}}\ntemplate:\n  metadata: {{labels: {{app: a}}}}\n  spec: {pod}"))
+    };
+    for (text, error) in [
+        (deployment("{containers: [{name: c, image: i, ports: [{containerPort: 80}]}]}"), ""),
+        (deployment("{containers: []}"), "at least one container"),
+        (deployment("{containers: [{name: c}, {name: c}]}"), "defined twice"),
+        (deployment("{containers: [{name: c, env: [{name: A, value: 1}]}]}"), "expected text, found the number 1"),
+        (deployment("{containers: [{name: c, env: [{name: A, value: on}]}]}"), "found the boolean on"),
+        (deployment("{containers: [{name: c, env: [{name: A, valueFrom: {}}]}]}"), "exactly one source"),
+        (deployment("{containers: [{name: c, volumeMounts: [{name: v, mountPath: /v}]}]}"), "not defined"),
+        (deployment("{containers: [{name: c, readinessProbe: {httpGet: {port: web}}}]}"), "no port \"web\""),
+        (deployment("{containers: [{name: c, readinessProbe: {}}]}"), "exactly one of"),
+        (deployment("{containers: [{name: c, securityContext: {runAsUser: 1}, resources: {limits: {cpu: 1}}}], affinity: {}}"), ""),
+        (deployment("{containers: [{name: c, comand: [x]}]}"), "unknown field \"comand\""),
+        (deployment("{containers: [{name: c}], ephemeralContainers: []}"), ""),
+        (kind("apps/v1", "Deployment", "selector: {matchLabels: {app: b}}\ntemplate: {metadata: {labels: {app: a}}, spec: {containers: [{name: c}]}}"), "do not match"),
+        (kind("v1", "Service", "selector: {app: a}\nports: [{port: 80, name: http, targetPort: web}]"), ""),
+        (kind("v1", "Service", "ports: [{port: 80}, {port: 81}]"), "need names"),
+        (kind("v1", "Service", "clusterIP: None\nselector: {app: a}"), ""),
+        (kind("v1", "Service", "ports: [{port: 80, protocol: HTTP}]"), "appProtocol"),
+        ("apiVersion: v1\nkind: Secret\nmetadata: {name: s}\ntype: kubernetes.io/tls\ndata: {tls.crt: YQ==}".to_owned(), "needs tls.key"),
+        ("apiVersion: v1\nkind: Secret\nmetadata: {name: s}\ndata: {a: 'no base64'}".to_owned(), "not base64"),
+        ("apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {a: plain}".to_owned(), ""),
+        ("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: s}\ndata: {a: \"1\", b: |\n  x\n}".to_owned(), "not valid YAML"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {istio-injection: enabled}}".to_owned(), ""),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {name: Shop}".to_owned(), "not a name"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {version: 1.10}}".to_owned(), "the number 1.10"),
+    ] {
+        if error == "not valid YAML" {
+            let documents = parse_documents("t.yaml", &text);
+            assert!(documents.is_incomplete && documents.has_errors());
+        } else {
+            check(&text, error);
+        }
+    }
+}
+
+#[test]
+fn mesh_settings() {
+    for (spec, error) in [
+        ("profile: demo\nmeshConfig: {accessLogFile: /dev/stdout, enableAutoMtls: true, outboundTrafficPolicy: {mode: REGISTRY_ONLY}}", ""),
+        ("meshConfig: {extensionProviders: [{name: z, zipkin: {service: zipkin.istio-system.svc.cluster.local, port: 9411}}]}", ""),
+        ("meshConfig: {extensionProviders: [{name: a, envoyExtAuthzHttp: {service: a.b, port: 0}}]}", "between 1 and 65535"),
+        ("meshConfig: {trustDomain: Bad/Domain}", "trust domain"),
+        ("meshConfig: {accesLogFile: x}", "unknown field \"accesLogFile\""),
+        ("meshConfig: {defaultConfig: {tracing: {sampling: 1000}}}", "between 0 and 100"),
+    ] {
+        check(&kind("install.istio.io/v1alpha1", "IstioOperator", spec), error);
+    }
+}
+
+#[test]
+fn documents_and_kinds() {
+    let text = "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Namespace, metadata: {name: a}}\n- {apiVersion: v1, kind: ServiceAccount, metadata: {name: b}}\n";
+    let documents = parse_documents("t.yaml", text);
+    let names: Vec<String> = documents.objects.iter().map(|o| o.object.reference().to_string()).collect();
+    assert_eq!(names, ["Namespace a", "ServiceAccount default/b"]);
+    assert_eq!(documents.objects[1].positions.at("metadata.name").to_string(), "t.yaml:5:50");
+
+    for (text, code) in [
+        ("kind: Pod", "IST0106"),
+        ("apiVersion: v1\nkind: Pods\nmetadata: {name: a}", "LAT0002"),
+        ("apiVersion: networking.istio.io/v9\nkind: Gateway\nmetadata: {name: a}", "LAT0002"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {}", "IST0106"),
+        ("- a", "LAT0001"),
+        ("apiVersion: apps/v1\nkind: StatefulSet\nmetadata: {name: a}\nspec: {whatever: 1}", "LAT0003"),
+        ("apiVersion: networking.istio.io/v1alpha3\nkind: EnvoyFilter\nmetadata: {name: a}\nspec: {configPatches: []}", "LAT0003"),
+    ] {
+        let documents = parse_documents("t.yaml", text);
+        assert_eq!(documents.findings[0].code.as_ref(), code, "{text}: {:?}", documents.findings);
+    }
+}
+
+#[test]
+fn a_finding_names_file_line_object_field_and_remedy() {
+    let text = "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata:\n  name: reviews\nspec:\n  hosts:\n  - reviews\n  http:\n  - route:\n    - destination:\n        host: reviews\n      wieght: 90\n";
+    let documents = parse_documents("shop.yaml", text);
+    assert_eq!(
+        documents.findings[0].to_string(),
+        "shop.yaml:12:7: VirtualService default/reviews: spec.http[0].route[0].wieght: unknown field \"wieght\" [LAT0004] (did you mean \"weight\"?)"
+    );
+}
+
+#[test]
+fn json_takes_the_same_path() {
+    let value = serde_json::json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "a"}, "spec": {"ports": [{"port": 80}]}});
+    let (object, findings) = crate::from_json(&value);
+    let object = object.unwrap();
+    assert!(findings.is_empty());
+    assert_eq!(object.raw["metadata"]["namespace"], "default");
+    assert_eq!(object.typed::<crate::k8s::Service>().unwrap().spec.ports[0].port, 80);
+    let (object, findings) = crate::from_json(&serde_json::json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "a"}, "spec": {"ports": "x"}}));
+    assert!(object.is_none() && findings[0].message.contains("expected a list"));
+}
+
+#[test]
+fn sets_and_changes() {
+    use crate::{Change, ConfigSet};
+    let parse = |text: &str| parse_documents("t", text).objects.into_iter().map(|o| o.object).collect::<Vec<_>>();
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: NAME, namespace: NS}\nspec: {ports: [{port: 80}]}\n";
+    let of = |ns: &str, name: &str| service.replace("NAME", name).replace("NS", ns);
+    let before = ConfigSet::new(parse(&format!("{}---\n{}---\n{}", of("b", "x"), of("a", "y"), of("a", "x"))));
+    let names: Vec<String> = before.all::<crate::k8s::Service>().map(|(o, _)| o.key().to_string()).collect();
+    assert_eq!(names, ["a/x", "a/y", "b/x"]);
+    assert_eq!(before.in_namespace::<crate::k8s::Service>("a").count(), 2);
+    assert!(before.get::<crate::k8s::Service>("b", "x").is_some());
+    let after = ConfigSet::new(parse(&format!("{}---\n{}", of("a", "x"), of("c", "z"))));
+    let changes = before.changes_to(&after);
+    assert_eq!(changes.len(), 3);
+    let mut applied = before.clone();
+    for change in &changes {
+        applied.apply(change);
+    }
+    assert_eq!(applied, after);
+    assert!(matches!(changes[0], Change::Delete(_)));
+}
