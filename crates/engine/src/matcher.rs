@@ -15,7 +15,7 @@ use envoy_types::pb::envoy::r#type::matcher::v3 as pb;
 use ipnet::IpNet;
 use serde_json::Value;
 use smallvec::SmallVec;
-use types::{Fields, RequestHead, ResponseHead};
+use types::{RequestHead, ResponseHead};
 
 use crate::regex::Regex;
 use crate::unsupported::{Unsupported, Within as _, each, unpack};
@@ -546,8 +546,12 @@ impl UriTemplate {
         for segment in body.split('/') {
             literal.push(b'/');
             let operator = match segment.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')) {
-                Some(inner) => inner.split_once('=').map_or(if inner.starts_with('*') { inner } else { "*" }, |(_, op)| op),
                 None => segment,
+                Some(inner) => match inner.split_once('=').map_or(inner, |(_, operator)| operator) {
+                    operator @ ("*" | "**") => operator,
+                    _ if inner.contains('=') => return Err(bad("has a variable with another operator than * or **")),
+                    _ => "*",
+                },
             };
             let piece = match operator {
                 "*" => Piece::Segment,

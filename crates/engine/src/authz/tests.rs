@@ -282,11 +282,11 @@ fn claims_come_from_metadata_only() {
     let mut metadata = Metadata::new();
     let readers = allow(Rule::Any(true), claim("iss", exact("me")));
     let no_token = deny(Rule::Any(true), not_id(claim("iss", regex(".+"))));
-    let subject = |metadata| readers.decide(&Subject::request(&conn, &head, conn.peer_ip(), metadata)).allowed;
-    assert!(!subject(&metadata));
+    let reads = |metadata: &Metadata| readers.decide(&Subject::request(&conn, &head, conn.peer_ip(), metadata)).allowed;
+    assert!(!reads(&metadata));
     assert!(!no_token.decide(&Subject::request(&conn, &head, conn.peer_ip(), &metadata)).allowed);
     metadata.set("envoy.filters.http.jwt_authn", "payload", Arc::new(json!({"iss": "me"})));
-    assert!(subject(&metadata));
+    assert!(reads(&metadata));
     assert!(no_token.decide(&Subject::request(&conn, &head, conn.peer_ip(), &metadata)).allowed);
 }
 
