@@ -53,7 +53,7 @@ fn hash_message(message: &[u8], depth: usize) -> Option<u64> {
 fn hash_value(value: Value<'_>, depth: usize) -> u64 {
     match value {
         Value::Scalar(scalar) => xxh64(&scalar.to_le_bytes(), 3),
-        Value::Bytes(bytes) if bytes.is_empty() => 0,
+        Value::Bytes([]) => 0,
         Value::Bytes(bytes) => hash_message(bytes, depth + 1).unwrap_or_else(|| xxh64(bytes, 4)),
     }
 }

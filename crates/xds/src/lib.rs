@@ -10,7 +10,7 @@
 //! them to it). A slow peer delays itself only. What is equal in content has an equal version, in
 //! whatever order its maps were written.
 //!
-//! Start reading at [`resources`], then [`server`] and [`client::state`].
+//! Start reading at [`resources`], then [`server::session`] and [`client::state`].
 //!
 //! Source: xDS REST and gRPC protocol (envoyproxy.io), Istio's ADS as recorded from istiod.
 

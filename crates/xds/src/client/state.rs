@@ -146,27 +146,24 @@ impl State {
     }
 
     pub(crate) fn subscribe(&mut self, type_url: &str, names: Names) {
-        match self.subscriptions.get_mut(type_url) {
-            Some(subscription) => {
-                // What is no longer wanted does not count as running: asked for again, it must come.
-                if let Names::Only(only) = &names {
-                    subscription.running.retain(|name, _| only.contains(name));
-                }
-                subscription.wanted = names;
+        if let Some(subscription) = self.subscriptions.get_mut(type_url) {
+            // What is no longer wanted does not count as running: asked for again, it must come.
+            if let Names::Only(only) = &names {
+                subscription.running.retain(|name, _| only.contains(name));
             }
-            None => {
-                let subscription = Subscription {
-                    wanted: names,
-                    asked: None,
-                    running: BTreeMap::new(),
-                    accepted: String::new(),
-                    nonce: String::new(),
-                    pending: VecDeque::new(),
-                    answer: None,
-                };
-                self.subscriptions.insert(type_url.to_owned(), subscription);
-            }
+            subscription.wanted = names;
+            return;
         }
+        let subscription = Subscription {
+            wanted: names,
+            asked: None,
+            running: BTreeMap::new(),
+            accepted: String::new(),
+            nonce: String::new(),
+            pending: VecDeque::new(),
+            answer: None,
+        };
+        self.subscriptions.insert(type_url.to_owned(), subscription);
     }
 
     /// A new stream: everything is asked for again.
