@@ -1,2 +1,65 @@
-//! Chores of the tree.
-fn main() {}
+//! Chores of the tree: `cargo xtask <check|tidy|parity|bench>`.
+
+mod parity;
+mod tidy;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about = "Chores of the tree")]
+struct Args {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// What CI asks before the tests: format, clippy, tidy, parity, docs.
+    Check,
+    /// Who may depend on whom, and what pure crates may name.
+    Tidy,
+    /// Every behaviour row of docs/parity.md names a test that exists, or says "not yet".
+    Parity,
+    /// Measures against a real Envoy; figures go to standard output.
+    Bench {
+        /// Passed on to the bench program.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+/// The tree's top folder.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(PathBuf::new, Path::to_path_buf)
+}
+
+fn run(program: &str, args: &[&str]) -> Result<()> {
+    let status =
+        Command::new(program).args(args).current_dir(root()).status().with_context(|| format!("running {program}"))?;
+    if !status.success() {
+        bail!("{program} {} failed", args.join(" "));
+    }
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    match Args::parse().chore {
+        Chore::Check => {
+            run("cargo", &["fmt", "--all", "--check"])?;
+            tidy::check(&root())?;
+            parity::check(&root())?;
+            run("cargo", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])
+        }
+        Chore::Tidy => tidy::check(&root()),
+        Chore::Parity => parity::check(&root()),
+        Chore::Bench { args } => {
+            let mut all = vec!["run", "--release", "--package", "bench", "--"];
+            all.extend(args.iter().map(String::as_str));
+            run("cargo", &all)
+        }
+    }
+}
