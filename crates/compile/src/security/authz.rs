@@ -10,7 +10,7 @@ use envoy_types::pb::envoy::config::listener::v3::{Filter, filter};
 use envoy_types::pb::envoy::config::rbac::v3::Policy;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::{HttpFilter, http_filter};
 use envoy_types::pb::google::protobuf::Any;
-use mesh::config::Config;
+use mesh::Config;
 use types::{Finding, Severity};
 
 use super::ext_authz;

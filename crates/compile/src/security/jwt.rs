@@ -12,7 +12,7 @@ use envoy_types::pb::envoy::extensions::filters::http::jwt_authn::v3::{
     JwtClaimToHeader, JwtHeader, JwtProvider, JwtRequirement, JwtRequirementAndList, JwtRequirementOrList,
     RequirementRule, jwt_provider, jwt_requirement, requirement_rule,
 };
-use mesh::config::Config;
+use mesh::Config;
 use types::{Finding, Severity};
 
 use super::authz::http_filter;

@@ -10,11 +10,14 @@ use api::mesh_config::MeshConfig;
 use api::security::{AuthorizationPolicy, RequestAuthentication};
 use envoy_types::pb::envoy::config::listener::v3::Filter;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpFilter;
-use mesh::config::Config;
+use mesh::Config;
 use types::Finding;
+
+use crate::context::Context;
 
 pub(crate) mod authz;
 pub(crate) mod ext_authz;
+pub(crate) mod inbound;
 pub(crate) mod jwt;
 pub(crate) mod matchers;
 #[cfg(test)]
@@ -72,3 +75,48 @@ pub(crate) fn filters(facts: &PolicyFacts<'_>) -> PolicyFilters {
     authz::append(facts, &mut out);
     out
 }
+
+/// The filters of the proxy's own workload. Policies with `targetRef` are for waypoints and
+/// Gateway API gateways, never for these.
+pub(crate) fn policy_filters(context: &Context<'_>, place: Place) -> PolicyFilters {
+    let (snapshot, view) = (context.snapshot, context.view);
+    let root = snapshot.root_namespace();
+    filters(&PolicyFacts {
+        place,
+        mesh_config: snapshot.mesh_config(),
+        trust_domains: context.trust_domains.clone(),
+        authorization: snapshot
+            .authorization_policies()
+            .matching(root, &view.namespace, &view.labels)
+            .filter(|policy| policy.spec.target_ref.is_none() && policy.spec.target_refs.is_empty())
+            .collect(),
+        authentication: snapshot
+            .request_authentications()
+            .matching(root, &view.namespace, &view.labels)
+            .filter(|policy| policy.spec.target_ref.is_none() && policy.spec.target_refs.is_empty())
+            .collect(),
+        services: context,
+    })
+}
+
+impl Lookup for Context<'_> {
+    fn host_with_port(&self, service: &str, port: u16) -> Option<String> {
+        let (namespace, host) = match service.split_once('/') {
+            Some((namespace, host)) => (Some(namespace), host),
+            None => (None, service),
+        };
+        let host = host.trim_end_matches('.').to_ascii_lowercase();
+        let found = self.service(&host)?;
+        let fits = namespace.is_none_or(|namespace| *found.namespace == *namespace) && found.port(port).is_some();
+        fits.then(|| found.host.to_string())
+    }
+
+    fn key_set(&self, _issuer: &str, _jwks_uri: &str) -> Option<String> {
+        None
+    }
+}
+
+#[cfg(test)]
+mod policy_tests;
+#[cfg(test)]
+pub(crate) mod test_mesh;

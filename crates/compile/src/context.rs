@@ -1,0 +1,120 @@
+//! What every part of one compilation shares.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use api::networking as net;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::ForwardClientCertDetails;
+use mesh::{DestinationRule, MeshSnapshot, Scope, Service};
+use types::{Finding, Severity};
+
+use crate::telemetry::Telemetry;
+use crate::view::{ProxyKind, View};
+
+/// The snapshot, the proxy, and what follows from both.
+pub(crate) struct Context<'a> {
+    pub(crate) snapshot: &'a MeshSnapshot,
+    pub(crate) view: &'a View,
+    /// What the proxy sees. For routers: all visible services, no Sidecar.
+    pub(crate) scope: Scope,
+    /// Access logs and tracing.
+    pub(crate) telemetry: Telemetry,
+    /// The mesh's trust domain, then its aliases.
+    pub(crate) trust_domains: Vec<String>,
+    findings: RefCell<Vec<Finding>>,
+}
+
+impl<'a> Context<'a> {
+    pub(crate) fn new(snapshot: &'a MeshSnapshot, view: &'a View) -> Self {
+        let scope = match view.kind {
+            ProxyKind::Sidecar => snapshot.sidecar_scope(&view.namespace, &view.labels),
+            ProxyKind::Router => Scope {
+                sidecar: None,
+                egress: Vec::new(),
+                services: snapshot.visible_services(&view.namespace),
+                outbound_mode: net::OutboundMode::AllowAny,
+                egress_proxy: None,
+            },
+        };
+        let mut findings = Vec::new();
+        let telemetry = Telemetry::of(snapshot, view, &scope, &mut findings);
+        Self {
+            snapshot,
+            view,
+            scope,
+            telemetry,
+            trust_domains: snapshot.trust_domains().iter().map(ToString::to_string).collect(),
+            findings: RefCell::new(findings),
+        }
+    }
+
+    /// The DestinationRule that this proxy uses for a service.
+    pub(crate) fn rule(&self, service: &Service) -> Option<&'a Arc<DestinationRule>> {
+        self.snapshot.destination_rule(&self.view.namespace, &self.view.labels, service)
+    }
+
+    /// Whether it is a sidecar.
+    pub(crate) fn is_sidecar(&self) -> bool {
+        self.view.kind == ProxyKind::Sidecar
+    }
+
+    /// The service of a destination, through aliases.
+    pub(crate) fn service(&self, host: &str) -> Option<&Arc<Service>> {
+        let host = self.snapshot.resolve_alias(host);
+        self.scope.service(host)
+    }
+
+    /// Records what does not work as written.
+    pub(crate) fn find(&self, finding: Finding) {
+        self.findings.borrow_mut().push(finding);
+    }
+
+    /// Records several.
+    pub(crate) fn find_all(&self, findings: Vec<Finding>) {
+        self.findings.borrow_mut().extend(findings);
+    }
+
+    /// A warning about an object.
+    pub(crate) fn warn(&self, code: &str, object: &types::ObjectRef, field: &str, message: String, hint: &str) {
+        self.find(Finding {
+            code: code.into(),
+            severity: Severity::Warning,
+            object: Some(object.clone()),
+            field: field.into(),
+            position: None,
+            message: message.into(),
+            hint: hint.into(),
+        });
+    }
+
+    /// Everything recorded so far.
+    pub(crate) fn into_findings(self) -> Vec<Finding> {
+        self.findings.into_inner()
+    }
+
+    /// Refused destinations (`REGISTRY_ONLY`) are logged; the proxy's loop guards are not.
+    #[expect(clippy::unused_self, reason = "it becomes a setting")]
+    pub(crate) fn logs_black_hole(&self) -> bool {
+        true
+    }
+
+    /// `gatewayTopology.numTrustedProxies`
+    pub(crate) fn trusted_proxies(&self) -> u32 {
+        self.topology().map_or(0, |topology| topology.num_trusted_proxies)
+    }
+
+    /// `gatewayTopology.forwardClientCertDetails`
+    pub(crate) fn gateway_client_cert_details(&self) -> ForwardClientCertDetails {
+        match self.topology().and_then(|topology| topology.forward_client_cert_details.as_deref()) {
+            Some("SANITIZE") => ForwardClientCertDetails::Sanitize,
+            Some("FORWARD_ONLY") => ForwardClientCertDetails::ForwardOnly,
+            Some("APPEND_FORWARD") => ForwardClientCertDetails::AppendForward,
+            Some("ALWAYS_FORWARD_ONLY") => ForwardClientCertDetails::AlwaysForwardOnly,
+            _ => ForwardClientCertDetails::SanitizeSet,
+        }
+    }
+
+    fn topology(&self) -> Option<&api::mesh_config::GatewayTopology> {
+        self.snapshot.mesh_config().default_config.as_ref()?.gateway_topology.as_ref()
+    }
+}

@@ -1,0 +1,51 @@
+//! What a gateway opens: Gateway servers as listeners, route tables and secrets.
+//!
+//! Source: `traffic.md` 4, `security.md` 12, xds digest 8. [`servers`] decides which servers hold
+//! and which share a listener, [`listener`] builds listeners, [`tables`] their route tables,
+//! [`secrets`] answers the secrets they name.
+//!
+//! **Invariants.** A server that cannot be opened closes no other one. A missing secret leaves its
+//! chain in place, so that nothing else takes its name. Secrets are read in the gateway pod's own
+//! namespace only.
+
+use envoy_types::pb::envoy::config::listener::v3::Listener;
+use envoy_types::pb::envoy::config::route::v3::RouteConfiguration;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::Secret;
+
+use crate::context::Context;
+
+pub(crate) mod listener;
+pub(crate) mod secrets;
+pub(crate) mod servers;
+pub(crate) mod tables;
+pub(crate) mod tls;
+
+/// All that servers become.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub(crate) struct Compiled {
+    /// By address and port.
+    pub(crate) listeners: Vec<Listener>,
+    /// By name.
+    pub(crate) routes: Vec<RouteConfiguration>,
+    /// By name; only those that exist.
+    pub(crate) secrets: Vec<Secret>,
+}
+
+/// Compiles the servers of the gateway that the proxy is.
+pub(crate) fn compile(context: &Context<'_>) -> Compiled {
+    let opened = servers::opened(context);
+    let mut out = Compiled::default();
+    let policies = crate::security::policy_filters(context, crate::security::Place::Gateway);
+    let mut secret_names = std::collections::BTreeSet::new();
+    for port in &opened {
+        out.listeners.extend(listener::build(context, port, &policies, &mut secret_names));
+        out.routes.extend(tables::build(context, port));
+    }
+    context.find_all(policies.findings);
+    out.routes.sort_by(|a, b| a.name.cmp(&b.name));
+    out.secrets = secret_names.iter().filter_map(|wanted| secrets::answer(context, wanted)).collect();
+    out
+}
+
+#[cfg(test)]
+mod tests;

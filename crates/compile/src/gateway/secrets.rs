@@ -1,0 +1,119 @@
+//! Secrets that gateway servers name, from the Secrets of the gateway pod's namespace.
+//!
+//! Source: `traffic.md` 4.3 "Certificates", xds digest 8, 11; property 29: a secret goes only to
+//! the namespace it is of.
+
+use envoy_types::pb::envoy::config::core::v3::{DataSource, data_source};
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
+    CertificateValidationContext, Secret, TlsCertificate, secret,
+};
+use types::{Finding, ObjectRef, Severity};
+
+use crate::context::Context;
+
+/// A secret that some server names.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct Wanted {
+    /// `kubernetes://name`
+    pub(crate) resource: String,
+    /// Roots, else a certificate with its key.
+    pub(crate) is_ca: bool,
+    /// Who names it.
+    pub(crate) gateway: ObjectRef,
+    /// Where.
+    pub(crate) field: Box<str>,
+}
+
+/// The secret, if it is there and usable; else a finding.
+pub(crate) fn answer(context: &Context<'_>, wanted: &Wanted) -> Option<Secret> {
+    match find(context, wanted) {
+        Ok(kind) => Some(Secret { name: wanted.resource.clone(), r#type: Some(kind) }),
+        Err(what) => {
+            context.find(Finding {
+                code: "LAT0407".into(),
+                severity: Severity::Error,
+                object: Some(wanted.gateway.clone()),
+                field: wanted.field.clone(),
+                position: None,
+                message: format!("{what}; handshakes of this server fail").into(),
+                hint: format!("create the Secret in namespace {}, where the gateway runs", context.view.namespace).into(),
+            });
+            None
+        }
+    }
+}
+
+fn find(context: &Context<'_>, wanted: &Wanted) -> Result<secret::Type, String> {
+    let own = &*context.view.namespace;
+    let path = match wanted.resource.split_once("://") {
+        Some(("kubernetes" | "kubernetes-gateway", path)) => path,
+        _ => return Err(format!("{:?} is not a credential that can be read", wanted.resource)),
+    };
+    let name = match path.split_once('/') {
+        None => path,
+        Some((namespace, name)) if namespace == own => name,
+        Some((namespace, _)) => return Err(format!("Secret {path} is of namespace {namespace}, and the gateway runs in {own}")),
+    };
+    if !wanted.is_ca {
+        let object = context.snapshot.secret(own, name).ok_or_else(|| format!("there is no Secret {own}/{name}"))?;
+        let (certificate, key) = [("cert", "key"), ("tls.crt", "tls.key")]
+            .iter()
+            .find_map(|(certificate, key)| Some((object.spec.value(certificate)?, object.spec.value(key)?)))
+            .ok_or_else(|| format!("Secret {own}/{name} has neither tls.crt and tls.key nor cert and key"))?;
+        check_pem(certificate, "CERTIFICATE").map_err(|()| format!("the certificate of Secret {own}/{name} is not PEM"))?;
+        check_pem(key, "PRIVATE KEY").map_err(|()| format!("the key of Secret {own}/{name} is not PEM"))?;
+        return Ok(secret::Type::TlsCertificate(TlsCertificate {
+            certificate_chain: Some(inline(certificate)),
+            private_key: Some(inline(key)),
+            ..TlsCertificate::default()
+        }));
+    }
+    // The CA stands in a Secret of its own, or beside the certificate.
+    let beside = name.strip_suffix("-cacert");
+    let found = [Some(name), beside].into_iter().flatten().find_map(|name| {
+        let object = context.snapshot.secret(own, name)?;
+        Some((name, object.spec.value("cacert").or_else(|| object.spec.value("ca.crt"))?))
+    });
+    let (name, roots) = found.ok_or_else(|| match beside {
+        Some(beside) => format!("neither Secret {own}/{name} nor {own}/{beside} has cacert or ca.crt"),
+        None => format!("there is no Secret {own}/{name} with cacert or ca.crt"),
+    })?;
+    check_pem(roots, "CERTIFICATE").map_err(|()| format!("the CA of Secret {own}/{name} is not PEM"))?;
+    Ok(secret::Type::ValidationContext(CertificateValidationContext {
+        trusted_ca: Some(inline(roots)),
+        ..CertificateValidationContext::default()
+    }))
+}
+
+fn inline(bytes: &[u8]) -> DataSource {
+    DataSource { specifier: Some(data_source::Specifier::InlineBytes(bytes.to_vec())), ..DataSource::default() }
+}
+
+/// Whether some PEM block of a kind that ends so begins and ends.
+fn check_pem(bytes: &[u8], kind: &str) -> Result<(), ()> {
+    let text = std::str::from_utf8(bytes).map_err(|_| ())?;
+    let label = text
+        .split("-----BEGIN ")
+        .skip(1)
+        .filter_map(|rest| rest.split_once("-----"))
+        .find(|(label, _)| label.ends_with(kind))
+        .ok_or(())?;
+    let (label, body) = label;
+    if body.contains(&format!("-----END {label}-----")) { Ok(()) } else { Err(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pem_blocks() {
+        let block = |label: &str| format!("text\n-----BEGIN {label}-----\nAA==\n-----END {label}-----\n");
+        assert!(check_pem(block("CERTIFICATE").as_bytes(), "CERTIFICATE").is_ok());
+        assert!(check_pem(block("EC PRIVATE KEY").as_bytes(), "PRIVATE KEY").is_ok());
+        assert!(check_pem((block("EC PARAMETERS") + &block("PRIVATE KEY")).as_bytes(), "PRIVATE KEY").is_ok());
+        for bad in [String::new(), "AA==".into(), "-----BEGIN CERTIFICATE-----\nAA==".into(), block("PUBLIC KEY")] {
+            assert!(check_pem(bad.as_bytes(), "CERTIFICATE").is_err(), "{bad}");
+        }
+    }
+}
