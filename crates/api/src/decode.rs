@@ -229,7 +229,7 @@ impl<'de> de::Deserializer<'de> for Decoder<'_> {
                 }
             }
             Tree::Text(text) => visitor.visit_str(text),
-            Tree::List(items) => visitor.visit_seq(Items { items, index: 0, of: &self, null_is_empty: true }),
+            Tree::List(items) => visitor.visit_seq(Items { list: items, index: 0, of: &self, null_is_empty: true }),
             Tree::Map(entries) => visitor.visit_map(Pairs { entries, index: 0, of: &self, fields: None }),
         }
     }
@@ -282,14 +282,18 @@ impl<'de> de::Deserializer<'de> for Decoder<'_> {
         }
     }
 
-    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, InvalidValue> {
+    fn deserialize_newtype_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, InvalidValue> {
         visitor.visit_newtype_struct(self)
     }
 
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, InvalidValue> {
         match &self.node.tree {
-            Tree::List(items) => visitor.visit_seq(Items { items, index: 0, of: &self, null_is_empty: false }),
-            Tree::Null => visitor.visit_seq(Items { items: &[], index: 0, of: &self, null_is_empty: false }),
+            Tree::List(items) => visitor.visit_seq(Items { list: items, index: 0, of: &self, null_is_empty: false }),
+            Tree::Null => visitor.visit_seq(Items { list: &[], index: 0, of: &self, null_is_empty: false }),
             _ => Err(self.mismatch("a list")),
         }
     }
@@ -334,7 +338,7 @@ impl<'de> de::Deserializer<'de> for Decoder<'_> {
 }
 
 struct Items<'a, 'p> {
-    items: &'a [Node],
+    list: &'a [Node],
     index: usize,
     of: &'a Decoder<'p>,
     null_is_empty: bool,
@@ -344,7 +348,7 @@ impl<'de> SeqAccess<'de> for Items<'_, '_> {
     type Error = InvalidValue;
 
     fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, InvalidValue> {
-        let Some(node) = self.items.get(self.index) else { return Ok(None) };
+        let Some(node) = self.list.get(self.index) else { return Ok(None) };
         let path = Path::Index(self.of.path, self.index);
         self.index += 1;
         if node.tree == Tree::Null && !self.null_is_empty {
@@ -388,7 +392,10 @@ impl<'de> MapAccess<'de> for Pairs<'_, '_> {
                 }
             }
             let path = Path::Key(self.of.path, &entry.key);
-            return seed.deserialize(KeyDecoder(&entry.key)).map(Some).map_err(|error| place(error, &path, &entry.value));
+            return seed
+                .deserialize(KeyDecoder(&entry.key))
+                .map(Some)
+                .map_err(|error| place(error, &path, &entry.value));
         }
         Ok(None)
     }
@@ -416,7 +423,9 @@ impl<'de> de::Deserializer<'de> for KeyDecoder<'_> {
     fn deserialize_u16<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, InvalidValue> {
         match self.0.parse() {
             Ok(port) => visitor.visit_u16(port),
-            Err(_) => Err(InvalidValue::new(format!("key {:?} is not a port", self.0), "write a number between 1 and 65535")),
+            Err(_) => {
+                Err(InvalidValue::new(format!("key {:?} is not a port", self.0), "write a number between 1 and 65535"))
+            }
         }
     }
 

@@ -149,10 +149,9 @@ impl<'de> Deserialize<'de> for Base64 {
         use base64::Engine as _;
         let mut text = String::deserialize(deserializer)?;
         text.retain(|c| !c.is_ascii_whitespace());
-        base64::engine::general_purpose::STANDARD
-            .decode(text.as_bytes())
-            .map(Self)
-            .map_err(|error| serde::de::Error::custom(format_args!("value is not base64: {error}; plain text goes into `stringData`")))
+        base64::engine::general_purpose::STANDARD.decode(text.as_bytes()).map(Self).map_err(|error| {
+            serde::de::Error::custom(format_args!("value is not base64: {error}; plain text goes into `stringData`"))
+        })
     }
 }
 
@@ -268,9 +267,11 @@ impl ServiceSpec {
             .filter(|ip| !ip.is_empty() && *ip != "None")
             .collect();
         let mut seen = Vec::new();
-        all.retain(|ip| !seen.contains(ip) && {
-            seen.push(*ip);
-            true
+        all.retain(|ip| {
+            !seen.contains(ip) && {
+                seen.push(*ip);
+                true
+            }
         });
         all
     }
@@ -292,10 +293,14 @@ impl<'de> Deserialize<'de> for IntOrString {
                 f.write_str("a port number or name")
             }
             fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<IntOrString, E> {
-                u16::try_from(value).map(IntOrString::Int).map_err(|_| E::custom(format_args!("{value} is not a port (0 to 65535)")))
+                u16::try_from(value)
+                    .map(IntOrString::Int)
+                    .map_err(|_| E::custom(format_args!("{value} is not a port (0 to 65535)")))
             }
             fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<IntOrString, E> {
-                u16::try_from(value).map(IntOrString::Int).map_err(|_| E::custom(format_args!("{value} is not a port (0 to 65535)")))
+                u16::try_from(value)
+                    .map(IntOrString::Int)
+                    .map_err(|_| E::custom(format_args!("{value} is not a port (0 to 65535)")))
             }
             fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<IntOrString, E> {
                 Ok(value.parse().map_or_else(|_| IntOrString::Name(value.to_owned()), IntOrString::Int))
@@ -355,7 +360,9 @@ impl<'de> Deserialize<'de> for IntOrPercent {
                     Some(digits) => (digits, IntOrPercent::Percent),
                     None => (value, IntOrPercent::Int),
                 };
-                digits.parse().map(make).map_err(|_| E::custom(format_args!("{value:?} is neither a count nor a percentage such as \"25%\"")))
+                digits.parse().map(make).map_err(|_| {
+                    E::custom(format_args!("{value:?} is neither a count nor a percentage such as \"25%\""))
+                })
             }
         }
         deserializer.deserialize_any(V)

@@ -164,7 +164,11 @@ impl Kind {
                     .iter()
                     .flat_map(|info| {
                         info.versions.iter().map(|version| {
-                            if info.group.is_empty() { (*version).to_owned() } else { format!("{}/{version}", info.group) }
+                            if info.group.is_empty() {
+                                (*version).to_owned()
+                            } else {
+                                format!("{}/{version}", info.group)
+                            }
                         })
                     })
                     .collect::<Vec<_>>()

@@ -37,6 +37,8 @@ pub use config_set::{Change, ConfigSet};
 pub use kind::Kind;
 pub use mesh_config::MeshConfig;
 pub use object::{Metadata, Object, Spec, Typed};
-pub use reader::{Documents, ParsedObject, Positions, ReadOptions, from_json, from_json_in, parse_documents, parse_documents_with};
+pub use reader::{
+    Documents, ParsedObject, Positions, ReadOptions, from_json, from_json_in, parse_documents, parse_documents_with,
+};
 pub use validate::validate;
 pub use yaml::to_yaml;

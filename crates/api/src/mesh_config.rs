@@ -321,7 +321,7 @@ impl MeshConfig {
 
     /// Default 60 s.
     pub fn dns_refresh_rate(&self) -> std::time::Duration {
-        self.dns_refresh_rate.map_or(std::time::Duration::from_secs(60), |d| d.0)
+        self.dns_refresh_rate.map_or(std::time::Duration::from_mins(1), |d| d.0)
     }
 
     /// Default true.

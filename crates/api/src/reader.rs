@@ -225,7 +225,14 @@ impl Report {
             Some(near) => format!("did you mean {near:?}?"),
             None => "remove it, or check where it belongs".to_owned(),
         };
-        self.add(codes::UNKNOWN_FIELD, Severity::Error, &field.path, at, format!("unknown field {:?}", field.key), &hint);
+        self.add(
+            codes::UNKNOWN_FIELD,
+            Severity::Error,
+            &field.path,
+            at,
+            format!("unknown field {:?}", field.key),
+            &hint,
+        );
     }
 }
 
@@ -246,8 +253,11 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
     let metadata = node.get("metadata");
     let named = |key: &str| metadata.and_then(|m| m.get(key)).and_then(Node::as_text).unwrap_or_default();
     let name = named("name");
-    let missing: Vec<&str> =
-        [("apiVersion", api_version), ("kind", kind_name)].iter().filter(|(_, v)| v.is_empty()).map(|(k, _)| *k).collect();
+    let missing: Vec<&str> = [("apiVersion", api_version), ("kind", kind_name)]
+        .iter()
+        .filter(|(_, v)| v.is_empty())
+        .map(|(k, _)| *k)
+        .collect();
     if !missing.is_empty() {
         let message = format!("{} is missing", missing.join(" and "));
         let hint = "every object needs apiVersion, kind and metadata.name";
@@ -264,7 +274,9 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
             report.reference = Some(ObjectRef::new(kind_name, namespace, name));
             let (field, hint) = match &unknown {
                 UnknownKind::Name { near: Some(near), .. } => ("kind", format!("did you mean {near:?}?")),
-                UnknownKind::Name { .. } => ("kind", "it is neither Istio's nor a part of Kubernetes that a mesh needs".to_owned()),
+                UnknownKind::Name { .. } => {
+                    ("kind", "it is neither Istio's nor a part of Kubernetes that a mesh needs".to_owned())
+                }
                 UnknownKind::Version { versions, .. } => ("apiVersion", format!("use one of {versions}")),
             };
             report.add(codes::UNKNOWN_KIND, Severity::Error, field, node.locate(field), unknown.to_string(), &hint);
@@ -293,7 +305,14 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
             Some(false) => "generateName is not supported: write a fixed name",
             _ => "every object needs metadata.name",
         };
-        report.add(codes::SCHEMA, Severity::Error, "metadata.name", node.locate("metadata"), "name is missing".to_owned(), hint);
+        report.add(
+            codes::SCHEMA,
+            Severity::Error,
+            "metadata.name",
+            node.locate("metadata"),
+            "name is missing".to_owned(),
+            hint,
+        );
         report.reference = None;
     }
 
@@ -301,9 +320,9 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
     let mut fields = SpecDecoder { node, is_istio, report };
     let spec = decode_spec(kind, &mut fields);
     if is_istio {
-        let strangers = entries.iter().filter(|entry| {
-            !matches!(entry.key.as_str(), "apiVersion" | "kind" | "metadata" | "spec" | "status")
-        });
+        let strangers = entries
+            .iter()
+            .filter(|entry| !matches!(entry.key.as_str(), "apiVersion" | "kind" | "metadata" | "spec" | "status"));
         for entry in strangers {
             let fields = ["apiVersion", "kind", "metadata", "spec", "status"];
             report.unknown(&UnknownField {

@@ -8,7 +8,8 @@ const SIZE_MAX_BYTES: usize = 1 << 20;
 /// *Source*: `dependencies.md` 5, "RE2 against `regex`": what RE2 has and the engine lacks is
 /// refused here, and repetitions of repetitions, which RE2 refuses, too.
 pub fn check(pattern: &str) -> Result<(), String> {
-    for (feature, why) in [("\\C", "\\C is not supported"), ("\\Q", "\\Q…\\E is not supported: escape the characters")] {
+    for (feature, why) in [("\\C", "\\C is not supported"), ("\\Q", "\\Q…\\E is not supported: escape the characters")]
+    {
         if has_escape(pattern, feature) {
             return Err(why.to_owned());
         }
@@ -17,14 +18,12 @@ pub fn check(pattern: &str) -> Result<(), String> {
     if let Some(pair) = doubled.iter().find(|pair| has_bare(pattern, pair)) {
         return Err(format!("bad repetition operator {pair:?}"));
     }
-    regex::RegexBuilder::new(&format!("\\A(?:{pattern})\\z"))
-        .size_limit(SIZE_MAX_BYTES)
-        .build()
-        .map(|_| ())
-        .map_err(|error| match error {
+    regex::RegexBuilder::new(&format!("\\A(?:{pattern})\\z")).size_limit(SIZE_MAX_BYTES).build().map(|_| ()).map_err(
+        |error| match error {
             regex::Error::CompiledTooBig(_) => "it is too large once compiled".to_owned(),
             other => last_line(&other.to_string()),
-        })
+        },
+    )
 }
 
 /// The regex crate's messages draw the pattern; the reason is their last line.
@@ -70,7 +69,9 @@ mod tests {
 
     #[test]
     fn what_re2_takes() {
-        for good in ["/a.*", "^/(v\\d)/(.*)$", "GET|PUT", "[*+]+", "a\\*\\*", "\\\\Q", "(?i)abc", "a{1,3}", "a+?", "[^/]+"] {
+        for good in
+            ["/a.*", "^/(v\\d)/(.*)$", "GET|PUT", "[*+]+", "a\\*\\*", "\\\\Q", "(?i)abc", "a{1,3}", "a+?", "[^/]+"]
+        {
             assert_eq!(check(good), Ok(()), "{good}");
         }
         for bad in ["(", "a**", "*a", "[", "\\C", "\\Qa\\E", "a{3,1}", "(?=x)", "\\1", "(a{1000}){1000}"] {

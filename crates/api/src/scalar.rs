@@ -41,7 +41,11 @@ impl Duration {
                 _ => return Err(bad()),
             };
             let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-            if (whole.is_empty() && fraction.is_empty()) || fraction.contains('.') || whole.len() > 18 || fraction.len() > 18 {
+            if (whole.is_empty() && fraction.is_empty())
+                || fraction.contains('.')
+                || whole.len() > 18
+                || fraction.len() > 18
+            {
                 return Err(bad());
             }
             let whole: u128 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| bad())? };
@@ -96,7 +100,11 @@ impl Percent {
     /// Millionths of the whole, Envoy's finest denominator: 100 % is 1 000 000.
     pub fn millionths(self) -> u32 {
         let scaled = (self.value * 10_000.0).round().clamp(0.0, 1_000_000.0);
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 0..=1e6 above; NaN casts to 0")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "clamped to 0..=1e6 above; NaN casts to 0"
+        )]
         let millionths = scaled as u32;
         millionths
     }
@@ -181,9 +189,23 @@ pub fn parse_time(text: &str) -> Option<i64> {
 /// The code of a gRPC status that is written by name or number.
 pub fn grpc_code(name: &str) -> Option<u32> {
     const NAMES: [&str; 17] = [
-        "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
-        "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
-        "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
+        "OK",
+        "CANCELLED",
+        "UNKNOWN",
+        "INVALID_ARGUMENT",
+        "DEADLINE_EXCEEDED",
+        "NOT_FOUND",
+        "ALREADY_EXISTS",
+        "PERMISSION_DENIED",
+        "RESOURCE_EXHAUSTED",
+        "FAILED_PRECONDITION",
+        "ABORTED",
+        "OUT_OF_RANGE",
+        "UNIMPLEMENTED",
+        "INTERNAL",
+        "UNAVAILABLE",
+        "DATA_LOSS",
+        "UNAUTHENTICATED",
     ];
     let by_name = NAMES.iter().position(|known| *known == name).and_then(|code| u32::try_from(code).ok());
     by_name.or_else(|| name.parse().ok().filter(|code| *code <= 16))

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::mesh_config::CustomTag;
 use crate::networking::LabelSelector;
-use crate::security::TargetRef;
 use crate::scalar::Duration;
+use crate::security::TargetRef;
 
 records! {
     /// `Telemetry`

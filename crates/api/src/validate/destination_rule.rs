@@ -21,7 +21,11 @@ pub(super) fn check(check: &mut Check<'_>, spec: &DestinationRule) {
     rules::export_to(check, &spec.export_to, false);
     let has_selector = spec.workload_selector.is_some();
     if has_selector && spec.export_to.iter().any(|to| to != ".") {
-        check.error("spec.exportTo", "a rule with workloadSelector cannot be exported", "write `.`, or leave exportTo out");
+        check.error(
+            "spec.exportTo",
+            "a rule with workloadSelector cannot be exported",
+            "write `.`, or leave exportTo out",
+        );
     }
     if let Some(policy) = &spec.traffic_policy {
         traffic_policy(check, "spec.trafficPolicy", policy, has_selector);
@@ -54,7 +58,11 @@ fn traffic_policy(check: &mut Check<'_>, at: &str, policy: &TrafficPolicy, has_s
     }
     if let Some(tunnel) = &policy.tunnel {
         if !matches!(tunnel.protocol.as_str(), "" | "CONNECT" | "POST") {
-            check.error(&format!("{at}.tunnel.protocol"), format!("{:?} is neither CONNECT nor POST", tunnel.protocol), "");
+            check.error(
+                &format!("{at}.tunnel.protocol"),
+                format!("{:?} is neither CONNECT nor POST", tunnel.protocol),
+                "",
+            );
         }
         check.unbuilt(&format!("{at}.tunnel"));
     }
@@ -110,7 +118,10 @@ struct Blocks<'a> {
 
 impl Blocks<'_> {
     fn is_empty(&self) -> bool {
-        self.load_balancer.is_none() && self.connection_pool.is_none() && self.outlier_detection.is_none() && self.tls.is_none()
+        self.load_balancer.is_none()
+            && self.connection_pool.is_none()
+            && self.outlier_detection.is_none()
+            && self.tls.is_none()
     }
 }
 
@@ -122,7 +133,11 @@ fn blocks(check: &mut Check<'_>, at: &str, blocks: Blocks<'_>, has_selector: boo
             && blocks.outlier_detection.is_none()
         {
             let hint = "add outlierDetection";
-            check.warn(&format!("{at}.loadBalancer.localityLbSetting"), "failover has no effect without outlierDetection", hint);
+            check.warn(
+                &format!("{at}.loadBalancer.localityLbSetting"),
+                "failover has no effect without outlierDetection",
+                hint,
+            );
         }
     }
     if let Some(pool) = blocks.connection_pool {
@@ -149,7 +164,11 @@ fn load_balancer(check: &mut Check<'_>, at: &str, balancer: &LoadBalancerSetting
             hash.http_query_parameter_name.is_some(),
         ];
         match keys.iter().filter(|set| **set).count() {
-            0 => check.error(&at, "a hash key is needed", "set httpHeaderName, httpCookie, useSourceIp or httpQueryParameterName"),
+            0 => check.error(
+                &at,
+                "a hash key is needed",
+                "set httpHeaderName, httpCookie, useSourceIp or httpQueryParameterName",
+            ),
             1 => {}
             _ => check.error(&at, "only one hash key may be set", ""),
         }
@@ -163,7 +182,11 @@ fn load_balancer(check: &mut Check<'_>, at: &str, balancer: &LoadBalancerSetting
             if hash.ring_hash.is_some() || hash.maglev.is_some() {
                 check.error(&format!("{at}.minimumRingSize"), "minimumRingSize excludes ringHash and maglev", "");
             } else {
-                check.warn(&format!("{at}.minimumRingSize"), "minimumRingSize is deprecated", "use ringHash.minimumRingSize");
+                check.warn(
+                    &format!("{at}.minimumRingSize"),
+                    "minimumRingSize is deprecated",
+                    "use ringHash.minimumRingSize",
+                );
             }
         }
         let ring = hash.ring_hash.as_ref().and_then(|ring| ring.minimum_ring_size).or(hash.minimum_ring_size);
@@ -172,7 +195,11 @@ fn load_balancer(check: &mut Check<'_>, at: &str, balancer: &LoadBalancerSetting
         }
         let table = hash.maglev.as_ref().and_then(|maglev| maglev.table_size);
         if table.is_some_and(|size| size > MAGLEV_MAX || !is_prime(size)) {
-            check.error(&format!("{at}.maglev.tableSize"), format!("tableSize must be a prime up to {MAGLEV_MAX}"), "leave it out for 65537");
+            check.error(
+                &format!("{at}.maglev.tableSize"),
+                format!("tableSize must be a prime up to {MAGLEV_MAX}"),
+                "leave it out for 65537",
+            );
         }
     }
     check.unbuilt_if(balancer.zone_aware_lb_setting.is_some(), format!("{at}.zoneAwareLbSetting"));
@@ -199,7 +226,7 @@ fn load_balancer(check: &mut Check<'_>, at: &str, balancer: &LoadBalancerSetting
 }
 
 fn is_prime(number: u64) -> bool {
-    number >= 2 && (2..).take_while(|d| d * d <= number).all(|d| number % d != 0)
+    number >= 2 && (2..=number.isqrt()).all(|divisor| !number.is_multiple_of(divisor))
 }
 
 fn locality_setting(check: &mut Check<'_>, at: &str, setting: &LocalityLbSetting) {
@@ -275,7 +302,11 @@ pub(super) fn outlier_detection(check: &mut Check<'_>, at: &str, outlier: &Outli
     }
     for (index, code) in outlier.outlier_detection_http_error_codes.iter().enumerate() {
         if !(100..600).contains(code) {
-            check.error(&format!("{at}.outlierDetectionHttpErrorCodes[{index}]"), format!("{code} is not a status code"), "");
+            check.error(
+                &format!("{at}.outlierDetectionHttpErrorCodes[{index}]"),
+                format!("{code} is not a status code"),
+                "",
+            );
         }
     }
 }
@@ -284,15 +315,24 @@ fn tls(check: &mut Check<'_>, at: &str, tls: &ClientTlsSettings, has_selector: b
     let skip = tls.insecure_skip_verify == Some(true);
     let has_files = !tls.client_certificate.is_empty() || !tls.private_key.is_empty();
     let has_ca = !tls.ca_certificates.is_empty();
-    if skip && (has_ca || !tls.subject_alt_names.is_empty() || (tls.mode == ClientTlsMode::Simple && !tls.credential_name.is_empty())) {
-        check.error(&format!("{at}.insecureSkipVerify"), "insecureSkipVerify excludes certificates and names to verify", "");
+    if skip
+        && (has_ca
+            || !tls.subject_alt_names.is_empty()
+            || (tls.mode == ClientTlsMode::Simple && !tls.credential_name.is_empty()))
+    {
+        check.error(
+            &format!("{at}.insecureSkipVerify"),
+            "insecureSkipVerify excludes certificates and names to verify",
+            "",
+        );
     }
     if !tls.credential_name.is_empty() {
         if has_files || has_ca || !tls.ca_crl.is_empty() {
             check.error(&format!("{at}.credentialName"), "credentialName excludes certificate files", "");
         }
         if !has_selector {
-            let message = "credentialName is ignored by sidecars without workloadSelector: their traffic is not encrypted";
+            let message =
+                "credentialName is ignored by sidecars without workloadSelector: their traffic is not encrypted";
             check.warn(&format!("{at}.credentialName"), message, "add workloadSelector, or use certificate files");
         }
     }
@@ -300,7 +340,11 @@ fn tls(check: &mut Check<'_>, at: &str, tls: &ClientTlsSettings, has_selector: b
         ClientTlsMode::Mutual if tls.credential_name.is_empty() => {
             for (name, value) in [("clientCertificate", &tls.client_certificate), ("privateKey", &tls.private_key)] {
                 if value.is_empty() {
-                    check.error(&format!("{at}.{name}"), format!("MUTUAL needs {name}"), "name the file, or use credentialName");
+                    check.error(
+                        &format!("{at}.{name}"),
+                        format!("MUTUAL needs {name}"),
+                        "name the file, or use credentialName",
+                    );
                 }
             }
         }

@@ -10,7 +10,11 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Gateway) {
     }
     labels(check, "spec.selector", &spec.selector);
     if spec.selector.is_empty() {
-        check.warn("spec.selector", "an empty selector selects every gateway", "name the gateway's labels, such as istio: ingressgateway");
+        check.warn(
+            "spec.selector",
+            "an empty selector selects every gateway",
+            "name the gateway's labels, such as istio: ingressgateway",
+        );
     }
     let mut names: Vec<&str> = Vec::new();
     for (index, server) in spec.servers.iter().enumerate() {
@@ -18,7 +22,11 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Gateway) {
         self::server(check, &at, server);
         if let Some(port) = &server.port {
             if !port.name.is_empty() && names.contains(&port.name.as_str()) {
-                check.error(&format!("{at}.port.name"), format!("port name {:?} is used twice", port.name), "port names must be unique");
+                check.error(
+                    &format!("{at}.port.name"),
+                    format!("port name {:?} is used twice", port.name),
+                    "port names must be unique",
+                );
             }
             names.push(&port.name);
         }
@@ -35,7 +43,11 @@ fn server(check: &mut Check<'_>, at: &str, server: &Server) {
             None => host.as_str(),
             Some((namespace, name)) => {
                 if !(namespace == "*" || namespace == "." || rules::is_dns_label(namespace)) {
-                    check.error(&field, format!("{namespace:?} is not a namespace"), "write `*`, `.`, or a namespace's name");
+                    check.error(
+                        &field,
+                        format!("{namespace:?} is not a namespace"),
+                        "write `*`, `.`, or a namespace's name",
+                    );
                 }
                 name
             }
@@ -62,20 +74,35 @@ fn server(check: &mut Check<'_>, at: &str, server: &Server) {
         check.error(&format!("{at}.port.name"), "port has no name", "");
     }
     if port.target_port != 0 {
-        check.error(&format!("{at}.port.targetPort"), "targetPort is not allowed here", "the gateway's Service sets it");
+        check.error(
+            &format!("{at}.port.targetPort"),
+            "targetPort is not allowed here",
+            "the gateway's Service sets it",
+        );
     }
     rules::protocol(check, &format!("{at}.port.protocol"), &port.protocol);
     let at_tls = format!("{at}.tls");
     match port.protocol.to_ascii_uppercase().as_str() {
         "HTTPS" | "TLS" => match &server.tls {
-            None => check.error(&at_tls, format!("protocol {} needs tls", port.protocol), "set tls.mode and credentialName"),
+            None => {
+                check.error(
+                    &at_tls,
+                    format!("protocol {} needs tls", port.protocol),
+                    "set tls.mode and credentialName",
+                );
+            }
             Some(tls) => self::tls(check, &at_tls, tls),
         },
         "HTTP" | "HTTP2" | "GRPC" | "GRPC-WEB" => {
             if let Some(tls) = &server.tls {
-                let redirect_only = ServerTlsSettings { https_redirect: tls.https_redirect, ..ServerTlsSettings::default() };
+                let redirect_only =
+                    ServerTlsSettings { https_redirect: tls.https_redirect, ..ServerTlsSettings::default() };
                 if *tls != redirect_only {
-                    check.error(&at_tls, format!("protocol {} may carry only tls.httpsRedirect", port.protocol), "use HTTPS to terminate TLS");
+                    check.error(
+                        &at_tls,
+                        format!("protocol {} may carry only tls.httpsRedirect", port.protocol),
+                        "use HTTPS to terminate TLS",
+                    );
                 }
             }
         }
@@ -85,14 +112,25 @@ fn server(check: &mut Check<'_>, at: &str, server: &Server) {
             }
         }
     }
-    if matches!(port.protocol.to_ascii_uppercase().as_str(), "HTTPS" | "TLS") && server.tls.as_ref().is_some_and(|tls| tls.https_redirect) {
-        check.warn(&format!("{at_tls}.httpsRedirect"), "httpsRedirect does nothing on a TLS port", "set it on the HTTP port");
+    if matches!(port.protocol.to_ascii_uppercase().as_str(), "HTTPS" | "TLS")
+        && server.tls.as_ref().is_some_and(|tls| tls.https_redirect)
+    {
+        check.warn(
+            &format!("{at_tls}.httpsRedirect"),
+            "httpsRedirect does nothing on a TLS port",
+            "set it on the HTTP port",
+        );
     }
 }
 
 pub(super) fn tls(check: &mut Check<'_>, at: &str, tls: &ServerTlsSettings) {
     let has_files = !tls.server_certificate.is_empty() || !tls.private_key.is_empty();
-    let sources = [has_files, !tls.credential_name.is_empty(), !tls.credential_names.is_empty(), !tls.tls_certificates.is_empty()];
+    let sources = [
+        has_files,
+        !tls.credential_name.is_empty(),
+        !tls.credential_names.is_empty(),
+        !tls.tls_certificates.is_empty(),
+    ];
     let set = sources.iter().filter(|set| **set).count();
     if set > 1 {
         check.error(at, "only one source of certificates may be set", "keep credentialName, or the files");
@@ -107,7 +145,11 @@ pub(super) fn tls(check: &mut Check<'_>, at: &str, tls: &ServerTlsSettings) {
         }
         ServerTlsMode::Simple | ServerTlsMode::Mutual | ServerTlsMode::OptionalMutual => {
             if set == 0 {
-                check.error(at, format!("mode {} needs a certificate", tls.mode), "set credentialName, or serverCertificate and privateKey");
+                check.error(
+                    at,
+                    format!("mode {} needs a certificate", tls.mode),
+                    "set credentialName, or serverCertificate and privateKey",
+                );
             }
             if has_files && (tls.server_certificate.is_empty() || tls.private_key.is_empty()) {
                 check.error(at, "serverCertificate and privateKey go together", "");
@@ -122,9 +164,15 @@ pub(super) fn tls(check: &mut Check<'_>, at: &str, tls: &ServerTlsSettings) {
         }
         _ => {}
     }
-    for (name, version) in [("minProtocolVersion", tls.min_protocol_version), ("maxProtocolVersion", tls.max_protocol_version)] {
+    for (name, version) in
+        [("minProtocolVersion", tls.min_protocol_version), ("maxProtocolVersion", tls.max_protocol_version)]
+    {
         if matches!(version, TlsProtocol::V1_0 | TlsProtocol::V1_1) {
-            check.error(&format!("{at}.{name}"), format!("{version} is not supported: it is not secure"), "use TLSV1_2 or TLSV1_3");
+            check.error(
+                &format!("{at}.{name}"),
+                format!("{version} is not supported: it is not secure"),
+                "use TLSV1_2 or TLSV1_3",
+            );
         }
     }
     if tls.min_protocol_version == TlsProtocol::V1_3 && tls.max_protocol_version == TlsProtocol::V1_2 {
@@ -145,7 +193,13 @@ pub(super) fn tls(check: &mut Check<'_>, at: &str, tls: &ServerTlsSettings) {
     ] {
         if set {
             // It restricts who may connect: to leave it out would open a door.
-            check.add(crate::codes::NOT_EFFECTIVE, types::Severity::Error, &format!("{at}.{name}"), format!("{name} is not yet effective"), "");
+            check.add(
+                crate::codes::NOT_EFFECTIVE,
+                types::Severity::Error,
+                &format!("{at}.{name}"),
+                format!("{name} is not yet effective"),
+                "",
+            );
         }
     }
 }

@@ -38,7 +38,11 @@ pub(super) fn metadata(check: &mut Check<'_>) {
     if let Some(value) = object.meta.labels.get(types::wellknown::labels::INJECT)
         && !matches!(value.as_str(), "true" | "false")
     {
-        check.warn("metadata.labels", format!("sidecar.istio.io/inject is {value:?} and counts as unset"), "write \"true\" or \"false\"");
+        check.warn(
+            "metadata.labels",
+            format!("sidecar.istio.io/inject is {value:?} and counts as unset"),
+            "write \"true\" or \"false\"",
+        );
     }
 }
 
@@ -77,11 +81,18 @@ pub(super) fn service(check: &mut Check<'_>, service: &Service) {
         if spec.ports[..index].iter().any(|other| !port.name.is_empty() && other.name == port.name) {
             check.error(&format!("{at}.name"), format!("port name {:?} is used twice", port.name), "");
         }
-        if spec.ports[..index].iter().any(|other| other.port == port.port && protocol(&other.protocol) == protocol(&port.protocol)) {
+        if spec.ports[..index]
+            .iter()
+            .any(|other| other.port == port.port && protocol(&other.protocol) == protocol(&port.protocol))
+        {
             check.error(&format!("{at}.port"), format!("port {} is listed twice", port.port), "");
         }
         if !matches!(protocol(&port.protocol), "TCP" | "UDP" | "SCTP") {
-            check.error(&format!("{at}.protocol"), format!("{:?} is not TCP, UDP or SCTP", port.protocol), "the protocol above goes into appProtocol");
+            check.error(
+                &format!("{at}.protocol"),
+                format!("{:?} is not TCP, UDP or SCTP", port.protocol),
+                "the protocol above goes into appProtocol",
+            );
         }
         if port.target_port == Some(IntOrString::Int(0)) {
             check.error(&format!("{at}.targetPort"), "port must be between 1 and 65535", "");
@@ -108,7 +119,9 @@ pub(super) fn deployment(check: &mut Check<'_>, deployment: &Deployment) {
             ("In" | "NotIn", false) | ("Exists" | "DoesNotExist", true) => {}
             ("In" | "NotIn", true) => check.error(&at, "values are needed", ""),
             ("Exists" | "DoesNotExist", false) => check.error(&at, "values are not allowed", ""),
-            (other, _) => check.error(&at, format!("{other:?} is not an operator"), "use In, NotIn, Exists or DoesNotExist"),
+            (other, _) => {
+                check.error(&at, format!("{other:?} is not an operator"), "use In, NotIn, Exists or DoesNotExist");
+            }
         }
     }
     match spec.strategy.kind.as_str() {
@@ -131,7 +144,11 @@ pub(super) fn pod(check: &mut Check<'_>, spec: &PodSpec, at: &str) {
         check.error(&format!("{at}.containers"), "at least one container is needed", "");
     }
     if !matches!(spec.restart_policy.as_str(), "" | "Always" | "OnFailure" | "Never") {
-        check.error(&format!("{at}.restartPolicy"), format!("{:?} is not Always, OnFailure or Never", spec.restart_policy), "");
+        check.error(
+            &format!("{at}.restartPolicy"),
+            format!("{:?} is not Always, OnFailure or Never", spec.restart_policy),
+            "",
+        );
     }
     let mut volumes = BTreeSet::new();
     for (index, volume) in spec.volumes.iter().enumerate() {
@@ -195,7 +212,11 @@ fn volume(check: &mut Check<'_>, at: &str, volume: &Volume) {
         .chain(volume.secret.iter().flat_map(|source| &source.items));
     for item in items {
         if item.path.is_empty() || item.path.starts_with('/') || item.path.split('/').any(|part| part == "..") {
-            check.error(at, format!("{:?} is not a path below the volume", item.path), "write a relative path without `..`");
+            check.error(
+                at,
+                format!("{:?} is not a path below the volume", item.path),
+                "write a relative path without `..`",
+            );
         }
     }
 }
@@ -231,7 +252,11 @@ fn container(check: &mut Check<'_>, at: &str, container: &Container, volumes: &B
     for (index, mount) in container.volume_mounts.iter().enumerate() {
         let at = format!("{at}.volumeMounts[{index}]");
         if !volumes.contains(mount.name.as_str()) {
-            check.error(&format!("{at}.name"), format!("volume {:?} is not defined", mount.name), "add it to the pod's volumes");
+            check.error(
+                &format!("{at}.name"),
+                format!("volume {:?} is not defined", mount.name),
+                "add it to the pod's volumes",
+            );
         }
         if !mount.mount_path.starts_with('/') {
             check.error(&format!("{at}.mountPath"), format!("{:?} is not an absolute path", mount.mount_path), "");
@@ -244,7 +269,10 @@ fn container(check: &mut Check<'_>, at: &str, container: &Container, volumes: &B
         }
         check.unbuilt_if(!mount.sub_path_expr.is_empty(), format!("{at}.subPathExpr"));
     }
-    check.unbuilt_if(container.lifecycle.as_ref().is_some_and(|l| l.post_start.is_some()), format!("{at}.lifecycle.postStart"));
+    check.unbuilt_if(
+        container.lifecycle.as_ref().is_some_and(|l| l.post_start.is_some()),
+        format!("{at}.lifecycle.postStart"),
+    );
 }
 
 fn env(check: &mut Check<'_>, at: &str, variable: &EnvVar) {
@@ -270,11 +298,23 @@ fn env(check: &mut Check<'_>, at: &str, variable: &EnvVar) {
         let path = field.field_path.as_str();
         let known = matches!(
             path,
-            "metadata.name" | "metadata.namespace" | "metadata.uid" | "spec.nodeName" | "spec.serviceAccountName" | "status.hostIP"
-                | "status.hostIPs" | "status.podIP" | "status.podIPs"
-        ) || ((path.starts_with("metadata.labels['") || path.starts_with("metadata.annotations['")) && path.ends_with("']"));
+            "metadata.name"
+                | "metadata.namespace"
+                | "metadata.uid"
+                | "spec.nodeName"
+                | "spec.serviceAccountName"
+                | "status.hostIP"
+                | "status.hostIPs"
+                | "status.podIP"
+                | "status.podIPs"
+        ) || ((path.starts_with("metadata.labels['") || path.starts_with("metadata.annotations['"))
+            && path.ends_with("']"));
         if !known {
-            check.error(&format!("{at}.fieldRef.fieldPath"), format!("{path:?} is not a field that can be referred to"), "");
+            check.error(
+                &format!("{at}.fieldRef.fieldPath"),
+                format!("{path:?} is not a field that can be referred to"),
+                "",
+            );
         }
     }
 }
@@ -295,7 +335,9 @@ fn probe(check: &mut Check<'_>, at: &str, probe: &Probe, container: &Container) 
             None | Some(IntOrString::Int(0)) => check.error(&field, "port is needed", ""),
             Some(IntOrString::Int(_)) => {}
             Some(IntOrString::Name(name)) if container.ports.iter().any(|port| port.name == *name) => {}
-            Some(IntOrString::Name(name)) => check.error(&field, format!("the container has no port {name:?}"), "name one of its ports"),
+            Some(IntOrString::Name(name)) => {
+                check.error(&field, format!("the container has no port {name:?}"), "name one of its ports");
+            }
         }
     }
     if probe.exec.as_ref().is_some_and(|action| action.command.is_empty()) {
@@ -321,7 +363,10 @@ pub(super) fn endpoint_slice(check: &mut Check<'_>, slice: &EndpointSlice) {
 
 fn keys<'a>(check: &mut Check<'_>, keys: impl Iterator<Item = &'a String>) {
     for key in keys {
-        let fits = !key.is_empty() && key.len() <= 253 && key != "." && key != ".."
+        let fits = !key.is_empty()
+            && key.len() <= 253
+            && key != "."
+            && key != ".."
             && key.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
         if !fits {
             check.error("data", format!("{key:?} is not a key"), "use letters, digits, `-`, `_`, `.`");

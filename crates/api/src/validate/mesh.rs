@@ -61,7 +61,10 @@ fn mesh_config(check: &mut Check<'_>, at: &str, config: &MeshConfig) {
     if sampling.is_some_and(|percent| !(0.0..=100.0).contains(&percent)) {
         check.error(&format!("{at}.defaultConfig.tracing.sampling"), "sampling is not between 0 and 100", "");
     }
-    check.unbuilt_if(config.outbound_mode() == OutboundMode::AllowAnyDynamicDns, format!("{at}.outboundTrafficPolicy.mode"));
+    check.unbuilt_if(
+        config.outbound_mode() == OutboundMode::AllowAnyDynamicDns,
+        format!("{at}.outboundTrafficPolicy.mode"),
+    );
     let egress_proxy = config.outbound_traffic_policy.as_ref().is_some_and(|policy| policy.egress_proxy.is_some());
     check.unbuilt_if(egress_proxy, format!("{at}.outboundTrafficPolicy.egressProxy"));
     for (name, set) in [
@@ -86,7 +89,11 @@ fn mesh_config(check: &mut Check<'_>, at: &str, config: &MeshConfig) {
 
 fn provider(check: &mut Check<'_>, at: &str, entry: &ExtensionProvider) {
     if !rules::is_dns_label(&entry.name) {
-        check.error(&format!("{at}.name"), format!("{:?} is not the name of a provider", entry.name), "lower-case letters, digits and `-`, 63 at most");
+        check.error(
+            &format!("{at}.name"),
+            format!("{:?} is not the name of a provider", entry.name),
+            "lower-case letters, digits and `-`, 63 at most",
+        );
     }
     let services = [
         ("envoyExtAuthzHttp", entry.envoy_ext_authz_http.as_ref().map(|p| (&p.service, p.port))),
@@ -112,7 +119,11 @@ fn provider(check: &mut Check<'_>, at: &str, entry: &ExtensionProvider) {
         ] {
             for (index, header) in list.iter().enumerate() {
                 if header == "*" {
-                    check.error(&format!("{at}.{name}[{index}]"), "a bare `*` is not allowed", "write `prefix*` or `*suffix`");
+                    check.error(
+                        &format!("{at}.{name}[{index}]"),
+                        "a bare `*` is not allowed",
+                        "write `prefix*` or `*suffix`",
+                    );
                 }
             }
         }

@@ -10,7 +10,20 @@ use crate::scalar::{Duration, Percent, StringMatch};
 
 /// Words a port's protocol may be.
 const PROTOCOLS: &[&str] = &[
-    "HTTP", "HTTP2", "HTTP_PROXY", "HTTPS", "GRPC", "GRPC-WEB", "TCP", "TLS", "UDP", "MONGO", "REDIS", "MYSQL", "HBONE", "DOUBLE-HBONE",
+    "HTTP",
+    "HTTP2",
+    "HTTP_PROXY",
+    "HTTPS",
+    "GRPC",
+    "GRPC-WEB",
+    "TCP",
+    "TLS",
+    "UDP",
+    "MONGO",
+    "REDIS",
+    "MYSQL",
+    "HBONE",
+    "DOUBLE-HBONE",
 ];
 
 /// At least 1 ms and whole milliseconds.
@@ -27,7 +40,7 @@ pub(super) fn duration_or_zero(check: &mut Check<'_>, field: &str, value: Option
     let Some(Duration(value)) = value else { return };
     if value.subsec_nanos() % 1_000_000 != 0 {
         check.error(field, "duration must be a whole number of milliseconds", "");
-    } else if value > StdDuration::from_secs(100 * 365 * 86_400) {
+    } else if value > StdDuration::from_hours(100 * 365 * 24) {
         check.error(field, "duration is longer than a hundred years", "");
     }
 }
@@ -160,12 +173,13 @@ pub(super) fn is_dns_label(text: &str) -> bool {
 }
 
 pub(super) fn is_dns_subdomain(text: &str) -> bool {
-    text.len() <= 253 && text.split('.').all(|label| {
-        !label.is_empty()
-            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    })
+    text.len() <= 253
+        && text.split('.').all(|label| {
+            !label.is_empty()
+                && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+                && !label.starts_with('-')
+                && !label.ends_with('-')
+        })
 }
 
 /// A label's value, or the name part of its key.
@@ -189,7 +203,24 @@ pub(super) fn is_label_key(text: &str) -> bool {
 pub(super) fn is_header_name(text: &str) -> bool {
     !text.is_empty()
         && text.bytes().all(|b| {
-            b.is_ascii_alphanumeric() || matches!(b, b'!' | b'#' | b'$' | b'%' | b'&' | b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_' | b'`' | b'|' | b'~')
+            b.is_ascii_alphanumeric()
+                || matches!(
+                    b,
+                    b'!' | b'#'
+                        | b'$'
+                        | b'%'
+                        | b'&'
+                        | b'\''
+                        | b'*'
+                        | b'+'
+                        | b'-'
+                        | b'.'
+                        | b'^'
+                        | b'_'
+                        | b'`'
+                        | b'|'
+                        | b'~'
+                )
         })
 }
 

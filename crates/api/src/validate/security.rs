@@ -8,7 +8,8 @@ use super::virtual_service::labels;
 use super::{Check, rules};
 use crate::networking::LabelSelector;
 use crate::security::{
-    Action, AuthorizationPolicy, Condition, JwtRule, Operation, PeerAuthentication, RequestAuthentication, Source, TargetRef,
+    Action, AuthorizationPolicy, Condition, JwtRule, Operation, PeerAuthentication, RequestAuthentication, Source,
+    TargetRef,
 };
 
 const LIST_MAX: usize = 512;
@@ -65,7 +66,11 @@ fn jwt_rule(check: &mut Check<'_>, at: &str, rule: &JwtRule) {
     if !rule.jwks_uri.is_empty() {
         let is_http = rule.jwks_uri.starts_with("http://") || rule.jwks_uri.starts_with("https://");
         if !is_http || rule.jwks_uri.len() > 2048 {
-            check.error(&format!("{at}.jwksUri"), "jwksUri must be an http or https URL of at most 2048 characters", "");
+            check.error(
+                &format!("{at}.jwksUri"),
+                "jwksUri must be an http or https URL of at most 2048 characters",
+                "",
+            );
         }
     }
     if !rule.jwks.is_empty()
@@ -85,7 +90,11 @@ fn jwt_rule(check: &mut Check<'_>, at: &str, rule: &JwtRule) {
     }
     for (index, header) in rule.from_headers.iter().enumerate() {
         if !rules::is_header_name(&header.name) {
-            check.error(&format!("{at}.fromHeaders[{index}].name"), format!("{:?} is not a header's name", header.name), "");
+            check.error(
+                &format!("{at}.fromHeaders[{index}].name"),
+                format!("{:?} is not a header's name", header.name),
+                "",
+            );
         }
     }
     for (name, list) in [("fromParams", &rule.from_params), ("fromCookies", &rule.from_cookies)] {
@@ -98,9 +107,14 @@ fn jwt_rule(check: &mut Check<'_>, at: &str, rule: &JwtRule) {
     }
     for (index, entry) in rule.output_claim_to_headers.iter().enumerate() {
         let at = format!("{at}.outputClaimToHeaders[{index}]");
-        let fits = !entry.header.is_empty() && entry.header.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+        let fits = !entry.header.is_empty()
+            && entry.header.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
         if !fits {
-            check.error(&format!("{at}.header"), format!("{:?} is not a header of letters, digits, `-` and `_`", entry.header), "");
+            check.error(
+                &format!("{at}.header"),
+                format!("{:?} is not a header of letters, digits, `-` and `_`", entry.header),
+                "",
+            );
         }
         if entry.claim.is_empty() {
             check.error(&format!("{at}.claim"), "claim is needed", "");
@@ -143,7 +157,11 @@ pub(super) fn authorization_policy(check: &mut Check<'_>, spec: &AuthorizationPo
     let provider = spec.provider.as_ref().map_or("", |provider| provider.name.as_str());
     match spec.action {
         Action::Custom if provider.is_empty() => {
-            check.error("spec.provider.name", "action CUSTOM needs a provider", "name one of meshConfig.extensionProviders");
+            check.error(
+                "spec.provider.name",
+                "action CUSTOM needs a provider",
+                "name one of meshConfig.extensionProviders",
+            );
         }
         Action::Allow | Action::Deny | Action::Audit if spec.provider.is_some() => {
             check.error("spec.provider", format!("action {} takes no provider", spec.action), "set action: CUSTOM");
@@ -151,15 +169,22 @@ pub(super) fn authorization_policy(check: &mut Check<'_>, spec: &AuthorizationPo
         _ => {}
     }
     if spec.rules.is_empty() && matches!(spec.action, Action::Deny | Action::Custom) {
-        check.error("spec.rules", format!("action {} needs rules", spec.action), "write rules: [{}] to match everything");
+        check.error(
+            "spec.rules",
+            format!("action {} needs rules", spec.action),
+            "write rules: [{}] to match everything",
+        );
     }
     if spec.rules.len() > LIST_MAX {
         check.error("spec.rules", format!("more than {LIST_MAX} rules"), "");
     }
-    if let Some(value) = check.object.meta.annotations.get("istio.io/dry-run")
-        && value != "false"
-    {
-        check.unbuilt("metadata.annotations[\"istio.io/dry-run\"]");
+    if let Some(value) = check.object.meta.annotations.get("istio.io/dry-run") {
+        let at = "metadata.annotations[\"istio.io/dry-run\"]";
+        match (value.as_str(), spec.action) {
+            ("false", _) | ("true", Action::Allow | Action::Deny) => {}
+            ("true", action) => check.error(at, format!("action {action} cannot be tried out"), "remove the annotation"),
+            (other, _) => check.error(at, format!("{other:?} is neither \"true\" nor \"false\""), ""),
+        }
     }
     for (index, rule) in spec.rules.iter().enumerate() {
         let at = format!("spec.rules[{index}]");
@@ -186,7 +211,9 @@ pub(super) fn authorization_policy(check: &mut Check<'_>, spec: &AuthorizationPo
         }
         let only_http = spec.action == Action::Deny
             && rule.to.iter().filter_map(|to| to.operation.as_ref()).any(|o| {
-                o.ports.is_empty() && o.not_ports.is_empty() && (!o.methods.is_empty() || !o.paths.is_empty() || !o.hosts.is_empty())
+                o.ports.is_empty()
+                    && o.not_ports.is_empty()
+                    && (!o.methods.is_empty() || !o.paths.is_empty() || !o.hosts.is_empty())
             });
         if only_http {
             let message = "on TCP ports the HTTP fields are left out, so that the rule denies more";
@@ -202,19 +229,29 @@ fn empty_lists(check: &mut Check<'_>, at: &str, index: usize) {
     for name in ["from", "to", "when"] {
         let is_empty = rule.and_then(|rule| rule.get(name)).and_then(Value::as_array).is_some_and(Vec::is_empty);
         if is_empty {
-            check.error(&format!("{at}.{name}"), format!("an empty `{name}` would match everything"), "remove it if that is meant");
+            check.error(
+                &format!("{at}.{name}"),
+                format!("an empty `{name}` would match everything"),
+                "remove it if that is meant",
+            );
         }
     }
     let Some(rule) = rule else { return };
     let lists = ["from", "to"].into_iter().flat_map(|side| {
         let inner = if side == "from" { "source" } else { "operation" };
         let entries = rule.get(side).and_then(Value::as_array).into_iter().flatten().enumerate();
-        entries.filter_map(move |(index, entry)| Some((format!("{at}.{side}[{index}].{inner}"), entry.get(inner)?.as_object()?)))
+        entries.filter_map(move |(index, entry)| {
+            Some((format!("{at}.{side}[{index}].{inner}"), entry.get(inner)?.as_object()?))
+        })
     });
     for (at, fields) in lists {
         for (name, value) in fields {
             if value.as_array().is_some_and(Vec::is_empty) {
-                check.error(&format!("{at}.{name}"), format!("an empty `{name}` would not restrict anything"), "remove it, or list values");
+                check.error(
+                    &format!("{at}.{name}"),
+                    format!("an empty `{name}` would not restrict anything"),
+                    "remove it, or list values",
+                );
             }
         }
     }
@@ -285,7 +322,11 @@ fn source(check: &mut Check<'_>, at: &str, source: &Source, action: Action) {
 fn service_account(check: &mut Check<'_>, field: &str, value: &str) {
     let slashes = value.matches('/').count();
     if value.contains('*') || slashes > 1 || value.len() > 320 || value.split('/').any(str::is_empty) {
-        check.error(field, format!("{value:?} is not of the form `account` or `namespace/account`"), "wildcards are not allowed");
+        check.error(
+            field,
+            format!("{value:?} is not of the form `account` or `namespace/account`"),
+            "wildcards are not allowed",
+        );
     }
 }
 
@@ -353,8 +394,17 @@ fn template(check: &mut Check<'_>, field: &str, value: &str) {
 
 /// Keys of `when` that are whole words.
 const KEYS: &[&str] = &[
-    "source.ip", "remote.ip", "source.namespace", "source.principal", "source.serviceAccount", "source.trustDomain",
-    "request.auth.principal", "request.auth.audiences", "request.auth.presenter", "destination.ip", "destination.port",
+    "source.ip",
+    "remote.ip",
+    "source.namespace",
+    "source.principal",
+    "source.serviceAccount",
+    "source.trustDomain",
+    "request.auth.principal",
+    "request.auth.audiences",
+    "request.auth.presenter",
+    "destination.ip",
+    "destination.port",
     "connection.sni",
 ];
 
@@ -366,13 +416,17 @@ fn condition(check: &mut Check<'_>, at: &str, when: &Condition, action: Action) 
     if when.values.is_empty() && when.not_values.is_empty() {
         check.error(at, "values or notValues are needed", "");
     }
-    let bracketed = |prefix: &str| when.key.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('[') && rest.ends_with(']') && rest.len() > 2);
+    let bracketed = |prefix: &str| {
+        when.key.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('[') && rest.ends_with(']') && rest.len() > 2)
+    };
     let is_experimental = when.key.starts_with("experimental.envoy.filters.");
     if is_experimental {
         check.unbuilt(&format!("{at}.key"));
     } else if !KEYS.contains(&when.key.as_str()) && !bracketed("request.headers") && !bracketed("request.auth.claims") {
-        let hint = crate::suggest::nearest(&when.key, KEYS.iter().copied())
-            .map_or_else(|| format!("use request.headers[…], request.auth.claims[…], {}", KEYS.join(", ")), |near| format!("did you mean {near:?}?"));
+        let hint = crate::suggest::nearest(&when.key, KEYS.iter().copied()).map_or_else(
+            || format!("use request.headers[…], request.auth.claims[…], {}", KEYS.join(", ")),
+            |near| format!("did you mean {near:?}?"),
+        );
         check.error(&format!("{at}.key"), format!("key {:?} is not known", when.key), &hint);
     }
     for (name, list) in [("values", &when.values), ("notValues", &when.not_values)] {
@@ -389,7 +443,10 @@ fn condition(check: &mut Check<'_>, at: &str, when: &Condition, action: Action) 
         }
     }
     let is_identity = when.key.starts_with("request.auth.")
-        || matches!(when.key.as_str(), "source.namespace" | "source.principal" | "source.serviceAccount" | "source.trustDomain");
+        || matches!(
+            when.key.as_str(),
+            "source.namespace" | "source.principal" | "source.serviceAccount" | "source.trustDomain"
+        );
     if action == Action::Custom && is_identity {
         let message = format!("{} is not known yet when a CUSTOM policy is evaluated", when.key);
         check.error(&format!("{at}.key"), message, "use it in an ALLOW or DENY policy");

@@ -39,8 +39,15 @@ pub(super) fn check(check: &mut Check<'_>, spec: &ServiceEntry) {
                 check.error(&format!("{at}.ports"), format!("port {name:?} is not among the entry's ports"), "");
             }
         }
-        if spec.resolution == Resolution::Static && endpoint.address.parse::<std::net::IpAddr>().is_err() && !endpoint.address.starts_with("unix://") {
-            check.error(&format!("{at}.address"), format!("{:?} is not an address, which STATIC needs", endpoint.address), "use resolution DNS for names");
+        if spec.resolution == Resolution::Static
+            && endpoint.address.parse::<std::net::IpAddr>().is_err()
+            && !endpoint.address.starts_with("unix://")
+        {
+            check.error(
+                &format!("{at}.address"),
+                format!("{:?} is not an address, which STATIC needs", endpoint.address),
+                "use resolution DNS for names",
+            );
         }
     }
     match spec.resolution {
@@ -56,10 +63,13 @@ pub(super) fn check(check: &mut Check<'_>, spec: &ServiceEntry) {
         Resolution::DnsRoundRobin if spec.endpoints.len() > 1 => {
             check.error("spec.endpoints", "DNS_ROUND_ROBIN takes one endpoint at most", "");
         }
-        Resolution::DynamicDns => {
-            if spec.hosts.iter().any(|host| !host.starts_with('*')) || !spec.addresses.is_empty() || !spec.endpoints.is_empty() {
-                check.error("spec.resolution", "DYNAMIC_DNS takes wildcard hosts only, no addresses and no endpoints", "");
-            }
+        Resolution::DynamicDns
+            if spec.hosts.iter().any(|host| !host.starts_with('*'))
+                || !spec.addresses.is_empty()
+                || !spec.endpoints.is_empty() =>
+        {
+            let message = "DYNAMIC_DNS takes wildcard hosts only, no addresses and no endpoints";
+            check.error("spec.resolution", message, "");
         }
         _ => {}
     }
@@ -92,7 +102,11 @@ fn ports(check: &mut Check<'_>, spec: &ServiceEntry) {
         let upper = port.protocol.to_ascii_uppercase();
         let by_name = matches!(upper.as_str(), "HTTP" | "HTTP2" | "HTTP_PROXY" | "GRPC" | "GRPC-WEB" | "HTTPS" | "TLS");
         if spec.hosts.len() > 1 && !by_name && spec.resolution != Resolution::None {
-            check.error(&format!("{at}.protocol"), "several hosts need ports that tell them apart: HTTP or TLS", "split the entry");
+            check.error(
+                &format!("{at}.protocol"),
+                "several hosts need ports that tell them apart: HTTP or TLS",
+                "split the entry",
+            );
         }
     }
 }

@@ -46,7 +46,23 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Sidecar) {
     if without_port.is_some_and(|index| index + 1 != spec.egress.len()) {
         check.error("spec.egress", "the entry without port must be the last", "");
     }
-    check.unbuilt_if(!spec.ingress.is_empty(), "spec.ingress");
+    for (index, listener) in spec.ingress.iter().enumerate() {
+        let at = format!("spec.ingress[{index}]");
+        match &listener.port {
+            None => check.error(&format!("{at}.port"), "port is needed", ""),
+            Some(port) => {
+                rules::port_number(check, &format!("{at}.port.number"), port.number);
+                let mut earlier = spec.ingress[..index].iter().filter_map(|other| other.port.as_ref());
+                if earlier.any(|other| other.number == port.number) {
+                    check.error(&format!("{at}.port.number"), format!("port {} is listed twice", port.number), "");
+                }
+            }
+        }
+        check.unbuilt_if(listener.default_endpoint.starts_with("unix:"), format!("{at}.defaultEndpoint"));
+        check.unbuilt_if(!listener.bind.is_empty(), format!("{at}.bind"));
+        check.unbuilt_if(listener.capture_mode == CaptureMode::None, format!("{at}.captureMode"));
+        check.unbuilt_if(listener.tls.is_some(), format!("{at}.tls"));
+    }
     if let Some(pool) = &spec.inbound_connection_pool {
         connection_pool(check, "spec.inboundConnectionPool", pool);
         check.unbuilt("spec.inboundConnectionPool");
@@ -67,7 +83,11 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Sidecar) {
 
 fn egress_host(check: &mut Check<'_>, field: &str, host: &str) {
     let Some((namespace, name)) = host.split_once('/') else {
-        check.error(field, format!("{host:?} is not of the form namespace/host"), "write `*/host`, `./host`, or `namespace/host`");
+        check.error(
+            field,
+            format!("{host:?} is not of the form namespace/host"),
+            "write `*/host`, `./host`, or `namespace/host`",
+        );
         return;
     };
     if !matches!(namespace, "*" | "." | "~") && !rules::is_dns_label(namespace) {

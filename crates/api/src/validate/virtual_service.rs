@@ -10,9 +10,22 @@ use crate::networking::{
 use crate::scalar::{StringMatch, grpc_code};
 
 const RETRY_ON: &[&str] = &[
-    "5xx", "gateway-error", "reset", "reset-before-request", "connect-failure", "retriable-4xx", "refused-stream",
-    "retriable-status-codes", "retriable-headers", "envoy-ratelimited", "http3-post-connect-failure", "cancelled",
-    "deadline-exceeded", "internal", "resource-exhausted", "unavailable",
+    "5xx",
+    "gateway-error",
+    "reset",
+    "reset-before-request",
+    "connect-failure",
+    "retriable-4xx",
+    "refused-stream",
+    "retriable-status-codes",
+    "retriable-headers",
+    "envoy-ratelimited",
+    "http3-post-connect-failure",
+    "cancelled",
+    "deadline-exceeded",
+    "internal",
+    "resource-exhausted",
+    "unavailable",
 ];
 const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE", "*"];
 const CLAIM_PREFIX: &str = "@request.auth.claims";
@@ -55,7 +68,11 @@ pub(super) fn check(check: &mut Check<'_>, spec: &VirtualService) {
                 match HostPattern::parse(sni) {
                     Err(error) => check.error(&at, error.to_string(), ""),
                     Ok(sni) if !patterns.iter().any(|host| host.covers(&sni)) => {
-                        check.error(&at, format!("{sni} is not covered by the hosts of the object"), "add it to `hosts`");
+                        check.error(
+                            &at,
+                            format!("{sni} is not covered by the hosts of the object"),
+                            "add it to `hosts`",
+                        );
                     }
                     Ok(_) => {}
                 }
@@ -82,7 +99,11 @@ fn hosts(check: &mut Check<'_>, spec: &VirtualService, in_mesh: bool) {
     for (index, host) in spec.hosts.iter().enumerate() {
         let field = format!("spec.hosts[{index}]");
         if host == "*" && in_mesh {
-            check.error(&field, "`*` is not allowed for sidecars", "name the hosts, or list only gateways without `mesh`");
+            check.error(
+                &field,
+                "`*` is not allowed for sidecars",
+                "name the hosts, or list only gateways without `mesh`",
+            );
             continue;
         }
         rules::host_with_wildcard(check, &field, host);
@@ -129,7 +150,14 @@ fn http(check: &mut Check<'_>, at: &str, route: &HttpRoute, in_mesh: bool, is_de
     if route.redirect.is_some() || route.direct_response.is_some() {
         for (name, set) in [("fault", route.fault.is_some()), ("rewrite", route.rewrite.is_some())] {
             if set {
-                check.error(&format!("{at}.{name}"), format!("{name} cannot stand beside {}", if route.redirect.is_some() { "redirect" } else { "directResponse" }), "");
+                check.error(
+                    &format!("{at}.{name}"),
+                    format!(
+                        "{name} cannot stand beside {}",
+                        if route.redirect.is_some() { "redirect" } else { "directResponse" }
+                    ),
+                    "",
+                );
             }
         }
     }
@@ -155,7 +183,8 @@ fn http(check: &mut Check<'_>, at: &str, route: &HttpRoute, in_mesh: bool, is_de
             check.error(&format!("{at}.status"), format!("status {} is not between 200 and 600", response.status), "");
         }
         if let Some(body) = &response.body {
-            let length = body.string.as_ref().map_or(0, String::len) + body.bytes.as_ref().map_or(0, |b| b.len() / 4 * 3);
+            let length =
+                body.string.as_ref().map_or(0, String::len) + body.bytes.as_ref().map_or(0, |b| b.len() / 4 * 3);
             if length > BODY_BYTES_MAX {
                 check.error(&format!("{at}.body"), "body is larger than 1 MiB", "serve it from a workload");
             } else if length > BODY_BYTES_DUBIOUS {
@@ -204,7 +233,8 @@ fn http_match(check: &mut Check<'_>, at: &str, alternative: &HttpMatchRequest, i
     {
         rules::regex(check, &format!("{at}.uri.regex"), pattern);
     }
-    let fields = [("scheme", &alternative.scheme), ("method", &alternative.method), ("authority", &alternative.authority)];
+    let fields =
+        [("scheme", &alternative.scheme), ("method", &alternative.method), ("authority", &alternative.authority)];
     for (name, value) in fields {
         if let Some(value) = value {
             rules::string_match(check, &format!("{at}.{name}"), value);
@@ -254,7 +284,11 @@ fn weights(check: &mut Check<'_>, at: &str, weights: impl Iterator<Item = i32>) 
     }
     let sum: i64 = weights.iter().map(|weight| i64::from(*weight)).sum();
     if weights.len() > 1 && sum == 0 {
-        check.error(&format!("{at}.route"), "the weights of several destinations sum to 0", "give them weights, such as 90 and 10");
+        check.error(
+            &format!("{at}.route"),
+            "the weights of several destinations sum to 0",
+            "give them weights, such as 90 and 10",
+        );
     }
     if sum > i64::from(u32::MAX) {
         check.error(&format!("{at}.route"), "the weights sum to more than 4294967295", "");
@@ -335,8 +369,14 @@ pub(super) fn retries(check: &mut Check<'_>, at: &str, retries: &HttpRetry) {
     if retries.attempts < 0 {
         check.error(&format!("{at}.attempts"), "attempts must not be negative", "");
     }
-    if retries.attempts == 0 && (!retries.retry_on.is_empty() || retries.per_try_timeout.is_some() || retries.backoff.is_some()) {
-        check.error(&format!("{at}.attempts"), "attempts 0 disables retries, so nothing else may be set", "set attempts, or remove the rest");
+    if retries.attempts == 0
+        && (!retries.retry_on.is_empty() || retries.per_try_timeout.is_some() || retries.backoff.is_some())
+    {
+        check.error(
+            &format!("{at}.attempts"),
+            "attempts 0 disables retries, so nothing else may be set",
+            "set attempts, or remove the rest",
+        );
     }
     rules::duration(check, &format!("{at}.perTryTimeout"), retries.per_try_timeout);
     rules::duration(check, &format!("{at}.backoff"), retries.backoff);
@@ -344,7 +384,10 @@ pub(super) fn retries(check: &mut Check<'_>, at: &str, retries: &HttpRetry) {
         let is_status = word.parse::<u16>().is_ok_and(|status| (100..600).contains(&status));
         if !is_status && !RETRY_ON.contains(&word) {
             let near = crate::suggest::nearest(word.trim(), RETRY_ON.iter().copied());
-            let hint = near.map_or_else(|| format!("use {} or a status code", RETRY_ON.join(", ")), |near| format!("did you mean {near:?}?"));
+            let hint = near.map_or_else(
+                || format!("use {} or a status code", RETRY_ON.join(", ")),
+                |near| format!("did you mean {near:?}?"),
+            );
             check.error(&format!("{at}.retryOn"), format!("{word:?} is not a condition for a retry"), &hint);
         }
     }
@@ -380,13 +423,19 @@ fn fault(check: &mut Check<'_>, at: &str, fault: &HttpFaultInjection) {
             check.error(&format!("{at}.http2Error"), "http2Error is not supported", "use httpStatus or grpcStatus");
         }
         match (abort.http_status, &abort.grpc_status) {
-            (None, None) if abort.http2_error.is_none() => check.warn(&at, "abort without httpStatus or grpcStatus does nothing", ""),
+            (None, None) if abort.http2_error.is_none() => {
+                check.warn(&at, "abort without httpStatus or grpcStatus does nothing", "");
+            }
             (Some(_), Some(_)) => check.error(&at, "httpStatus and grpcStatus exclude each other", ""),
             (Some(status), None) if !(200..=600).contains(&status) => {
                 check.error(&format!("{at}.httpStatus"), format!("status {status} is not between 200 and 600"), "");
             }
             (None, Some(name)) if grpc_code(name).is_none() => {
-                check.error(&format!("{at}.grpcStatus"), format!("{name:?} is not a gRPC status"), "write a name such as UNAVAILABLE");
+                check.error(
+                    &format!("{at}.grpcStatus"),
+                    format!("{name:?} is not a gRPC status"),
+                    "write a name such as UNAVAILABLE",
+                );
             }
             _ => {}
         }
@@ -429,7 +478,7 @@ fn headers(check: &mut Check<'_>, at: &str, headers: &Headers) {
             for (name, value) in values {
                 let field = format!("{at}.{side}.{verb}[\"{name}\"]");
                 let is_authority = name.eq_ignore_ascii_case("host") || name == ":authority";
-                if name.starts_with(':') && !(is_request && is_authority) || (is_authority && !is_request) {
+                if is_authority != is_request && (is_authority || name.starts_with(':')) {
                     check.error(&field, format!("header {name:?} cannot be changed"), "");
                 } else {
                     header_name(check, &field, name);
@@ -470,11 +519,19 @@ fn shadowed(check: &mut Check<'_>, routes: &[HttpRoute]) {
             && m.gateways.is_empty()
             && m.source_namespace.is_empty()
     };
-    let Some(first) = routes.iter().position(|route| route.matches.is_empty() || route.matches.iter().any(is_catch_all)) else {
+    let Some(first) =
+        routes.iter().position(|route| route.matches.is_empty() || route.matches.iter().any(is_catch_all))
+    else {
         return;
     };
     for index in first + 1..routes.len() {
         let message = format!("never reached: http[{first}] matches every request");
-        check.add("IST0130", types::Severity::Warning, &format!("spec.http[{index}]"), message, "move the catch-all to the end");
+        check.add(
+            "IST0130",
+            types::Severity::Warning,
+            &format!("spec.http[{index}]"),
+            message,
+            "move the catch-all to the end",
+        );
     }
 }
