@@ -44,6 +44,8 @@ pub(crate) fn compile(context: &Context<'_>) -> Compiled {
     context.find_all(policies.findings);
     out.routes.sort_by(|a, b| a.name.cmp(&b.name));
     out.secrets = secret_names.iter().filter_map(|wanted| secrets::answer(context, wanted)).collect();
+    // Several servers may name one secret; the answer is the same.
+    out.secrets.dedup_by(|a, b| a.name == b.name);
     out
 }
 

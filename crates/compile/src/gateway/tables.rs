@@ -49,7 +49,7 @@ fn table(context: &Context<'_>, name: &str, servers: &[&OpenServer], number: u16
                 virtual_service: &service,
                 gateways: &[&key],
                 port: server.number,
-                place: http::Place::Gateway,
+                place: http::Place::Gateway { is_tls: server.serving == Serving::Https },
             });
             for host in hosts {
                 let entry = gathered.entry(host).or_insert_with(|| Gathered::new(server.number));

@@ -194,21 +194,21 @@ fn one_issuer() {
 
 #[test]
 fn several_issuers_are_merged_and_sorted() {
-    let yaml = tokens("b", &format!("{{jwtRules: [{{issuer: z, jwks: '{KEYS}', fromHeaders: [{{name: x-jwt, prefix: 'Token '}}], fromParams: [token], fromCookies: [session], outputPayloadToHeader: x-payload}}]}}"))
-        + &tokens("a", &format!("{{selector: {{matchLabels: {{app: a}}}}, jwtRules: [{{issuer: y, jwks: '{KEYS}'}}]}}"))
-        + &tokens("c", &format!("{{selector: {{matchLabels: {{app: b}}}}, jwtRules: [{{issuer: x, jwks: '{KEYS}'}}]}}"));
+    let yaml = tokens("b", &format!("{{jwtRules: [{{issuer: iss-z, jwks: '{KEYS}', fromHeaders: [{{name: x-jwt, prefix: 'Token '}}], fromParams: [token], fromCookies: [session], outputPayloadToHeader: x-payload}}]}}"))
+        + &tokens("a", &format!("{{selector: {{matchLabels: {{app: a}}}}, jwtRules: [{{issuer: iss-y, jwks: '{KEYS}'}}]}}"))
+        + &tokens("c", &format!("{{selector: {{matchLabels: {{app: b}}}}, jwtRules: [{{issuer: iss-x, jwks: '{KEYS}'}}]}}"));
     check(
         &yaml,
         &[
-            &format!("origins-0: iss=y keys={KEYS}"),
-            &format!("origins-1: iss=z keys={KEYS} header=x-jwt:Token  param=token cookie=session payload->x-payload"),
+            &format!("origins-0: iss=iss-y keys={KEYS}"),
+            &format!("origins-1: iss=iss-z keys={KEYS} header=x-jwt:Token  param=token cookie=session payload->x-payload"),
             "requires all(any(origins-0, origins-1, all(any(origins-0, none), any(origins-1, none))), none)",
         ],
         &[],
     );
     // Two key sets of one issuer: one of them must fit.
-    let twice = tokens("a", &format!("{{jwtRules: [{{issuer: y, jwks: '{KEYS}'}}]}}"))
-        + &tokens("b", &format!("{{jwtRules: [{{issuer: y, jwks: '{KEYS}', audiences: [b]}}]}}"));
+    let twice = tokens("a", &format!("{{jwtRules: [{{issuer: iss-y, jwks: '{KEYS}'}}]}}"))
+        + &tokens("b", &format!("{{jwtRules: [{{issuer: iss-y, jwks: '{KEYS}', audiences: [b]}}]}}"));
     let filters = filters_of(Place::Sidecar, &twice);
     assert_eq!(
         test_mesh::http_filters(&filters.http)[2],
