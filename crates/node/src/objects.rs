@@ -1,5 +1,17 @@
-//! The objects of the local mesh: store, files, socket.
+//! The objects of the local mesh, and everybody's way to them.
 //!
-//! Written by the lead engineer now: `objects/{store,files,state,server,client}.rs`. The engineer
-//! "api" writes `controller/`, `inject.rs`, `env.rs`, `volume.rs`, `token.rs`, `probe.rs` beside
-//! this file, on top of [`store::Store`] (see its public functions) and `PodRuntime`.
+//! ```text
+//!  files ─┐                        ┌─► watch ──► discovery, controllers
+//!  socket ┼─► admission ─► Store ──┤
+//!  controllers (Pods, slices) ─┘   └─► state file (what users admitted)
+//! ```
+//!
+//! **Invariants.** Only the [`store::Store`] changes objects, and only through admission. What
+//! users admitted survives `kill -9`; what controllers derived is derived again.
+
+pub mod client;
+pub mod files;
+pub mod logs;
+pub mod server;
+pub mod state;
+pub mod store;
