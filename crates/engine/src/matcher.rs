@@ -58,6 +58,14 @@ impl StringMatcher {
         Self::Exact(Text::new(text, false))
     }
 
+    /// The text, when nothing else matches.
+    pub fn exact_text(&self) -> Option<&[u8]> {
+        match self {
+            Self::Exact(text) if !text.ignore_case => Some(&text.bytes),
+            _ => None,
+        }
+    }
+
     /// Lowers Envoy's message.
     pub fn lower(proto: &pb::StringMatcher) -> Result<Self, Unsupported> {
         use pb::string_matcher::MatchPattern;
