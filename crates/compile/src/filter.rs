@@ -50,6 +50,8 @@ pub(crate) struct Http {
     pub(crate) policies: Vec<HttpFilter>,
     /// Browser gRPC is translated.
     pub(crate) has_grpc_web: bool,
+    /// The port is declared to speak HTTP/2.
+    pub(crate) is_http2: bool,
 }
 
 /// A network filter by its full name.
@@ -235,6 +237,7 @@ pub(crate) fn connection_manager(context: &Context<'_>, of: Http) -> Filter {
         http_filters,
         tracing: telemetry::tracing(context, of.direction),
         http_protocol_options: http1_options(context, is_gateway),
+        http2_protocol_options: of.is_http2.then(Default::default),
         server_name: if of.direction == Direction::Outbound { String::new() } else { "istio-envoy".into() },
         stream_idle_timeout: zero(),
         access_log: context.telemetry.access_logs(),

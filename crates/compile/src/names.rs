@@ -5,15 +5,9 @@ pub(crate) fn cluster(port: u16, subset: &str, host: &str) -> String {
     format!("outbound|{port}|{subset}|{host}")
 }
 
-/// `outbound_.<port>_.<subset or _>_.<host>`, the SNI of mesh TLS.
+/// `outbound_.<port>_.<subset>_.<host>`, the SNI of mesh TLS.
 pub(crate) fn sni(port: u16, subset: &str, host: &str) -> String {
-    let subset = if subset.is_empty() { "_" } else { subset };
     format!("outbound_.{port}_.{subset}_.{host}")
-}
-
-/// `inbound|<port>||`
-pub(crate) fn inbound(port: u16) -> String {
-    format!("inbound|{port}||")
 }
 
 /// Outbound to the original destination.

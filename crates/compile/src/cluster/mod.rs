@@ -332,11 +332,18 @@ fn inbound_cluster(context: &Context<'_>, port: &InboundPort) -> Cluster {
         }
     }
     let service = port.services.first();
-    let rule = service.and_then(|(service, _)| context.rule(service));
+    // Subsets mean nothing here; only a policy does.
+    let rule = service.and_then(|(service, _)| context.rule(service)).filter(|rule| rule.traffic_policy.is_some());
     let mut istio = Vec::new();
     let mut from: Vec<Provenance> = Vec::new();
     if !port.services.is_empty() {
-        istio.push(("services", list(port.services.iter().map(|(service, _)| service_value(service)).collect())));
+        let mut services: Vec<&Arc<Service>> = Vec::new();
+        for (service, _) in &port.services {
+            if !services.iter().any(|known| known.key() == service.key()) {
+                services.push(service);
+            }
+        }
+        istio.push(("services", list(services.into_iter().map(|service| service_value(service)).collect())));
     }
     if let Some(rule) = rule {
         istio.push(("config", text(wire::config_path(rule.object()))));

@@ -91,18 +91,31 @@ fn chain(server_names: Vec<String>, filters: Vec<Filter>) -> FilterChain {
     }
 }
 
-fn manager(context: &Context<'_>, port: &OpenPort, table: &str, has_grpc_web: bool, policies: &PolicyFilters) -> Filter {
-    filter::connection_manager(context, Http {
-        direction: Direction::Gateway,
-        stat_prefix: format!("outbound_{};", port.name()),
-        routes: Routes::Rds(table.to_owned()),
-        policies: policies.http.clone(),
-        has_grpc_web,
-    })
+fn manager(
+    context: &Context<'_>,
+    port: &OpenPort,
+    table: &str,
+    has_grpc_web: bool,
+    policies: &PolicyFilters,
+) -> Filter {
+    filter::connection_manager(
+        context,
+        Http {
+            direction: Direction::Gateway,
+            stat_prefix: format!("outbound_{};", port.name()),
+            routes: Routes::Rds(table.to_owned()),
+            policies: policies.http.clone(),
+            has_grpc_web,
+            is_http2: false,
+        },
+    )
 }
 
 /// VirtualServices that may route for a server, with the hosts both agree on; narrower wins.
-pub(crate) fn bound(context: &Context<'_>, server: &OpenServer) -> Vec<(std::sync::Arc<VirtualService>, Vec<Box<str>>)> {
+pub(crate) fn bound(
+    context: &Context<'_>,
+    server: &OpenServer,
+) -> Vec<(std::sync::Arc<VirtualService>, Vec<Box<str>>)> {
     let services = context.snapshot.virtual_services_for_gateway(&context.view.namespace, &server.gateway_key());
     let mut out = Vec::new();
     for service in services {
@@ -138,7 +151,13 @@ fn tcp_filters(context: &Context<'_>, server: &OpenServer, policies: &PolicyFilt
         }
     }
     let hint = "bind a VirtualService with a tcp route to the gateway";
-    context.find(finding(server, "port", "LAT0408", "no VirtualService leads anywhere, so this server is not opened", hint));
+    context.find(finding(
+        server,
+        "port",
+        "LAT0408",
+        "no VirtualService leads anywhere, so this server is not opened",
+        hint,
+    ));
     None
 }
 
@@ -203,7 +222,8 @@ fn passthrough_chains(
     for (service, _) in bound(context, server) {
         for (index, route) in service.tls.iter().enumerate() {
             for of in &route.matches {
-                let fits = (of.port == 0 || of.port == server.number) && (of.gateways.is_empty() || of.gateways.contains(&key));
+                let fits = (of.port == 0 || of.port == server.number)
+                    && (of.gateways.is_empty() || of.gateways.contains(&key));
                 if !fits {
                     continue;
                 }
@@ -227,14 +247,23 @@ fn passthrough_chains(
                 let metadata: Option<Metadata> = wire::provenance_metadata(&[from]);
                 chains.push(FilterChain {
                     metadata,
-                    ..chain(if is_any { Vec::new() } else { names }, relay(context, server, &service, &route.route, policies))
+                    ..chain(
+                        if is_any { Vec::new() } else { names },
+                        relay(context, server, &service, &route.route, policies),
+                    )
                 });
             }
         }
     }
     if chains.is_empty() {
         let hint = "bind a VirtualService with a tls route to the gateway";
-        context.find(finding(server, "port", "LAT0408", "no VirtualService leads anywhere, so this server is not opened", hint));
+        context.find(finding(
+            server,
+            "port",
+            "LAT0408",
+            "no VirtualService leads anywhere, so this server is not opened",
+            hint,
+        ));
     }
     chains
 }

@@ -36,7 +36,8 @@ pub(crate) fn answer(context: &Context<'_>, wanted: &Wanted) -> Option<Secret> {
                 field: wanted.field.clone(),
                 position: None,
                 message: format!("{what}; handshakes of this server fail").into(),
-                hint: format!("create the Secret in namespace {}, where the gateway runs", context.view.namespace).into(),
+                hint: format!("create the Secret in namespace {}, where the gateway runs", context.view.namespace)
+                    .into(),
             });
             None
         }
@@ -45,14 +46,15 @@ pub(crate) fn answer(context: &Context<'_>, wanted: &Wanted) -> Option<Secret> {
 
 fn find(context: &Context<'_>, wanted: &Wanted) -> Result<secret::Type, String> {
     let own = &*context.view.namespace;
-    let path = match wanted.resource.split_once("://") {
-        Some(("kubernetes" | "kubernetes-gateway", path)) => path,
-        _ => return Err(format!("{:?} is not a credential that can be read", wanted.resource)),
+    let Some(("kubernetes" | "kubernetes-gateway", path)) = wanted.resource.split_once("://") else {
+        return Err(format!("{:?} is not a credential that can be read", wanted.resource));
     };
     let name = match path.split_once('/') {
         None => path,
         Some((namespace, name)) if namespace == own => name,
-        Some((namespace, _)) => return Err(format!("Secret {path} is of namespace {namespace}, and the gateway runs in {own}")),
+        Some((namespace, _)) => {
+            return Err(format!("Secret {path} is of namespace {namespace}, and the gateway runs in {own}"));
+        }
     };
     if !wanted.is_ca {
         let object = context.snapshot.secret(own, name).ok_or_else(|| format!("there is no Secret {own}/{name}"))?;
@@ -60,7 +62,8 @@ fn find(context: &Context<'_>, wanted: &Wanted) -> Result<secret::Type, String> 
             .iter()
             .find_map(|(certificate, key)| Some((object.spec.value(certificate)?, object.spec.value(key)?)))
             .ok_or_else(|| format!("Secret {own}/{name} has neither tls.crt and tls.key nor cert and key"))?;
-        check_pem(certificate, "CERTIFICATE").map_err(|()| format!("the certificate of Secret {own}/{name} is not PEM"))?;
+        check_pem(certificate, "CERTIFICATE")
+            .map_err(|()| format!("the certificate of Secret {own}/{name} is not PEM"))?;
         check_pem(key, "PRIVATE KEY").map_err(|()| format!("the key of Secret {own}/{name} is not PEM"))?;
         return Ok(secret::Type::TlsCertificate(TlsCertificate {
             certificate_chain: Some(inline(certificate)),

@@ -137,10 +137,10 @@ pub(crate) fn opened(context: &Context<'_>) -> Vec<OpenPort> {
     for gateway in context.snapshot.gateways_for(&context.view.labels) {
         for (index, server) in gateway.spec.servers.iter().enumerate() {
             let field = format!("spec.servers[{index}]");
-            let server = match open(gateway, server, field) {
+            let server = match open(gateway, server, &field) {
                 Ok(server) => server,
                 Err(finding) => {
-                    context.find(finding);
+                    context.find(*finding);
                     continue;
                 }
             };
@@ -148,7 +148,9 @@ pub(crate) fn opened(context: &Context<'_>) -> Vec<OpenPort> {
             let bind: Box<str> = if written.bind.is_empty() { "0.0.0.0".into() } else { written.bind.as_str().into() };
             for number in targets.of_port(server.number) {
                 if context.view.is_unprivileged && number < 1024 {
-                    let what = format!("port {number} cannot be opened by a gateway without privileges, so this server is not opened");
+                    let what = format!(
+                        "port {number} cannot be opened by a gateway without privileges, so this server is not opened"
+                    );
                     let hint = "select the gateway's pods with a Service that leads this port to one above 1023";
                     context.find(finding(&server, "port.number", "LAT0402", &what, hint));
                     continue;
@@ -161,15 +163,17 @@ pub(crate) fn opened(context: &Context<'_>) -> Vec<OpenPort> {
 }
 
 /// Reads one server.
-fn open(gateway: &Config<net::Gateway>, server: &net::Server, field: String) -> Result<OpenServer, Finding> {
-    let bad = |field: &str, what: String, hint: &str| Finding {
-        code: "LAT0401".into(),
-        severity: Severity::Error,
-        object: Some(gateway.object.clone()),
-        field: field.into(),
-        position: None,
-        message: format!("{what}, so this server is not opened").into(),
-        hint: hint.into(),
+fn open(gateway: &Config<net::Gateway>, server: &net::Server, field: &str) -> Result<OpenServer, Box<Finding>> {
+    let bad = |field: &str, what: String, hint: &str| {
+        Box::new(Finding {
+            code: "LAT0401".into(),
+            severity: Severity::Error,
+            object: Some(gateway.object.clone()),
+            field: field.into(),
+            position: None,
+            message: format!("{what}, so this server is not opened").into(),
+            hint: hint.into(),
+        })
     };
     let Some(port) = server.port.as_ref().filter(|port| port.number != 0) else {
         return Err(bad(&format!("{field}.port"), "the server has no port number".into(), "set port.number"));
@@ -198,14 +202,17 @@ fn open(gateway: &Config<net::Gateway>, server: &net::Server, field: String) -> 
         (protocol, _) if protocol.is_http() => Serving::Http,
         _ => Serving::Tcp,
     };
-    let hosts: Vec<_> =
-        server.hosts.iter().map(|host| ServerHost::parse(host, gateway.namespace())).collect();
+    let hosts: Vec<_> = server.hosts.iter().map(|host| ServerHost::parse(host, gateway.namespace())).collect();
     if hosts.is_empty() {
-        return Err(bad(&format!("{field}.hosts"), "the server has no hosts".into(), "list the hosts it serves, or \"*\""));
+        return Err(bad(
+            &format!("{field}.hosts"),
+            "the server has no hosts".into(),
+            "list the hosts it serves, or \"*\"",
+        ));
     }
     Ok(OpenServer {
         gateway: gateway.object.clone(),
-        field,
+        field: field.to_owned(),
         number: port.number,
         port_name: port.name.as_str().into(),
         serving,
@@ -233,15 +240,16 @@ fn add(
         ),
         Serving::TlsTerminated | Serving::Passthrough | Serving::Tcp => String::new(),
     };
-    let port = ports
-        .entry((bind.clone(), number))
-        .or_insert_with(|| OpenPort { bind, number, servers: Vec::new() });
+    let port = ports.entry((bind.clone(), number)).or_insert_with(|| OpenPort { bind, number, servers: Vec::new() });
     let Some(first) = port.servers.first() else {
         port.servers.push(server);
         return;
     };
     if kind(first.serving) != kind(server.serving) || server.serving == Serving::Tcp {
-        let what = format!("{} {} has opened the port for another protocol, so this server is not opened", first.gateway, first.field);
+        let what = format!(
+            "{} {} has opened the port for another protocol, so this server is not opened",
+            first.gateway, first.field
+        );
         context.find(finding(&server, "port", "LAT0403", &what, "use another port"));
         return;
     }
@@ -251,11 +259,20 @@ fn add(
     });
     if let Some(other) = clash {
         let what = if shares_a_name(other, &server) {
-            format!("{} {} already serves one of these hosts on the port, so this server is not opened", other.gateway, other.field)
+            format!(
+                "{} {} already serves one of these hosts on the port, so this server is not opened",
+                other.gateway, other.field
+            )
         } else {
             format!("{} has the same port name, so this server is not opened", other.field)
         };
-        context.find(finding(&server, "hosts", "LAT0404", &what, "serve each host once a port, under port names of their own"));
+        context.find(finding(
+            &server,
+            "hosts",
+            "LAT0404",
+            &what,
+            "serve each host once a port, under port names of their own",
+        ));
         return;
     }
     port.servers.push(server);
@@ -300,7 +317,10 @@ impl Targets {
         let mut by_port: BTreeMap<u16, BTreeSet<u16>> = BTreeMap::new();
         for service in context.snapshot.services() {
             let selects = *service.namespace == *view.namespace
-                && service.selector.as_ref().is_some_and(|selector| !selector.is_empty() && selector.matches(&view.labels));
+                && service
+                    .selector
+                    .as_ref()
+                    .is_some_and(|selector| !selector.is_empty() && selector.matches(&view.labels));
             if !selects || service.labels.get(NO_TRANSLATION).is_some_and(|value| value == "true") {
                 continue;
             }

@@ -108,9 +108,8 @@ fn collapse(gathered: BTreeMap<Box<str>, Gathered>) -> Vec<VirtualHost> {
     let mut out: Vec<VirtualHost> = Vec::new();
     for (host, entry) in hosts {
         let require_tls = if entry.redirects { TlsRequirementType::All } else { TlsRequirementType::None };
-        let twin = out
-            .iter_mut()
-            .find(|other| other.require_tls == i32::from(require_tls) && other.routes == entry.routes);
+        let twin =
+            out.iter_mut().find(|other| other.require_tls == i32::from(require_tls) && other.routes == entry.routes);
         if let Some(twin) = twin {
             twin.domains.push(host.into());
             continue;
@@ -164,11 +163,14 @@ mod tests {
 
     #[test]
     fn equal_hosts_collapse() {
-        let entry = |path: &str, redirects| Gathered { redirects, ..{
-            let mut entry = Gathered::new(80);
-            entry.add(&[prefix(path)]);
-            entry
-        } };
+        let entry = |path: &str, redirects| Gathered {
+            redirects,
+            ..{
+                let mut entry = Gathered::new(80);
+                entry.add(&[prefix(path)]);
+                entry
+            }
+        };
         let hosts = collapse(BTreeMap::from([
             ("a.opt.example.com".into(), entry("/x", false)),
             ("absent.example.com".into(), entry("/x", false)),
@@ -178,10 +180,13 @@ mod tests {
             ("shop.example.com".into(), entry("/y", false)),
         ]));
         let text: Vec<_> = hosts.iter().map(|host| format!("{} {:?}", host.name, host.domains)).collect();
-        assert_eq!(text, [
-            r#"absent.example.com:80 ["absent.example.com", "a.opt.example.com", "mesh.example.com"]"#,
-            r#"tls.example.com:80 ["tls.example.com"]"#,
-            r#"shop.example.com:80 ["shop.example.com", "*"]"#,
-        ]);
+        assert_eq!(
+            text,
+            [
+                r#"absent.example.com:80 ["absent.example.com", "a.opt.example.com", "mesh.example.com"]"#,
+                r#"tls.example.com:80 ["tls.example.com"]"#,
+                r#"shop.example.com:80 ["shop.example.com", "*"]"#,
+            ]
+        );
     }
 }

@@ -7,7 +7,7 @@ use super::*;
 use crate::security::test_mesh;
 use crate::view::ProxyKind;
 
-const SERVICES: &str = r#"
+const SERVICES: &str = r"
 apiVersion: v1
 kind: Service
 metadata: {name: istio-ingressgateway, namespace: istio-system}
@@ -31,7 +31,7 @@ spec:
   clusterIP: 10.96.0.2
   selector: {app: echo}
   ports: [{name: tcp, port: 9000}, {name: tls, port: 8443}]
-"#;
+";
 
 struct Got {
     compiled: Compiled,
@@ -49,11 +49,15 @@ fn compiled(yaml: &str) -> Got {
 }
 
 fn gateway(namespace: &str, name: &str, servers: &str) -> String {
-    format!("---\napiVersion: networking.istio.io/v1\nkind: Gateway\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec:\n  selector: {{istio: ingressgateway}}\n  servers: [{servers}]\n")
+    format!(
+        "---\napiVersion: networking.istio.io/v1\nkind: Gateway\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec:\n  selector: {{istio: ingressgateway}}\n  servers: [{servers}]\n"
+    )
 }
 
 fn virtual_service(namespace: &str, name: &str, spec: &str) -> String {
-    format!("---\napiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n")
+    format!(
+        "---\napiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n"
+    )
 }
 
 fn secret(name: &str, keys: &[&str]) -> String {
@@ -64,7 +68,10 @@ fn secret(name: &str, keys: &[&str]) -> String {
             format!("  {key}: |\n    -----BEGIN {label}-----\n    AA==\n    -----END {label}-----\n")
         })
         .collect();
-    format!("---\napiVersion: v1\nkind: Secret\nmetadata: {{name: {name}, namespace: istio-system}}\nstringData:\n{}", data.join(""))
+    format!(
+        "---\napiVersion: v1\nkind: Secret\nmetadata: {{name: {name}, namespace: istio-system}}\nstringData:\n{}",
+        data.join("")
+    )
 }
 
 /// `name: chain` for every chain.
@@ -72,7 +79,10 @@ fn listeners(got: &Got) -> Vec<String> {
     let all = got.compiled.listeners.iter();
     all.flat_map(|listener| {
         let inspected = if listener.listener_filters.is_empty() { "" } else { " tls_inspector" };
-        listener.filter_chains.iter().map(move |chain| format!("{}{inspected}:{}", listener.name, test_mesh::chain(chain)))
+        listener
+            .filter_chains
+            .iter()
+            .map(move |chain| format!("{}{inspected}:{}", listener.name, test_mesh::chain(chain)))
     })
     .collect()
 }
@@ -119,17 +129,23 @@ fn http_https_and_redirect() {
             "{hosts: [tls.example.com, plain.example.com], gateways: [mail], http: [{route: [{destination: {host: web}}]}]}",
         ) + &secret("cert", &["tls.crt", "tls.key"])),
     );
-    assert_eq!(listeners(&got), [
-        "0.0.0.0_8080: -> HTTP(http.8080)",
-        "0.0.0.0_8443 tls_inspector: tls.example.com -> HTTP(https.443.https.mail.shop) TLS(kubernetes://cert h2,http/1.1)",
-    ]);
-    assert_eq!(tables(&got), [
-        "http.8080",
-        &format!("plain.example.com:80 [plain.example.com] {WEB}"),
-        &format!("tls.example.com:80 [tls.example.com] redirects {WEB}"),
-        "https.443.https.mail.shop",
-        &format!("tls.example.com:443 [tls.example.com] {WEB}"),
-    ]);
+    assert_eq!(
+        listeners(&got),
+        [
+            "0.0.0.0_8080: -> HTTP(http.8080)",
+            "0.0.0.0_8443 tls_inspector: tls.example.com -> HTTP(https.443.https.mail.shop) TLS(kubernetes://cert h2,http/1.1)",
+        ]
+    );
+    assert_eq!(
+        tables(&got),
+        [
+            "http.8080",
+            &format!("plain.example.com:80 [plain.example.com] {WEB}"),
+            &format!("tls.example.com:80 [tls.example.com] redirects {WEB}"),
+            "https.443.https.mail.shop",
+            &format!("tls.example.com:443 [tls.example.com] {WEB}"),
+        ]
+    );
     let names: Vec<_> = got.compiled.secrets.iter().map(|secret| secret.name.as_str()).collect();
     assert_eq!(names, ["kubernetes://cert"]);
     assert_eq!(got.findings, Vec::<String>::new());
@@ -159,23 +175,48 @@ fn tls_server(name: &str, hosts: &str, tls: &str) -> String {
 #[test]
 fn tls_modes() {
     let servers = [
-        tls_server("mutual", "admin.example.com", "mode: MUTUAL, credentialName: admin, minProtocolVersion: TLSV1_3, subjectAltNames: [ops.example.com]"),
-        tls_server("optional", "'*.opt.example.com'", "mode: OPTIONAL_MUTUAL, credentialName: admin, cipherSuites: [ECDHE-ECDSA-AES128-GCM-SHA256]"),
+        tls_server(
+            "mutual",
+            "admin.example.com",
+            "mode: MUTUAL, credentialName: admin, minProtocolVersion: TLSV1_3, subjectAltNames: [ops.example.com]",
+        ),
+        tls_server(
+            "optional",
+            "'*.opt.example.com'",
+            "mode: OPTIONAL_MUTUAL, credentialName: admin, cipherSuites: [ECDHE-ECDSA-AES128-GCM-SHA256]",
+        ),
         tls_server("mesh", "mesh.example.com", "mode: ISTIO_MUTUAL"),
         tls_server("absent", "absent.example.com", "mode: SIMPLE, credentialName: no-such-secret"),
     ];
-    let got = compiled(&(gateway("istio-system", "modes", &servers.join(", ")) + &secret("admin", &["tls.crt", "tls.key", "ca.crt"])));
+    let got = compiled(
+        &(gateway("istio-system", "modes", &servers.join(", ")) + &secret("admin", &["tls.crt", "tls.key", "ca.crt"])),
+    );
     let prefix = "0.0.0.0_8443 tls_inspector:";
-    assert_eq!(listeners(&got), [
-        format!("{prefix} admin.example.com -> HTTP(https.443.mutual.modes.istio-system) TLS(kubernetes://admin requires=kubernetes://admin-cacert san=ops.example.com 4..0 0 suites h2,http/1.1)"),
-        format!("{prefix} *.opt.example.com -> HTTP(https.443.optional.modes.istio-system) TLS(kubernetes://admin accepts=kubernetes://admin-cacert 0..0 1 suites h2,http/1.1)"),
-        // Unlike Istio: the identity must be of the mesh's trust domains.
-        format!("{prefix} mesh.example.com -> HTTP(https.443.mesh.modes.istio-system) TLS(default requires=ROOTCA san=spiffe://cluster.local/* h2,http/1.1)"),
-        format!("{prefix} absent.example.com -> HTTP(https.443.absent.modes.istio-system) TLS(kubernetes://no-such-secret h2,http/1.1)"),
-    ]);
+    assert_eq!(
+        listeners(&got),
+        [
+            format!(
+                "{prefix} admin.example.com -> HTTP(https.443.mutual.modes.istio-system) TLS(kubernetes://admin requires=kubernetes://admin-cacert san=ops.example.com 4..0 0 suites h2,http/1.1)"
+            ),
+            format!(
+                "{prefix} *.opt.example.com -> HTTP(https.443.optional.modes.istio-system) TLS(kubernetes://admin accepts=kubernetes://admin-cacert 0..0 1 suites h2,http/1.1)"
+            ),
+            // Unlike Istio: the identity must be of the mesh's trust domains.
+            format!(
+                "{prefix} mesh.example.com -> HTTP(https.443.mesh.modes.istio-system) TLS(default requires=ROOTCA san=spiffe://cluster.local/* h2,http/1.1)"
+            ),
+            format!(
+                "{prefix} absent.example.com -> HTTP(https.443.absent.modes.istio-system) TLS(kubernetes://no-such-secret h2,http/1.1)"
+            ),
+        ]
+    );
     let names: Vec<_> = got.compiled.secrets.iter().map(|secret| secret.name.as_str()).collect();
     assert_eq!(names, ["kubernetes://admin", "kubernetes://admin-cacert"]);
-    assert!(got.findings.iter().any(|finding| finding.contains("there is no Secret istio-system/no-such-secret")), "{:?}", got.findings);
+    assert!(
+        got.findings.iter().any(|finding| finding.contains("there is no Secret istio-system/no-such-secret")),
+        "{:?}",
+        got.findings
+    );
 }
 
 #[test]
@@ -185,7 +226,8 @@ fn secrets_are_of_the_gateways_own_namespace() {
     let got = compiled(&yaml);
     assert!(got.compiled.secrets.is_empty());
     assert!(got.findings[0].contains("there is no Secret istio-system/cert"), "{:?}", got.findings);
-    let mut foreign = gateway("shop", "g", &tls_server("a", "a.com", "mode: SIMPLE, credentialName: 'kubernetes://shop/cert'"));
+    let mut foreign =
+        gateway("shop", "g", &tls_server("a", "a.com", "mode: SIMPLE, credentialName: 'kubernetes://shop/cert'"));
     foreign += &secret("cert", &["tls.crt", "tls.key"]).replace("namespace: istio-system", "namespace: shop");
     assert!(compiled(&foreign).compiled.secrets.is_empty());
 }
@@ -211,35 +253,58 @@ fn bytes_and_passed_on_tls() {
              route: [{destination: {host: echo, port: {number: 8443}}}]}]}",
         )),
     );
-    assert_eq!(listeners(&got), [
-        "0.0.0.0_8443 tls_inspector: pass.example.com -> TCP(outbound|8443||echo.shop.svc.cluster.local)",
-        &format!("0.0.0.0_9000: -> TCP(raw.shop: 80 outbound|9000||echo.shop.svc.cluster.local, 20 {WEB})"),
-    ]);
+    assert_eq!(
+        listeners(&got),
+        [
+            "0.0.0.0_8443 tls_inspector: pass.example.com -> TCP(outbound|8443||echo.shop.svc.cluster.local)",
+            &format!("0.0.0.0_9000: -> TCP(raw.shop: 80 outbound|9000||echo.shop.svc.cluster.local, 20 {WEB})"),
+        ]
+    );
     assert!(got.findings[0].contains("no VirtualService leads anywhere"), "{:?}", got.findings);
 }
 
 #[test]
 fn virtual_services_are_merged_by_host_and_what_takes_everything_goes_last() {
     let server = "{port: {number: 80, name: http, protocol: HTTP}, hosts: ['*']}";
-    let to = |uri: &str, port: u16| format!("{{match: [{{uri: {{prefix: {uri}}}}}], route: [{{destination: {{host: web.shop.svc.cluster.local, port: {{number: {port}}}}}}}]}}");
+    let to = |uri: &str, port: u16| {
+        format!(
+            "{{match: [{{uri: {{prefix: {uri}}}}}], route: [{{destination: {{host: web.shop.svc.cluster.local, port: {{number: {port}}}}}}}]}}"
+        )
+    };
     let rest = "{route: [{destination: {host: web.shop.svc.cluster.local, port: {number: 1}}}]}";
     let got = compiled(
         &(gateway("istio-system", "g", server)
-            + &virtual_service("istio-system", "a", &format!("{{hosts: [shop.example.com], gateways: [g], http: [{}, {rest}]}}", to("/reviews", 2)))
-            + &virtual_service("shop", "b", &format!("{{hosts: [shop.example.com, x.example.com], gateways: [istio-system/g], http: [{}]}}", to("/ratings", 3)))),
+            + &virtual_service(
+                "istio-system",
+                "a",
+                &format!("{{hosts: [shop.example.com], gateways: [g], http: [{}, {rest}]}}", to("/reviews", 2)),
+            )
+            + &virtual_service(
+                "shop",
+                "b",
+                &format!(
+                    "{{hosts: [shop.example.com, x.example.com], gateways: [istio-system/g], http: [{}]}}",
+                    to("/ratings", 3)
+                ),
+            )),
     );
     let web = |port: u16| format!("outbound|{port}||web.shop.svc.cluster.local");
-    assert_eq!(tables(&got), [
-        "http.8080",
-        &format!("shop.example.com:80 [shop.example.com] {} {} {}", web(2), web(3), web(1)),
-        &format!("x.example.com:80 [x.example.com] {}", web(3)),
-    ]);
+    assert_eq!(
+        tables(&got),
+        [
+            "http.8080",
+            &format!("shop.example.com:80 [shop.example.com] {} {} {}", web(2), web(3), web(1)),
+            &format!("x.example.com:80 [x.example.com] {}", web(3)),
+        ]
+    );
 }
 
 #[test]
 fn hosts_and_namespaces_bound_who_may_bind() {
     let route = "http: [{route: [{destination: {host: web.shop.svc.cluster.local}}]}]";
-    let vs = |namespace: &str, gateways: &str| virtual_service(namespace, "vs", &format!("{{hosts: [a.example.com], gateways: [{gateways}], {route}}}"));
+    let vs = |namespace: &str, gateways: &str| {
+        virtual_service(namespace, "vs", &format!("{{hosts: [a.example.com], gateways: [{gateways}], {route}}}"))
+    };
     let served = |hosts: &str, vs: String| {
         let server = format!("{{port: {{number: 80, name: http, protocol: HTTP}}, hosts: ['{hosts}']}}");
         !tables(&compiled(&(gateway("edge", "g", &server) + &vs)))[1].starts_with("blackhole")
@@ -266,11 +331,21 @@ fn hosts_and_namespaces_bound_who_may_bind() {
 #[test]
 fn servers_that_exclude_each_other() {
     let got = compiled(
-        &(gateway("shop", "a", "{port: {number: 80, name: http, protocol: HTTP}, hosts: ['*']}, {port: {number: 443, name: one, protocol: HTTPS}, hosts: [a.com], tls: {mode: ISTIO_MUTUAL}}")
-            + &gateway("shop", "b", "{port: {number: 80, name: tcp, protocol: TCP}, hosts: ['*']}, {port: {number: 443, name: two, protocol: HTTPS}, hosts: [a.com, b.com], tls: {mode: ISTIO_MUTUAL}}")),
+        &(gateway(
+            "shop",
+            "a",
+            "{port: {number: 80, name: http, protocol: HTTP}, hosts: ['*']}, {port: {number: 443, name: one, protocol: HTTPS}, hosts: [a.com], tls: {mode: ISTIO_MUTUAL}}",
+        ) + &gateway(
+            "shop",
+            "b",
+            "{port: {number: 80, name: tcp, protocol: TCP}, hosts: ['*']}, {port: {number: 443, name: two, protocol: HTTPS}, hosts: [a.com, b.com], tls: {mode: ISTIO_MUTUAL}}",
+        )),
     );
     let names: Vec<_> = listeners(&got).iter().map(|line| line.split(" TLS").next().unwrap().to_owned()).collect();
-    assert_eq!(names, ["0.0.0.0_8080: -> HTTP(http.8080)", "0.0.0.0_8443 tls_inspector: a.com -> HTTP(https.443.one.a.shop)"]);
+    assert_eq!(
+        names,
+        ["0.0.0.0_8080: -> HTTP(http.8080)", "0.0.0.0_8443 tls_inspector: a.com -> HTTP(https.443.one.a.shop)"]
+    );
     assert_eq!(got.findings.len(), 2, "{:?}", got.findings);
 }
 
@@ -279,7 +354,11 @@ fn ports_below_1024_need_a_service() {
     let got = compiled(&gateway("shop", "g", "{port: {number: 81, name: http, protocol: HTTP}, hosts: ['*']}"));
     assert!(got.compiled.listeners.is_empty());
     assert!(got.findings[0].contains("port 81 cannot be opened"), "{:?}", got.findings);
-    let got = compiled(&gateway("shop", "g", "{port: {number: 8081, name: http, protocol: HTTP}, hosts: ['*'], bind: 10.0.0.1}"));
+    let got = compiled(&gateway(
+        "shop",
+        "g",
+        "{port: {number: 8081, name: http, protocol: HTTP}, hosts: ['*'], bind: 10.0.0.1}",
+    ));
     assert_eq!(listeners(&got), ["10.0.0.1_8081: -> HTTP(http.8081.10.0.0.1)"]);
 }
 
@@ -291,7 +370,10 @@ fn policies_of_the_gateway_run_there() {
     let snapshot = test_mesh::snapshot(&format!("{SERVICES}{yaml}"));
     let view = test_mesh::view(ProxyKind::Router, "istio-system", &["istio=ingressgateway"]);
     let filters = crate::security::policy_filters(&Context::new(&snapshot, &view), crate::security::Place::Gateway);
-    assert_eq!(test_mesh::http_filters(&filters.http), ["DENY ns[istio-system]-policy[edge]-rule[0]: any <- remote=203.0.113.0/24"]);
+    assert_eq!(
+        test_mesh::http_filters(&filters.http),
+        ["DENY ns[istio-system]-policy[edge]-rule[0]: any <- remote=203.0.113.0/24"]
+    );
 }
 
 #[test]

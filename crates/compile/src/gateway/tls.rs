@@ -45,7 +45,13 @@ pub(crate) fn context(
     let validation = asks.then(|| validation(settings, &names, server, wanted)).flatten();
     if asks && validation.is_none() {
         let what = "client certificates cannot be verified without a CA: handshakes fail";
-        context.find(servers::finding(server, "tls", "LAT0405", what, "set credentialName, caCertCredentialName or caCertificates"));
+        context.find(servers::finding(
+            server,
+            "tls",
+            "LAT0405",
+            what,
+            "set credentialName, caCertCredentialName or caCertificates",
+        ));
     }
     downstream(
         CommonTlsContext {

@@ -128,8 +128,7 @@ fn rules(
     facts: &PolicyFacts<'_>,
     transport: Transport,
 ) -> Rules {
-    let all: BTreeMap<_, _> =
-        policies.iter().flat_map(|policy| compiled(policy, verdict, facts, transport)).collect();
+    let all: BTreeMap<_, _> = policies.iter().flat_map(|policy| compiled(policy, verdict, facts, transport)).collect();
     Rules { action: i32::from(verdict != Verdict::Grants), policies: all }
 }
 

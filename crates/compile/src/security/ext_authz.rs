@@ -4,9 +4,7 @@
 //! have marked.
 
 use api::mesh_config::{ExtAuthzBody, ExtAuthzGrpc, ExtAuthzHttp};
-use envoy_types::pb::envoy::config::core::v3::{
-    ApiVersion, GrpcService, HeaderValue, HttpUri, grpc_service, http_uri,
-};
+use envoy_types::pb::envoy::config::core::v3::{ApiVersion, GrpcService, HeaderValue, HttpUri, grpc_service, http_uri};
 use envoy_types::pb::envoy::config::listener::v3::Filter;
 use envoy_types::pb::envoy::extensions::filters::http::ext_authz::v3::{
     AuthorizationRequest, AuthorizationResponse, BufferSettings, ExtAuthz, HttpService, ext_authz,
@@ -23,7 +21,7 @@ use super::PolicyFacts;
 use super::authz::{http_filter, network_filter};
 use super::matchers::{self, Wild};
 
-const DEFAULT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(600);
+const DEFAULT_TIMEOUT: std::time::Duration = std::time::Duration::from_mins(10);
 const HTTP_NAME: &str = "envoy.filters.http.ext_authz";
 const NETWORK_NAME: &str = "envoy.filters.network.ext_authz";
 
@@ -41,7 +39,9 @@ pub(crate) enum InvalidProvider {
     Unknown(String),
     #[error("extension provider {0:?} is not an external authorizer, so what the policy matches is refused")]
     Kind(String),
-    #[error("extension provider {provider:?}: no service {service:?} with port {port}, so what the policy matches is refused")]
+    #[error(
+        "extension provider {provider:?}: no service {service:?} with port {port}, so what the policy matches is refused"
+    )]
     Service { provider: String, service: String, port: u16 },
     #[error("extension provider {provider:?}: {field} {value:?} is invalid, so what the policy matches is refused")]
     Field { provider: String, field: &'static str, value: String },
@@ -118,12 +118,7 @@ fn over_http(name: &str, settings: &ExtAuthzHttp, facts: &PolicyFacts<'_>) -> Re
     let filter = ExtAuthz {
         services: Some(ext_authz::Services::HttpService(service)),
         allowed_headers: header_list(name, "includeRequestHeadersInCheck", asked)?,
-        ..common(
-            name,
-            settings.fail_open,
-            &settings.status_on_error,
-            settings.include_request_body_in_check.as_ref(),
-        )?
+        ..common(name, settings.fail_open, &settings.status_on_error, settings.include_request_body_in_check.as_ref())?
     };
     Ok(Provider { http: http_filter(HTTP_NAME, pack_any(filter)), network: None })
 }
@@ -141,12 +136,7 @@ fn over_grpc(name: &str, settings: &ExtAuthzGrpc, facts: &PolicyFacts<'_>) -> Re
     };
     let filter = ExtAuthz {
         services: Some(ext_authz::Services::GrpcService(service.clone())),
-        ..common(
-            name,
-            settings.fail_open,
-            &settings.status_on_error,
-            settings.include_request_body_in_check.as_ref(),
-        )?
+        ..common(name, settings.fail_open, &settings.status_on_error, settings.include_request_body_in_check.as_ref())?
     };
     let network = network::ExtAuthz {
         stat_prefix: "tcp.".to_owned(),
@@ -198,11 +188,11 @@ fn marked_by(rbac: &str, provider: &str) -> MetadataMatcher {
 
 /// The fully qualified host of `host` or `namespace/host`.
 fn service(provider: &str, service: &str, port: u16, facts: &PolicyFacts<'_>) -> Result<String, InvalidProvider> {
-    facts
-        .services
-        .host_with_port(service, port)
-        .filter(|_| port != 0)
-        .ok_or_else(|| InvalidProvider::Service { provider: provider.to_owned(), service: service.to_owned(), port })
+    facts.services.host_with_port(service, port).filter(|_| port != 0).ok_or_else(|| InvalidProvider::Service {
+        provider: provider.to_owned(),
+        service: service.to_owned(),
+        port,
+    })
 }
 
 fn cluster(port: u16, host: &str) -> String {

@@ -22,7 +22,6 @@ use envoy_types::pb::envoy::extensions::filters::listener::original_dst::v3::Ori
 use envoy_types::pb::envoy::extensions::filters::listener::tls_inspector::v3::TlsInspector;
 use envoy_types::pb::envoy::r#type::v3::Int32Range;
 use mesh::{EndpointAddress, Protocol, Provenance, Service};
-use types::wellknown::ports;
 
 use super::{Place, PolicyFilters, tls};
 use crate::context::Context;
@@ -108,7 +107,8 @@ fn service_ports(context: &Context<'_>) -> BTreeMap<u16, InboundPort> {
             if port.protocol == Protocol::Udp {
                 continue;
             }
-            let target = if selects { declared_target(&port.target, workload.map(|workload| &**workload)) } else { None };
+            let target =
+                if selects { declared_target(&port.target, workload.map(|workload| &**workload)) } else { None };
             // Without a selector the endpoints say which workloads are meant.
             let target = target.or_else(|| {
                 let own = endpoints.port(port.number).iter().find(|endpoint| match &endpoint.address {
@@ -212,6 +212,7 @@ struct Target {
     virtual_host: String,
     operation: String,
     is_grpc: bool,
+    is_http2: bool,
     metadata: Option<Metadata>,
 }
 
@@ -230,6 +231,7 @@ impl Target {
             virtual_host: "inbound|http|0".to_owned(),
             operation: ":0/*".to_owned(),
             is_grpc: false,
+            is_http2: false,
             metadata: None,
         }
     }
@@ -260,6 +262,7 @@ impl Target {
             virtual_host: format!("inbound|http|{}", port.number),
             operation,
             is_grpc: port.protocol.is_grpc(),
+            is_http2: port.protocol.is_http2(),
             metadata: port
                 .ingress
                 .as_ref()
@@ -327,13 +330,17 @@ fn black_hole(context: &Context<'_>, listen_port: u16) -> FilterChain {
 fn chain(context: &Context<'_>, target: &Target, row: ChainRow, policies: &PolicyFilters) -> FilterChain {
     let mut filters: Vec<Filter> = filter::metadata_exchange_filter(context).into_iter().collect();
     if row.is_http {
-        filters.push(filter::connection_manager(context, Http {
-            direction: Direction::Inbound,
-            stat_prefix: target.stat_prefix.clone(),
-            routes: Routes::Inline(Box::new(table(target))),
-            policies: policies.http.clone(),
-            has_grpc_web: false,
-        }));
+        filters.push(filter::connection_manager(
+            context,
+            Http {
+                direction: Direction::Inbound,
+                stat_prefix: target.stat_prefix.clone(),
+                routes: Routes::Inline(Box::new(table(target))),
+                policies: policies.http.clone(),
+                has_grpc_web: false,
+                is_http2: target.is_http2,
+            },
+        ));
     } else {
         filters.extend(policies.tcp.iter().cloned());
         let cluster = TcpTarget::Cluster(target.cluster.clone());
@@ -350,9 +357,7 @@ fn chain(context: &Context<'_>, target: &Target, row: ChainRow, policies: &Polic
             ..FilterChainMatch::default()
         }),
         filters,
-        transport_socket: row
-            .is_mutual
-            .then(|| tls::socket(tls::mesh_server(&context.trust_domains, settings, alpn))),
+        transport_socket: row.is_mutual.then(|| tls::socket(tls::mesh_server(&context.trust_domains, settings, alpn))),
         metadata: target.metadata.clone(),
         ..FilterChain::default()
     }

@@ -27,7 +27,9 @@ fn chains(policies: &str) -> (Vec<String>, Listener) {
 }
 
 fn peer_authentication(namespace: &str, spec: &str) -> String {
-    format!("---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: p, namespace: {namespace}}}\nspec: {spec}\n")
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: p, namespace: {namespace}}}\nspec: {spec}\n"
+    )
 }
 
 /// Chains of one port, without the TLS details, and the listener filters.
@@ -56,13 +58,17 @@ fn permissive() {
     let tcp = [&*format!("{any} -> TCP TLS"), "tls -> TCP", "raw_buffer -> TCP"];
     check("PERMISSIVE", 9001, &tcp);
     check("PERMISSIVE", 8443, &tcp);
-    check("PERMISSIVE", 8002, &[
-        "tls[istio-http/1.0,istio-http/1.1,istio-h2] -> HTTP TLS",
-        "raw_buffer[http/1.1,h2c] -> HTTP",
-        "tls[istio-peer-exchange,istio] -> TCP TLS",
-        "raw_buffer -> TCP",
-        "tls -> TCP",
-    ]);
+    check(
+        "PERMISSIVE",
+        8002,
+        &[
+            "tls[istio-http/1.0,istio-http/1.1,istio-h2] -> HTTP TLS",
+            "raw_buffer[http/1.1,h2c] -> HTTP",
+            "tls[istio-peer-exchange,istio] -> TCP TLS",
+            "raw_buffer -> TCP",
+            "tls -> TCP",
+        ],
+    );
 }
 
 #[test]
@@ -78,7 +84,10 @@ fn strict_takes_nothing_but_tls() {
     }
     let (chains, _) = chains(&peer_authentication("istio-system", "{mtls: {mode: STRICT}}"));
     for chain in chains.iter().filter(|chain| !chain.starts_with("virtualInbound-blackhole")) {
-        assert!(chain.contains(" tls") && chain.contains("TLS(default requires=ROOTCA san=spiffe://cluster.local/*"), "{chain}");
+        assert!(
+            chain.contains(" tls") && chain.contains("TLS(default requires=ROOTCA san=spiffe://cluster.local/*"),
+            "{chain}"
+        );
     }
 }
 
@@ -96,30 +105,40 @@ fn whole_listener() {
     let http = tls("h2,http/1.1");
     let tcp = tls("istio-peer-exchange,h2,http/1.1");
     let all = chains.iter().map(String::as_str).collect::<Vec<_>>();
-    assert_eq!(all[..8], [
-        "virtualInbound-blackhole :15006 -> TCP(BlackHoleCluster)",
-        &format!("virtualInbound-catchall-http tls[istio-http/1.0,istio-http/1.1,istio-h2] -> HTTP(InboundPassthroughCluster :0/*) {http}"),
-        "virtualInbound-catchall-http raw_buffer[http/1.1,h2c] -> HTTP(InboundPassthroughCluster :0/*)",
-        &format!("virtualInbound tls[istio-peer-exchange,istio] -> TCP(InboundPassthroughCluster) {tcp}"),
-        "virtualInbound raw_buffer -> TCP(InboundPassthroughCluster)",
-        "virtualInbound tls -> TCP(InboundPassthroughCluster)",
-        &format!(
-            "0.0.0.0_7071 :7071 tls[istio,istio-peer-exchange,istio-http/1.0,istio-http/1.1,istio-h2] -> HTTP(inbound|7071|| mixed.shop.svc.cluster.local:7071/*) {http}"
-        ),
-        "0.0.0.0_7071 :7071 raw_buffer -> HTTP(inbound|7071|| mixed.shop.svc.cluster.local:7071/*)",
-    ]);
+    assert_eq!(
+        all[..8],
+        [
+            "virtualInbound-blackhole :15006 -> TCP(BlackHoleCluster)",
+            &format!(
+                "virtualInbound-catchall-http tls[istio-http/1.0,istio-http/1.1,istio-h2] -> HTTP(InboundPassthroughCluster :0/*) {http}"
+            ),
+            "virtualInbound-catchall-http raw_buffer[http/1.1,h2c] -> HTTP(InboundPassthroughCluster :0/*)",
+            &format!("virtualInbound tls[istio-peer-exchange,istio] -> TCP(InboundPassthroughCluster) {tcp}"),
+            "virtualInbound raw_buffer -> TCP(InboundPassthroughCluster)",
+            "virtualInbound tls -> TCP(InboundPassthroughCluster)",
+            &format!(
+                "0.0.0.0_7071 :7071 tls[istio,istio-peer-exchange,istio-http/1.0,istio-http/1.1,istio-h2] -> HTTP(inbound|7071|| mixed.shop.svc.cluster.local:7071/*) {http}"
+            ),
+            "0.0.0.0_7071 :7071 raw_buffer -> HTTP(inbound|7071|| mixed.shop.svc.cluster.local:7071/*)",
+        ]
+    );
     // Two service ports with one target port: the first one names it.
-    assert!(all.contains(&"0.0.0.0_8080 :8080 raw_buffer -> HTTP(inbound|8080|| mixed.shop.svc.cluster.local:80/*)"), "{all:#?}");
+    assert!(
+        all.contains(&"0.0.0.0_8080 :8080 raw_buffer -> HTTP(inbound|8080|| mixed.shop.svc.cluster.local:80/*)"),
+        "{all:#?}"
+    );
     let ports: Vec<_> = all[6..].iter().map(|chain| chain.split_whitespace().nth(1).unwrap()).collect();
-    assert_eq!(ports, [
-        ":7071", ":7071", ":8002", ":8002", ":8002", ":8002", ":8002", ":8080", ":8080", ":8443", ":8443", ":8443", ":9001",
-        ":9001", ":9001"
-    ]);
-    assert_eq!(inspectors(&listener), [
-        "original_dst",
-        "tls_inspector but 15006",
-        "http_inspector but 7071 8080 8443 9001 15006",
-    ]);
+    assert_eq!(
+        ports,
+        [
+            ":7071", ":7071", ":8002", ":8002", ":8002", ":8002", ":8002", ":8080", ":8080", ":8443", ":8443", ":8443",
+            ":9001", ":9001", ":9001"
+        ]
+    );
+    assert_eq!(
+        inspectors(&listener),
+        ["original_dst", "tls_inspector but 15006", "http_inspector but 7071 8080 8443 9001 15006",]
+    );
 }
 
 fn inspectors(listener: &Listener) -> Vec<String> {
@@ -165,18 +184,17 @@ fn ports_have_modes_of_their_own() {
     );
     let (chains, listener) = chains(&policy);
     let short: Vec<_> = chains.iter().map(|chain| chain.split(" ->").next().unwrap()).collect();
-    assert_eq!(short[6..8], [
-        "virtualInbound-catchall-http :7777 tls[istio-http/1.0,istio-http/1.1,istio-h2]",
-        "virtualInbound :7777 tls",
-    ]);
+    assert_eq!(
+        short[6..8],
+        ["virtualInbound-catchall-http :7777 tls[istio-http/1.0,istio-http/1.1,istio-h2]", "virtualInbound :7777 tls",]
+    );
     let of = |port: &str| short.iter().filter(|chain| chain.contains(port)).copied().collect::<Vec<_>>();
     assert_eq!(of(":8080"), ["0.0.0.0_8080 :8080 tls"]);
     assert_eq!(of(":8002"), ["0.0.0.0_8002 :8002 raw_buffer[http/1.1,h2c]", "0.0.0.0_8002 :8002 raw_buffer"]);
-    assert_eq!(inspectors(&listener), [
-        "original_dst",
-        "tls_inspector but 8002 15006",
-        "http_inspector but 7071 7777 8080 8443 9001 15006",
-    ]);
+    assert_eq!(
+        inspectors(&listener),
+        ["original_dst", "tls_inspector but 8002 15006", "http_inspector but 7071 7777 8080 8443 9001 15006",]
+    );
 }
 
 #[test]
@@ -185,12 +203,16 @@ fn a_strict_port_beside_a_disabled_rest_keeps_other_tls_opaque() {
         "shop",
         "{selector: {matchLabels: {app: mixed}}, mtls: {mode: DISABLE}, portLevelMtls: {8080: {mode: STRICT}}}",
     ));
-    let catch_all: Vec<_> = chains.iter().filter(|chain| chain.starts_with("virtualInbound")).map(String::as_str).collect();
-    assert_eq!(catch_all[1..], [
-        "virtualInbound-catchall-http raw_buffer[http/1.1,h2c] -> HTTP(InboundPassthroughCluster :0/*)",
-        "virtualInbound raw_buffer -> TCP(InboundPassthroughCluster)",
-        "virtualInbound tls -> TCP(InboundPassthroughCluster)",
-    ]);
+    let catch_all: Vec<_> =
+        chains.iter().filter(|chain| chain.starts_with("virtualInbound")).map(String::as_str).collect();
+    assert_eq!(
+        catch_all[1..],
+        [
+            "virtualInbound-catchall-http raw_buffer[http/1.1,h2c] -> HTTP(InboundPassthroughCluster :0/*)",
+            "virtualInbound raw_buffer -> TCP(InboundPassthroughCluster)",
+            "virtualInbound tls -> TCP(InboundPassthroughCluster)",
+        ]
+    );
 }
 
 #[test]
@@ -226,11 +248,14 @@ spec:
     );
     let short: Vec<_> = chains[6..].iter().map(|chain| chain.split(" TLS(").next().unwrap()).collect();
     let any = "tls[istio,istio-peer-exchange,istio-http/1.0,istio-http/1.1,istio-h2]";
-    assert_eq!(short, [
-        &format!("10.0.0.1_8085 :8085 {any} -> HTTP(inbound|8085|| own.shop:8085/*)"),
-        "10.0.0.1_8085 :8085 raw_buffer -> HTTP(inbound|8085|| own.shop:8085/*)",
-        &format!("10.0.0.1_9001 :9001 {any} -> TCP(inbound|9001||)"),
-        "10.0.0.1_9001 :9001 tls -> TCP(inbound|9001||)",
-        "10.0.0.1_9001 :9001 raw_buffer -> TCP(inbound|9001||)",
-    ]);
+    assert_eq!(
+        short,
+        [
+            &format!("10.0.0.1_8085 :8085 {any} -> HTTP(inbound|8085|| own.shop:8085/*)"),
+            "10.0.0.1_8085 :8085 raw_buffer -> HTTP(inbound|8085|| own.shop:8085/*)",
+            &format!("10.0.0.1_9001 :9001 {any} -> TCP(inbound|9001||)"),
+            "10.0.0.1_9001 :9001 tls -> TCP(inbound|9001||)",
+            "10.0.0.1_9001 :9001 raw_buffer -> TCP(inbound|9001||)",
+        ]
+    );
 }

@@ -12,6 +12,7 @@ use envoy_types::pb::envoy::extensions::filters::http::jwt_authn::v3::{
     JwtClaimToHeader, JwtHeader, JwtProvider, JwtRequirement, JwtRequirementAndList, JwtRequirementOrList,
     RequirementRule, jwt_provider, jwt_requirement, requirement_rule,
 };
+use envoy_types::pb::google::protobuf::Empty;
 use mesh::Config;
 use types::{Finding, Severity};
 
@@ -92,7 +93,7 @@ fn provided(name: &str) -> JwtRequirement {
 }
 
 fn allow_missing() -> JwtRequirement {
-    requires(jwt_requirement::RequiresType::AllowMissing(Default::default()))
+    requires(jwt_requirement::RequiresType::AllowMissing(Empty::default()))
 }
 
 fn any(requirements: Vec<JwtRequirement>) -> JwtRequirement {

@@ -134,9 +134,7 @@ pub(crate) fn host(value: &str, scope: HostScope) -> HeaderMatcher {
         (Wild::Any, _) => return header_matcher(":authority", HeaderMatchSpecifier::PresentMatch(true)),
         (Wild::Exact(host), HostScope::AnyPort) => regex(&wide_host("", host)),
         (Wild::Suffix(host), HostScope::AnyPort) => regex(&wide_host(".*", host)),
-        (Wild::Prefix(_), _) | (_, HostScope::AsWritten) => {
-            StringMatcher { ignore_case: true, ..wild.matcher() }
-        }
+        (Wild::Prefix(_), _) | (_, HostScope::AsWritten) => StringMatcher { ignore_case: true, ..wild.matcher() },
     };
     header_matcher(":authority", HeaderMatchSpecifier::StringMatch(matcher))
 }
@@ -162,7 +160,9 @@ pub(crate) enum InvalidValue {
     #[error("{0:?} is not a port (0 to 65535)")]
     Port(String),
     /// A template outside its grammar.
-    #[error("{0:?} is not a path template: `{{*}}` and `{{**}}` stand for whole segments, `{{**}}` comes last, no other `*`, `{{` or `}}`")]
+    #[error(
+        "{0:?} is not a path template: `{{*}}` and `{{**}}` stand for whole segments, `{{**}}` comes last, no other `*`, `{{` or `}}`"
+    )]
     Template(String),
     /// Nothing between the quotes.
     #[error("an empty value matches nothing")]

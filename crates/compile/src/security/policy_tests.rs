@@ -18,11 +18,15 @@ fn check(yaml: &str, http: &[&str], tcp: &[&str]) {
 }
 
 fn policy(name: &str, namespace: &str, spec: &str) -> String {
-    format!("---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n")
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n"
+    )
 }
 
 fn tokens(name: &str, spec: &str) -> String {
-    format!("---\napiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{name: {name}, namespace: shop}}\nspec: {spec}\n")
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{name: {name}, namespace: shop}}\nspec: {spec}\n"
+    )
 }
 
 const KEYS: &str = r#"{"keys":[{"kty":"RSA","kid":"k1","alg":"RS256","e":"AQAB","n":"3QbXrZS5"}]}"#;
@@ -32,9 +36,11 @@ const KEYS: &str = r#"{"keys":[{"kty":"RSA","kid":"k1","alg":"RS256","e":"AQAB",
 #[test]
 fn empty_policies() {
     check("", &[], &[]);
-    check(&policy("nothing", "shop", "{}"), &["ALLOW ns[shop]-policy[nothing]-rule[0]: not(any) <- not(any)"], &[
-        "ALLOW ns[shop]-policy[nothing]-rule[0]: not(any) <- not(any)",
-    ]);
+    check(
+        &policy("nothing", "shop", "{}"),
+        &["ALLOW ns[shop]-policy[nothing]-rule[0]: not(any) <- not(any)"],
+        &["ALLOW ns[shop]-policy[nothing]-rule[0]: not(any) <- not(any)"],
+    );
     let all = "ns[shop]-policy[all]-rule[0]: any <- any";
     check(&policy("all", "shop", "{rules: [{}]}"), &[&format!("ALLOW {all}")], &[&format!("ALLOW {all}")]);
     check(&policy("all", "shop", "{action: DENY, rules: [{}]}"), &[&format!("DENY {all}")], &[&format!("DENY {all}")]);
@@ -44,7 +50,11 @@ fn empty_policies() {
 #[test]
 fn deny_comes_before_allow_and_all_policies_of_an_action_stand_together() {
     let yaml = policy("b", "shop", "{rules: [{to: [{operation: {ports: ['1']}}]}]}")
-        + &policy("a", "istio-system", "{rules: [{to: [{operation: {ports: ['2']}}]}, {to: [{operation: {ports: ['3']}}]}]}")
+        + &policy(
+            "a",
+            "istio-system",
+            "{rules: [{to: [{operation: {ports: ['2']}}]}, {to: [{operation: {ports: ['3']}}]}]}",
+        )
         + &policy("c", "shop", "{action: DENY, rules: [{to: [{operation: {ports: ['4']}}]}]}")
         + &policy("other", "elsewhere", "{action: DENY, rules: [{}]}")
         + &policy("unlike", "shop", "{selector: {matchLabels: {app: b}}, action: DENY, rules: [{}]}");
@@ -78,7 +88,8 @@ fn dry_run_stands_in_the_shadow() {
     let shadow = format!("[istio_dry_run_deny_] {rule}");
     check(tried, &[&shadow], &[&shadow]);
     let enforced = "DENY ns[shop]-policy[d]-rule[0]: port=1 <- any";
-    let both = format!("{tried}{}", policy("d", "shop", "{action: DENY, rules: [{to: [{operation: {ports: ['1']}}]}]}"));
+    let both =
+        format!("{tried}{}", policy("d", "shop", "{action: DENY, rules: [{to: [{operation: {ports: ['1']}}]}]}"));
     check(&both, &[enforced, &shadow], &[enforced, &shadow]);
     let allow = tried.replace("action: DENY", "action: ALLOW");
     let rule = "[istio_dry_run_allow_] ALLOW ns[shop]-policy[try]-rule[0]: any <- not(peer~spiffe://.+)";
@@ -87,7 +98,7 @@ fn dry_run_stands_in_the_shadow() {
 
 // security.md 8.10
 
-const MESH: &str = r#"
+const MESH: &str = r"
 apiVersion: install.istio.io/v1alpha1
 kind: IstioOperator
 metadata: {name: mesh, namespace: istio-system}
@@ -112,10 +123,12 @@ spec:
   clusterIP: 10.96.1.90
   selector: {app: authz}
   ports: [{name: http, port: 8000}, {name: grpc, port: 9191}]
-"#;
+";
 
 fn custom(provider: &str) -> String {
-    let spec = format!("{{action: CUSTOM, provider: {{name: {provider}}}, rules: [{{to: [{{operation: {{paths: ['/api/*']}}}}]}}]}}");
+    let spec = format!(
+        "{{action: CUSTOM, provider: {{name: {provider}}}, rules: [{{to: [{{operation: {{paths: ['/api/*']}}}}]}}]}}"
+    );
     format!("{MESH}{}", policy("c", "shop", &spec))
 }
 
@@ -143,12 +156,23 @@ fn custom_asks_its_provider_about_what_it_marks() {
 fn a_provider_that_cannot_be_asked_refuses() {
     for provider in ["unknown", "nowhere", "no-port", "not-an-authorizer"] {
         let name = format!("istio-ext-authz-{provider}-ns[shop]-policy[c]-rule[0]-deny-due-to-bad-CUSTOM-action");
-        check(&custom(provider), &[&format!("DENY {name}: path=/api/* <- any")], &[&format!("DENY {name}: any <- any")]);
+        check(
+            &custom(provider),
+            &[&format!("DENY {name}: path=/api/* <- any")],
+            &[&format!("DENY {name}: any <- any")],
+        );
         let findings = filters_of(Place::Sidecar, &custom(provider)).findings;
-        assert!(findings.iter().any(|finding| &*finding.code == "LAT0301" && &*finding.field == "spec.provider"), "{provider}");
+        assert!(
+            findings.iter().any(|finding| &*finding.code == "LAT0301" && &*finding.field == "spec.provider"),
+            "{provider}"
+        );
     }
     let two = custom("ask-http")
-        + &policy("e", "shop", "{action: CUSTOM, provider: {name: ask-grpc}, rules: [{to: [{operation: {ports: ['1']}}]}]}");
+        + &policy(
+            "e",
+            "shop",
+            "{action: CUSTOM, provider: {name: ask-grpc}, rules: [{to: [{operation: {ports: ['1']}}]}]}",
+        );
     check(
         &two,
         &[
@@ -194,14 +218,25 @@ fn one_issuer() {
 
 #[test]
 fn several_issuers_are_merged_and_sorted() {
-    let yaml = tokens("b", &format!("{{jwtRules: [{{issuer: iss-z, jwks: '{KEYS}', fromHeaders: [{{name: x-jwt, prefix: 'Token '}}], fromParams: [token], fromCookies: [session], outputPayloadToHeader: x-payload}}]}}"))
-        + &tokens("a", &format!("{{selector: {{matchLabels: {{app: a}}}}, jwtRules: [{{issuer: iss-y, jwks: '{KEYS}'}}]}}"))
-        + &tokens("c", &format!("{{selector: {{matchLabels: {{app: b}}}}, jwtRules: [{{issuer: iss-x, jwks: '{KEYS}'}}]}}"));
+    let yaml = tokens(
+        "b",
+        &format!(
+            "{{jwtRules: [{{issuer: iss-z, jwks: '{KEYS}', fromHeaders: [{{name: x-jwt, prefix: 'Token '}}], fromParams: [token], fromCookies: [session], outputPayloadToHeader: x-payload}}]}}"
+        ),
+    ) + &tokens(
+        "a",
+        &format!("{{selector: {{matchLabels: {{app: a}}}}, jwtRules: [{{issuer: iss-y, jwks: '{KEYS}'}}]}}"),
+    ) + &tokens(
+        "c",
+        &format!("{{selector: {{matchLabels: {{app: b}}}}, jwtRules: [{{issuer: iss-x, jwks: '{KEYS}'}}]}}"),
+    );
     check(
         &yaml,
         &[
             &format!("origins-0: iss=iss-y keys={KEYS}"),
-            &format!("origins-1: iss=iss-z keys={KEYS} header=x-jwt:Token  param=token cookie=session payload->x-payload"),
+            &format!(
+                "origins-1: iss=iss-z keys={KEYS} header=x-jwt:Token  param=token cookie=session payload->x-payload"
+            ),
             "requires all(any(origins-0, origins-1, all(any(origins-0, none), any(origins-1, none))), none)",
         ],
         &[],
@@ -230,7 +265,8 @@ fn keys_that_cannot_be_used_refuse_tokens() {
 
 #[test]
 fn output_is_the_same_every_time() {
-    let yaml = custom("ask-http") + &(0..9).map(|i| policy(&format!("p{i}"), "shop", "{rules: [{}]}")).collect::<String>();
+    let yaml =
+        custom("ask-http") + &(0..9).map(|i| policy(&format!("p{i}"), "shop", "{rules: [{}]}")).collect::<String>();
     let once = filters_of(Place::Sidecar, &yaml);
     for _ in 0..5 {
         assert_eq!(filters_of(Place::Sidecar, &yaml).http, once.http);

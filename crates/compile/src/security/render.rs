@@ -18,15 +18,15 @@ pub(crate) fn policy(policy: &Policy) -> String {
     format!("{} <- {}", permissions.join(" | "), principals.join(" | "))
 }
 
-fn set(word: &str, parts: Vec<String>) -> String {
-    if let [only] = parts.as_slice() { only.clone() } else { format!("{word}({})", parts.join(", ")) }
+fn set(word: &str, parts: &[String]) -> String {
+    if let [only] = parts { only.clone() } else { format!("{word}({})", parts.join(", ")) }
 }
 
 pub(crate) fn permission(permission: &Permission) -> String {
     use permission::Rule;
     match permission.rule.as_ref().unwrap() {
-        Rule::AndRules(all) => set("and", all.rules.iter().map(self::permission).collect()),
-        Rule::OrRules(any) => set("or", any.rules.iter().map(self::permission).collect()),
+        Rule::AndRules(all) => set("and", &all.rules.iter().map(self::permission).collect::<Vec<_>>()),
+        Rule::OrRules(any) => set("or", &any.rules.iter().map(self::permission).collect::<Vec<_>>()),
         Rule::NotRule(not) => format!("not({})", self::permission(not)),
         Rule::Any(_) => "any".to_owned(),
         Rule::Header(header) => self::header(header),
@@ -43,8 +43,8 @@ pub(crate) fn permission(permission: &Permission) -> String {
 pub(crate) fn principal(principal: &Principal) -> String {
     use principal::Identifier;
     match principal.identifier.as_ref().unwrap() {
-        Identifier::AndIds(all) => set("and", all.ids.iter().map(self::principal).collect()),
-        Identifier::OrIds(any) => set("or", any.ids.iter().map(self::principal).collect()),
+        Identifier::AndIds(all) => set("and", &all.ids.iter().map(self::principal).collect::<Vec<_>>()),
+        Identifier::OrIds(any) => set("or", &any.ids.iter().map(self::principal).collect::<Vec<_>>()),
         Identifier::NotId(not) => format!("not({})", self::principal(not)),
         Identifier::Any(_) => "any".to_owned(),
         Identifier::Authenticated(peer) => format!("peer{}", string(peer.principal_name.as_ref().unwrap())),

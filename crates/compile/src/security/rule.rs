@@ -258,7 +258,7 @@ impl Reader<'_> {
     fn field<M: Matcher>(
         &mut self,
         out: &mut Vec<M>,
-        field: Field<'_>,
+        field: &Field<'_>,
         make: impl Fn(&Value<'_>) -> Result<Vec<M>, InvalidValue>,
     ) {
         if field.values.is_empty() && field.not_values.is_empty() {
@@ -313,7 +313,7 @@ impl Reader<'_> {
     fn principals(&mut self, path: &str, name: &str, yes: &[String], no: &[String], out: &mut Vec<Principal>) {
         self.known_later(path, "the caller's identity", [yes, no]);
         let domains = self.scope.trust_domains;
-        self.field(out, Field::new(path, name, yes, no), |value| {
+        self.field(out, &Field::new(path, name, yes, no), |value| {
             Ok(aliases_of_principal(value.text, domains).iter().map(|text| peer(principal_matcher(text))).collect())
         });
     }
@@ -321,7 +321,7 @@ impl Reader<'_> {
     fn service_accounts(&mut self, path: &str, name: &str, yes: &[String], no: &[String], out: &mut Vec<Principal>) {
         self.known_later(path, "the caller's service account", [yes, no]);
         let own = self.scope.namespace;
-        self.field(out, Field::new(path, name, yes, no), |value| {
+        self.field(out, &Field::new(path, name, yes, no), |value| {
             let (namespace, account) = value.text.split_once('/').unwrap_or((own, value.text));
             if namespace.is_empty() || account.is_empty() || account.contains('/') || value.text.contains('*') {
                 return Err(InvalidValue::ServiceAccount(value.text.to_owned()));
@@ -333,11 +333,12 @@ impl Reader<'_> {
     fn trust_domains(&mut self, path: &str, name: &str, yes: &[String], no: &[String], out: &mut Vec<Principal>) {
         self.known_later(path, "the caller's trust domain", [yes, no]);
         let known = self.scope.trust_domains;
-        self.field(out, Field::new(path, name, yes, no), |value| {
+        self.field(out, &Field::new(path, name, yes, no), |value| {
             if value.text.contains('/') {
                 return Err(InvalidValue::TrustDomain(value.text.to_owned()));
             }
-            let is_ours = value.text == types::wellknown::DEFAULT_TRUST_DOMAIN || known.iter().any(|td| td == value.text);
+            let is_ours =
+                value.text == types::wellknown::DEFAULT_TRUST_DOMAIN || known.iter().any(|td| td == value.text);
             if is_ours && !known.is_empty() {
                 return Ok(known.iter().map(|td| peer(matchers::prefix(&format!("spiffe://{td}/")))).collect());
             }
@@ -352,7 +353,7 @@ impl Reader<'_> {
 
     fn namespaces(&mut self, path: &str, name: &str, yes: &[String], no: &[String], out: &mut Vec<Principal>) {
         self.known_later(path, "the caller's namespace", [yes, no]);
-        self.field(out, Field::new(path, name, yes, no), |value| {
+        self.field(out, &Field::new(path, name, yes, no), |value| {
             let namespace = quote(value.text).replace("\\*", "[^/]*");
             Ok(vec![peer(matchers::regex(&identity_pattern("[^/]+", &namespace, "[^/]+")))])
         });
@@ -360,37 +361,34 @@ impl Reader<'_> {
 
     fn request_principals(&mut self, path: &str, name: &str, yes: &[String], no: &[String], out: &mut Vec<Principal>) {
         self.known_later(path, "the token's principal", [yes, no]);
-        self.field(out, Field::new(path, name, yes, no).http().bare(), |value| {
+        self.field(out, &Field::new(path, name, yes, no).http().bare(), |value| {
             let (issuer, subject) = request_principal(value.text);
-            Ok(vec![Principal::all(vec![
-                payload(string_claim("iss", issuer)),
-                payload(string_claim("sub", subject)),
-            ])])
+            Ok(vec![Principal::all(vec![payload(string_claim("iss", issuer)), payload(string_claim("sub", subject))])])
         });
     }
 
     fn remote_ip(&mut self, path: &str, name: &str, yes: &[String], no: &[String], out: &mut Vec<Principal>) {
-        self.field(out, Field::new(path, name, yes, no), |value| {
+        self.field(out, &Field::new(path, name, yes, no), |value| {
             Ok(vec![id(principal::Identifier::RemoteIp(matchers::cidr(value.text)?))])
         });
     }
 
     fn source_ip(&mut self, path: &str, name: &str, yes: &[String], no: &[String], out: &mut Vec<Principal>) {
-        self.field(out, Field::new(path, name, yes, no), |value| {
+        self.field(out, &Field::new(path, name, yes, no), |value| {
             Ok(vec![id(principal::Identifier::DirectRemoteIp(matchers::cidr(value.text)?))])
         });
     }
 
     fn operation(&mut self, path: &str, operation: &Operation, out: &mut Vec<Permission>) {
         let o = operation;
-        self.field(out, Field::new(path, "hosts", &o.hosts, &o.not_hosts).http(), |value| {
+        self.field(out, &Field::new(path, "hosts", &o.hosts, &o.not_hosts).http(), |value| {
             let scope = if value.refuses { HostScope::AnyPort } else { HostScope::AsWritten };
             Ok(vec![rule(permission::Rule::Header(matchers::host(value.text, scope)))])
         });
-        self.field(out, Field::new(path, "methods", &o.methods, &o.not_methods).http(), |value| {
+        self.field(out, &Field::new(path, "methods", &o.methods, &o.not_methods).http(), |value| {
             Ok(vec![rule(permission::Rule::Header(matchers::header(":method", value.text)))])
         });
-        self.field(out, Field::new(path, "paths", &o.paths, &o.not_paths).http(), |value| {
+        self.field(out, &Field::new(path, "paths", &o.paths, &o.not_paths).http(), |value| {
             Ok(vec![rule(match matchers::path(value.text)? {
                 Path::Text(matcher) => permission::Rule::UrlPath(matcher),
                 Path::Template(template) => permission::Rule::UriTemplate(template),
@@ -400,7 +398,7 @@ impl Reader<'_> {
     }
 
     fn ports(&mut self, path: &str, name: &str, yes: &[String], no: &[String], out: &mut Vec<Permission>) {
-        self.field(out, Field::new(path, name, yes, no), |value| {
+        self.field(out, &Field::new(path, name, yes, no), |value| {
             Ok(vec![rule(permission::Rule::DestinationPort(matchers::port(value.text)?))])
         });
     }
@@ -427,11 +425,11 @@ impl Reader<'_> {
             "request.auth.principal" => self.request_principals(path, "values", yes, no, principals),
             "request.auth.audiences" => self.claim(path, &["aud"], yes, no, principals),
             "request.auth.presenter" => self.claim(path, &["azp"], yes, no, principals),
-            "destination.ip" => self.field(permissions, Field::new(path, "values", yes, no), |value| {
+            "destination.ip" => self.field(permissions, &Field::new(path, "values", yes, no), |value| {
                 Ok(vec![rule(permission::Rule::DestinationIp(matchers::cidr(value.text)?))])
             }),
             "destination.port" => self.ports(path, "values", yes, no, permissions),
-            "connection.sni" => self.field(permissions, Field::new(path, "values", yes, no), |value| {
+            "connection.sni" => self.field(permissions, &Field::new(path, "values", yes, no), |value| {
                 Ok(vec![rule(permission::Rule::RequestedServerName(Wild::parse(value.text).matcher()))])
             }),
             _ => self.keyed_condition(path, key, yes, no, principals),
@@ -440,13 +438,13 @@ impl Reader<'_> {
 
     /// `request.headers[x]`, `request.auth.claims[a][b]`.
     fn keyed_condition(&mut self, path: &str, key: &str, yes: &[String], no: &[String], out: &mut Vec<Principal>) {
-        if let Some(parts) = key.strip_prefix("request.headers").and_then(matchers::bracketed) {
-            if let [name] = parts[..] {
-                let name = name.to_ascii_lowercase();
-                return self.field(out, Field::new(path, "values", yes, no).http(), |value| {
-                    Ok(vec![id(principal::Identifier::Header(matchers::header(&name, value.text)))])
-                });
-            }
+        if let Some(parts) = key.strip_prefix("request.headers").and_then(matchers::bracketed)
+            && let [name] = parts[..]
+        {
+            let name = name.to_ascii_lowercase();
+            return self.field(out, &Field::new(path, "values", yes, no).http(), |value| {
+                Ok(vec![id(principal::Identifier::Header(matchers::header(&name, value.text)))])
+            });
         }
         if let Some(parts) = key.strip_prefix("request.auth.claims").and_then(matchers::bracketed) {
             return self.claim(path, &parts, yes, no, out);
@@ -461,7 +459,7 @@ impl Reader<'_> {
 
     fn claim(&mut self, path: &str, parts: &[&str], yes: &[String], no: &[String], out: &mut Vec<Principal>) {
         self.known_later(path, "the token", [yes, no]);
-        self.field(out, Field::new(path, "values", yes, no).http().bare(), |value| {
+        self.field(out, &Field::new(path, "values", yes, no).http().bare(), |value| {
             Ok(vec![payload(claim(parts, Wild::parse(value.text).matcher()))])
         });
     }

@@ -1,3 +1,5 @@
+#![expect(clippy::needless_pass_by_value, reason = "cases read better without borrows")]
+
 use super::*;
 use crate::security::render;
 use serde_json::json;
@@ -147,10 +149,7 @@ fn request_principals_split_at_the_last_slash() {
         check_http(when("request.auth.principal", &[value]), expect);
     }
     check_http(source(json!({"notRequestPrincipals": ["*"]})), "any <- not(and(iss~.+, sub~.+))");
-    check_http(
-        source(json!({"requestPrincipals": ["a/b", "c/d"]})),
-        "any <- or(and(iss=a, sub=b), and(iss=c, sub=d))",
-    );
+    check_http(source(json!({"requestPrincipals": ["a/b", "c/d"]})), "any <- or(and(iss=a, sub=b), and(iss=c, sub=d))");
 }
 
 #[test]
@@ -297,10 +296,7 @@ fn trust_domain_aliases() {
     check(source(json!({"principals": ["*/ns/a/sa/b"]})), "any <- peer~spiffe://.*/ns/a/sa/b");
     check(source(json!({"principals": ["other/ns/a/sa/b"]})), "any <- peer=spiffe://other/ns/a/sa/b");
     check(source(json!({"principals": ["cluster.local/*"]})), "any <- peer=spiffe://cluster.local/*");
-    check(
-        source(json!({"trustDomains": ["old-td"]})),
-        "any <- or(peer=spiffe://new-td/*, peer=spiffe://old-td/*)",
-    );
+    check(source(json!({"trustDomains": ["old-td"]})), "any <- or(peer=spiffe://new-td/*, peer=spiffe://old-td/*)");
     check(source(json!({"trustDomains": ["x"]})), "any <- peer=spiffe://x/*");
 }
 

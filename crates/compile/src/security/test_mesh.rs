@@ -1,5 +1,7 @@
 //! Small meshes written as YAML, for tests of this module and of gateways.
 
+use std::fmt::Write as _;
+
 use envoy_types::pb::envoy::config::listener::v3::{Filter, FilterChain, filter};
 use envoy_types::pb::envoy::config::rbac::v3 as rbac;
 use envoy_types::pb::envoy::extensions::filters::http::ext_authz::v3::{ExtAuthz, ext_authz};
@@ -57,30 +59,30 @@ pub(crate) fn chain(chain: &FilterChain) -> String {
     let mut text = chain.name.clone();
     if let Some(of) = &chain.filter_chain_match {
         if let Some(port) = of.destination_port {
-            text += &format!(" :{}", port.value);
+            write!(text, " :{}", port.value).unwrap();
         }
         if !of.server_names.is_empty() {
-            text += &format!(" {}", of.server_names.join(","));
+            write!(text, " {}", of.server_names.join(",")).unwrap();
         }
         if !of.transport_protocol.is_empty() {
-            text += &format!(" {}", of.transport_protocol);
+            write!(text, " {}", of.transport_protocol).unwrap();
         }
         if !of.application_protocols.is_empty() {
-            text += &format!("[{}]", of.application_protocols.join(","));
+            write!(text, "[{}]", of.application_protocols.join(",")).unwrap();
         }
     }
     text += " ->";
     for filter in &chain.filters {
-        text += &match filter.name.rsplit('.').next().unwrap() {
+        let shown = match filter.name.rsplit('.').next().unwrap() {
             "http_connection_manager" => {
                 let manager = HttpConnectionManager::decode(config(filter).value.as_slice()).unwrap();
                 let routes = match manager.route_specifier.as_ref().unwrap() {
+                    http_connection_manager::RouteSpecifier::ScopedRoutes(_) => panic!("scoped routes"),
                     http_connection_manager::RouteSpecifier::Rds(rds) => rds.route_config_name.clone(),
                     http_connection_manager::RouteSpecifier::RouteConfig(table) => {
                         let decorator = table.virtual_hosts[0].routes[0].decorator.as_ref().unwrap();
                         format!("{} {}", table.name, decorator.operation)
                     }
-                    other => panic!("{other:?}"),
                 };
                 format!(" HTTP({routes})")
             }
@@ -98,6 +100,7 @@ pub(crate) fn chain(chain: &FilterChain) -> String {
             "stats" | "metadata_exchange" => String::new(),
             other => format!(" {other}"),
         };
+        text.push_str(&shown);
     }
     if let Some(socket) = &chain.transport_socket {
         let Some(envoy_types::pb::envoy::config::core::v3::transport_socket::ConfigType::TypedConfig(any)) =
@@ -119,20 +122,22 @@ fn context(tls: &DownstreamTlsContext) -> String {
     if let Some(ValidationContextType::CombinedValidationContext(validation)) = &common.validation_context_type {
         let requires = tls.require_client_certificate.is_some_and(|of| of.value);
         let roots = &validation.validation_context_sds_secret_config.as_ref().unwrap().name;
-        text += &format!(" {}={roots}", if requires { "requires" } else { "accepts" });
+        write!(text, " {}={roots}", if requires { "requires" } else { "accepts" }).unwrap();
         #[expect(deprecated, reason = "Istio sends the older field")]
         let names = &validation.default_validation_context.as_ref().unwrap().match_subject_alt_names;
         for name in names {
-            text += &format!(" san{}", render::string(name));
+            write!(text, " san{}", render::string(name)).unwrap();
         }
     }
     if let Some(parameters) = &common.tls_params {
-        text += &format!(
+        write!(
+            text,
             " {}..{} {} suites",
             parameters.tls_minimum_protocol_version,
             parameters.tls_maximum_protocol_version,
             parameters.cipher_suites.len()
-        );
+        )
+        .unwrap();
     }
     text + &format!(" {})", common.alpn_protocols.join(","))
 }
@@ -206,29 +211,26 @@ fn tokens(filter: &JwtAuthentication, out: &mut Vec<String>) {
                 envoy_types::pb::envoy::config::core::v3::data_source::Specifier::InlineString(text) => text.clone(),
                 other => panic!("{other:?}"),
             },
-            other => panic!("{other:?}"),
+            jwt_provider::JwksSourceSpecifier::RemoteJwks(_) => panic!("fetched by the proxy"),
         };
         let mut line = format!("{name}: iss={} keys={keys}", of.issuer);
         let headers: Vec<_> = of.from_headers.iter().map(|h| format!("{}:{}", h.name, h.value_prefix)).collect();
-        for (word, list) in [
-            ("aud", &of.audiences),
-            ("header", &headers),
-            ("param", &of.from_params),
-            ("cookie", &of.from_cookies),
-        ] {
+        for (word, list) in
+            [("aud", &of.audiences), ("header", &headers), ("param", &of.from_params), ("cookie", &of.from_cookies)]
+        {
             if !list.is_empty() {
-                line += &format!(" {word}={}", list.join("|"));
+                write!(line, " {word}={}", list.join("|")).unwrap();
             }
         }
         for claim in &of.claim_to_headers {
-            line += &format!(" {}->{}", claim.claim_name, claim.header_name);
+            write!(line, " {}->{}", claim.claim_name, claim.header_name).unwrap();
         }
         if !of.forward_payload_header.is_empty() {
-            line += &format!(" payload->{}", of.forward_payload_header);
+            write!(line, " payload->{}", of.forward_payload_header).unwrap();
         }
         for (word, flag) in [("forward", of.forward), ("reroute", of.clear_route_cache)] {
             if flag {
-                line += &format!(" {word}");
+                write!(line, " {word}").unwrap();
             }
         }
         out.push(line);

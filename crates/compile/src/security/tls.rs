@@ -6,8 +6,8 @@
 use api::mesh_config::TlsConfig;
 use api::networking::TlsProtocol;
 use envoy_types::pb::envoy::config::core::v3::{
-    AggregatedConfigSource, ApiConfigSource, ApiVersion, ConfigSource, GrpcService, TransportSocket,
-    api_config_source, config_source, grpc_service, transport_socket,
+    AggregatedConfigSource, ApiConfigSource, ApiVersion, ConfigSource, GrpcService, TransportSocket, api_config_source,
+    config_source, grpc_service, transport_socket,
 };
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
     CertificateValidationContext, CommonTlsContext, DownstreamTlsContext, SdsSecretConfig, TlsParameters,
@@ -92,10 +92,8 @@ pub(crate) fn validation(
     roots: SdsSecretConfig,
 ) -> common_tls_context::ValidationContextType {
     #[expect(deprecated, reason = "Istio sends the older field, and older proxies read only that one")]
-    let context = CertificateValidationContext {
-        match_subject_alt_names: names,
-        ..CertificateValidationContext::default()
-    };
+    let context =
+        CertificateValidationContext { match_subject_alt_names: names, ..CertificateValidationContext::default() };
     combined(context, roots)
 }
 
@@ -115,7 +113,11 @@ pub(crate) fn combined(
 }
 
 /// What a sidecar asks of mesh peers.
-pub(crate) fn mesh_server(trust_domains: &[String], settings: Option<&TlsConfig>, alpn: &[&str]) -> DownstreamTlsContext {
+pub(crate) fn mesh_server(
+    trust_domains: &[String],
+    settings: Option<&TlsConfig>,
+    alpn: &[&str],
+) -> DownstreamTlsContext {
     let minimum = match settings.map(|settings| settings.min_protocol_version) {
         Some(TlsProtocol::V1_3) => tls_parameters::TlsProtocol::TlSv13,
         _ => tls_parameters::TlsProtocol::TlSv12,
