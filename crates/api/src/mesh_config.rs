@@ -126,6 +126,7 @@ records! {
     /// `envoyExtAuthzHttp`
     pub struct ExtAuthzHttp {
         pub service: String,
+        #[serde(deserialize_with = "crate::scalar::port")]
         pub port: u16,
         /// Absent: 600 s.
         pub timeout: Option<Duration>,
@@ -147,6 +148,7 @@ records! {
     /// `envoyExtAuthzGrpc`
     pub struct ExtAuthzGrpc {
         pub service: String,
+        #[serde(deserialize_with = "crate::scalar::port")]
         pub port: u16,
         /// Absent: 600 s.
         pub timeout: Option<Duration>,
@@ -167,6 +169,7 @@ records! {
     /// `zipkin`
     pub struct ZipkinProvider {
         pub service: String,
+        #[serde(deserialize_with = "crate::scalar::port")]
         pub port: u16,
         pub max_tag_length: Option<u32>,
         pub enable64bit_trace_id: bool,

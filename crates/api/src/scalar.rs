@@ -88,6 +88,12 @@ impl<'de> Deserialize<'de> for Duration {
     }
 }
 
+/// A port that may also be written as text, as Istio's examples of providers do: `port: "8000"`.
+pub(crate) fn port<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
+    let number = u64::deserialize(deserializer)?;
+    u16::try_from(number).map_err(|_| D::Error::custom(format!("{number} is not a port")))
+}
+
 /// `{value: 12.5}`: percent, 0 to 100.
 #[derive(Clone, Copy, Default, PartialEq, Debug, Deserialize)]
 #[serde(default)]

@@ -21,8 +21,14 @@ use super::matchers::{JWT_FILTER, JWT_PAYLOAD};
 use super::wire::JwtAuthentication;
 use super::{Place, PolicyFacts, PolicyFilters};
 
-/// A key set without keys: every token of its issuer is refused.
-const NO_KEYS: &str = r#"{"keys":[]}"#;
+/// A key that signs nothing, so that every token of its issuer is refused; Envoy takes no empty set.
+///
+/// Nobody has its private half: `x` is the SHA-256 of "Lateen: a key without a private half, 0",
+/// which happens to be on the curve, and `y` is the even one of the two that belong to it.
+const NO_KEYS: &str = concat!(
+    r#"{"keys":[{"kty":"EC","crv":"P-256","alg":"ES256","use":"sig","kid":"no-key-of-this-issuer","#,
+    r#""x":"ZZkhi8rt-Dp180xFysegiV4-CjbSrC1o-g2x_Ijrtu8","y":"l6l8Us2J_IrihtkZwt7c-afX4FZ8Cxi4a14gm0LQZwA"}]}"#,
+);
 
 /// One rule and where it stands.
 struct Entry<'a> {

@@ -106,7 +106,7 @@ spec:
   meshConfig:
     extensionProviders:
     - name: ask-http
-      envoyExtAuthzHttp: {service: authz.shop.svc.cluster.local, port: 8000, pathPrefix: /check}
+      envoyExtAuthzHttp: {service: authz.shop.svc.cluster.local, port: '8000', pathPrefix: /check}
     - name: ask-grpc
       envoyExtAuthzGrpc: {service: shop/authz.shop.svc.cluster.local, port: 9191, failOpen: true}
     - name: nowhere
@@ -257,7 +257,7 @@ fn keys_that_cannot_be_used_refuse_tokens() {
         let yaml = tokens("t", &format!("{{jwtRules: [{{issuer: 'https://id', {rule}}}]}}"));
         let filters = filters_of(Place::Sidecar, &yaml);
         let lines = test_mesh::http_filters(&filters.http);
-        assert!(lines[0].starts_with(r#"origins-0: iss=https://id keys={"keys":[]}"#), "{lines:?}");
+        assert!(lines[0].contains("no-key-of-this-issuer"), "{lines:?}");
         assert_eq!(lines[1], "requires any(origins-0, none)");
         assert_eq!(&*filters.findings[0].code, "LAT0302");
     }
