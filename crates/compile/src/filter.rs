@@ -21,6 +21,11 @@ use crate::context::Context;
 use crate::telemetry;
 use crate::wire::{self, boolean, fields, list, object, pack, text, zero};
 
+/// How long a client of a gateway may take for the head of a request.
+const GATEWAY_HEADERS_SECONDS: u64 = 60;
+/// How long a stream through a gateway may be silent. As long as an idle connection is kept.
+const GATEWAY_STREAM_IDLE_SECONDS: u64 = 3600;
+
 /// Which way traffic passes the proxy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Direction {
@@ -239,7 +244,9 @@ pub(crate) fn connection_manager(context: &Context<'_>, of: Http) -> Filter {
         http_protocol_options: http1_options(context, is_gateway),
         http2_protocol_options: of.is_http2.then(Default::default),
         server_name: if of.direction == Direction::Outbound { String::new() } else { "istio-envoy".into() },
-        stream_idle_timeout: zero(),
+        // Whatever a client from outside leaves hanging is let go; sidecars follow Istio's "never".
+        stream_idle_timeout: if is_gateway { wire::seconds(GATEWAY_STREAM_IDLE_SECONDS) } else { zero() },
+        request_headers_timeout: if is_gateway { wire::seconds(GATEWAY_HEADERS_SECONDS) } else { None },
         access_log: context.telemetry.access_logs(),
         use_remote_address: boolean(is_gateway),
         xff_num_trusted_hops: if is_gateway { context.trusted_proxies() } else { 0 },

@@ -26,6 +26,7 @@ pub enum ProxyKind {
 /// | `istio.alpn` | the cluster's own ALPN says the protocol, `istio-http/1.1` or `istio-h2`; where the client's protocol decides, `istio-peer-exchange, istio` (the server then takes such a request as bytes) |
 /// | `istio.stats` | no such metrics |
 /// | `istio.metadata_exchange` (network, upstream, HTTP) | peers stay unknown in telemetry |
+/// | `envoy.filters.network.ext_authz` | authorizers that speak gRPC cannot be asked; what their policies match is refused |
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Capabilities {
     /// `istio.alpn`
@@ -36,13 +37,27 @@ pub struct Capabilities {
     pub has_metadata_exchange: bool,
     /// `istio.metadata_exchange` as HTTP filter.
     pub has_peer_metadata: bool,
+    /// Authorizers that speak gRPC can be asked.
+    pub has_grpc_authorizers: bool,
 }
 
 impl Capabilities {
-    /// Everything: Lateen's proxy, Istio's Envoy.
-    pub const ALL: Self = Self { has_alpn: true, has_stats: true, has_metadata_exchange: true, has_peer_metadata: true };
+    /// Lateen's proxy: all of Istio's own filters.
+    pub const ALL: Self = Self {
+        has_alpn: true,
+        has_stats: true,
+        has_metadata_exchange: true,
+        has_peer_metadata: true,
+        has_grpc_authorizers: false,
+    };
     /// Nothing: a plain Envoy.
-    pub const NONE: Self = Self { has_alpn: false, has_stats: false, has_metadata_exchange: false, has_peer_metadata: false };
+    pub const NONE: Self = Self {
+        has_alpn: false,
+        has_stats: false,
+        has_metadata_exchange: false,
+        has_peer_metadata: false,
+        has_grpc_authorizers: false,
+    };
 }
 
 /// How connections reach the proxy.
@@ -208,13 +223,14 @@ fn capabilities(node: &Node) -> Capabilities {
     // its own version in the metadata. A plain Envoy sends its list and no such version.
     let has = |name: &str| node.extensions.iter().any(|extension| extension.name == name && !extension.disabled);
     if node.extensions.is_empty() && Metadata(node.metadata.as_ref()).text("ISTIO_VERSION").is_some() {
-        return Capabilities::ALL;
+        return Capabilities { has_grpc_authorizers: true, ..Capabilities::ALL };
     }
     Capabilities {
         has_alpn: has("istio.alpn") || has("envoy.filters.http.alpn"),
         has_stats: has("istio.stats") || has("envoy.filters.http.istio_stats"),
         has_metadata_exchange: has("istio.metadata_exchange") || has("envoy.filters.network.metadata_exchange"),
         has_peer_metadata: has("istio.metadata_exchange") || has("envoy.filters.http.peer_metadata"),
+        has_grpc_authorizers: has("envoy.filters.network.ext_authz"),
     }
 }
 

@@ -45,6 +45,8 @@ pub(crate) enum InvalidProvider {
     Service { provider: String, service: String, port: u16 },
     #[error("extension provider {provider:?}: {field} {value:?} is invalid, so what the policy matches is refused")]
     Field { provider: String, field: &'static str, value: String },
+    #[error("this proxy cannot ask extension provider {0:?}, which speaks gRPC, so what the policy matches is refused")]
+    Grpc(String),
     #[error("CUSTOM policies of one workload name different providers, so what they match is refused")]
     Several,
 }
@@ -58,6 +60,7 @@ impl InvalidProvider {
             }
             Self::Service { .. } => "name a host and port that the mesh knows",
             Self::Field { .. } => "correct the provider in meshConfig.extensionProviders",
+            Self::Grpc(_) => "use envoyExtAuthzHttp",
             Self::Several => "use one provider for the workload",
         }
     }
@@ -74,6 +77,7 @@ pub(crate) fn provider(name: &str, facts: &PolicyFacts<'_>) -> Result<Provider, 
         facts.mesh_config.extension_provider(name).ok_or_else(|| InvalidProvider::Unknown(name.to_owned()))?;
     match (&provider.envoy_ext_authz_http, &provider.envoy_ext_authz_grpc) {
         (Some(http), None) => over_http(name, http, facts),
+        (None, Some(_)) if !facts.asks_over_grpc => Err(InvalidProvider::Grpc(name.to_owned())),
         (None, Some(grpc)) => over_grpc(name, grpc, facts),
         _ => Err(InvalidProvider::Kind(name.to_owned())),
     }

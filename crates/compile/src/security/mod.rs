@@ -54,6 +54,8 @@ pub(crate) struct PolicyFacts<'a> {
     /// Those that hold for the workload.
     pub(crate) authentication: Vec<&'a Config<RequestAuthentication>>,
     pub(crate) services: &'a dyn Lookup,
+    /// The proxy can ask authorizers that speak gRPC.
+    pub(crate) asks_over_grpc: bool,
 }
 
 /// The filters, in the order in which they run.
@@ -96,6 +98,7 @@ pub(crate) fn policy_filters(context: &Context<'_>, place: Place) -> PolicyFilte
             .filter(|policy| policy.spec.target_ref.is_none() && policy.spec.target_refs.is_empty())
             .collect(),
         services: context,
+        asks_over_grpc: view.capabilities.has_grpc_authorizers,
     })
 }
 

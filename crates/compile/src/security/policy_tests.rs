@@ -5,9 +5,14 @@ use super::*;
 use crate::view::ProxyKind;
 
 fn filters_of(place: Place, yaml: &str) -> PolicyFilters {
+    filters_for(place, yaml, true)
+}
+
+fn filters_for(place: Place, yaml: &str, asks_over_grpc: bool) -> PolicyFilters {
     let snapshot = test_mesh::snapshot(yaml);
     let kind = if place == Place::Gateway { ProxyKind::Router } else { ProxyKind::Sidecar };
-    let view = test_mesh::view(kind, "shop", &["app=a"]);
+    let mut view = test_mesh::view(kind, "shop", &["app=a"]);
+    view.capabilities.has_grpc_authorizers = asks_over_grpc;
     policy_filters(&Context::new(&snapshot, &view), place)
 }
 
@@ -167,6 +172,9 @@ fn a_provider_that_cannot_be_asked_refuses() {
             "{provider}"
         );
     }
+    let no_grpc = filters_for(Place::Sidecar, &custom("ask-grpc"), false);
+    let name = "istio-ext-authz-ask-grpc-ns[shop]-policy[c]-rule[0]-deny-due-to-bad-CUSTOM-action";
+    assert_eq!(test_mesh::http_filters(&no_grpc.http), [format!("DENY {name}: path=/api/* <- any")]);
     let two = custom("ask-http")
         + &policy(
             "e",
