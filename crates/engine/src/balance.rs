@@ -263,12 +263,12 @@ impl Balancer {
                 choice.avoid_priorities.iter().filter_map(|number| self.priorities.binary_search(number).ok()).collect();
             avoiding = self.loads.without(&skip);
         }
-        let loads = avoiding.as_ref().unwrap_or(&self.loads);
         let mut found = None;
         for repick in 0..=choice.repicks_max {
             let number = u64::from(choice.attempt) << 16 | u64::from(repick) << 4;
             let draw = choice.draw.numbered("host", number);
             // Envoy keeps a hash on its priority.
+            let loads = avoiding.as_ref().unwrap_or(&self.loads);
             let (priority, source) = loads.choose(choice.hash.unwrap_or(draw))?;
             let host = self.pick_in(priority, source, choice, number, draw, repick)?;
             found = Some((host, priority, source));

@@ -366,6 +366,8 @@ pub struct Cluster {
     pub locality: LocalityPolicy,
     /// Limits.
     pub limits: Limits,
+    /// When hosts are ejected; `None`: never.
+    pub outlier: Option<Arc<crate::outlier::Policy>>,
     /// The first whose match fits the endpoint is used.
     pub transports: Vec<Arc<TransportSocket>>,
     /// HTTP settings.

@@ -32,10 +32,18 @@ use crate::cluster::{Cluster, Endpoint, TransportSocket};
 use crate::config::{Name, RuntimeConfig};
 use crate::facts::{ConnFacts, Now};
 use crate::record::Recorder;
-use crate::shared::{SharedCluster, SharedHost};
+use crate::shared::{ClusterHeld, Held, SharedCluster, SharedHost};
 use crate::worker::Worker;
 
+mod attempt;
+mod filters;
+mod grpc;
 mod machine;
+mod normalize;
+mod reply;
+mod route_edits;
+#[cfg(test)]
+mod tests;
 
 pub use machine::Exchange;
 
@@ -215,7 +223,16 @@ pub struct Attempt {
     pub replay_bytes_max: u32,
     /// Copies to send elsewhere, answers dropped (first attempt only).
     pub mirrors: Vec<Mirror>,
-    pub(crate) held: machine::HeldPlaces,
+    pub(crate) held: HeldPlaces,
+}
+
+/// Places an attempt holds in the limits; given back when it is dropped.
+#[derive(Debug, Default)]
+#[expect(dead_code, reason = "held for their drop")]
+pub(crate) struct HeldPlaces {
+    pub(crate) request: Option<ClusterHeld>,
+    pub(crate) retry: Option<ClusterHeld>,
+    pub(crate) host: Option<Held<SharedHost>>,
 }
 
 /// An ALPN list: the transport's own or an override.
@@ -274,6 +291,10 @@ pub struct StreamInfo {
     pub route_name: Option<Name>,
     /// The decorator's operation.
     pub operation: Option<Name>,
+    /// The operation is the client's, sent in `x-envoy-decorator-operation`.
+    pub operation_from_peer: bool,
+    /// A span is to be written.
+    pub traced: bool,
     /// The route's objects.
     pub provenance: Option<Arc<crate::record::Provenance>>,
     /// The cluster chosen.

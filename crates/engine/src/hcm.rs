@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::access_log::AccessLog;
+use crate::chain::Direction;
 use crate::config::Name;
 use crate::matcher::Cidr;
 use crate::route::RouteTable;
@@ -218,6 +219,8 @@ pub enum TraceProvider {
 pub struct Hcm {
     /// Prefix of its metrics.
     pub stat_prefix: Box<str>,
+    /// Which way the traffic goes.
+    pub direction: Direction,
     /// HTTP versions.
     pub codec: Codec,
     /// Codec settings.
@@ -303,6 +306,12 @@ pub enum FilterKind {
     Alpn(AlpnOverrides),
     /// Istio's metrics.
     Stats(Stats),
+    /// Policy: enforced and shadow rules.
+    Rbac(Box<crate::authz::Rbac>),
+    /// Delays and aborts; routes carry the settings.
+    Fault(Box<crate::fault::Fault>),
+    /// CORS; routes carry the settings.
+    Cors,
     /// gRPC message counts.
     GrpcStats,
     /// gRPC-Web (requests of that kind are refused: not built).

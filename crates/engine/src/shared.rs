@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::cluster::{Address, EndpointSet};
 use crate::config::{Name, NameHasher, RuntimeConfig};
@@ -225,6 +225,19 @@ impl SharedTable {
         }
         let mut clusters = self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
         clusters.retain(|name, shared| config.clusters.get(name).is_some() || Arc::strong_count(shared) > 1);
+    }
+
+    /// Ends ejections whose time has passed, for every cluster with outlier detection. For the
+    /// control thread; returns when to come again at the latest.
+    pub fn sweep(&self, config: &RuntimeConfig, now: Instant) -> Duration {
+        let mut next = Duration::from_secs(10);
+        for shared in self.clusters() {
+            let Some(policy) = config.clusters.get(&shared.name).and_then(|cluster| cluster.outlier.as_ref()) else {
+                continue;
+            };
+            next = next.min(crate::outlier::sweep(policy, &shared, now));
+        }
+        next
     }
 }
 

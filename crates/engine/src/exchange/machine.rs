@@ -1,33 +1,589 @@
 //! The state machine.
 
+use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use types::{Cause, Fields, RequestHead};
+use bytes::Bytes;
+use smallvec::SmallVec;
+use types::{Cause, Fields, RequestHead, ResponseHead, Scheme};
 
-use super::{Answer, Env, Start, Step, StreamInfo};
-use crate::record::Recorder;
-use crate::shared::{ClusterHeld, Held, SharedHost};
-
-/// Places an attempt holds in the limits.
-#[derive(Debug, Default)]
-pub(crate) struct HeldPlaces {
-    pub(crate) request: Option<ClusterHeld>,
-    pub(crate) retry: Option<ClusterHeld>,
-    pub(crate) host: Option<Held<SharedHost>>,
-}
+use super::attempt::{self, Plan};
+use super::reply::{self, Spec};
+use super::{Answer, Attempt, Details, Env, Failure, LocalReply, Mirror, Question, Start, Step, StreamInfo};
+use super::{normalize, route_edits};
+use crate::chain::{Direction, FilterChain, Terminal};
+use crate::cluster::Discovery;
+use crate::config::{Name, RuntimeConfig};
+use crate::draw::Draw;
+use crate::facts::ConnFacts;
+use crate::hcm::{AlpnOverrides, FilterKind, Hcm, RouteSource};
+use crate::record::{Recorder, Stage, note};
+use crate::retry::RetryPolicy;
+use crate::route::{
+    Action, Choice, Forward, HostRewrite, MirrorPolicy, RequireTls, Route, RouteTable, Target, VirtualHost,
+    WeightedCluster,
+};
+use crate::shared::{Resource, SharedHost};
 
 /// One request.
 #[derive(Debug)]
 pub struct Exchange {
-    info: StreamInfo,
+    pub(super) config: Rc<RuntimeConfig>,
+    chain: Arc<FilterChain>,
+    pub(super) conn: Arc<ConnFacts>,
+    pub(super) draw: Draw,
+    pub(super) info: StreamInfo,
+    table: Option<Arc<RouteTable>>,
+    choice: Option<Choice>,
+    /// Index of the weighted cluster drawn.
+    weighted: Option<usize>,
+    pub(super) phase: Phase,
+    started: Instant,
+    completed: Option<Instant>,
+    is_head: bool,
+    internal: bool,
+    upgrade: bool,
+    replayable: bool,
+    pub(super) filters: super::filters::Marks,
+    timing: Timing,
+    attempt: AttemptState,
+    /// Sent with the response, made for a hash policy.
+    cookie: Option<Box<str>>,
+}
+
+/// Where the exchange stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Phase {
+    /// Before the filter with this index.
+    Filters(usize),
+    /// That filter has asked or waits.
+    Paused(usize),
+    /// A name is being resolved for the router.
+    Resolving,
+    /// An attempt is under way.
+    Attempting,
+    /// Between two attempts.
+    BackingOff,
+    /// The response has begun.
+    Responding,
+    /// A reply was given, or the response has ended.
+    Done,
+}
+
+/// Time-outs in force once a route was found.
+#[derive(Clone, Copy, Debug, Default)]
+struct Timing {
+    route: Option<Duration>,
+    per_try: Option<Duration>,
+    stream_max: Option<Duration>,
+    idle: Option<Duration>,
+    try_started: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct AttemptState {
+    number: u32,
+    retries_left: u32,
+    policy: Option<Arc<RetryPolicy>>,
+    hash: Option<u64>,
+    tried: SmallVec<[Arc<SharedHost>; 4]>,
+    tried_priorities: Vec<u32>,
+    cluster: Option<Name>,
+    shared: Option<Arc<crate::shared::SharedCluster>>,
+    resolved: Option<std::net::SocketAddr>,
+    edited: bool,
 }
 
 impl Exchange {
     /// Starts a request; `head` is as the codec read it and is edited in place.
+    ///
+    /// A chain that does not end in HTTP is answered with [`Cause::Internal`].
     pub fn start(env: &Env<'_>, start: Start<'_>, head: &mut RequestHead) -> (Self, Step) {
-        let _ = (env, start, head);
-        unreachable!("being written")
+        let Start { chain, conn, ended, seed, recorder } = start;
+        let mut exchange = Self {
+            config: Rc::clone(env.config),
+            chain: Arc::clone(chain),
+            conn: Arc::clone(conn),
+            draw: Draw::new(seed),
+            info: StreamInfo { is_grpc: head.is_grpc(), ..StreamInfo::default() },
+            table: None,
+            choice: None,
+            weighted: None,
+            phase: Phase::Filters(0),
+            started: env.now.mono,
+            completed: ended.then_some(env.now.mono),
+            is_head: head.method() == "HEAD",
+            internal: false,
+            upgrade: false,
+            replayable: true,
+            filters: super::filters::Marks::default(),
+            timing: Timing::default(),
+            attempt: AttemptState::default(),
+            cookie: None,
+        };
+        let step = exchange.begin(env, head, recorder);
+        (exchange, step)
     }
+
+    fn begin(&mut self, env: &Env<'_>, head: &mut RequestHead, recorder: &mut dyn Recorder) -> Step {
+        let Terminal::Http(hcm) = &self.chain.terminal else {
+            return self.reply(env, Cause::Internal, Spec::default(), head, recorder);
+        };
+        let hcm = Arc::clone(hcm);
+        self.table = match &hcm.routes {
+            RouteSource::Inline(table) => Some(Arc::clone(table)),
+            RouteSource::Rds(name) => self.config.routes.get(name).cloned(),
+        };
+        match normalize::target(&hcm, &self.conn, head) {
+            Ok(()) => {}
+            Err(normalize::Refused::Reply(cause)) => {
+                let close = cause != Cause::BadPath;
+                return self.reply(env, cause, Spec { close, ..Spec::default() }, head, recorder);
+            }
+            Err(normalize::Refused::Redirect) => {
+                let to = head.path().to_vec();
+                let spec = Spec {
+                    status: Some(307),
+                    headers: vec![("location", to)],
+                    plain: true,
+                    ..Spec::default()
+                };
+                return self.reply(env, Cause::Redirect, spec, head, recorder);
+            }
+        }
+        let wants_upgrade = head.protocol().is_some() || head.method() == "CONNECT";
+        normalize::hop_by_hop(&mut head.fields, wants_upgrade);
+        let internal_only = self.table.as_ref().map_or(&[][..], |table| &table.internal_only_headers);
+        let caller = normalize::sanitize(&hcm, internal_only, &self.conn, head, self.draw);
+        self.internal = caller.internal;
+        self.info.client_address = Some(caller.address);
+        if let Some(tracing) = &hcm.tracing {
+            self.info.traced = normalize::trace_decision(tracing, head, self.draw);
+        }
+        self.choose_route(head, recorder);
+        self.refresh_stream_limits(&hcm, head);
+        if wants_upgrade && !self.upgrade_allowed(&hcm, head) {
+            return self.reply(env, Cause::UpgradeRefused, Spec::default(), head, recorder);
+        }
+        self.upgrade = wants_upgrade;
+        self.operation(&hcm, head);
+        self.run_filters(env, 0, head, recorder)
+    }
+
+    /// Chooses the route, again if a filter changed what it depends on.
+    pub(super) fn choose_route(&mut self, head: &RequestHead, recorder: &mut dyn Recorder) {
+        self.weighted = None;
+        let Some(table) = &self.table else {
+            note(recorder, Stage::RouteTable, None, || ("none".to_owned(), "no route table was received".to_owned()));
+            return;
+        };
+        self.choice = table.choose(head, &self.info.metadata, self.draw.named("route_fraction"));
+        let found = self.choice.map(|choice| &table.virtual_hosts[choice.virtual_host]);
+        self.info.virtual_host = found.map(|host| host.name.clone());
+        note(recorder, Stage::RouteTable, Some(&table.provenance), || (table.name.to_string(), String::new()));
+        note(recorder, Stage::VirtualHost, found.map(|host| &host.provenance), || {
+            let name = found.map_or_else(|| "none".to_owned(), |host| host.name.to_string());
+            (name, String::from_utf8_lossy(head.authority()).into_owned())
+        });
+        let route = self.route_of(table);
+        note(recorder, Stage::Route, route.map(|route| &route.provenance), || {
+            let name = route.map_or_else(|| "none".to_owned(), |route| route.name.to_string());
+            (name, String::from_utf8_lossy(head.path()).into_owned())
+        });
+        let (name, provenance, operation) = match route {
+            Some(route) => (Some(route.name.clone()), Some(Arc::clone(&route.provenance)), route.operation.clone()),
+            None => (None, None, None),
+        };
+        let weighted = match route.map(|route| &route.action) {
+            Some(Action::Forward(forward)) => weighted_index(&forward.target, self.draw),
+            _ => None,
+        };
+        self.info.route_name = name;
+        self.info.provenance = provenance;
+        if !self.info.operation_from_peer {
+            self.info.operation = operation;
+        }
+        self.weighted = weighted;
+    }
+
+    fn route_of<'a>(&self, table: &'a RouteTable) -> Option<&'a Route> {
+        let choice = self.choice?;
+        Some(&table.virtual_hosts[choice.virtual_host].routes[choice.route?])
+    }
+
+    pub(super) fn table_and_host(&self) -> Option<(&RouteTable, &VirtualHost)> {
+        let table = self.table.as_deref()?;
+        Some((table, &table.virtual_hosts[self.choice?.virtual_host]))
+    }
+
+    pub(super) fn route(&self) -> Option<&Route> {
+        self.route_of(self.table.as_deref()?)
+    }
+
+    pub(super) fn weighted(&self) -> Option<&WeightedCluster> {
+        match &self.route()?.action {
+            Action::Forward(forward) => match &forward.target {
+                Target::Weighted { clusters, .. } => clusters.get(self.weighted?),
+                Target::Cluster(_) | Target::Header(_) => None,
+            },
+            Action::Redirect(_) | Action::Direct(_) => None,
+        }
+    }
+
+    pub(super) fn hcm(&self) -> Option<Arc<Hcm>> {
+        match &self.chain.terminal {
+            Terminal::Http(hcm) => Some(Arc::clone(hcm)),
+            Terminal::Tcp(_) => None,
+        }
+    }
+
+    fn upgrade_allowed(&self, hcm: &Hcm, head: &RequestHead) -> bool {
+        let asked = head.protocol().unwrap_or(b"connect");
+        let by_route = match self.route().map(|route| &route.action) {
+            Some(Action::Forward(forward)) => {
+                forward.upgrades.iter().find(|(kind, _)| kind.as_bytes().eq_ignore_ascii_case(asked))
+            }
+            _ => None,
+        };
+        by_route.map_or_else(
+            || hcm.upgrades.iter().any(|kind| kind.as_bytes().eq_ignore_ascii_case(asked)),
+            |(_, enabled)| *enabled,
+        )
+    }
+
+    /// The decorator's operation travels from client to server.
+    fn operation(&mut self, hcm: &Hcm, head: &mut RequestHead) {
+        const HEADER: &str = "x-envoy-decorator-operation";
+        if hcm.tracing.is_none() {
+            return;
+        }
+        if hcm.direction == Direction::Outbound {
+            if let Some(operation) = &self.info.operation {
+                head.fields.set(HEADER, operation.as_bytes());
+            }
+        } else if let Some(given) = head.fields.get_str(HEADER).map(Name::from) {
+            self.info.operation = Some(given);
+            self.info.operation_from_peer = true;
+            head.fields.remove(HEADER);
+        }
+    }
+
+    fn refresh_stream_limits(&mut self, hcm: &Hcm, head: &RequestHead) {
+        self.timing.idle = hcm.timeouts.stream_idle;
+        self.timing.stream_max = hcm.timeouts.stream_duration_max;
+        let Some(Action::Forward(forward)) = self.route().map(|route| &route.action) else { return };
+        let (idle, duration) = (forward.idle_timeout, forward.stream_duration);
+        if let Some(idle) = idle {
+            self.timing.idle = idle;
+        }
+        if let Some(duration) = duration {
+            let by_header = match (duration.grpc_timeout_max, self.info.is_grpc) {
+                (Some(cap), true) => super::grpc::timeout(&head.fields).map(|asked| {
+                    if cap.is_zero() { asked } else { asked.min(cap) }
+                }),
+                _ => None,
+            };
+            self.timing.stream_max = by_header.or(duration.max).or(self.timing.stream_max);
+        }
+    }
+
+    // ---- the router ----
+
+    /// The last filter.
+    pub(super) fn router(&mut self, env: &Env<'_>, head: &mut RequestHead, recorder: &mut dyn Recorder) -> Step {
+        let Some(table) = self.table.clone() else {
+            return self.reply(env, Cause::NoRoute, Spec::default(), head, recorder);
+        };
+        let Some(choice) = self.choice else {
+            return self.reply(env, Cause::NoRoute, Spec::default(), head, recorder);
+        };
+        let host = &table.virtual_hosts[choice.virtual_host];
+        let tls_wanted = match host.require_tls {
+            RequireTls::None => false,
+            RequireTls::ExternalOnly => !self.internal,
+            RequireTls::All => true,
+        };
+        if tls_wanted && !normalize::is_https(head) {
+            let spec = Spec {
+                headers: vec![("location", reply::https_location(head))],
+                plain: true,
+                ..Spec::default()
+            };
+            return self.reply(env, Cause::HttpsRedirect, spec, head, recorder);
+        }
+        let Some(route) = choice.route.map(|route| &host.routes[route]) else {
+            return self.reply(env, Cause::NoRoute, Spec::default(), head, recorder);
+        };
+        match &route.action {
+            Action::Direct(direct) => {
+                let spec = Spec {
+                    status: Some(direct.status),
+                    body: Some(direct.body.clone()),
+                    ..Spec::default()
+                };
+                self.reply(env, Cause::DirectResponse, spec, head, recorder)
+            }
+            Action::Redirect(redirect) => {
+                let spec = Spec {
+                    status: Some(redirect.status),
+                    headers: vec![("location", reply::location(redirect, &route.matches.path, head))],
+                    plain: true,
+                    ..Spec::default()
+                };
+                self.reply(env, Cause::Redirect, spec, head, recorder)
+            }
+            Action::Forward(forward) => self.forward(env, (host, route, forward), head, recorder),
+        }
+    }
+
+    fn forward(
+        &mut self,
+        env: &Env<'_>,
+        (host, route, forward): (&VirtualHost, &Route, &Forward),
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        let Some(name) = self.cluster_name(forward, head) else {
+            return self.cluster_not_found(env, forward, head, recorder);
+        };
+        self.info.cluster_name = Some(name.clone());
+        let Some(cluster) = self.config.clusters.get(&name).cloned() else {
+            note(recorder, Stage::Cluster, None, || (name.to_string(), "no such cluster".to_owned()));
+            return self.cluster_not_found(env, forward, head, recorder);
+        };
+        note(recorder, Stage::Cluster, Some(&cluster.provenance), || {
+            let how = if self.weighted.is_some() { "drawn by weight" } else { "" };
+            (name.to_string(), how.to_owned())
+        });
+        self.info.cluster = Some(Arc::clone(&cluster));
+        self.attempt.cluster = Some(name);
+        self.attempt.policy = forward.retry.clone().or_else(|| host.retry.clone());
+        self.attempt.retries_left = self.attempt.policy.as_ref().map_or(0, |policy| policy.retries_max);
+        let (hash, cookie) = attempt::hash(&forward.hash, &self.conn, head, self.draw);
+        self.attempt.hash = hash;
+        self.cookie = cookie;
+        self.set_timeouts(forward, head);
+        if let Discovery::DynamicForward { cache } = &cluster.discovery
+            && self.attempt.resolved.is_none()
+        {
+            let host = crate::route::without_port(head.authority());
+            let port = head.authority().get(host.len() + 1..).and_then(|port| std::str::from_utf8(port).ok());
+            let default = if self.conn.tls.is_some() || head.scheme == Scheme::Https { 443 } else { 80 };
+            let port = port.and_then(|port| port.parse().ok()).unwrap_or(default);
+            self.phase = Phase::Resolving;
+            let host = String::from_utf8_lossy(host).into_owned().into_boxed_str();
+            return Step::Ask(Question::Resolve { host, port, cache: cache.clone() });
+        }
+        if !self.attempt.edited {
+            self.attempt.edited = true;
+            let mirrors = self.mirror_heads(forward, host, head);
+            self.edit_request(forward, route, head, env.now);
+            self.upstream_headers(env, host, head);
+            return self.try_once(env, mirrors, head, recorder);
+        }
+        self.try_once(env, Vec::new(), head, recorder)
+    }
+
+    fn cluster_not_found(
+        &mut self,
+        env: &Env<'_>,
+        forward: &Forward,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        let spec = Spec { status: Some(forward.not_found_status), ..Spec::default() };
+        self.reply(env, Cause::ClusterNotFound, spec, head, recorder)
+    }
+
+    fn cluster_name(&self, forward: &Forward, head: &RequestHead) -> Option<Name> {
+        match &forward.target {
+            Target::Cluster(name) => Some(name.clone()),
+            Target::Weighted { clusters, .. } => clusters.get(self.weighted?).map(|cluster| cluster.name.clone()),
+            Target::Header(header) => head.fields.get_str(header).map(Name::from),
+        }
+    }
+
+    /// *Source*: Envoy `FilterUtility::finalTimeout`.
+    fn set_timeouts(&mut self, forward: &Forward, head: &RequestHead) {
+        let mut global = forward.timeout;
+        if let (true, Some(cap)) = (self.info.is_grpc, forward.grpc_timeout_max) {
+            let asked = super::grpc::timeout(&head.fields);
+            // Zero is "no limit" on both sides.
+            global = match (asked, cap.is_zero()) {
+                (Some(asked), true) => Some(asked),
+                (Some(asked), false) => Some(asked.min(cap)),
+                (None, true) => None,
+                (None, false) => Some(cap),
+            };
+        }
+        let per_try = self.attempt.policy.as_ref().and_then(|policy| policy.per_try_timeout);
+        self.timing.route = global;
+        self.timing.per_try = per_try.filter(|per_try| global.is_none_or(|global| *per_try < global));
+    }
+
+    /// Headers that tell the upstream about the attempt, and who we are.
+    fn upstream_headers(&mut self, env: &Env<'_>, host: &VirtualHost, head: &mut RequestHead) {
+        let Some(hcm) = self.hcm() else { return };
+        let suppressed = hcm.filters.iter().any(|filter| match &filter.kind {
+            FilterKind::Router(router) => router.suppress_envoy_headers,
+            _ => false,
+        });
+        if !suppressed && let Some(expected) = self.timing.per_try.or(self.timing.route) {
+            head.fields.set("x-envoy-expected-rq-timeout-ms", expected.as_millis().to_string().as_bytes());
+        }
+        if host.attempt_count {
+            head.fields.set("x-envoy-attempt-count", b"1");
+        }
+        self.exchange_metadata_upstream(env, &hcm, head);
+    }
+
+    fn mirror_heads(&self, forward: &Forward, host: &VirtualHost, head: &RequestHead) -> Vec<(Name, bool)> {
+        let _ = head;
+        let policies: &[MirrorPolicy] = match (&forward.mirrors[..], &host.mirrors[..], self.table.as_deref()) {
+            ([], [], Some(table)) => &table.mirrors,
+            ([], by_host, _) => by_host,
+            (by_route, _, _) => by_route,
+        };
+        let drawn = policies.iter().enumerate().filter(|(index, policy)| {
+            let draw = self.draw.numbered("mirror", *index as u64);
+            policy.fraction.is_none_or(|fraction| fraction.holds(draw))
+        });
+        drawn.map(|(_, policy)| (policy.cluster.clone(), policy.shadow_suffix)).collect()
+    }
+
+    /// Makes the next attempt.
+    fn try_once(
+        &mut self,
+        env: &Env<'_>,
+        mirrors: Vec<(Name, bool)>,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        let name = self.attempt.cluster.clone().unwrap_or_default();
+        // Endpoints and host state are read afresh at each pick; a cluster gone meanwhile still
+        // serves the requests that chose it.
+        let found = env.config.clusters.get(&name).or_else(|| self.config.clusters.get(&name)).cloned();
+        let Some(cluster) = found else {
+            return self.reply(env, Cause::ClusterNotFound, Spec::default(), head, recorder);
+        };
+        let live = env.worker.live(env.config, &cluster, env.now.mono);
+        self.attempt.number += 1;
+        self.info.attempts = self.attempt.number;
+        self.attempt.shared = Some(Arc::clone(&live.shared));
+        let retry = if self.attempt.number > 1 {
+            let Some(held) = crate::limit::take(&cluster.limits, &live.shared, Resource::Retry) else {
+                return self.retry_overflow(env, head, recorder);
+            };
+            Some(held)
+        } else {
+            None
+        };
+        if self.attempt.number > 1 && self.table_and_host().is_some_and(|(_, host)| host.attempt_count) {
+            head.fields.set("x-envoy-attempt-count", self.attempt.number.to_string().as_bytes());
+        }
+        let hcm = self.hcm();
+        let policy = self.attempt.policy.clone();
+        let hashes = self.attempt.hash.is_some();
+        let avoid: &[Arc<SharedHost>] = match &policy {
+            Some(policy) if policy.previous_hosts && !hashes => &self.attempt.tried,
+            _ => &[],
+        };
+        let plan = Plan {
+            conn: &self.conn,
+            draw: self.draw,
+            number: self.attempt.number,
+            head: Some(head),
+            hash: self.attempt.hash,
+            avoid,
+            repicks_max: policy.as_ref().map_or(0, |policy| policy.repicks_max),
+            avoid_priorities: avoided_priorities(policy.as_deref(), &self.attempt),
+            resolved: self.attempt.resolved,
+            alpn: hcm.as_deref().and_then(alpn_overrides),
+            retry,
+            upgrade: self.upgrade,
+        };
+        let (mut attempt, priority) = match attempt::make(env, &live, plan, recorder) {
+            Ok(made) => made,
+            Err(cause) => return self.no_attempt(env, cause, head, recorder),
+        };
+        self.attempt.tried.push(Arc::clone(&attempt.picked.host));
+        self.attempt.tried_priorities.push(priority);
+        self.info.picked = Some(attempt.picked.clone());
+        self.info.cluster = Some(Arc::clone(&cluster));
+        self.info.upstream_started = Some(env.now.mono);
+        self.timing.try_started = Some(env.now.mono);
+        attempt.per_try_timeout = self.timing.per_try;
+        self.auto_host(&attempt, head);
+        if self.attempt.number == 1 {
+            attempt.mirrors = self.mirrors(env, mirrors, head, recorder);
+        }
+        if self.attempt.retries_left > 0 {
+            let limits = [self.route().and_then(|route| route.replay_bytes_max), self.host_replay_max()];
+            attempt.replay_bytes_max = limits.into_iter().flatten().next().unwrap_or(cluster.buffer_max);
+        }
+        self.phase = Phase::Attempting;
+        Step::Forward(Box::new(attempt))
+    }
+
+    fn host_replay_max(&self) -> Option<u32> {
+        self.table_and_host().and_then(|(_, host)| host.replay_bytes_max)
+    }
+
+    fn auto_host(&self, attempt: &Attempt, head: &mut RequestHead) {
+        if let Some(Action::Forward(forward)) = self.route().map(|route| &route.action)
+            && matches!(forward.host, HostRewrite::Auto)
+            && let Some(endpoint) = attempt.picked.endpoint.as_ref().filter(|endpoint| !endpoint.hostname.is_empty())
+        {
+            route_edits::set_host(forward, head, endpoint.hostname.as_bytes());
+        }
+    }
+
+    fn mirrors(
+        &self,
+        env: &Env<'_>,
+        wanted: Vec<(Name, bool)>,
+        head: &RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Vec<Mirror> {
+        let hcm = self.hcm();
+        let mut made = Vec::with_capacity(wanted.len());
+        for (index, (name, shadow_suffix)) in wanted.into_iter().enumerate() {
+            let cluster = env.config.clusters.get(&name).cloned();
+            note(recorder, Stage::Mirror, cluster.as_ref().map(|cluster| &cluster.provenance), || {
+                (name.to_string(), if cluster.is_some() { String::new() } else { "no such cluster".to_owned() })
+            });
+            let Some(cluster) = cluster else { continue };
+            let live = env.worker.live(env.config, &cluster, env.now.mono);
+            let mut copy = head.clone();
+            if shadow_suffix {
+                let host = crate::route::without_port(head.authority());
+                let with_suffix = [host, b"-shadow", &head.authority()[host.len()..]].concat();
+                copy.set_authority(&with_suffix);
+            }
+            let plan = Plan {
+                conn: &self.conn,
+                draw: Draw::new(self.draw.numbered("mirror_pick", index as u64)),
+                number: 1,
+                head: Some(&copy),
+                hash: self.attempt.hash,
+                avoid: &[],
+                repicks_max: 0,
+                avoid_priorities: &[],
+                resolved: None,
+                alpn: hcm.as_deref().and_then(alpn_overrides),
+                retry: None,
+                upgrade: false,
+            };
+            // A copy that cannot be sent is dropped: it never affects the client.
+            if let Ok((attempt, _)) = attempt::make(env, &live, plan, recorder) {
+                made.push(Mirror { attempt: Box::new(attempt), head: copy, timeout: self.timing.route });
+            }
+        }
+        made
+    }
+
+    // ---- what came of it ----
 
     /// Goes on with what came of the last step; `head` is the same as before.
     pub fn resume(
@@ -37,43 +593,370 @@ impl Exchange {
         head: &mut RequestHead,
         recorder: &mut dyn Recorder,
     ) -> Step {
-        let _ = (env, answer, head, recorder);
-        unreachable!("being written")
+        match (self.phase, answer) {
+            (Phase::Paused(index), answer) => self.resume_filter(env, index, answer, head, recorder),
+            (Phase::Resolving, Answer::Resolved(answer)) => self.resolved(env, answer, head, recorder),
+            (Phase::Attempting, Answer::Upstream { head: response, ended }) => {
+                self.upstream_head(env, response, ended, head, recorder)
+            }
+            (Phase::Attempting, Answer::Failed(failure)) => self.failed(env, failure, head, recorder),
+            (Phase::Attempting, Answer::Elapsed) => match self.overdue(env.now.mono) {
+                Some(cause) => self.timed_out(env, cause, head, recorder),
+                None => Step::Wait(self.until_deadline(env.now.mono)),
+            },
+            (Phase::BackingOff, Answer::Elapsed) => match self.overdue(env.now.mono) {
+                Some(cause) => self.timed_out(env, cause, head, recorder),
+                None => self.try_once(env, Vec::new(), head, recorder),
+            },
+            (Phase::Responding, Answer::Elapsed) => match self.overdue(env.now.mono) {
+                Some(cause) => self.abort(cause),
+                None => Step::Respond,
+            },
+            (Phase::Responding, Answer::Idle) => self.abort(Cause::StreamIdleTimeout),
+            (Phase::Responding | Phase::Done, Answer::Failed(failure)) => self.abort(failure.cause),
+            (Phase::Done, _) => self.abort(Cause::Internal),
+            (_, Answer::Idle) => self.reply(env, Cause::StreamIdleTimeout, Spec::default(), head, recorder),
+            // The driver answered what was not asked.
+            (_, _) => self.reply(env, Cause::Internal, Spec::default(), head, recorder),
+        }
     }
+
+    fn abort(&mut self, cause: Cause) -> Step {
+        self.info.causes.push(cause);
+        self.phase = Phase::Done;
+        Step::Abort(cause)
+    }
+
+    fn resolved(
+        &mut self,
+        env: &Env<'_>,
+        answer: Result<Vec<std::net::IpAddr>, Cause>,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        let Some(ip) = answer.ok().and_then(|all| all.into_iter().next()) else {
+            return self.reply(env, Cause::DnsFailed, Spec::default(), head, recorder);
+        };
+        let host = crate::route::without_port(head.authority());
+        let port = head.authority().get(host.len() + 1..).and_then(|port| std::str::from_utf8(port).ok());
+        let default = if head.scheme == Scheme::Https { 443 } else { 80 };
+        let port = port.and_then(|port| port.parse().ok()).unwrap_or(default);
+        self.attempt.resolved = Some(std::net::SocketAddr::new(ip, port));
+        self.router(env, head, recorder)
+    }
+
+    fn upstream_head(
+        &mut self,
+        env: &Env<'_>,
+        response: &mut ResponseHead,
+        ended: bool,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        let seen = super::grpc::effective_status(response);
+        self.mark_host(env, crate::outlier::Event::Status(seen));
+        let retriable = self
+            .attempt
+            .policy
+            .as_ref()
+            .is_some_and(|policy| policy.applies_to(head) && policy.on_response(response));
+        if retriable && let Some(step) = self.again(env, None, head, recorder) {
+            return step;
+        }
+        if retriable && self.attempt.number > 1 && self.attempt.retries_left == 0 {
+            self.info.causes.push(Cause::RetryLimitExceeded);
+        }
+        self.info.details = Details::Static("via_upstream");
+        self.phase = if ended { Phase::Done } else { Phase::Responding };
+        if let (Some(completed), Some(hcm)) = (self.completed, self.hcm()) {
+            let suppressed = hcm.filters.iter().any(|filter| match &filter.kind {
+                FilterKind::Router(router) => router.suppress_envoy_headers,
+                _ => false,
+            });
+            if !suppressed {
+                let waited = env.now.mono.saturating_duration_since(completed).as_millis();
+                response.fields.set("x-envoy-upstream-service-time", waited.to_string().as_bytes());
+            }
+        }
+        self.finish_response(env, head, response);
+        Step::Respond
+    }
+
+    /// Everything that is done to a response, a local one too, on its way out.
+    fn finish_response(&mut self, env: &Env<'_>, request: &RequestHead, response: &mut ResponseHead) {
+        self.edit_response(request, response, env.now);
+        if let Some((_, host)) = self.table_and_host()
+            && host.attempt_count_in_response
+            && self.attempt.number > 0
+        {
+            response.fields.set("x-envoy-attempt-count", self.attempt.number.to_string().as_bytes());
+        }
+        if let Some(cookie) = self.cookie.take() {
+            response.fields.push("set-cookie", cookie.as_bytes());
+        }
+        self.encode_filters(env, request, response);
+        if let Some(hcm) = self.hcm() {
+            let upgraded = self.upgrade && (response.status == 101 || request.method() == "CONNECT");
+            normalize::response(&hcm, request, response, &self.info, &env.worker.date(env.now), upgraded);
+        }
+    }
+
+    fn failed(
+        &mut self,
+        env: &Env<'_>,
+        failure: Failure,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        self.mark_host(env, crate::outlier::Event::Local);
+        self.info.transport_failure.clone_from(&failure.detail);
+        let retriable = self.attempt.policy.as_ref().is_some_and(|policy| policy.applies_to(head) && policy.on_failure(failure.cause, failure.request_sent));
+        note(recorder, Stage::Retry, None, || {
+            (failure.cause.name().to_owned(), if retriable { "may be tried again" } else { "is final" }.to_owned())
+        });
+        if retriable && let Some(step) = self.again(env, Some(&failure), head, recorder) {
+            return step;
+        }
+        self.final_failure(env, &failure, retriable, head, recorder)
+    }
+
+    fn final_failure(
+        &mut self,
+        env: &Env<'_>,
+        failure: &Failure,
+        retriable: bool,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        let retried = self.attempt.number > 1;
+        if retriable && self.attempt.retries_left == 0 && retried {
+            self.info.causes.push(Cause::RetryLimitExceeded);
+        }
+        let reason = failure.cause.reset_reason().unwrap_or_default().replace(' ', "_");
+        let mut details = format!("{}{{{reason}}}", failure.cause.surface().details);
+        if !failure.detail.is_empty() {
+            details = details.replace('}', &format!("|{}}}", failure.detail.replace(' ', "_")));
+        }
+        self.info.details = Details::Owned(details.into());
+        let body = reply::reset_body(failure.cause, retried, &failure.detail);
+        let headers = match failure.cause {
+            Cause::UpstreamOverflow => vec![("x-envoy-overloaded", b"true".to_vec())],
+            _ => Vec::new(),
+        };
+        let spec = Spec { body: Some(body), headers, ..Spec::default() };
+        self.reply(env, failure.cause, spec, head, recorder)
+    }
+
+    /// No attempt could be made at all.
+    fn no_attempt(
+        &mut self,
+        env: &Env<'_>,
+        cause: Cause,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        if cause == Cause::UpstreamOverflow {
+            return self.final_failure(env, &Failure::unsent(cause), false, head, recorder);
+        }
+        self.reply(env, cause, Spec::default(), head, recorder)
+    }
+
+    /// The retry limit is reached: the failure before it stands.
+    fn retry_overflow(&mut self, env: &Env<'_>, head: &mut RequestHead, recorder: &mut dyn Recorder) -> Step {
+        self.attempt.number -= 1;
+        self.info.attempts = self.attempt.number;
+        self.final_failure(env, &Failure::unsent(Cause::UpstreamOverflow), false, head, recorder)
+    }
+
+    /// Plans another attempt, if anything allows it.
+    fn again(
+        &mut self,
+        env: &Env<'_>,
+        failure: Option<&Failure>,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Option<Step> {
+        let unsent = failure.is_some_and(|failure| !failure.request_sent);
+        if self.attempt.retries_left == 0 || !(self.replayable || unsent) || self.upgrade_started() {
+            return None;
+        }
+        // The limit is checked before the response is dropped: over it, the original failure stands.
+        let (shared, limits) = (self.attempt.shared.as_ref()?, self.info.cluster.as_ref()?.limits);
+        if shared.retries.get() >= crate::limit::places(&limits, shared, Resource::Retry) {
+            note(recorder, Stage::Retry, None, || ("no".to_owned(), "the retry limit is reached".to_owned()));
+            return None;
+        }
+        self.attempt.retries_left -= 1;
+        let policy = self.attempt.policy.clone()?;
+        let wait = policy.back_off(self.attempt.number, self.draw.numbered("backoff", u64::from(self.attempt.number)));
+        let _ = head;
+        note(recorder, Stage::Retry, None, || ("yes".to_owned(), format!("after {} ms", wait.as_millis())));
+        self.timing.try_started = None;
+        self.phase = Phase::BackingOff;
+        let left = self.deadline().map(|at| at.saturating_duration_since(env.now.mono));
+        Some(Step::Wait(left.map_or(wait, |left| wait.min(left))))
+    }
+
+    fn upgrade_started(&self) -> bool {
+        self.upgrade && self.phase == Phase::Responding
+    }
+
+    fn timed_out(
+        &mut self,
+        env: &Env<'_>,
+        cause: Cause,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        self.mark_host(env, crate::outlier::Event::Timeout);
+        if cause == Cause::PerTryTimeout {
+            let retriable = self.attempt.policy.as_ref().is_some_and(|policy| policy.on_per_try_timeout());
+            if retriable && let Some(step) = self.again(env, None, head, recorder) {
+                return step;
+            }
+            if retriable && self.attempt.number > 1 {
+                self.info.causes.push(Cause::RetryLimitExceeded);
+            }
+        }
+        self.reply(env, cause, Spec::default(), head, recorder)
+    }
+
+    fn mark_host(&self, env: &Env<'_>, event: crate::outlier::Event) {
+        let (Some(cluster), Some(shared), Some(picked)) = (&self.info.cluster, &self.attempt.shared, &self.info.picked)
+        else {
+            return;
+        };
+        if let Some(policy) = &cluster.outlier {
+            let hosts = env.config.endpoints_of(cluster).map_or(1, |set| set.len());
+            crate::outlier::mark(policy, shared, &picked.host, event, hosts, env.now.mono);
+        }
+    }
+
+    // ---- time ----
 
     /// The request's body has ended: time-outs of the route begin.
     pub fn request_complete(&mut self, now: Instant) {
-        let _ = now;
+        self.completed.get_or_insert(now);
     }
 
     /// Says whether the retry buffer still holds the whole body; `true` until said otherwise.
     pub fn set_replayable(&mut self, replayable: bool) {
-        let _ = replayable;
+        self.replayable = replayable;
+    }
+
+    /// Every limit with its end, if it runs.
+    fn ends(&self) -> [Option<(Instant, Cause)>; 3] {
+        let stream = self.timing.stream_max.map(|max| (self.started + max, Cause::MaxStreamDuration));
+        let forwarding = matches!(self.phase, Phase::Attempting | Phase::BackingOff | Phase::Responding);
+        let completed = self.completed.filter(|_| forwarding);
+        let route = completed.zip(self.timing.route).map(|(at, limit)| (at + limit, Cause::RequestTimeout));
+        let trying = completed.filter(|_| self.phase == Phase::Attempting).zip(self.timing.try_started);
+        let per_try = trying
+            .zip(self.timing.per_try)
+            .map(|((completed, started), limit)| (completed.max(started) + limit, Cause::PerTryTimeout));
+        [stream.filter(|_| self.phase != Phase::Done), route, per_try]
     }
 
     /// When [`Answer::Elapsed`] is due at the latest, whatever else happens.
     pub fn deadline(&self) -> Option<Instant> {
-        None
+        self.ends().into_iter().flatten().map(|(at, _)| at).min()
+    }
+
+    fn until_deadline(&self, now: Instant) -> Duration {
+        self.deadline().map_or(Duration::from_secs(1), |at| at.saturating_duration_since(now))
+    }
+
+    fn overdue(&self, now: Instant) -> Option<Cause> {
+        self.ends().into_iter().flatten().filter(|(at, _)| *at <= now).min_by_key(|(at, _)| *at).map(|(_, cause)| cause)
     }
 
     /// How long nothing may move on the stream; then [`Answer::Idle`] is due.
     pub fn idle_timeout(&self) -> Option<Duration> {
-        None
+        self.timing.idle
     }
 
     /// The response's body has ended well, with these trailers.
     pub fn response_ended(&mut self, env: &Env<'_>, trailers: Option<&mut Fields>) {
         let _ = (env, trailers);
+        self.phase = Phase::Done;
     }
 
     /// The response broke off after its head, or the client went away: marks the cause.
     pub fn broke(&mut self, env: &Env<'_>, cause: Cause) {
-        let _ = env;
+        if matches!(cause, Cause::UpstreamResetMidResponse | Cause::UpstreamClosedMidResponse) {
+            self.mark_host(env, crate::outlier::Event::Local);
+        }
         self.info.causes.push(cause);
+        self.info.details = Details::Static(cause.surface().details);
+        self.phase = Phase::Done;
     }
 
     /// What is known so far.
     pub fn info(&self) -> &StreamInfo {
         &self.info
     }
+
+    /// Whether the request is a HEAD request: its response has no body.
+    pub fn is_head(&self) -> bool {
+        self.is_head
+    }
+
+    // ---- replies ----
+
+    /// Ends in an answer of the mesh itself.
+    pub(super) fn reply(
+        &mut self,
+        env: &Env<'_>,
+        cause: Cause,
+        spec: Spec,
+        request: &RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        self.info.causes.push(cause);
+        if self.info.details == Details::None {
+            self.info.details = Details::Static(cause.surface().details);
+        }
+        note(recorder, Stage::Reply, self.info.provenance.as_ref(), || {
+            (cause.name().to_owned(), self.info.details.as_str().to_owned())
+        });
+        let LocalReply { cause, mut head, mut body, close } = reply::build(cause, spec, request, self.info.is_grpc);
+        self.finish_response(env, request, &mut head);
+        if self.is_head {
+            body = Bytes::new();
+        }
+        self.phase = Phase::Done;
+        Step::Reply(Box::new(LocalReply { cause, head, body, close }))
+    }
+
 }
+
+fn alpn_overrides(hcm: &Hcm) -> Option<&AlpnOverrides> {
+    hcm.filters.iter().find_map(|filter| match &filter.kind {
+        FilterKind::Alpn(overrides) => Some(overrides),
+        _ => None,
+    })
+}
+
+fn avoided_priorities<'a>(policy: Option<&RetryPolicy>, attempt: &'a AttemptState) -> &'a [u32] {
+    match policy.and_then(|policy| policy.previous_priorities) {
+        // Priorities are looked at anew after so many attempts.
+        Some(frequency) if frequency > 0 => {
+            let seen = attempt.tried_priorities.len();
+            let full = seen - seen % frequency as usize;
+            &attempt.tried_priorities[..full]
+        }
+        _ => &[],
+    }
+}
+
+fn weighted_index(target: &Target, draw: Draw) -> Option<usize> {
+    let Target::Weighted { clusters, total } = target else { return None };
+    let mut drawn = draw.below("route_weight", *total);
+    clusters.iter().position(|cluster| {
+        let weight = u64::from(cluster.weight);
+        let here = drawn < weight;
+        drawn = drawn.saturating_sub(weight);
+        here
+    })
+}
+

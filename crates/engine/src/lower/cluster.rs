@@ -36,6 +36,8 @@ pub(super) fn lower(any: &Any) -> Result<(Name, Cluster), Unsupported> {
     let balancing = balancing(&mut proto, &discovery)?;
     let locality = common_lb(proto.common_lb_config.take()).within("common_lb_config")?;
     let limits = limits(proto.circuit_breakers.take()).within("circuit_breakers")?;
+    let outlier = proto.outlier_detection.take();
+    let outlier = outlier.as_ref().map(crate::outlier::Policy::lower).transpose().within("outlier_detection")?;
     let connect_timeout =
         optional_duration(proto.connect_timeout.take(), "connect_timeout")?.unwrap_or(Duration::from_secs(5));
     let bind = bind(proto.upstream_bind_config.take()).within("upstream_bind_config")?;
@@ -51,6 +53,7 @@ pub(super) fn lower(any: &Any) -> Result<(Name, Cluster), Unsupported> {
         balancing,
         locality,
         limits,
+        outlier: outlier.map(Arc::new),
         transports,
         http,
         bind,

@@ -1,12 +1,23 @@
 //! Network filters and the filters that are both network and upstream filters.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use envoy_types::pb::envoy::config::listener::v3 as pb;
+use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp;
 use envoy_types::pb::google::protobuf::{Any, Struct};
 use prost::Message;
 use proto::filters::metadata_exchange::MetadataExchange;
 use serde_json::Value;
+use types::Fields;
 
-use super::common::json_struct;
-use crate::unsupported::{Unsupported, unpack};
+use super::cluster::optional_duration;
+use super::common::{json_struct, nothing_left};
+use crate::authz::Rbac;
+use crate::chain::{Direction, Terminal};
+use crate::hcm::{MetricOverride, Stats};
+use crate::stream::{NetworkFilter, TcpProxy, Tunneling};
+use crate::unsupported::{Unsupported, Within, unpack};
 
 /// A message that may come wrapped in a `TypedStruct` (Istio writes its own filters so).
 pub(super) enum Typed<'a> {
@@ -63,4 +74,171 @@ pub(super) fn metadata_exchange(any: &Any) -> Result<Option<Box<str>>, Unsupport
         Typed::Json(_, value) => value.get("protocol").and_then(Value::as_str).unwrap_or_default().to_owned(),
     };
     Ok(Some(protocol.into()))
+}
+
+/// Lowers the network filters of a chain: all but the last, and the last.
+pub(super) fn chain(
+    filters: Vec<pb::Filter>,
+    direction: Direction,
+) -> Result<(Vec<NetworkFilter>, Terminal), Unsupported> {
+    let mut before = Vec::new();
+    let mut terminal = None;
+    for (index, filter) in filters.into_iter().enumerate() {
+        let path = format!("filters[{index}]");
+        if terminal.is_some() {
+            return Err(Unsupported::new(path, "stands behind the last filter"));
+        }
+        let Some(pb::filter::ConfigType::TypedConfig(any)) = filter.config_type else {
+            return Err(Unsupported::missing(format!("{path}.typed_config")));
+        };
+        match one(&any, direction).within(&format!("{path}.typed_config"))? {
+            Lowered::Before(filter) => before.push(filter),
+            Lowered::Last(last) => terminal = Some(last),
+        }
+    }
+    let terminal =
+        terminal.ok_or_else(|| Unsupported::new("filters", "must end in a connection manager or a TCP proxy"))?;
+    Ok((before, terminal))
+}
+
+enum Lowered {
+    Before(NetworkFilter),
+    Last(Terminal),
+}
+
+fn one(any: &Any, direction: Direction) -> Result<Lowered, Unsupported> {
+    if let Some(protocol) = metadata_exchange(any)? {
+        return Ok(Lowered::Before(NetworkFilter::MetadataExchange { protocol }));
+    }
+    let typed = unwrap(any)?;
+    Ok(match typed.name() {
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager" => {
+            Lowered::Last(Terminal::Http(Arc::new(super::hcm::lower(unpack(any, "")?, direction)?)))
+        }
+        "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy" => {
+            Lowered::Last(Terminal::Tcp(Arc::new(tcp_proxy(unpack(any, "")?)?)))
+        }
+        "envoy.extensions.filters.network.rbac.v3.RBAC" => {
+            Lowered::Before(NetworkFilter::Rbac(Box::new(Rbac::lower_network(&unpack(any, "")?)?)))
+        }
+        "stats.PluginConfig" => Lowered::Before(NetworkFilter::Stats(stats(&typed)?)),
+        "envoy.extensions.filters.network.mongo_proxy.v3.MongoProxy" => Lowered::Before(NetworkFilter::MongoProxy),
+        other => return Err(Unsupported::new("", format!("{other} is not supported"))),
+    })
+}
+
+/// `istio.stats`, as message or JSON.
+pub(super) fn stats(typed: &Typed<'_>) -> Result<Stats, Unsupported> {
+    match typed {
+        Typed::Message(any) => {
+            let config: proto::filters::stats::PluginConfig = unpack(any, "")?;
+            let overrides = config.metrics.into_iter().map(|metric| {
+                let mut dimensions: Vec<(Box<str>, Box<str>)> =
+                    metric.dimensions.into_iter().map(|(name, text)| (name.into(), text.into())).collect();
+                dimensions.sort();
+                MetricOverride {
+                    metric: metric.name.into(),
+                    drop: metric.drop,
+                    tags_removed: metric.tags_to_remove.into_iter().map(Into::into).collect(),
+                    dimensions,
+                }
+            });
+            Ok(Stats {
+                disable_host_header_fallback: config.disable_host_header_fallback,
+                overrides: overrides.collect(),
+            })
+        }
+        Typed::Json(_, value) => {
+            let known = |key: &str| matches!(key, "disable_host_header_fallback" | "metrics");
+            if let Some(unknown) = value.as_object().and_then(|fields| fields.keys().find(|key| !known(key))) {
+                return Err(Unsupported::not_built(unknown));
+            }
+            let texts = |value: Option<&Value>| -> Vec<Box<str>> {
+                value.and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).map(Into::into).collect()
+            };
+            let overrides = value.get("metrics").and_then(Value::as_array).into_iter().flatten().map(|metric| {
+                let dimensions = metric.get("dimensions").and_then(Value::as_object).into_iter().flatten();
+                MetricOverride {
+                    metric: metric.get("name").and_then(Value::as_str).unwrap_or_default().into(),
+                    drop: metric.get("drop").and_then(Value::as_bool).unwrap_or_default(),
+                    tags_removed: texts(metric.get("tags_to_remove")),
+                    dimensions: dimensions
+                        .map(|(name, text)| (name.as_str().into(), text.as_str().unwrap_or_default().into()))
+                        .collect(),
+                }
+            });
+            let fallback = value.get("disable_host_header_fallback").and_then(Value::as_bool);
+            Ok(Stats { disable_host_header_fallback: fallback.unwrap_or_default(), overrides: overrides.collect() })
+        }
+    }
+}
+
+fn tcp_proxy(mut proto: tcp::TcpProxy) -> Result<TcpProxy, Unsupported> {
+    use envoy_types::pb::envoy::r#type::v3::hash_policy::PolicySpecifier;
+    use tcp::tcp_proxy::ClusterSpecifier;
+    let clusters = match proto.cluster_specifier.take() {
+        Some(ClusterSpecifier::Cluster(name)) if !name.is_empty() => vec![(name.into(), 1)],
+        Some(ClusterSpecifier::WeightedClusters(weighted)) => {
+            let mut all = Vec::new();
+            for (index, cluster) in weighted.clusters.into_iter().enumerate() {
+                if cluster.metadata_match.is_some() || cluster.name.is_empty() {
+                    return Err(Unsupported::not_built(format!("weighted_clusters.clusters[{index}]")));
+                }
+                all.push((cluster.name.into(), cluster.weight));
+            }
+            if all.iter().map(|(_, weight)| u64::from(*weight)).sum::<u64>() == 0 {
+                return Err(Unsupported::new("weighted_clusters.clusters", "weights must sum to more than 0"));
+            }
+            all
+        }
+        _ => return Err(Unsupported::missing("cluster")),
+    };
+    let mut hash_source_ip = false;
+    for policy in std::mem::take(&mut proto.hash_policy) {
+        match policy.policy_specifier {
+            Some(PolicySpecifier::SourceIp(_)) => hash_source_ip = true,
+            _ => return Err(Unsupported::not_built("hash_policy")),
+        }
+    }
+    let idle = optional_duration(proto.idle_timeout.take(), "idle_timeout")?.unwrap_or(Duration::from_secs(3600));
+    let duration_max = optional_duration(
+        proto.max_downstream_connection_duration.take(),
+        "max_downstream_connection_duration",
+    )?;
+    let tunneling = proto.tunneling_config.take().map(tunneling).transpose().within("tunneling_config")?;
+    let lowered = TcpProxy {
+        stat_prefix: std::mem::take(&mut proto.stat_prefix).into(),
+        clusters,
+        idle_timeout: (!idle.is_zero()).then_some(idle),
+        connect_attempts_max: proto.max_connect_attempts.take().map_or(1, |value| value.value.max(1)),
+        connection_duration_max: duration_max,
+        hash_source_ip,
+        tunneling: tunneling.map(Arc::new),
+        access_log: super::access_log::lower(&std::mem::take(&mut proto.access_log)).within("access_log")?,
+    };
+    nothing_left(&proto)?;
+    Ok(lowered)
+}
+
+fn tunneling(mut proto: tcp::tcp_proxy::TunnelingConfig) -> Result<Tunneling, Unsupported> {
+    let mut headers = Fields::new();
+    for option in std::mem::take(&mut proto.headers_to_add) {
+        if let Some(header) = option.header {
+            if header.value.contains('%') || header.key.starts_with(':') {
+                return Err(Unsupported::not_built("headers_to_add"));
+            }
+            headers.push_any_case(header.key.as_bytes(), header.value.as_bytes());
+        }
+    }
+    let lowered = Tunneling {
+        hostname: std::mem::take(&mut proto.hostname).into(),
+        use_post: std::mem::take(&mut proto.use_post),
+        post_path: std::mem::take(&mut proto.post_path).into(),
+        headers,
+    };
+    if lowered.hostname.contains('%') {
+        return Err(Unsupported::not_built("hostname with a formatter"));
+    }
+    nothing_left(&proto)?;
+    Ok(lowered)
 }

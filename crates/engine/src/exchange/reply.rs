@@ -1,0 +1,161 @@
+//! Local replies and redirects.
+//!
+//! *Source*: `traffic.md` 8.2; design decision 6: one cause, one table.
+
+use std::fmt::Write;
+
+use bytes::Bytes;
+use types::{Cause, GrpcCode, RequestHead, ResponseHead, Version};
+
+use super::LocalReply;
+use crate::route::{PathMatch, Redirect, RedirectPath};
+
+/// What a reply says beyond its cause's own row.
+#[derive(Default)]
+pub(super) struct Spec {
+    /// In place of the row's status.
+    pub(super) status: Option<u16>,
+    /// In place of the row's body.
+    pub(super) body: Option<Bytes>,
+    /// In place of the code the status gives.
+    pub(super) grpc: Option<GrpcCode>,
+    /// Further headers.
+    pub(super) headers: Vec<(&'static str, Vec<u8>)>,
+    /// Never turned into a gRPC reply (redirects, direct responses, preflights).
+    pub(super) plain: bool,
+    /// The connection must be closed.
+    pub(super) close: bool,
+}
+
+/// The reply for a cause, before the route's and the connection manager's edits.
+pub(super) fn build(cause: Cause, spec: Spec, request: &RequestHead, is_grpc: bool) -> LocalReply {
+    let surface = cause.surface();
+    let status = spec.status.unwrap_or(if surface.status == 0 { 503 } else { surface.status });
+    let body = spec.body.unwrap_or(Bytes::from_static(surface.body.as_bytes()));
+    let is_head = request.method() == "HEAD";
+    let mut head = ResponseHead::new(status);
+    let mut sent = Bytes::new();
+    if is_grpc && !spec.plain {
+        head.status = 200;
+        head.fields.push("content-type", b"application/grpc");
+        let code = spec.grpc.unwrap_or_else(|| match cause {
+            Cause::MaxStreamDuration | Cause::UpstreamMaxDuration => cause.grpc_code(),
+            _ => GrpcCode::from_http(status),
+        });
+        head.fields.push("grpc-status", code.0.to_string().as_bytes());
+        if !body.is_empty() && !is_head {
+            head.fields.push("grpc-message", grpc_message(&body).as_bytes());
+        }
+    } else {
+        if !body.is_empty() {
+            head.fields.push("content-length", body.len().to_string().as_bytes());
+            head.fields.push("content-type", b"text/plain");
+        } else if status >= 200 && status != 204 && status != 304 {
+            head.fields.push("content-length", b"0");
+        }
+        if !is_head {
+            sent = body;
+        }
+    }
+    for (name, value) in &spec.headers {
+        head.fields.set(name, value);
+    }
+    let close = spec.close
+        || matches!(
+            cause,
+            Cause::BadRequest
+                | Cause::HeadersTooLarge
+                | Cause::UpgradeRequired
+                | Cause::RequestReceiveTimeout
+                | Cause::RequestHeaderTimeout
+        );
+    head.version = if request.version == Version::Http2 { Version::Http2 } else { Version::Http11 };
+    LocalReply { cause, head, body: sent, close }
+}
+
+/// `grpc-message`: printable ASCII but `%` stands for itself, everything else in percent form.
+fn grpc_message(body: &[u8]) -> String {
+    let mut text = String::with_capacity(body.len());
+    for byte in body {
+        match byte {
+            b'%' => text.push_str("%25"),
+            0x20..=0x7e => text.push(char::from(*byte)),
+            _ => {
+                let _ = write!(text, "%{byte:02X}");
+            }
+        }
+    }
+    text
+}
+
+/// The body of a failed attempt: the cause's row, "retried" if there was a retry, and the transport's reason.
+pub(super) fn reset_body(cause: Cause, retried: bool, detail: &str) -> Bytes {
+    let surface = cause.surface();
+    let Some(reason) = cause.reset_reason() else { return Bytes::from_static(surface.body.as_bytes()) };
+    if !retried && detail.is_empty() {
+        return Bytes::from_static(surface.body.as_bytes());
+    }
+    let latest = if retried { "retried and the latest reset reason: " } else { "reset reason: " };
+    let mut text = format!("upstream connect error or disconnect/reset before headers. {latest}{reason}");
+    if !detail.is_empty() {
+        let _ = write!(text, ", transport failure reason: {detail}");
+    }
+    text.into()
+}
+
+/// Where a redirect sends the client.
+///
+/// *Source*: Envoy `RedirectAction`; a port that is the old scheme's default is dropped when the
+/// scheme changes.
+pub(super) fn location(redirect: &Redirect, matched: &PathMatch, head: &RequestHead) -> Vec<u8> {
+    let scheme_now = head.scheme.as_str();
+    let scheme = redirect.scheme.as_deref().unwrap_or(scheme_now);
+    let mut to = Vec::with_capacity(64);
+    to.extend_from_slice(scheme.as_bytes());
+    to.extend_from_slice(b"://");
+    let host = head.authority();
+    let bare = crate::route::without_port(host);
+    if redirect.host.is_empty() {
+        let port = host.get(bare.len() + 1..);
+        let default_port = match scheme_now {
+            "https" => &b"443"[..],
+            _ => b"80",
+        };
+        let drop = redirect.port != 0 || (redirect.scheme.is_some() && port == Some(default_port));
+        to.extend_from_slice(if drop { bare } else { host });
+    } else {
+        to.extend_from_slice(redirect.host.as_bytes());
+    }
+    let suppressed = matches!((scheme, redirect.port), ("http", 80) | ("https", 443));
+    if redirect.port != 0 && !suppressed {
+        to.extend_from_slice(format!(":{}", redirect.port).as_bytes());
+    }
+    let path = head.path_only();
+    let query = if redirect.strip_query { None } else { head.query() };
+    let mut own_query = false;
+    match &redirect.path {
+        RedirectPath::Keep => to.extend_from_slice(path),
+        RedirectPath::Path(new) => {
+            own_query = new.contains('?');
+            to.extend_from_slice(new.as_bytes());
+        }
+        RedirectPath::Prefix(prefix) => {
+            to.extend_from_slice(prefix.as_bytes());
+            to.extend_from_slice(&path[matched.matched_len(path).min(path.len())..]);
+        }
+        RedirectPath::Regex(rewrite) => to.extend_from_slice(&rewrite.apply(path)),
+    }
+    if let Some(query) = query.filter(|_| !own_query) {
+        to.push(b'?');
+        to.extend_from_slice(query);
+    }
+    to
+}
+
+/// Where `require_tls` sends the client.
+pub(super) fn https_location(head: &RequestHead) -> Vec<u8> {
+    let mut to = b"https://".to_vec();
+    to.extend_from_slice(crate::route::without_port(head.authority()));
+    to.extend_from_slice(head.path());
+    to
+}
