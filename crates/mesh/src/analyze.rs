@@ -9,7 +9,7 @@ use api::networking as net;
 use types::{Effect, Finding, Labels, ObjectRef, Severity};
 
 use crate::host;
-use crate::policy;
+use crate::policy::{self, ByNamespace, Selects};
 use crate::service::Service;
 use crate::snapshot::MeshSnapshot;
 use crate::virtual_service::{MESH_GATEWAY, VirtualService};
@@ -22,6 +22,8 @@ const CONFLICTING_MESH_HOSTS: &str = "IST0109";
 const CONFLICTING_SIDECARS: &str = "IST0110";
 /// A destination's port is not one of the service's.
 const UNKNOWN_PORT: &str = "IST0112";
+/// A selector selects no workload.
+const NO_WORKLOADS: &str = "IST0127";
 /// Weights of a route.
 const SHADOWED_ROUTE: &str = "IST0130";
 
@@ -49,6 +51,9 @@ pub(crate) fn analyze(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
     }
     rules_have_hosts(snapshot, findings);
     gateways_have_workloads(snapshot, findings);
+    policies_have_workloads(snapshot, snapshot.peer_authentications(), findings);
+    policies_have_workloads(snapshot, snapshot.request_authentications(), findings);
+    policies_have_workloads(snapshot, snapshot.authorization_policies(), findings);
 }
 
 fn gateways_exist(snapshot: &MeshSnapshot, vs: &VirtualService, findings: &mut Vec<Finding>) {
@@ -330,6 +335,33 @@ fn gateways_have_workloads(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>)
     }
 }
 
+/// A selector that selects nobody protects nobody, which is seldom what was meant.
+fn policies_have_workloads<T: Selects>(snapshot: &MeshSnapshot, policies: &ByNamespace<T>, findings: &mut Vec<Finding>) {
+    if snapshot.workloads().is_empty() {
+        return;
+    }
+    for policy in policies.all() {
+        let Some(pairs) = policy.spec.selector().filter(|pairs| !pairs.is_empty()) else {
+            continue;
+        };
+        let everywhere = policy.namespace() == snapshot.root_namespace();
+        let selected = snapshot.workloads().values().any(|workload| {
+            (everywhere || *workload.namespace == *policy.namespace())
+                && pairs.iter().all(|(key, value)| workload.labels.get(key) == Some(value))
+        });
+        if !selected {
+            findings.push(finding(
+                NO_WORKLOADS,
+                Severity::Warning,
+                &policy.object,
+                "spec.selector",
+                "no pod carries the selector's labels, so the policy holds for nobody".into(),
+                "use the labels of the pods it is for",
+            ));
+        }
+    }
+}
+
 /// What became of each object: the gravest finding about the whole of it decides.
 pub(crate) fn effects(snapshot: &MeshSnapshot, findings: &[Finding]) -> BTreeMap<ObjectRef, Effect> {
     let mut effects = BTreeMap::new();
@@ -381,4 +413,45 @@ fn winner_of(snapshot: &MeshSnapshot, loser: &ObjectRef, _field: &str) -> Object
         all.iter().find(|vs| vs.object != *loser && vs.age < mine.age && vs.hosts.iter().any(|host| mine.hosts.contains(host)))
     });
     winner.map_or_else(|| loser.clone(), |vs| vs.object.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn codes(yaml: &str) -> Vec<String> {
+        let documents = api::parse_documents("test.yaml", yaml);
+        let objects: Vec<_> = documents.objects.into_iter().map(|parsed| parsed.object).collect();
+        let (_, findings) = MeshSnapshot::next(None, &api::ConfigSet::new(objects), &[]);
+        findings.iter().map(|finding| format!("{} {}", finding.code, finding.object.as_ref().unwrap())).collect()
+    }
+
+    const POD: &str = "
+apiVersion: v1
+kind: Pod
+metadata: {name: a-1, namespace: shop, labels: {app: a}}
+spec: {containers: [{name: a, image: a}]}
+status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}]}
+";
+
+    fn policy(kind: &str, namespace: &str, app: &str, rest: &str) -> String {
+        format!("---\napiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{name: p, namespace: {namespace}}}\nspec: {{selector: {{matchLabels: {{app: {app}}}}}{rest}}}\n")
+    }
+
+    #[test]
+    fn policies_that_hold_for_nobody() {
+        for (kind, rest) in [
+            ("AuthorizationPolicy", ""),
+            ("PeerAuthentication", ", mtls: {mode: STRICT}"),
+            ("RequestAuthentication", ""),
+        ] {
+            assert_eq!(codes(&format!("{POD}{}", policy(kind, "shop", "a", rest))), Vec::<String>::new(), "{kind}");
+            let expect = format!("IST0127 {kind} shop/p");
+            assert_eq!(codes(&format!("{POD}{}", policy(kind, "shop", "b", rest))), [expect.clone()]);
+            // Before any pod is known nothing is said.
+            assert_eq!(codes(&policy(kind, "shop", "b", rest)), Vec::<String>::new());
+            assert_eq!(codes(&format!("{POD}{}", policy(kind, "other", "a", rest))), [expect.replace("shop", "other")]);
+        }
+        assert_eq!(codes(&format!("{POD}{}", policy("AuthorizationPolicy", "istio-system", "a", ""))), Vec::<String>::new());
+    }
 }
