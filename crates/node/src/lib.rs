@@ -24,16 +24,21 @@
 //! Start reading at [`PodRuntime`], then `manager` and `builder`.
 
 mod builder;
+pub mod client;
 mod etc;
 pub mod exec;
 mod host_sockets;
+pub mod logs;
 mod manager;
 mod mounts;
 mod net;
 pub mod runtime;
+pub mod server;
 mod spawn;
 pub mod spec;
 mod starter;
+pub mod state;
+pub mod store;
 mod wire;
 
 use std::ffi::OsString;
