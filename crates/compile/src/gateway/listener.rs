@@ -10,7 +10,7 @@ use envoy_types::pb::envoy::config::listener::v3::{Filter, FilterChain, FilterCh
 use mesh::{Protocol, VirtualService, host};
 
 use super::secrets::Wanted;
-use super::servers::{OpenPort, OpenServer, Serving, finding};
+use super::servers::{OpenPort, OpenServer, Serving, finding, is_server_name};
 use super::tls;
 use crate::context::Context;
 use crate::filter::{self, Direction, Http, Routes, TcpOptions, TcpTarget};
@@ -274,6 +274,7 @@ fn server_names(server: &OpenServer, service: &VirtualService, of: &TlsMatchAttr
     for sni in &of.sni_hosts {
         for theirs in server.hosts.iter().filter(|host| host.admits(&service.object.namespace)) {
             if let Some(both) = host::intersection(sni, &theirs.name)
+                && is_server_name(both)
                 && !names.iter().any(|seen| seen == both)
             {
                 names.push(both.to_owned());

@@ -74,16 +74,21 @@ fn find(context: &Context<'_>, wanted: &Wanted) -> Result<secret::Type, String> 
     // The CA stands in a Secret of its own, or beside the certificate.
     let beside = name.strip_suffix("-cacert");
     let found = [Some(name), beside].into_iter().flatten().find_map(|name| {
-        let object = context.snapshot.secret(own, name)?;
-        Some((name, object.spec.value("cacert").or_else(|| object.spec.value("ca.crt"))?))
+        let spec = &context.snapshot.secret(own, name)?.spec;
+        let roots = spec.value("cacert").or_else(|| spec.value("ca.crt"))?;
+        Some((name, roots, spec.value("crl").or_else(|| spec.value("ca.crl"))))
     });
-    let (name, roots) = found.ok_or_else(|| match beside {
+    let (name, roots, revoked) = found.ok_or_else(|| match beside {
         Some(beside) => format!("neither Secret {own}/{name} nor {own}/{beside} has cacert or ca.crt"),
         None => format!("there is no Secret {own}/{name} with cacert or ca.crt"),
     })?;
     check_pem(roots, "CERTIFICATE").map_err(|()| format!("the CA of Secret {own}/{name} is not PEM"))?;
+    if let Some(revoked) = revoked {
+        check_pem(revoked, "CRL").map_err(|()| format!("the revocation list of Secret {own}/{name} is not PEM"))?;
+    }
     Ok(secret::Type::ValidationContext(CertificateValidationContext {
         trusted_ca: Some(inline(roots)),
+        crl: revoked.map(inline),
         ..CertificateValidationContext::default()
     }))
 }

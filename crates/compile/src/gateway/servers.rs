@@ -203,6 +203,10 @@ fn open(gateway: &Config<net::Gateway>, server: &net::Server, field: &str) -> Re
         _ => Serving::Tcp,
     };
     let hosts: Vec<_> = server.hosts.iter().map(|host| ServerHost::parse(host, gateway.namespace())).collect();
+    if let Some(host) = hosts.iter().find(|host| !is_server_name(&host.name)) {
+        let what = format!("{:?} is not a host: `*` stands alone or for whole labels at the start", host.name);
+        return Err(bad(&format!("{field}.hosts"), what, "write a host, *.suffix, or *"));
+    }
     if hosts.is_empty() {
         return Err(bad(
             &format!("{field}.hosts"),
@@ -221,6 +225,11 @@ fn open(gateway: &Config<net::Gateway>, server: &net::Server, field: &str) -> Re
         tls: server.tls.clone(),
         table: String::new(),
     })
+}
+
+/// Whether a chain can be chosen by this name: exact, `*.suffix`, or `*`.
+pub(crate) fn is_server_name(name: &str) -> bool {
+    name == "*" || !name.strip_prefix("*.").unwrap_or(name).contains('*')
 }
 
 /// Puts a server beside those that opened its port first, unless they exclude it.

@@ -64,7 +64,11 @@ fn secret(name: &str, keys: &[&str]) -> String {
     let data: Vec<String> = keys
         .iter()
         .map(|key| {
-            let label = if key.ends_with("key") { "PRIVATE KEY" } else { "CERTIFICATE" };
+            let label = match *key {
+                "key" | "tls.key" => "PRIVATE KEY",
+                "crl" | "ca.crl" => "X509 CRL",
+                _ => "CERTIFICATE",
+            };
             format!("  {key}: |\n    -----BEGIN {label}-----\n    AA==\n    -----END {label}-----\n")
         })
         .collect();
@@ -217,6 +221,18 @@ fn tls_modes() {
         "{:?}",
         got.findings
     );
+}
+
+#[test]
+fn revoked_client_certificates_are_sent_along() {
+    use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::secret::Type;
+    let server = tls_server("m", "a.com", "mode: MUTUAL, credentialName: a");
+    let yaml = gateway("shop", "g", &server)
+        + &secret("a", &["tls.crt", "tls.key"])
+        + &secret("a-cacert", &["ca.crt", "ca.crl"]);
+    let got = compiled(&yaml);
+    let Some(Type::ValidationContext(context)) = &got.compiled.secrets[1].r#type else { panic!("no roots") };
+    assert!(context.trusted_ca.is_some() && context.crl.is_some());
 }
 
 #[test]

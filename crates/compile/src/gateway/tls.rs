@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 
 use api::networking::{ServerTlsMode, ServerTlsSettings, TlsProtocol};
+use envoy_types::pb::envoy::config::core::v3::{DataSource, data_source};
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
     CertificateValidationContext, CommonTlsContext, DownstreamTlsContext, SdsSecretConfig, TlsParameters,
     common_tls_context, tls_parameters,
@@ -102,6 +103,10 @@ fn named(name: &str, is_ca: bool, server: &OpenServer, wanted: &mut BTreeSet<Wan
 
 fn file_certificates(settings: &ServerTlsSettings) -> Vec<SdsSecretConfig> {
     let file = |certificate: &str, key: &str| tls::agent_secret(&format!("file-cert:{certificate}~{key}"));
+    if settings.tls_certificates.is_empty() && settings.server_certificate.is_empty() {
+        // Refused at admission. A context without any certificate would cost the whole listener.
+        return vec![tls::control_plane_secret("invalid://certificate")];
+    }
     if settings.tls_certificates.is_empty() {
         return vec![file(&settings.server_certificate, &settings.private_key)];
     }
@@ -129,6 +134,10 @@ fn validation(
         match_subject_alt_names: settings.subject_alt_names.iter().map(|name| matchers::exact(name)).collect(),
         verify_certificate_spki: settings.verify_certificate_spki.clone(),
         verify_certificate_hash: settings.verify_certificate_hash.clone(),
+        crl: (!settings.ca_crl.is_empty()).then(|| DataSource {
+            specifier: Some(data_source::Specifier::Filename(settings.ca_crl.clone())),
+            ..DataSource::default()
+        }),
         ..CertificateValidationContext::default()
     };
     Some(tls::combined(context, roots))

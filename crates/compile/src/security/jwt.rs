@@ -171,7 +171,24 @@ fn key_set(entry: &Entry<'_>, facts: &PolicyFacts<'_>, out: &mut PolicyFilters) 
 
 fn is_key_set(text: &str) -> bool {
     let Ok(value) = serde_json::from_str::<serde_json::Value>(text) else { return false };
-    value.get("keys").and_then(serde_json::Value::as_array).is_some_and(|keys| !keys.is_empty())
+    value.get("keys").and_then(serde_json::Value::as_array).is_some_and(|keys| keys.iter().any(is_key))
+}
+
+/// Whether a key has the numbers that its type needs. Envoy refuses a whole listener for a set
+/// without any such key.
+fn is_key(key: &serde_json::Value) -> bool {
+    let text = |name: &str| key.get(name).and_then(serde_json::Value::as_str).unwrap_or_default();
+    let is_number = |name: &str| {
+        let number = text(name).trim_end_matches('=');
+        !number.is_empty() && number.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+    };
+    match text("kty") {
+        "RSA" => is_number("n") && is_number("e"),
+        "EC" => matches!(text("crv"), "P-256" | "P-384" | "P-521") && is_number("x") && is_number("y"),
+        "OKP" => text("crv") == "Ed25519" && is_number("x"),
+        "oct" => is_number("k"),
+        _ => false,
+    }
 }
 
 fn unusable(entry: &Entry<'_>, field: &str, what: &str) -> Finding {
@@ -183,5 +200,31 @@ fn unusable(entry: &Entry<'_>, field: &str, what: &str) -> Finding {
         position: None,
         message: format!("{what}; tokens of issuer {:?} are refused", entry.rule.issuer).into(),
         hint: "put the key set into `jwks`, or make `jwksUri` reachable".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn key_sets() {
+        for good in [
+            r#"{"keys":[{"kty":"RSA","n":"AQAB","e":"AQAB"}]}"#,
+            r#"{"keys":[{"kty":"XX"},{"kty":"oct","k":"AQ=="}]}"#,
+            r#"{"keys":[{"kty":"OKP","crv":"Ed25519","x":"AQ"}]}"#,
+            NO_KEYS,
+        ] {
+            assert!(is_key_set(good), "{good}");
+        }
+        for bad in [
+            "",
+            "{}",
+            r#"{"keys":[]}"#,
+            r#"{"keys":[{"kty":"RSA","n":"A B","e":"AQAB"}]}"#,
+            r#"{"keys":[{"kty":"EC","crv":"P-1","x":"A","y":"A"}]}"#,
+        ] {
+            assert!(!is_key_set(bad), "{bad}");
+        }
     }
 }

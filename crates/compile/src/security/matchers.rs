@@ -231,7 +231,11 @@ fn template(text: &str) -> Result<TypedExtensionConfig, InvalidValue> {
     let bad = || InvalidValue::Template(text.to_owned());
     let rest = text.strip_prefix('/').ok_or_else(bad)?;
     let mut seen_rest = false;
-    for segment in rest.split('/') {
+    let mut segments = rest.split('/').peekable();
+    while let Some(segment) = segments.next() {
+        // Envoy refuses a whole listener for a template of other characters.
+        let is_literal = segment.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~%!$&'()+,;:@=".contains(&b));
+        let is_last = segments.peek().is_none();
         let is_operator = match segment {
             "{*}" => true,
             "{**}" => {
@@ -241,7 +245,8 @@ fn template(text: &str) -> Result<TypedExtensionConfig, InvalidValue> {
                 seen_rest = true;
                 continue;
             }
-            literal if literal.contains(['*', '{', '}']) => return Err(bad()),
+            "" if !is_last => return Err(bad()),
+            _ if !is_literal => return Err(bad()),
             _ => false,
         };
         if is_operator && seen_rest {
@@ -339,6 +344,12 @@ mod tests {
             ("/a/*/{*}", None),
             ("/a/{b}/{*}", None),
             ("a/{*}", None),
+            ("/a//{*}", None),
+            ("/a b/{*}", None),
+            ("/a?b/{*}", None),
+            ("/\u{e4}/{*}", None),
+            ("/a/{*}/", Some("/a/*/")),
+            ("/a=%20'()!$&+,;:@~/{*}", Some("/a=%20'()!$&+,;:@~/*")),
         ] {
             let got = template(text).ok().and_then(|config| config.typed_config).map(|any| {
                 use prost::Message as _;

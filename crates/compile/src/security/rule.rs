@@ -440,6 +440,7 @@ impl Reader<'_> {
     fn keyed_condition(&mut self, path: &str, key: &str, yes: &[String], no: &[String], out: &mut Vec<Principal>) {
         if let Some(parts) = key.strip_prefix("request.headers").and_then(matchers::bracketed)
             && let [name] = parts[..]
+            && is_header_name(name)
         {
             let name = name.to_ascii_lowercase();
             return self.field(out, &Field::new(path, "values", yes, no).http(), |value| {
@@ -463,6 +464,14 @@ impl Reader<'_> {
             Ok(vec![payload(claim(parts, Wild::parse(value.text).matcher()))])
         });
     }
+}
+
+/// Letters, digits and the signs that a header's name may hold; a pseudo-header has its colon.
+///
+/// *Source*: RFC 9110 5.6.2; Envoy refuses a whole listener for another one.
+fn is_header_name(name: &str) -> bool {
+    let name = name.strip_prefix(':').unwrap_or(name);
+    !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b))
 }
 
 /// A whole identity, its parts compared by position (property 17).

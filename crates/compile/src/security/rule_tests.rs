@@ -246,6 +246,7 @@ fn conditions() {
         when("request.headers", &["x"]),
         when("request.headers[]", &["x"]),
         when("request.headers[a][b]", &["x"]),
+        when("request.headers[a b]", &["x"]),
         when("request.auth.claims[a", &["x"]),
         when("experimental.envoy.filters.network.mysql_proxy[db.table]", &["[x]"]),
         when("source.ip", &[]),
