@@ -408,3 +408,49 @@ fn routing_by_claims() {
     let inverted: Vec<_> = of.dynamic_metadata.iter().map(|matcher| (matcher.path.len(), matcher.invert)).collect();
     assert_eq!(inverted, [(2, false), (3, true)]);
 }
+
+#[test]
+fn whole_proxies_name_nothing_that_is_not_there_and_come_out_the_same() {
+    let servers = [
+        "{port: {number: 80, name: http, protocol: HTTP}, hosts: ['*']}".to_owned(),
+        tls_server("https", "a.example.com", "mode: MUTUAL, credentialName: admin"),
+        "{port: {number: 443, name: pass, protocol: TLS}, hosts: [pass.example.com], tls: {mode: PASSTHROUGH}}"
+            .to_owned(),
+        "{port: {number: 9000, name: tcp, protocol: TCP}, hosts: ['*']}".to_owned(),
+    ];
+    let keys = r#"{"keys":[{"kty":"oct","k":"AQAB"}]}"#;
+    let security = |kind: &str, name: &str, spec: &str| {
+        format!(
+            "---\napiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{name: {name}, namespace: istio-system}}\nspec: {spec}\n"
+        )
+    };
+    let yaml = [
+        SERVICES.to_owned(),
+        gateway("istio-system", "g", &servers.join(", ")),
+        virtual_service(
+            "shop",
+            "vs",
+            "{hosts: ['*'], gateways: [istio-system/g], http: [{route: [{destination: {host: web}}]}], \
+             tcp: [{route: [{destination: {host: echo, port: {number: 9000}}}]}], \
+             tls: [{match: [{sniHosts: [pass.example.com]}], route: [{destination: {host: echo, port: {number: 8443}}}]}]}",
+        ),
+        secret("admin", &["tls.crt", "tls.key", "ca.crt"]),
+        security("PeerAuthentication", "strict", "{mtls: {mode: STRICT}}"),
+        security("RequestAuthentication", "tokens", &format!("{{jwtRules: [{{issuer: ia, jwks: '{keys}'}}, {{issuer: ib, jwks: '{keys}'}}]}}")),
+        (0..7).map(|i| security("AuthorizationPolicy", &format!("p{i}"), "{rules: [{}, {to: [{operation: {ports: ['80']}}]}]}")).collect(),
+    ]
+    .concat();
+    let snapshot = test_mesh::snapshot(&yaml);
+    for (kind, namespace, label) in
+        [(ProxyKind::Router, "istio-system", "istio=ingressgateway"), (ProxyKind::Sidecar, "shop", "app=echo")]
+    {
+        let view = test_mesh::view(kind, namespace, &[label]);
+        let once = crate::compile(&snapshot, &view);
+        let report = crate::check::check(&once);
+        assert!(report.broken.is_empty(), "{:?}", report.broken);
+        for _ in 0..3 {
+            let again = crate::compile(&test_mesh::snapshot(&yaml), &view);
+            assert!(once.packed() == again.packed());
+        }
+    }
+}
