@@ -55,7 +55,9 @@ fn inline(source: Option<&DataSource>) -> Option<&[u8]> {
 mod tests {
     use std::time::Duration;
 
-    use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{CertificateValidationContext, TlsCertificate};
+    use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
+        CertificateValidationContext, TlsCertificate,
+    };
 
     use super::*;
 
@@ -95,7 +97,10 @@ mod tests {
         assert!(of_pair(&chain, "no PEM", now).is_some());
         let far = now + Duration::from_secs(5000 * 365 * 24 * 3600);
         assert!(of_pair(&chain, &key, far).unwrap().contains("has expired"));
-        assert!(of_pair(&chain, &key, SystemTime::UNIX_EPOCH - Duration::from_secs(3600)).is_none_or(|text| text.contains("not valid yet")));
+        assert!(
+            of_pair(&chain, &key, SystemTime::UNIX_EPOCH - Duration::from_secs(3600))
+                .is_none_or(|text| text.contains("not valid yet"))
+        );
     }
 
     #[test]

@@ -22,13 +22,12 @@ use rcgen::{
     CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ECDSA_P384_SHA384, PKCS_RSA_SHA256,
     RsaKeySize,
 };
-use rustls::pki_types::{PrivateKeyDer, UnixTime};
+use rustls::pki_types::PrivateKeyDer;
 use thiserror::Error;
 use tokio::sync::watch;
 
 use crate::channel::{ConnectError, ControlPlane};
 use crate::pem::{self, InvalidPem};
-use crate::tls::provider;
 use crate::workload::{InvalidIdentity, KeyAndChain, TrustRoots, WorkloadIdentity};
 
 /// What kind of key a certificate is for.
@@ -65,7 +64,7 @@ impl Options {
     pub fn new(ca: ControlPlane) -> Self {
         Self {
             ca,
-            ttl: Duration::from_secs(24 * 60 * 60),
+            ttl: Duration::from_hours(24),
             grace_ratio: 0.5,
             grace_jitter: 0.01,
             key: KeyKind::default(),
@@ -220,19 +219,8 @@ fn accept(answer: &[String], key: KeyPair, generation: u64) -> Result<WorkloadId
     let roots = TrustRoots::from_pem(roots.as_bytes()).map_err(IssueError::Unusable)?;
     let keys = KeyAndChain::new(chain, PrivateKeyDer::from(key)).map_err(IssueError::Unusable)?;
     let identity = WorkloadIdentity::new(keys, Arc::new(roots), generation).map_err(IssueError::Unusable)?;
-    verify(&identity).map_err(IssueError::Untrusted)?;
+    identity.verify_own_chain().map_err(IssueError::Untrusted)?;
     Ok(identity)
-}
-
-fn verify(identity: &WorkloadIdentity) -> Result<(), rustls::Error> {
-    let [leaf, intermediates @ ..] = identity.keys.chain() else { return Ok(()) };
-    rustls::client::verify_server_cert_signed_by_trust_anchor(
-        &rustls::server::ParsedCertificate::try_from(leaf)?,
-        &identity.roots.store,
-        intermediates,
-        UnixTime::now(),
-        provider().signature_verification_algorithms.all,
-    )
 }
 
 fn generate(kind: KeyKind) -> Result<KeyPair, rcgen::Error> {

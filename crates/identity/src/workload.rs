@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use aws_lc_rs::digest;
 use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime};
 use rustls::sign::CertifiedKey;
 use thiserror::Error;
 use types::SpiffeId;
@@ -177,6 +177,18 @@ impl WorkloadIdentity {
     /// Valid until.
     pub fn not_after(&self) -> SystemTime {
         self.facts.not_after
+    }
+
+    /// Whether a peer that trusts our roots would take our chain now.
+    pub fn verify_own_chain(&self) -> Result<(), rustls::Error> {
+        let [leaf, intermediates @ ..] = self.keys.chain() else { return Ok(()) };
+        rustls::client::verify_server_cert_signed_by_trust_anchor(
+            &rustls::server::ParsedCertificate::try_from(leaf)?,
+            &self.roots.store,
+            intermediates,
+            UnixTime::now(),
+            provider().signature_verification_algorithms.all,
+        )
     }
 }
 

@@ -1,0 +1,219 @@
+//! Where the signing key comes from: plugged-in files, or a self-signed root kept in a directory.
+//!
+//! | in the directory | mode |
+//! |---|---|
+//! | `ca-cert.pem`, `ca-key.pem`, `root-cert.pem`, `cert-chain.pem` | plugged-in (Istio's `cacerts`) |
+//! | some but not all of them | refused: a half-made bundle is never ignored |
+//! | none of them | `self-signed/ca-cert.pem` and `ca-key.pem`, made once and kept |
+//!
+//! What cannot be read or does not fit is an error that names the file; a CA is never silently
+//! replaced, since that would cut every workload off.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use identity::{PeerFacts, TrustRoots, pem};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P256_SHA256, PKCS_ECDSA_P384_SHA384,
+};
+use thiserror::Error;
+use types::TrustDomain;
+
+use super::{Ca, Lifetimes, SKEW};
+
+/// Life of a self-signed root (`CITADEL_SELF_SIGNED_CA_CERT_TTL`).
+const ROOT_LIFETIME: Duration = Duration::from_hours(3650 * 24);
+
+const PLUGGED_IN: [&str; 4] = ["ca-cert.pem", "ca-key.pem", "root-cert.pem", "cert-chain.pem"];
+const SELF_SIGNED: &str = "self-signed";
+
+/// Why there is no CA.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// A file or folder.
+    #[error("{}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A plugged-in bundle misses files.
+    #[error("{} holds {found:?} but lacks {missing:?}; give all four or none", dir.display())]
+    Partial {
+        /// Where.
+        dir: PathBuf,
+        /// What is there.
+        found: Vec<&'static str>,
+        /// What is not.
+        missing: Vec<&'static str>,
+    },
+    /// A file is unreadable as what it should be.
+    #[error("{}: {reason}", path.display())]
+    Invalid {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// Key, certificate, chain and root do not belong together.
+    #[error("CA key, certificate, chain and root do not fit together: {0}")]
+    Inconsistent(String),
+    /// No key or certificate could be made.
+    #[error("cannot make a root certificate: {0}")]
+    Make(rcgen::Error),
+}
+
+/// Loads the CA of `dir`, making a self-signed one if the directory holds none.
+pub fn load_or_create(
+    dir: &Path,
+    trust_domain: &TrustDomain,
+    lifetimes: Lifetimes,
+    now: SystemTime,
+) -> Result<Ca, StoreError> {
+    let (found, missing): (Vec<&str>, Vec<&str>) = PLUGGED_IN.iter().partition(|name| dir.join(name).exists());
+    let ca = if missing.is_empty() {
+        load_plugged_in(dir, trust_domain, lifetimes)?
+    } else if !found.is_empty() {
+        return Err(StoreError::Partial { dir: dir.to_owned(), found, missing });
+    } else {
+        let kept = dir.join(SELF_SIGNED);
+        if !kept.exists() {
+            create_self_signed(dir, &kept, trust_domain, now)?;
+        }
+        load_self_signed(&kept, trust_domain, lifetimes)?
+    };
+    ca.probe(now)?;
+    Ok(ca)
+}
+
+/// Writes a file so that readers see the old text or the new one, and a crash leaves no half.
+pub fn write_atomically(path: &Path, text: &[u8], mode: u32) -> Result<(), StoreError> {
+    let at = |source| StoreError::File { path: path.to_owned(), source };
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let temporary = path.with_file_name(name);
+    let written = (|| {
+        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&temporary)?;
+        file.write_all(text)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    })();
+    if written.is_err() {
+        // What is left of the attempt; the error at hand matters more.
+        drop(fs::remove_file(&temporary));
+    }
+    written.map_err(at)
+}
+
+fn read(path: &Path) -> Result<String, StoreError> {
+    fs::read_to_string(path).map_err(|source| StoreError::File { path: path.to_owned(), source })
+}
+
+fn invalid(path: &Path, reason: &dyn std::fmt::Display) -> StoreError {
+    StoreError::Invalid { path: path.to_owned(), reason: reason.to_string() }
+}
+
+/// Two processes may start at once: each makes its own folder, and the one that renames first wins.
+fn create_self_signed(dir: &Path, kept: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<(), StoreError> {
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |source| StoreError::File { path, source }
+    };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
+    let (certificate, key) = make_root(trust_domain, now).map_err(StoreError::Make)?;
+    let temporary = dir.join(format!("{SELF_SIGNED}.{}.tmp", std::process::id()));
+    drop(fs::remove_dir_all(&temporary));
+    fs::DirBuilder::new().mode(0o700).create(&temporary).map_err(at(&temporary))?;
+    write_atomically(&temporary.join("ca-key.pem"), key.as_bytes(), 0o600)?;
+    write_atomically(&temporary.join("ca-cert.pem"), certificate.as_bytes(), 0o644)?;
+    let renamed = fs::rename(&temporary, kept);
+    if renamed.is_err() {
+        drop(fs::remove_dir_all(&temporary));
+    }
+    match renamed {
+        Err(_) if kept.exists() => Ok(()),
+        other => other.map_err(at(kept)),
+    }
+}
+
+fn make_root(trust_domain: &TrustDomain, now: SystemTime) -> Result<(String, String), rcgen::Error> {
+    let key =
+        KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).or_else(|_| KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256))?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    params.not_before = (now - SKEW).into();
+    params.not_after = (now + ROOT_LIFETIME).into();
+    let certificate = params.self_signed(&key)?;
+    Ok((pem::encode(certificate.der()), key.serialize_pem()))
+}
+
+fn load_self_signed(kept: &Path, trust_domain: &TrustDomain, lifetimes: Lifetimes) -> Result<Ca, StoreError> {
+    let certificate_path = kept.join("ca-cert.pem");
+    let certificate = read(&certificate_path)?;
+    let key = read(&kept.join("ca-key.pem"))?;
+    let roots = TrustRoots::from_pem(certificate.as_bytes()).map_err(|error| invalid(&certificate_path, &error))?;
+    assemble(
+        &certificate_path,
+        &certificate,
+        &kept.join("ca-key.pem"),
+        &key,
+        roots,
+        Vec::new(),
+        trust_domain,
+        lifetimes,
+    )
+}
+
+fn load_plugged_in(dir: &Path, trust_domain: &TrustDomain, lifetimes: Lifetimes) -> Result<Ca, StoreError> {
+    let [certificate_path, key_path, root_path, chain_path] = PLUGGED_IN.map(|name| dir.join(name));
+    let (certificate, key) = (read(&certificate_path)?, read(&key_path)?);
+    let roots = TrustRoots::from_pem(read(&root_path)?.as_bytes()).map_err(|error| invalid(&root_path, &error))?;
+    let own = pem::certificates(certificate.as_bytes()).map_err(|error| invalid(&certificate_path, &error))?;
+    let chain = pem::certificates(read(&chain_path)?.as_bytes()).map_err(|error| invalid(&chain_path, &error))?;
+    // A presented chain is the leaf and intermediates, never a root; the chain file usually starts
+    // with the signing certificate itself.
+    let mut intermediates: Vec<_> = own.into_iter().take(1).collect();
+    for one in chain {
+        if !intermediates.contains(&one) {
+            intermediates.push(one);
+        }
+    }
+    intermediates.retain(|one| !roots.certificates().contains(one));
+    assemble(&certificate_path, &certificate, &key_path, &key, roots, intermediates, trust_domain, lifetimes)
+}
+
+#[expect(clippy::too_many_arguments, reason = "two callers, each with all the parts at hand")]
+fn assemble(
+    certificate_path: &Path,
+    certificate: &str,
+    key_path: &Path,
+    key: &str,
+    roots: TrustRoots,
+    intermediates: Vec<rustls::pki_types::CertificateDer<'static>>,
+    trust_domain: &TrustDomain,
+    lifetimes: Lifetimes,
+) -> Result<Ca, StoreError> {
+    let der = pem::certificates(certificate.as_bytes()).map_err(|error| invalid(certificate_path, &error))?;
+    let first = der.first().ok_or_else(|| invalid(certificate_path, &"holds no certificate"))?;
+    let facts = PeerFacts::read(first).map_err(|error| invalid(certificate_path, &error))?;
+    let key = KeyPair::from_pem(key).map_err(|error| invalid(key_path, &error))?;
+    let issuer =
+        Issuer::from_ca_cert_pem(&pem::encode(first), key).map_err(|error| invalid(certificate_path, &error))?;
+    Ok(Ca {
+        issuer,
+        intermediates,
+        roots: Arc::new(roots),
+        not_after: facts.not_after,
+        trust_domain: trust_domain.clone(),
+        lifetimes,
+    })
+}

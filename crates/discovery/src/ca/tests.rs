@@ -1,0 +1,140 @@
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+use identity::PeerFacts;
+use rcgen::{BasicConstraints, CertifiedIssuer};
+
+use super::store::{StoreError, load_or_create, write_atomically};
+use super::*;
+
+fn ca(dir: &Path) -> Ca {
+    load_or_create(dir, &TrustDomain::default(), Lifetimes::default(), SystemTime::now()).unwrap()
+}
+
+fn csr(fill: impl FnOnce(&mut CertificateParams)) -> (String, KeyPair) {
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    fill(&mut params);
+    (params.serialize_request(&key).unwrap().pem().unwrap(), key)
+}
+
+fn id() -> SpiffeId {
+    SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/reviews").unwrap()
+}
+
+fn leaf(issued: &Issued) -> PeerFacts {
+    PeerFacts::read(&pem::certificates(issued.chain[0].as_bytes()).unwrap()[0]).unwrap()
+}
+
+#[test]
+fn nothing_of_a_request_counts_but_its_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = ca(dir.path());
+    let (csr, key) = csr(|params| {
+        params.distinguished_name.push(rcgen::DnType::CommonName, "admin");
+        params.subject_alt_names = vec![
+            SanType::URI("spiffe://cluster.local/ns/kube-system/sa/root".try_into().unwrap()),
+            SanType::DnsName("istiod.istio-system.svc".try_into().unwrap()),
+        ];
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    });
+    let issued = ca.sign(&csr, &id(), Duration::ZERO, SystemTime::now()).unwrap();
+    let facts = leaf(&issued);
+    assert_eq!(facts.uris, [id().to_string()]);
+    assert!(facts.dns_names.is_empty() && facts.subject.is_empty());
+    // As a peer sees it: usable as a leaf with our key, and no CA.
+    let keys = KeyAndChain::new(pem::certificates(issued.chain.concat().as_bytes()).unwrap(), key.into()).unwrap();
+    let identity = WorkloadIdentity::new(keys, Arc::clone(ca.roots()), 1).unwrap();
+    identity.verify_own_chain().unwrap();
+    let day = Duration::from_secs(86_400);
+    let life = facts.not_after.duration_since(facts.not_before).unwrap();
+    assert!(life >= day && life <= day + 2 * SKEW, "{life:?}");
+}
+
+#[test]
+fn lifetimes_are_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = ca(dir.path());
+    let (csr, _) = csr(|_| {});
+    let day = Duration::from_secs(86_400);
+    let sign = |lifetime, now| ca.sign(&csr, &id(), lifetime, now);
+    assert!(sign(90 * day, SystemTime::now()).is_ok());
+    assert!(matches!(sign(91 * day, SystemTime::now()), Err(SignError::Lifetime { .. })));
+    // Near its own end the CA cuts the life; past it, it refuses.
+    let late = ca.not_after() - day / 2;
+    assert_eq!(sign(day, late).unwrap().not_after, ca.not_after());
+    assert!(matches!(sign(day, ca.not_after()), Err(SignError::Expired)));
+}
+
+#[test]
+fn bad_requests_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = ca(dir.path());
+    let (good, _) = csr(|_| {});
+    let sign = |csr: &str| ca.sign(csr, &id(), Duration::ZERO, SystemTime::now());
+    assert!(matches!(sign(""), Err(SignError::Request(_))));
+    assert!(matches!(sign(&"x".repeat(CSR_BYTES_MAX + 1)), Err(SignError::TooLong)));
+    // Another's key under our signature: proof of possession fails.
+    let mut der = pem_body(&good);
+    let last = der.len() - 1;
+    der[last] ^= 1;
+    let damaged = format!(
+        "-----BEGIN CERTIFICATE REQUEST-----\n{}\n-----END CERTIFICATE REQUEST-----\n",
+        base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &der)
+    );
+    assert!(matches!(sign(&damaged), Err(SignError::Request(_))));
+}
+
+fn pem_body(text: &str) -> Vec<u8> {
+    let body: String = text.lines().filter(|line| !line.starts_with("-----")).collect();
+    base64::Engine::decode(&base64::engine::general_purpose::STANDARD, body).unwrap()
+}
+
+#[test]
+fn a_root_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let roots = ca(dir.path()).roots().to_pem();
+    assert_eq!(ca(dir.path()).roots().to_pem(), roots);
+    let key = dir.path().join("self-signed/ca-key.pem");
+    assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
+    // A damaged key is an error, never a new root.
+    std::fs::write(&key, "nothing").unwrap();
+    let again = load_or_create(dir.path(), &TrustDomain::default(), Lifetimes::default(), SystemTime::now());
+    assert!(matches!(again, Err(StoreError::Invalid { .. })), "{again:?}");
+    // So is another's key.
+    let other = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
+    std::fs::write(&key, other.serialize_pem()).unwrap();
+    let again = load_or_create(dir.path(), &TrustDomain::default(), Lifetimes::default(), SystemTime::now());
+    assert!(matches!(again, Err(StoreError::Inconsistent(_))), "{again:?}");
+}
+
+#[test]
+fn a_plugged_in_intermediate_signs() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(rcgen::DnType::CommonName, "root");
+    let root = CertifiedIssuer::self_signed(params.clone(), KeyPair::generate().unwrap()).unwrap();
+    params.distinguished_name.push(rcgen::DnType::CommonName, "intermediate");
+    let key = KeyPair::generate().unwrap();
+    let intermediate = params.signed_by(&key, &root).unwrap();
+    let put = |name: &str, text: &str| write_atomically(&dir.path().join(name), text.as_bytes(), 0o600).unwrap();
+    put("ca-cert.pem", &intermediate.pem());
+    put("ca-key.pem", &key.serialize_pem());
+    put("root-cert.pem", &root.pem());
+    let load = || load_or_create(dir.path(), &TrustDomain::default(), Lifetimes::default(), SystemTime::now());
+    assert!(matches!(load(), Err(StoreError::Partial { .. })), "three of four files are not a bundle");
+    put("cert-chain.pem", &(intermediate.pem() + &root.pem()));
+    let ca = load().unwrap();
+    let (csr, _) = csr(|_| {});
+    let issued = ca.sign(&csr, &id(), Duration::ZERO, SystemTime::now()).unwrap();
+    assert_eq!(issued.chain.len(), 2, "leaf and intermediate, never the root");
+    assert_eq!(pem::certificates(issued.chain[1].as_bytes()).unwrap()[0], *intermediate.der());
+    // A chain that leads elsewhere is refused.
+    let other = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    put("root-cert.pem", &other.pem());
+    put("cert-chain.pem", &intermediate.pem());
+    assert!(matches!(load(), Err(StoreError::Inconsistent(_))));
+}

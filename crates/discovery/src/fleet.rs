@@ -1,0 +1,402 @@
+//! The connected proxies: what each should have, and where each stands.
+//!
+//! A proxy that waits for a push waits once, however many changes come meanwhile; one worker
+//! compiles, and what it publishes replaces what the proxy has not been sent yet. So there is at
+//! most one push waiting and one running per proxy, and a slow proxy holds up nobody.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use compile::{ProxyKind, View};
+use serde::Serialize;
+use telemetry::registry::Registry;
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+use types::wellknown::type_urls;
+use types::{Finding, SpiffeId};
+use xds::client::Protocol;
+use xds::server::{Answered, Observer, Outgoing, Progress};
+use xds::{Resource, ResourceSet};
+
+use crate::compiler::Compiler;
+use crate::mesh_state::{Mesh, f64_of};
+
+/// One connected stream.
+struct Proxy {
+    node_id: Box<str>,
+    istio_version: Box<str>,
+    view: Arc<View>,
+    /// Who it is; `None` on plaintext, where no secrets go.
+    id: Option<SpiffeId>,
+    protocol: Protocol,
+    connected: jiff::Timestamp,
+    resources: watch::Sender<Option<Arc<ResourceSet>>>,
+    findings: Vec<Finding>,
+    progress: Progress,
+    types: BTreeMap<Box<str>, TypeState>,
+}
+
+/// What a proxy was sent and answered, of one type.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TypeState {
+    /// Nonce of the last response.
+    pub sent: Box<str>,
+    /// Nonce of the last one it accepted.
+    pub acked: Box<str>,
+    /// When it was sent.
+    pub sent_time: String,
+    /// Why it refused the last response; empty when it did not.
+    pub last_error: Box<str>,
+}
+
+/// A proxy on status pages.
+#[derive(Clone, Debug)]
+pub struct ProxyStatus {
+    /// `<pod>.<namespace>`
+    pub name: String,
+    /// The whole node id.
+    pub node_id: Box<str>,
+    /// What it is for.
+    pub kind: ProxyKind,
+    /// Its cluster.
+    pub cluster_id: Box<str>,
+    /// The version it says it is.
+    pub istio_version: Box<str>,
+    /// Who it proved to be.
+    pub id: Option<SpiffeId>,
+    /// The protocol it speaks.
+    pub protocol: Protocol,
+    /// Since when.
+    pub connected: jiff::Timestamp,
+    /// Where it stands.
+    pub progress: Progress,
+    /// Per type.
+    pub types: BTreeMap<Box<str>, TypeState>,
+}
+
+#[derive(Default)]
+struct Inner {
+    next: u64,
+    proxies: BTreeMap<u64, Proxy>,
+    waiting: VecDeque<(u64, Instant)>,
+    queued: BTreeSet<u64>,
+}
+
+/// All connected proxies.
+pub struct Fleet {
+    inner: Mutex<Inner>,
+    wake: Notify,
+    /// Counts every change of any status.
+    changes: watch::Sender<u64>,
+    metrics: Registry,
+}
+
+impl fmt::Debug for Fleet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fleet").finish_non_exhaustive()
+    }
+}
+
+impl Fleet {
+    /// Nobody is connected.
+    pub fn new(metrics: Registry) -> Self {
+        Self { inner: Mutex::default(), wake: Notify::new(), changes: watch::channel(0).0, metrics }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn changed(&self) {
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// Wakes whenever a status changed.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// Adds a stream and asks for its first push. It leaves when the observer is dropped.
+    pub fn join(
+        self: &Arc<Self>,
+        view: View,
+        node_id: &str,
+        istio_version: &str,
+        id: Option<SpiffeId>,
+        protocol: Protocol,
+    ) -> (watch::Receiver<Option<Arc<ResourceSet>>>, Member) {
+        let (sender, receiver) = watch::channel(None);
+        let mut inner = self.inner();
+        inner.next += 1;
+        let number = inner.next;
+        let proxy = Proxy {
+            node_id: node_id.into(),
+            istio_version: istio_version.into(),
+            view: Arc::new(view),
+            id,
+            protocol,
+            connected: jiff::Timestamp::now(),
+            resources: sender,
+            findings: Vec::new(),
+            progress: Progress { generation: 0, settled: false, refused: Vec::new() },
+            types: BTreeMap::new(),
+        };
+        inner.proxies.insert(number, proxy);
+        self.metrics.set("pilot_xds", &[("version", env!("CARGO_PKG_VERSION"))], f64_of(inner.proxies.len()));
+        inner.enqueue(number);
+        drop(inner);
+        self.wake.notify_one();
+        self.changed();
+        (receiver, Member { fleet: Arc::clone(self), number })
+    }
+
+    /// Asks for a push to everybody.
+    pub fn enqueue_all(&self) {
+        let mut inner = self.inner();
+        let numbers: Vec<u64> = inner.proxies.keys().copied().collect();
+        for number in numbers {
+            inner.enqueue(number);
+        }
+        drop(inner);
+        self.wake.notify_one();
+        self.changed();
+    }
+
+    /// Everybody's status, in the order of names.
+    pub fn status(&self) -> Vec<ProxyStatus> {
+        let mut list: Vec<ProxyStatus> = self.inner().proxies.values().map(Proxy::status).collect();
+        list.sort_by(|a, b| a.name.cmp(&b.name));
+        list
+    }
+
+    /// What a proxy named `<pod>.<namespace>` should have.
+    pub fn resources_of(&self, name: &str) -> Option<Arc<ResourceSet>> {
+        let inner = self.inner();
+        let proxy = inner.proxies.values().rev().find(|proxy| proxy.name() == name)?;
+        proxy.resources.borrow().clone()
+    }
+
+    /// What is wrong for single proxies, each finding once.
+    pub fn findings(&self) -> Vec<Finding> {
+        let mut findings: Vec<Finding> = Vec::new();
+        for finding in self.inner().proxies.values().flat_map(|proxy| &proxy.findings) {
+            if !findings.contains(finding) {
+                findings.push(finding.clone());
+            }
+        }
+        findings
+    }
+
+    /// Names of those that do not run `push` yet, or refused a part of it.
+    pub fn laggards(&self, push: u64) -> Vec<String> {
+        let inner = self.inner();
+        let late = inner.proxies.values().filter(|proxy| !proxy.is_synced(push));
+        late.map(Proxy::name).collect()
+    }
+
+    async fn next_waiting(&self) -> (u64, Instant) {
+        loop {
+            let notified = self.wake.notified();
+            if let Some(first) = self.inner().dequeue() {
+                return first;
+            }
+            notified.await;
+        }
+    }
+
+    fn job(&self, number: u64) -> Option<Job> {
+        let inner = self.inner();
+        let proxy = inner.proxies.get(&number)?;
+        Some(Job {
+            view: Arc::clone(&proxy.view),
+            before: proxy.resources.borrow().clone(),
+            may_have_secrets: proxy.id.is_some(),
+        })
+    }
+
+    fn publish(&self, number: u64, resources: Arc<ResourceSet>, findings: Vec<Finding>) {
+        let mut inner = self.inner();
+        if let Some(proxy) = inner.proxies.get_mut(&number) {
+            proxy.findings = findings;
+            proxy.resources.send_replace(Some(resources));
+        }
+    }
+}
+
+struct Job {
+    view: Arc<View>,
+    before: Option<Arc<ResourceSet>>,
+    may_have_secrets: bool,
+}
+
+impl Inner {
+    fn enqueue(&mut self, number: u64) {
+        if self.queued.insert(number) {
+            self.waiting.push_back((number, Instant::now()));
+        }
+    }
+
+    fn dequeue(&mut self) -> Option<(u64, Instant)> {
+        let first = self.waiting.pop_front()?;
+        self.queued.remove(&first.0);
+        Some(first)
+    }
+}
+
+impl Proxy {
+    fn name(&self) -> String {
+        format!("{}.{}", self.view.name, self.view.namespace)
+    }
+
+    fn is_synced(&self, push: u64) -> bool {
+        self.progress.settled && self.progress.refused.is_empty() && self.progress.generation >= push
+    }
+
+    fn status(&self) -> ProxyStatus {
+        ProxyStatus {
+            name: self.name(),
+            node_id: self.node_id.clone(),
+            kind: self.view.kind,
+            cluster_id: self.view.cluster_id.clone(),
+            istio_version: self.istio_version.clone(),
+            id: self.id.clone(),
+            protocol: self.protocol,
+            connected: self.connected,
+            progress: self.progress.clone(),
+            types: self.types.clone(),
+        }
+    }
+}
+
+/// A stream's place in the fleet; leaving is dropping it.
+#[derive(Debug)]
+pub struct Member {
+    fleet: Arc<Fleet>,
+    number: u64,
+}
+
+impl Member {
+    fn update(&self, change: impl FnOnce(&mut Proxy) -> bool) {
+        let changed = self.fleet.inner().proxies.get_mut(&self.number).is_some_and(change);
+        if changed {
+            self.fleet.changed();
+        }
+    }
+}
+
+impl Observer for Member {
+    fn sent(&mut self, outgoing: &Outgoing) {
+        let short = type_urls::short(&outgoing.type_url).to_ascii_lowercase();
+        self.fleet.metrics.count("pilot_xds_pushes", &[("type", &short)]);
+        let bytes: usize = outgoing.resources.iter().map(|resource| resource.any.value.len()).sum();
+        self.fleet.metrics.set("pilot_xds_config_size_bytes", &[("type", &outgoing.type_url)], f64_of(bytes));
+        self.update(|proxy| {
+            let state = proxy.types.entry(outgoing.type_url.clone()).or_default();
+            state.sent.clone_from(&outgoing.nonce);
+            state.sent_time = jiff::Timestamp::now().to_string();
+            true
+        });
+    }
+
+    fn answered(&mut self, answered: &Answered) {
+        if let Some(reason) = &answered.refused {
+            let name = match &*answered.type_url {
+                type_urls::CLUSTER => "pilot_xds_cds_reject",
+                type_urls::ENDPOINT => "pilot_xds_eds_reject",
+                type_urls::LISTENER => "pilot_xds_lds_reject",
+                type_urls::ROUTE => "pilot_xds_rds_reject",
+                _ => "pilot_total_xds_internal_errors",
+            };
+            self.fleet.metrics.count(name, &[]);
+            self.fleet.metrics.count("pilot_total_xds_rejects", &[]);
+            tracing::warn!(type_url = %answered.type_url, %reason, "a proxy refused its configuration");
+        }
+        self.update(|proxy| {
+            let state = proxy.types.entry(answered.type_url.clone()).or_default();
+            if let Some(reason) = &answered.refused {
+                state.last_error = reason.clone();
+            } else {
+                state.acked.clone_from(&answered.nonce);
+                state.last_error = "".into();
+            }
+            true
+        });
+    }
+
+    fn progressed(&mut self, progress: &Progress) {
+        self.update(|proxy| {
+            let changed = proxy.progress != *progress;
+            proxy.progress = progress.clone();
+            changed
+        });
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        let mut inner = self.fleet.inner();
+        inner.proxies.remove(&self.number);
+        self.fleet.metrics.set("pilot_xds", &[("version", env!("CARGO_PKG_VERSION"))], f64_of(inner.proxies.len()));
+        drop(inner);
+        self.fleet.changed();
+    }
+}
+
+/// Compiles for whoever waits, one after the other, for ever. *Cancel safety*: may be dropped.
+pub async fn run(fleet: Arc<Fleet>, meshes: watch::Receiver<Option<Arc<Mesh>>>, compiler: Arc<dyn Compiler>) {
+    loop {
+        let (number, since) = fleet.next_waiting().await;
+        // Without a mesh the proxy waits; the first snapshot asks for everybody again.
+        let Some(mesh) = meshes.borrow().clone() else { continue };
+        let Some(job) = fleet.job(number) else { continue };
+        fleet.metrics.observe("pilot_proxy_queue_time", &[], since.elapsed().as_secs_f64());
+        let started = Instant::now();
+        let compiler = Arc::clone(&compiler);
+        let compiled = tokio::task::spawn_blocking(move || build(&*compiler, &mesh, &job)).await;
+        fleet.metrics.observe("pilot_xds_push_time", &[], started.elapsed().as_secs_f64());
+        match compiled {
+            Ok((resources, findings)) => fleet.publish(number, Arc::new(resources), findings),
+            Err(error) => {
+                // A bug of ours must not take the others down: this proxy keeps what it has.
+                tracing::error!(%error, proxy = number, "compiling failed; the proxy keeps what it has");
+                fleet.metrics.count("pilot_total_xds_internal_errors", &[]);
+            }
+        }
+    }
+}
+
+fn build(compiler: &dyn Compiler, mesh: &Mesh, job: &Job) -> (ResourceSet, Vec<Finding>) {
+    let mut compiled = compiler.compile(&mesh.snapshot, &job.view);
+    let now = std::time::SystemTime::now();
+    let mut set = ResourceSet::new(mesh.push, &mesh.label);
+    for (name, any) in compiled.resources {
+        // Secrets go to nobody who did not prove who they are (property 29).
+        if any.type_url == type_urls::SECRET && !job.may_have_secrets {
+            continue;
+        }
+        if any.type_url == type_urls::SECRET
+            && let Some(finding) = crate::secrets::check(&name, &any, &job.view.namespace, now)
+        {
+            // A bad key pair is not sent; the last good one stays.
+            compiled.findings.push(finding);
+            if let Some(good) = job.before.as_ref().and_then(|before| before.get(&any.type_url, &name)) {
+                set.insert_shared(Arc::clone(good));
+            }
+            continue;
+        }
+        let version: Box<str> = format!("{:016x}", xds::canonical::hash(&any.value)).into();
+        // Unchanged resources stay the very ones in memory.
+        let same = job
+            .before
+            .as_ref()
+            .and_then(|before| before.get(&any.type_url, &name))
+            .filter(|old| old.version == version);
+        match same {
+            Some(same) => set.insert_shared(Arc::clone(same)),
+            None => set.insert_shared(Arc::new(Resource { name: name.into(), version, any })),
+        }
+    }
+    (set, compiled.findings)
+}
