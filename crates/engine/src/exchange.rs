@@ -35,7 +35,7 @@ use crate::record::Recorder;
 use crate::shared::{ClusterHeld, Held, SharedCluster, SharedHost};
 use crate::worker::Worker;
 
-mod attempt;
+pub(crate) mod attempt;
 mod filters;
 mod grpc;
 mod machine;

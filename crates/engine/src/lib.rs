@@ -17,6 +17,7 @@ pub mod access_log;
 pub mod assembly;
 pub mod authz;
 pub mod balance;
+pub mod cel;
 pub mod chain;
 pub mod cluster;
 pub mod config;
