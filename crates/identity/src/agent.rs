@@ -147,7 +147,7 @@ impl Agent {
                     failures = 0;
                     generation += 1;
                     self.errors.send_replace(None);
-                    let wait = renewal(&self.options, identity.facts.not_before, identity.not_after());
+                    let wait = renewal(&self.options, SystemTime::now(), identity.not_after());
                     self.identities.send_replace(Some(Arc::new(identity)));
                     wait
                 }
@@ -237,9 +237,10 @@ fn hints(hints: &[(String, String)]) -> Option<Struct> {
     (!fields.is_empty()).then_some(Struct { fields })
 }
 
-/// How long until renewal: at the grace share of the lifetime, spread a little.
-fn renewal(options: &Options, not_before: SystemTime, not_after: SystemTime) -> Duration {
-    let lifetime = not_after.duration_since(not_before).unwrap_or_default();
+/// How long until renewal: at the grace share of the lifetime from now, spread a little. (The
+/// certificate itself begins earlier, to allow for skew.)
+fn renewal(options: &Options, issued: SystemTime, not_after: SystemTime) -> Duration {
+    let lifetime = not_after.duration_since(issued).unwrap_or_default();
     let spread = options.grace_jitter * (2.0 * draw() - 1.0);
     let ratio = (options.grace_ratio + spread).clamp(0.0, 1.0);
     let left = not_after.duration_since(SystemTime::now()).unwrap_or_default();

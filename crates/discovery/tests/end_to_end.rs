@@ -1,0 +1,511 @@
+//! A whole control plane on loopback, and clients as proxies are.
+
+use std::collections::BTreeSet;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use compile::View;
+use discovery::authn::jwt::JwtKeys;
+use discovery::compiler::{Compiled, Compiler, MeshCompiler};
+use discovery::source::Source as Objects;
+use discovery::{Options, run};
+use envoy_types::pb::envoy::config::core::v3::Node;
+use envoy_types::pb::google::protobuf::{Any, Struct, Value, value::Kind};
+use identity::agent::{self, Agent, IssueError};
+use identity::channel::{ControlPlane, PlainTcp, Source};
+use identity::{PeerFacts, WorkloadIdentity};
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use mesh::MeshSnapshot;
+use serde_json::{Value as Json, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use types::wellknown::type_urls;
+use xds::client::{self, Dialed, Event, Handle, Names, Protocol, Update};
+
+const WAIT: Duration = Duration::from_secs(20);
+
+/// Who mints tokens.
+struct Minter {
+    key: rcgen::KeyPair,
+}
+
+impl Minter {
+    fn new() -> Self {
+        Self { key: rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap() }
+    }
+
+    fn keys(&self) -> JwtKeys {
+        JwtKeys::parse(&self.key.public_key_pem(), None).unwrap()
+    }
+
+    fn claims(&self, claims: &Json) -> String {
+        let key = EncodingKey::from_ec_pem(self.key.serialize_pem().as_bytes()).unwrap();
+        jsonwebtoken::encode(&Header::new(Algorithm::ES256), claims, &key).unwrap()
+    }
+
+    fn token(&self, namespace: &str, account: &str, pod: &str) -> String {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+        self.claims(&json!({
+            "aud": ["istio-ca"], "exp": now + 600, "nbf": now - 5,
+            "sub": format!("system:serviceaccount:{namespace}:{account}"),
+            "kubernetes.io": {"namespace": namespace, "pod": {"name": pod, "uid": "1"}},
+        }))
+    }
+}
+
+/// Gives every proxy what is set here: clusters by name, and a secret.
+#[derive(Default)]
+struct Toy {
+    clusters: Mutex<Vec<String>>,
+}
+
+impl Compiler for Toy {
+    fn compile(&self, _: &MeshSnapshot, _: &View) -> Compiled {
+        let named = |type_url: &str, name: &str| {
+            let mut value = vec![10, u8::try_from(name.len()).unwrap()];
+            value.extend_from_slice(name.as_bytes());
+            (name.to_owned(), Any { type_url: type_url.to_owned(), value })
+        };
+        let clusters = self.clusters.lock().unwrap().clone();
+        let mut resources: Vec<_> = clusters.iter().map(|name| named(type_urls::CLUSTER, name)).collect();
+        resources.push(named(type_urls::SECRET, "kubernetes://web"));
+        Compiled { resources, findings: Vec::new() }
+    }
+}
+
+struct Plane {
+    secure: SocketAddr,
+    plaintext: SocketAddr,
+    monitoring: SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    task: Option<JoinHandle<()>>,
+    roots: std::path::PathBuf,
+    objects: std::path::PathBuf,
+}
+
+impl Plane {
+    async fn start(dir: &Path, minter: &Minter, compiler: Arc<dyn Compiler>, secure: Option<SocketAddr>) -> Self {
+        let bind = |address: SocketAddr| TcpListener::bind(address).unwrap();
+        let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        let (secure, plaintext, monitoring) = (bind(secure.unwrap_or(any)), bind(any), bind(any));
+        let objects = dir.join("objects");
+        std::fs::create_dir_all(&objects).unwrap();
+        let mut options = Options::new(Objects::Files(vec![objects.clone()]), dir.join("ca"));
+        let roots = dir.join("root-cert.pem");
+        options.root_cert_out = Some(roots.clone());
+        options.tokens = vec![Arc::new(minter.keys())];
+        options.compiler = compiler;
+        let addresses = [&secure, &plaintext, &monitoring].map(|listener| listener.local_addr().unwrap());
+        options.secure = vec![secure];
+        options.plaintext = vec![plaintext];
+        options.monitoring = vec![monitoring];
+        let (stop, stopped) = oneshot::channel();
+        let task = tokio::spawn(async move {
+            run(options, async {
+                stopped.await.ok();
+            })
+            .await
+            .unwrap();
+        });
+        let plane = Self {
+            secure: addresses[0],
+            plaintext: addresses[1],
+            monitoring: addresses[2],
+            stop: Some(stop),
+            task: Some(task),
+            roots,
+            objects,
+        };
+        // Listeners are bound before the call, so this waits only for the answer.
+        plane.get("/version").await;
+        plane
+    }
+
+    async fn stop(&mut self) {
+        self.stop.take().unwrap().send(()).unwrap();
+        self.task.take().unwrap().await.unwrap();
+    }
+
+    fn client(&self, token: Option<String>) -> ControlPlane {
+        ControlPlane {
+            address: self.secure.to_string(),
+            server_name: "istiod.istio-system.svc".to_owned(),
+            roots: Some(Source::File(self.roots.clone())),
+            token: token.map(|token| Source::Text(token.into())),
+            cluster_id: "Kubernetes".to_owned(),
+            tcp: Arc::new(PlainTcp),
+        }
+    }
+
+    async fn identity(&self, token: String) -> Result<WorkloadIdentity, IssueError> {
+        agent::issue(&agent::Options::new(self.client(Some(token))), None, 1).await
+    }
+
+    async fn get(&self, path: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(self.monitoring).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let status = answer.split(' ').nth(1).unwrap().parse().unwrap();
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        (status, body.to_owned())
+    }
+}
+
+fn node(id: &str, metadata: &[(&str, &str)]) -> Node {
+    let text = |text: &str| Value { kind: Some(Kind::StringValue(text.to_owned())) };
+    let fields = metadata.iter().map(|(key, value)| ((*key).to_owned(), text(value))).collect();
+    Node { id: id.to_owned(), metadata: Some(Struct { fields }), ..Node::default() }
+}
+
+const REVIEWS: &str = "sidecar~10.1.1.1~reviews-1.shop~shop.svc.cluster.local";
+
+struct Proxy {
+    handle: Handle,
+    events: mpsc::Receiver<Event>,
+    task: JoinHandle<()>,
+}
+
+impl Proxy {
+    /// A proxy that shows its certificate, or a token alone.
+    fn connect(
+        plane: ControlPlane,
+        identity: Option<WorkloadIdentity>,
+        node: Node,
+        protocol: Protocol,
+        types: &[&str],
+    ) -> Self {
+        let subscriptions = types.iter().map(|url| {
+            let names = if *url == type_urls::SECRET { Names::only(["kubernetes://web"]) } else { Names::All };
+            ((*url).to_owned(), names)
+        });
+        let options = client::Options {
+            node,
+            protocol,
+            subscriptions: subscriptions.collect(),
+            backoff: client::Backoff { initial: Duration::from_millis(20), max: Duration::from_millis(100) },
+        };
+        let identity = identity.map(Arc::new);
+        let (handle, events, driver) = client::new(options, move || -> client::Dialing {
+            let (plane, identity) = (plane.clone(), identity.clone());
+            Box::pin(async move {
+                let channel = plane.connect(identity.as_deref()).await?;
+                Ok(Dialed { channel, metadata: plane.metadata()? })
+            })
+        });
+        Self { handle, events, task: tokio::spawn(driver.run()) }
+    }
+
+    async fn event(&mut self) -> Event {
+        tokio::time::timeout(WAIT, self.events.recv()).await.expect("an event in time").expect("a running driver")
+    }
+
+    /// The next update; reconnects are passed over.
+    async fn update(&mut self) -> Update {
+        loop {
+            if let Event::Update(update) = self.event().await {
+                return update;
+            }
+        }
+    }
+
+    async fn refusal(&mut self) -> String {
+        loop {
+            match self.event().await {
+                Event::Disconnected { reason, .. } => return reason,
+                Event::Connected => {}
+                Event::Update(update) => panic!("was served: {update:?}"),
+            }
+        }
+    }
+
+    async fn names(&mut self) -> (BTreeSet<String>, Vec<String>) {
+        let update = self.update().await;
+        self.handle.answer(&update.id, &[]);
+        (update.added.into_iter().map(|(name, ..)| name).collect(), update.removed)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn set(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+fn write_service(plane: &Plane, name: &str) {
+    let text = format!(
+        "apiVersion: v1\nkind: Service\nmetadata:\n  name: {name}\n  namespace: shop\nspec:\n  clusterIP: 10.96.0.9\n  ports:\n  - name: http\n    port: 80\n"
+    );
+    std::fs::write(plane.objects.join(format!("{name}.yaml")), text).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_workload_gets_its_certificate_and_its_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let minter = Minter::new();
+    let plane = Plane::start(dir.path(), &minter, Arc::new(MeshCompiler::default()), None).await;
+    write_service(&plane, "ratings");
+    let token = minter.token("shop", "reviews", "reviews-1");
+    let identity = plane.identity(token).await.unwrap();
+    assert_eq!(identity.id.to_string(), "spiffe://cluster.local/ns/shop/sa/reviews");
+    // From here on the certificate alone must do.
+    for protocol in [Protocol::Delta, Protocol::StateOfTheWorld] {
+        let node = node(REVIEWS, &[("NAMESPACE", "shop"), ("SERVICE_ACCOUNT", "reviews")]);
+        let mut proxy =
+            Proxy::connect(plane.client(None), Some(identity.clone()), node, protocol, &[type_urls::CLUSTER]);
+        let mut names = proxy.names().await.0;
+        while !names.contains("outbound|80||ratings.shop.svc.cluster.local") {
+            names.extend(proxy.names().await.0);
+        }
+        assert!(names.contains("BlackHoleCluster"), "{names:?}");
+        let (status, body) = plane.get("/debug/synced?timeout=20").await;
+        assert_eq!((status, serde_json::from_str::<Json>(&body).unwrap()["laggards"].clone()), (200, json!([])));
+        let (_, body) = plane.get("/debug/syncz").await;
+        let entry = serde_json::from_str::<Json>(&body).unwrap()[0].clone();
+        assert_eq!(entry["proxy"], "reviews-1.shop");
+        assert_eq!(entry["cluster_sent"], entry["cluster_acked"]);
+        assert_eq!(entry["principal"], "spiffe://cluster.local/ns/shop/sa/reviews");
+    }
+    let (_, metrics) = plane.get("/metrics").await;
+    assert!(metrics.contains("citadel_server_success_cert_issuance_count{} 1"), "{metrics}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_proves_nothing_gets_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let minter = Minter::new();
+    let plane = Plane::start(dir.path(), &minter, Arc::new(Toy::default()), None).await;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let subject = "system:serviceaccount:shop:reviews";
+    let good = minter.token("shop", "reviews", "reviews-1");
+    let (head, signature) = good.rsplit_once('.').unwrap();
+    let bad: Vec<(&str, String)> = vec![
+        ("of another minter", Minter::new().token("shop", "reviews", "reviews-1")),
+        ("expired", minter.claims(&json!({"aud": "istio-ca", "exp": now - 60, "sub": subject}))),
+        ("for later", minter.claims(&json!({"aud": "istio-ca", "exp": now + 600, "nbf": now + 300, "sub": subject}))),
+        ("for the API", minter.claims(&json!({"aud": "https://kubernetes.default", "exp": now + 600, "sub": subject}))),
+        ("for nobody", minter.claims(&json!({"exp": now + 600, "sub": subject}))),
+        ("without end", minter.claims(&json!({"aud": "istio-ca", "sub": subject}))),
+        ("of a person", minter.claims(&json!({"aud": "istio-ca", "exp": now + 600, "sub": "alice"}))),
+        (
+            "of a path",
+            minter.claims(&json!({"aud": "istio-ca", "exp": now + 600, "sub": "system:serviceaccount:shop:../x"})),
+        ),
+        ("unsigned", format!("{head}.")),
+        ("cut", format!("{head}.{}", &signature[..signature.len() - 4])),
+        ("nonsense", "nonsense".to_owned()),
+    ];
+    for (what, token) in bad {
+        match plane.identity(token.clone()).await {
+            Err(IssueError::Refused { code: tonic::Code::Unauthenticated, message }) => {
+                assert_eq!(message, "request authenticate failure", "{what}");
+            }
+            other => panic!("{what}: {other:?}"),
+        }
+        let node = node(REVIEWS, &[]);
+        let mut proxy = Proxy::connect(plane.client(Some(token)), None, node, Protocol::Delta, &[type_urls::CLUSTER]);
+        let reason = proxy.refusal().await;
+        assert!(reason.contains("authentication failure"), "{what}: {reason}");
+    }
+    let mut proxy =
+        Proxy::connect(plane.client(None), None, node(REVIEWS, &[]), Protocol::Delta, &[type_urls::CLUSTER]);
+    assert!(proxy.refusal().await.contains("authentication failure"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_is_only_told_what_is_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let minter = Minter::new();
+    let plane = Plane::start(dir.path(), &minter, Arc::new(Toy::default()), None).await;
+    let token = minter.token("shop", "reviews", "reviews-1");
+    let cases: &[(&str, &[(&str, &str)])] = &[
+        ("sidecar~10.1.1.1~reviews-1.bank~bank.svc.cluster.local", &[]),
+        (REVIEWS, &[("NAMESPACE", "bank")]),
+        ("sidecar~10.1.1.1~reviews-1.bank~bank.svc.cluster.local", &[("NAMESPACE", "shop")]),
+        (REVIEWS, &[("SERVICE_ACCOUNT", "ratings")]),
+        ("sidecar~10.1.1.1~ratings-1.shop~shop.svc.cluster.local", &[]),
+        ("router~10.1.1.1~gateway.istio-system~x", &[("NAME", "gateway"), ("NAMESPACE", "istio-system")]),
+    ];
+    for (id, metadata) in cases {
+        let node = node(id, metadata);
+        let mut proxy =
+            Proxy::connect(plane.client(Some(token.clone())), None, node, Protocol::Delta, &[type_urls::CLUSTER]);
+        let reason = proxy.refusal().await;
+        assert!(reason.contains("authorization failed"), "{id} {metadata:?}: {reason}");
+    }
+    for id in ["", "sidecar", "a~b~c~d", "waypoint~1~x.shop~y"] {
+        let node = node(id, &[]);
+        let mut proxy =
+            Proxy::connect(plane.client(Some(token.clone())), None, node, Protocol::Delta, &[type_urls::CLUSTER]);
+        let reason = proxy.refusal().await;
+        assert!(reason.contains("node"), "{id}: {reason}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn secrets_do_not_travel_in_plaintext() {
+    let dir = tempfile::tempdir().unwrap();
+    let minter = Minter::new();
+    let toy = Arc::new(Toy { clusters: Mutex::new(vec!["a".to_owned()]) });
+    let plane = Plane::start(dir.path(), &minter, toy, None).await;
+    let types = [type_urls::CLUSTER, type_urls::SECRET];
+    let token = minter.token("shop", "reviews", "reviews-1");
+    let mut proxy =
+        Proxy::connect(plane.client(Some(token.clone())), None, node(REVIEWS, &[]), Protocol::Delta, &types);
+    assert_eq!(proxy.names().await.0, set(&["a"]));
+    assert_eq!(proxy.names().await.0, set(&["kubernetes://web"]));
+
+    let mut open = plane.client(Some(token.clone()));
+    open.address = plane.plaintext.to_string();
+    open.roots = None;
+    let mut proxy = Proxy::connect(open.clone(), None, node(REVIEWS, &[]), Protocol::Delta, &types);
+    assert_eq!(proxy.names().await.0, set(&["a"]));
+    proxy.handle.subscribe(type_urls::LISTENER, Names::All);
+    assert_eq!(proxy.update().await.type_url(), type_urls::LISTENER, "a later answer comes, and no secret before it");
+    // Certificates are not to be had there either, with whatever token.
+    let refused = agent::issue(&agent::Options::new(open), None, 1).await;
+    assert!(matches!(refused, Err(IssueError::Refused { code: tonic::Code::Unimplemented, .. })), "{refused:?}");
+    // Nor does a plaintext client get anything from the secure port.
+    let mut wrong = plane.client(Some(token));
+    wrong.roots = None;
+    assert!(agent::issue(&agent::Options::new(wrong), None, 1).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_costs_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let minter = Minter::new();
+    let toy = Arc::new(Toy { clusters: Mutex::new(vec!["a".to_owned(), "b".to_owned()]) });
+    let mut plane = Plane::start(dir.path(), &minter, Arc::clone(&toy) as _, None).await;
+    let identity = plane.identity(minter.token("shop", "reviews", "reviews-1")).await.unwrap();
+    let mut proxy = Proxy::connect(
+        plane.client(None),
+        Some(identity.clone()),
+        node(REVIEWS, &[]),
+        Protocol::Delta,
+        &[type_urls::CLUSTER],
+    );
+    assert_eq!(proxy.names().await.0, set(&["a", "b"]));
+    plane.get("/debug/synced?timeout=20").await;
+    plane.stop().await;
+    *toy.clusters.lock().unwrap() = vec!["b".to_owned(), "c".to_owned()];
+    let _again = Plane::start(dir.path(), &minter, Arc::clone(&toy) as _, Some(plane.secure)).await;
+    // The same roots, so that the certificate still counts; and only what is different.
+    let update = proxy.update().await;
+    let added: BTreeSet<String> = update.added.iter().map(|(name, ..)| name.clone()).collect();
+    assert_eq!((added, update.removed), (set(&["c"]), vec!["a".to_owned()]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_reach_the_others_while_one_is_stuck() {
+    let dir = tempfile::tempdir().unwrap();
+    let minter = Minter::new();
+    let toy = Arc::new(Toy { clusters: Mutex::new(vec!["a".to_owned()]) });
+    let plane = Plane::start(dir.path(), &minter, Arc::clone(&toy) as _, None).await;
+    let connect = |pod: &str| {
+        let node = node(&format!("sidecar~10.1.1.1~{pod}.shop~shop.svc.cluster.local"), &[]);
+        let token = minter.token("shop", "reviews", pod);
+        Proxy::connect(plane.client(Some(token)), None, node, Protocol::Delta, &[type_urls::CLUSTER])
+    };
+    let mut stuck = connect("stuck");
+    let _unanswered = stuck.update().await;
+    let mut lively = connect("lively");
+    assert_eq!(lively.names().await.0, set(&["a"]));
+    for step in 0..3 {
+        let name = format!("c{step}");
+        toy.clusters.lock().unwrap().push(name.clone());
+        write_service(&plane, &name);
+        assert_eq!(lively.names().await.0, set(&[&name]));
+    }
+    let (status, body) = plane.get("/debug/synced?timeout=0.1").await;
+    let body: Json = serde_json::from_str(&body).unwrap();
+    assert_eq!((status, &body["laggards"]), (504, &json!(["stuck.shop"])));
+    // Once it answers, it gets everything at once.
+    stuck.handle.answer(&_unanswered.id, &[]);
+    assert_eq!(stuck.names().await.0, set(&["c0", "c1", "c2"]));
+    assert_eq!(plane.get("/debug/synced?timeout=20").await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_is_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let minter = Minter::new();
+    let toy = Arc::new(Toy { clusters: Mutex::new(vec!["a".to_owned()]) });
+    let plane = Plane::start(dir.path(), &minter, toy, None).await;
+    let token = minter.token("shop", "reviews", "reviews-1");
+    let mut proxy =
+        Proxy::connect(plane.client(Some(token)), None, node(REVIEWS, &[]), Protocol::Delta, &[type_urls::CLUSTER]);
+    let update = proxy.update().await;
+    let rejected = client::Rejected { name: "a".to_owned(), reason: "no such policy".to_owned() };
+    proxy.handle.answer(&update.id, &[rejected]);
+    // A later answer proves that the refusal arrived.
+    proxy.handle.subscribe(type_urls::LISTENER, Names::All);
+    proxy.update().await;
+    let (_, body) = plane.get("/debug/syncz").await;
+    let entry = serde_json::from_str::<Json>(&body).unwrap()[0].clone();
+    let state = &entry["resources"][type_urls::CLUSTER];
+    assert_eq!((state["lastError"].as_str(), state["acked"].as_str()), (Some("\"a\": no such policy"), Some("")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn certificates_are_renewed_with_new_keys() {
+    let dir = tempfile::tempdir().unwrap();
+    let minter = Minter::new();
+    let plane = Plane::start(dir.path(), &minter, Arc::new(Toy::default()), None).await;
+    let mut options = agent::Options::new(plane.client(Some(minter.token("shop", "reviews", "reviews-1"))));
+    options.ttl = Duration::from_secs(2);
+    let (agent, mut identities) = Agent::new(options);
+    let running = tokio::spawn(agent.run());
+    let mut seen: Vec<PeerFacts> = Vec::new();
+    while seen.len() < 3 {
+        tokio::time::timeout(WAIT, identities.changed()).await.unwrap().unwrap();
+        let identity = identities.borrow_and_update().clone().unwrap();
+        assert_eq!(identity.generation, seen.len() as u64 + 1);
+        assert!(identity.facts.is_valid_at(SystemTime::now()), "renewed before the end");
+        seen.push((*identity.facts).clone());
+    }
+    let keys: BTreeSet<_> = seen.iter().map(|facts| facts.spki_sha256).collect();
+    let serials: BTreeSet<_> = seen.iter().map(|facts| facts.serial.clone()).collect();
+    assert_eq!((keys.len(), serials.len()), (3, 3));
+    running.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_renews_itself_and_only_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let minter = Minter::new();
+    let plane = Plane::start(dir.path(), &minter, Arc::new(Toy::default()), None).await;
+    let identity = plane.identity(minter.token("shop", "reviews", "reviews-1")).await.unwrap();
+    let without_token = agent::Options::new(plane.client(None));
+    let again = agent::issue(&without_token, Some(&identity), 2).await.unwrap();
+    assert_eq!(again.id, identity.id);
+    // Asking to be somebody else is refused, with all credentials in order.
+    let mut impersonating = agent::Options::new(plane.client(None));
+    let wanted = "spiffe://cluster.local/ns/bank/sa/vault".to_owned();
+    impersonating.hints = vec![("ImpersonatedIdentity".to_owned(), wanted)];
+    match agent::issue(&impersonating, Some(&identity), 2).await {
+        Err(IssueError::Refused { code: tonic::Code::Unauthenticated, message }) => {
+            assert_eq!(message, "request impersonation authentication failure");
+        }
+        other => panic!("{other:?}"),
+    }
+    // A lifetime above the maximum is an error, not a shorter life.
+    let mut long = agent::Options::new(plane.client(None));
+    long.ttl = Duration::from_hours(91 * 24);
+    let refused = agent::issue(&long, Some(&identity), 2).await;
+    assert!(matches!(refused, Err(IssueError::Refused { code: tonic::Code::InvalidArgument, .. })), "{refused:?}");
+    // A certificate of another mesh opens nothing.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let other = Plane::start(elsewhere.path(), &minter, Arc::new(Toy::default()), None).await;
+    let foreign = other.identity(minter.token("shop", "reviews", "reviews-1")).await.unwrap();
+    assert!(agent::issue(&without_token, Some(&foreign), 2).await.is_err());
+}
