@@ -331,3 +331,6 @@ impl ResolvesClientCert for OneCertificate {
         true
     }
 }
+
+#[cfg(test)]
+mod tests;
