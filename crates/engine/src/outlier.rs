@@ -43,6 +43,8 @@ pub struct Policy {
 pub enum Event {
     /// A response with this status (gRPC mapped to HTTP).
     Status(u16),
+    /// A connection of bytes was made.
+    Connected,
     /// Connect failure or reset.
     Local,
     /// Time-out.
@@ -155,6 +157,13 @@ pub fn mark(
             // An answer came: nothing is wrong on our side.
             reset(&host.consecutive_local);
             status
+        }
+        Event::Connected => {
+            reset(&host.consecutive_local);
+            if policy.split_local {
+                return;
+            }
+            200
         }
         Event::Local | Event::Timeout if policy.split_local => {
             if reached(&host.consecutive_local, policy.consecutive_local) {
