@@ -25,13 +25,18 @@
 
 mod builder;
 pub mod client;
+pub mod controller;
+pub mod env;
 mod etc;
 pub mod exec;
+pub mod files;
 mod host_sockets;
+pub mod inject;
 pub mod logs;
 mod manager;
 mod mounts;
 mod net;
+mod probe;
 pub mod runtime;
 pub mod server;
 mod spawn;
@@ -39,6 +44,8 @@ pub mod spec;
 mod starter;
 pub mod state;
 pub mod store;
+pub mod token;
+pub mod volume;
 mod wire;
 
 use std::ffi::OsString;
@@ -65,6 +72,10 @@ pub fn internal_main(arguments: impl IntoIterator<Item = OsString>) -> Option<Ex
     let role = role.to_str()?;
     if role == exec::EXEC {
         return Some(exec::exec_main(arguments));
+    }
+    if role == probe::ASK {
+        let question = arguments.next().and_then(|argument| argument.into_string().ok()).unwrap_or_default();
+        return Some(probe::probe_main(&question));
     }
     if ![starter::STARTER, starter::MANAGER, starter::PROBE].contains(&role) {
         return None;

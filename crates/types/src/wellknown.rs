@@ -97,6 +97,12 @@ pub mod annotations {
     pub const COMMAND: &str = "lateen.dev/command";
     /// What `kubectl rollout restart` stamps into a pod template.
     pub const RESTARTED_AT: &str = "kubectl.kubernetes.io/restartedAt";
+    /// `switch`: the local mesh's pod lives in the switch (the control plane).
+    pub const NETWORK: &str = "lateen.dev/network";
+    /// Ports of a local gateway pod that the machine listens on for it, comma-separated.
+    pub const HOST_PORTS: &str = "lateen.dev/host-ports";
+    /// Injection templates of a pod, comma-separated: `sidecar` (default), `gateway`.
+    pub const TEMPLATES: &str = "inject.istio.io/templates";
 }
 
 /// Type URLs of the resources that travel over ADS.

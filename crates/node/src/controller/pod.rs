@@ -1,0 +1,798 @@
+//! One pod, from sandbox to end: what a kubelet does for it.
+//!
+//! ```text
+//! waiting for what it needs ─▶ sandbox ─▶ init containers ─▶ containers ⟲ probes, restarts
+//!                                                               │ deleted
+//!                              gone ◀─ kill ◀─ grace ◀─ TERM ◀─ proxy drains ◀─ left the endpoints
+//! ```
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use api::k8s::{self, Container, Probe};
+use api::{ConfigSet, Kind, Object};
+use types::wellknown::annotations;
+use types::{Finding, NamespacedName, Severity};
+
+use super::{NODE_NAME, Shared};
+use crate::SWITCH_IP;
+use crate::env::{PodFacts, environment, program};
+use crate::inject::PROXY;
+use crate::probe::{self, Target};
+use crate::runtime::RuntimeError;
+use crate::spec::{
+    ContainerRequest, DnsPolicy, PodId, PodNetwork, PodRequest, Rights, SELF_EXE, Signal, VolumeFile, VolumeSource,
+};
+use crate::store::now;
+use crate::volume::{Contents, mounts, volumes};
+
+/// A container that ran this long starts with a clean slate.
+const BACKOFF_RESET: Duration = Duration::from_secs(600);
+const BACKOFF_FIRST: Duration = Duration::from_secs(10);
+const BACKOFF_MAX: Duration = Duration::from_secs(300);
+/// A young container's readiness is looked at this often, so that a mesh starts fast.
+const EAGER: Duration = Duration::from_millis(100);
+const EAGER_FOR: Duration = Duration::from_secs(10);
+/// A failed sandbox is tried again after this long.
+const SANDBOX_RETRY: Duration = Duration::from_secs(2);
+/// The proxy drains 5 s (`terminationDrainDuration`) and needs a moment more.
+const PROXY_DRAIN: Duration = Duration::from_secs(7);
+/// Tokens are good for twelve hours; they are renewed when half of it is over.
+const TOKEN_RENEWAL: Duration = Duration::from_secs(6 * 3600);
+
+/// Runs the pod until it is gone; returns its name.
+pub(super) async fn run(
+    shared: Arc<Shared>,
+    key: NamespacedName,
+    uid: Box<str>,
+    exits: mpsc::UnboundedReceiver<(String, i32)>,
+) -> NamespacedName {
+    let mut worker = Worker {
+        shared,
+        key: key.clone(),
+        uid,
+        exits,
+        id: None,
+        ip: String::new(),
+        slots: Vec::new(),
+        started: now(),
+        ready_since: (false, now()),
+        volumes: BTreeMap::new(),
+        message: None,
+    };
+    worker.live().await;
+    worker.end().await;
+    key
+}
+
+struct Worker {
+    shared: Arc<Shared>,
+    key: NamespacedName,
+    uid: Box<str>,
+    exits: mpsc::UnboundedReceiver<(String, i32)>,
+    id: Option<PodId>,
+    ip: String,
+    slots: Vec<Slot>,
+    started: String,
+    ready_since: (bool, String),
+    /// What volumes hold, to see changes.
+    volumes: BTreeMap<String, Vec<VolumeFile>>,
+    /// Why the pod cannot be made.
+    message: Option<(String, String)>,
+}
+
+/// One container.
+struct Slot {
+    container: Container,
+    is_init: bool,
+    state: State,
+    restarts: u32,
+    backoff: Duration,
+    last: Option<Ended>,
+    is_ready: bool,
+    /// The startup probe succeeded, or there is none.
+    is_started: bool,
+    probes: [Check; 3],
+    /// Asked to end by its liveness probe: killed at this time.
+    kill_at: Option<Instant>,
+}
+
+#[derive(Clone)]
+enum State {
+    /// Not running; starts at this time, if it may.
+    Waiting { reason: String, message: String, until: Option<Instant> },
+    Running { since: Instant, at: String },
+    Ended(Ended),
+}
+
+#[derive(Clone)]
+struct Ended {
+    code: i32,
+    started: String,
+    finished: String,
+}
+
+/// Progress of one probe.
+#[derive(Clone)]
+struct Check {
+    next: Option<Instant>,
+    is_asking: bool,
+    successes: u32,
+    failures: u32,
+    /// When a failure was counted last.
+    counted: Option<Instant>,
+}
+
+const STARTUP: usize = 0;
+const READINESS: usize = 1;
+const LIVENESS: usize = 2;
+
+impl Slot {
+    fn new(container: &Container, is_init: bool) -> Self {
+        let idle = Check { next: None, is_asking: false, successes: 0, failures: 0, counted: None };
+        Self {
+            container: container.clone(),
+            is_init,
+            state: State::Waiting { reason: "ContainerCreating".into(), message: String::new(), until: Some(Instant::now()) },
+            restarts: 0,
+            backoff: Duration::ZERO,
+            last: None,
+            is_ready: false,
+            is_started: false,
+            probes: [idle.clone(), idle.clone(), idle],
+            kill_at: None,
+        }
+    }
+
+    fn probe(&self, which: usize) -> Option<&Probe> {
+        let probes = [&self.container.startup_probe, &self.container.readiness_probe, &self.container.liveness_probe];
+        probes.get(which).and_then(|probe| probe.as_ref())
+    }
+
+    fn is_running(&self) -> bool {
+        matches!(self.state, State::Running { .. })
+    }
+
+    /// Readiness and the first looks of the probes of a container that has just started.
+    fn begin(&mut self, now_at: Instant) {
+        self.state = State::Running { since: now_at, at: now() };
+        self.is_started = self.container.startup_probe.is_none();
+        self.is_ready = self.is_started && self.container.readiness_probe.is_none();
+        self.kill_at = None;
+        for which in [STARTUP, READINESS, LIVENESS] {
+            let delay = self.probe(which).map(|probe| Duration::from_secs(u64::from(probe.initial_delay_seconds)));
+            let mut first = delay.map(|delay| now_at + delay);
+            if which == LIVENESS && delay == Some(Duration::ZERO) {
+                first = self.probe(which).map(|probe| now_at + period(probe));
+            }
+            self.probes[which] = Check { next: first, is_asking: false, successes: 0, failures: 0, counted: None };
+        }
+    }
+
+    /// Takes the end of the container's process; `again`: whether it is to run again.
+    fn ended(&mut self, code: i32, again: bool) {
+        let (started, ran) = match &self.state {
+            State::Running { since, at } => (at.clone(), since.elapsed()),
+            _ => (now(), Duration::ZERO),
+        };
+        let ended = Ended { code, started, finished: now() };
+        self.is_ready = false;
+        self.is_started = false;
+        self.kill_at = None;
+        self.last = Some(ended.clone());
+        if !again {
+            self.state = State::Ended(ended);
+            return;
+        }
+        if ran >= BACKOFF_RESET {
+            self.backoff = Duration::ZERO;
+        }
+        let wait = self.backoff;
+        self.backoff = if wait.is_zero() { BACKOFF_FIRST } else { (wait * 2).min(BACKOFF_MAX) };
+        let reason = if wait.is_zero() { "ContainerCreating" } else { "CrashLoopBackOff" };
+        let message = if wait.is_zero() { String::new() } else { format!("back-off {}s restarting failed container", wait.as_secs()) };
+        self.state = State::Waiting { reason: reason.to_owned(), message, until: Some(Instant::now() + wait) };
+        self.restarts += 1;
+    }
+
+    /// When something is due next.
+    fn due(&self) -> Option<Instant> {
+        let start = match &self.state {
+            State::Waiting { until, .. } => *until,
+            State::Running { .. } => self.probes.iter().filter(|check| !check.is_asking).filter_map(|check| check.next).min(),
+            State::Ended(_) => None,
+        };
+        [start, self.kill_at].into_iter().flatten().min()
+    }
+}
+
+fn period(probe: &Probe) -> Duration {
+    Duration::from_secs(u64::from(if probe.period_seconds == 0 { 10 } else { probe.period_seconds }))
+}
+
+fn threshold(value: u32, default: u32) -> u32 {
+    if value == 0 { default } else { value }
+}
+
+impl Worker {
+    /// The pod as it is now; `None` once it is gone or is another of the same name.
+    fn current(&self) -> Option<(ConfigSet, Arc<Object>, Arc<k8s::Pod>)> {
+        let objects = self.shared.options.store.objects();
+        let (object, pod) = objects.get::<k8s::Pod>(&self.key.namespace, &self.key.name)?;
+        let (object, pod) = (Arc::clone(object), Arc::clone(pod));
+        (object.meta.uid == self.uid).then_some((objects, object, pod))
+    }
+
+    fn wanted(&self) -> Option<(ConfigSet, Arc<Object>, Arc<k8s::Pod>)> {
+        self.current().filter(|(_, object, _)| !object.meta.deleted)
+    }
+
+    /// Until the pod is to go.
+    async fn live(&mut self) {
+        let mut version = self.shared.options.store.version();
+        while self.id.is_none() {
+            version.borrow_and_update();
+            let Some((objects, object, pod)) = self.wanted() else { return };
+            if self.slots.is_empty() {
+                let init = pod.spec.init_containers.iter().map(|c| Slot::new(c, c.restart_policy != "Always"));
+                self.slots = init.chain(pod.spec.containers.iter().map(|c| Slot::new(c, false))).collect();
+            }
+            match self.sandbox(&objects, &object, &pod).await {
+                Ok(()) => {}
+                Err((reason, message)) => {
+                    self.message = Some((reason, message));
+                    self.publish();
+                    // Whatever it waits for may come, or a retry may help.
+                    drop(tokio::time::timeout(SANDBOX_RETRY, version.changed()).await);
+                }
+            }
+        }
+        self.message = None;
+        let mut answers: JoinSet<(usize, usize, Result<(), String>)> = JoinSet::new();
+        let mut renewal = Instant::now() + TOKEN_RENEWAL;
+        loop {
+            version.borrow_and_update();
+            let Some((objects, object, pod)) = self.wanted() else { return };
+            self.refresh_volumes(&objects, &object, &pod, Instant::now() >= renewal).await;
+            if Instant::now() >= renewal {
+                renewal = Instant::now() + TOKEN_RENEWAL;
+            }
+            self.start_due(&objects, &object, &pod).await;
+            self.ask_due(&mut answers);
+            self.kill_due().await;
+            self.publish();
+            let due = self.slots.iter().filter(|slot| self.may_run(slot)).filter_map(Slot::due).min();
+            let due = due.unwrap_or(renewal).min(renewal);
+            // Order does not matter: every arm leads back to the same look at everything.
+            tokio::select! {
+                Some((container, code)) = self.exits.recv() => self.exited(&container, code, &pod.spec.restart_policy),
+                Some(answer) = answers.join_next() => {
+                    if let Ok((slot, which, outcome)) = answer {
+                        self.answered(slot, which, outcome).await;
+                    }
+                }
+                changed = version.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep_until(due) => {}
+            }
+        }
+    }
+
+    /// Init containers run one after the other; the rest waits for them.
+    fn may_run(&self, slot: &Slot) -> bool {
+        let blocking = self.slots.iter().find(|s| s.is_init && !matches!(&s.state, State::Ended(ended) if ended.code == 0));
+        match blocking {
+            None => true,
+            Some(first) => slot.container.name == first.container.name,
+        }
+    }
+
+    async fn sandbox(&mut self, objects: &ConfigSet, object: &Object, pod: &k8s::Pod) -> Result<(), (String, String)> {
+        let facts = self.facts(object, pod, "");
+        let from = self.contents(objects);
+        let made = volumes(&facts, &from).map_err(|missing| ("ContainerCreating".to_owned(), missing.0))?;
+        for volume in &made {
+            if let VolumeSource::Files(files) = &volume.source {
+                self.volumes.insert(volume.name.clone(), files.clone());
+            }
+        }
+        let is_switch = object.meta.annotations.get(annotations::NETWORK).is_some_and(|network| network == "switch");
+        let has_sidecar = pod.spec.containers.iter().any(|c| is_proxy(c) && c.args.get(1).is_some_and(|role| role == "sidecar"));
+        let request = PodRequest {
+            namespace: self.key.namespace.to_string(),
+            name: self.key.name.to_string(),
+            hostname: pod.spec.hostname.clone(),
+            subdomain: Some(pod.spec.subdomain.clone()).filter(|name| !name.is_empty()),
+            network: if is_switch { PodNetwork::Switch } else { PodNetwork::Own },
+            dns: if pod.spec.dns_policy == "Default" { DnsPolicy::Host } else { DnsPolicy::ClusterFirst },
+            host_aliases: pod.spec.host_aliases.iter().filter_map(|a| Some((a.ip.parse().ok()?, a.hostnames.clone()))).collect(),
+            redirect: has_sidecar.then(|| redirect(&object.meta.annotations)),
+            volumes: made,
+        };
+        let made = self.shared.options.runtime.create_pod(request).await;
+        let made = made.map_err(|error| ("FailedCreatePodSandBox".to_owned(), error.to_string()))?;
+        self.id = Some(made.id);
+        self.ip = made.ip.to_string();
+        self.shared.options.outputs.set(made.id, Some(&self.key));
+        if let Some(running) = self.shared.running().get_mut(&self.key)
+            && running.uid == self.uid
+        {
+            running.id = Some(made.id);
+        }
+        Ok(())
+    }
+
+    fn facts<'a>(&self, object: &'a Object, pod: &'a k8s::Pod, ip: &'a str) -> PodFacts<'a> {
+        PodFacts { object, pod, ip, host_ip: "10.77.0.1", node_name: NODE_NAME }
+    }
+
+    fn contents<'a>(&'a self, objects: &'a ConfigSet) -> Contents<'a> {
+        Contents { objects, tokens: &self.shared.options.tokens, now: jiff::Timestamp::now().as_second() }
+    }
+
+    /// Files of ConfigMaps, Secrets and the downward API follow their objects; tokens are renewed.
+    async fn refresh_volumes(&mut self, objects: &ConfigSet, object: &Object, pod: &k8s::Pod, renew: bool) {
+        let Some(id) = self.id else { return };
+        let facts = self.facts(object, pod, &self.ip);
+        // What was removed stays as it was, as with a kubelet.
+        let Ok(made) = volumes(&facts, &self.contents(objects)) else { return };
+        for volume in made {
+            let VolumeSource::Files(files) = volume.source else { continue };
+            let Some(before) = self.volumes.get(&volume.name) else { continue };
+            if *before == files || (!renew && differ_in_tokens_only(before, &files)) {
+                continue;
+            }
+            match self.shared.options.runtime.update_volume(id, &volume.name, files.clone()).await {
+                Ok(()) => drop(self.volumes.insert(volume.name, files)),
+                Err(error) => tracing::warn!(%error, pod = %self.key, volume = volume.name, "cannot refresh a volume"),
+            }
+        }
+    }
+
+    async fn start_due(&mut self, objects: &ConfigSet, object: &Object, pod: &k8s::Pod) {
+        let Some(id) = self.id else { return };
+        let at = Instant::now();
+        for index in 0..self.slots.len() {
+            let slot = &self.slots[index];
+            let is_due = matches!(&slot.state, State::Waiting { until: Some(until), .. } if *until <= at);
+            if !is_due || !self.may_run(slot) {
+                continue;
+            }
+            let outcome = match self.request(&self.slots[index].container, objects, object, pod) {
+                Ok(request) => self.shared.options.runtime.start_container(id, request).await.map_err(|error| match error {
+                    RuntimeError::Program { .. } => ("StartError".to_owned(), error.to_string(), true),
+                    _ => ("RunContainerError".to_owned(), error.to_string(), false),
+                }),
+                Err(reason) => Err(reason),
+            };
+            match outcome {
+                Ok(()) => self.slots[index].begin(Instant::now()),
+                Err((reason, message, is_users)) => {
+                    if is_users {
+                        self.blame(object, &self.slots[index].container.name.clone(), &message);
+                    }
+                    let slot = &mut self.slots[index];
+                    slot.backoff = if slot.backoff.is_zero() { BACKOFF_FIRST } else { (slot.backoff * 2).min(BACKOFF_MAX) };
+                    // What is missing is looked for soon: the file may be edited any moment.
+                    let wait = if is_users { SANDBOX_RETRY } else { slot.backoff };
+                    slot.state = State::Waiting { reason, message, until: Some(Instant::now() + wait) };
+                }
+            }
+        }
+        if self.slots.iter().all(|slot| slot.is_running() || matches!(slot.state, State::Ended(_))) {
+            self.shared.set_finding(&self.key, None);
+        }
+    }
+
+    /// Says in a finding why a container cannot start, with the owner's object to blame.
+    fn blame(&self, object: &Object, container: &str, message: &str) {
+        let reference = match object.meta.owners.iter().find(|owner| owner.kind == "ReplicaSet") {
+            Some(owner) => {
+                let hash = object.meta.labels.get(types::wellknown::labels::POD_TEMPLATE_HASH).map_or("", String::as_str);
+                let name = owner.name.strip_suffix(hash).map_or(owner.name.as_str(), |name| name.trim_end_matches('-'));
+                types::ObjectRef::new("Deployment", &self.key.namespace, name)
+            }
+            None => object.reference(),
+        };
+        let finding = Finding {
+            code: "LAT0010".into(),
+            severity: Severity::Error,
+            object: Some(reference),
+            field: format!("container {container}").into(),
+            position: None,
+            message: message.into(),
+            hint: "".into(),
+        };
+        self.shared.set_finding(&self.key, Some(finding));
+    }
+
+    fn request(
+        &self,
+        container: &Container,
+        objects: &ConfigSet,
+        object: &Object,
+        pod: &k8s::Pod,
+    ) -> Result<ContainerRequest, (String, String, bool)> {
+        let facts = self.facts(object, pod, &self.ip);
+        let env = environment(container, &facts, objects).map_err(|missing| ("CreateContainerConfigError".to_owned(), missing.0, true))?;
+        let apps = pod.spec.containers.iter().filter(|c| c.name != PROXY).count();
+        let argv = program(container, &object.meta.annotations, apps, &self.shared.options.images, &env)
+            .map_err(|message| ("ErrImageNeverPull".to_owned(), message, true))?;
+        // Rights come with our own program in the proxy's role, never with a name alone.
+        let is_proxy = is_proxy(container) && argv.first().is_some_and(|first| first == SELF_EXE);
+        let listeners = object.meta.annotations.get(annotations::HOST_PORTS).filter(|_| is_proxy);
+        Ok(ContainerRequest {
+            name: container.name.clone(),
+            argv,
+            env,
+            cwd: Some(container.working_dir.clone()).filter(|dir| !dir.is_empty()).map(Into::into),
+            mounts: mounts(container, &facts),
+            rights: if is_proxy { Rights::Proxy } else { Rights::App },
+            listeners: listeners.map(|list| ports(list)).unwrap_or_default(),
+            host_sockets: is_proxy || object.meta.annotations.contains_key(annotations::NETWORK),
+        })
+    }
+
+    fn exited(&mut self, container: &str, code: i32, policy: &str) {
+        let Some(slot) = self.slots.iter_mut().find(|slot| slot.container.name == container) else { return };
+        let again = if slot.is_init {
+            code != 0 && policy != "Never"
+        } else {
+            match policy {
+                "Never" => false,
+                "OnFailure" => code != 0,
+                _ => true,
+            }
+        };
+        slot.ended(code, again);
+    }
+
+    fn ask_due(&mut self, answers: &mut JoinSet<(usize, usize, Result<(), String>)>) {
+        let (Some(id), Ok(ip)) = (self.id, self.ip.parse::<IpAddr>()) else { return };
+        let at = Instant::now();
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            if !slot.is_running() {
+                continue;
+            }
+            for which in [STARTUP, READINESS, LIVENESS] {
+                let may_ask = if which == STARTUP { !slot.is_started } else { slot.is_started };
+                let is_due = slot.probes[which].next.is_some_and(|next| next <= at) && !slot.probes[which].is_asking;
+                let Some(probe) = slot.probe(which).cloned().filter(|_| is_due) else { continue };
+                if !may_ask {
+                    slot.probes[which].next = Some(at + EAGER);
+                    continue;
+                }
+                slot.probes[which].is_asking = true;
+                let runtime = self.shared.options.runtime.clone();
+                let container = slot.container.clone();
+                answers.spawn(async move {
+                    let from_switch = container.name == PROXY;
+                    let target = Target { pod: id, ip, container: &container, from_switch };
+                    (index, which, probe::ask(&probe, target, &runtime).await)
+                });
+            }
+        }
+    }
+
+    async fn answered(&mut self, index: usize, which: usize, outcome: Result<(), String>) {
+        let at = Instant::now();
+        let Some(slot) = self.slots.get_mut(index) else { return };
+        let State::Running { since, .. } = slot.state else { return };
+        let Some(probe) = slot.probe(which).cloned() else { return };
+        let is_young = since.elapsed() < EAGER_FOR;
+        let check = &mut slot.probes[which];
+        check.is_asking = false;
+        let mut failed = false;
+        if outcome.is_ok() {
+            check.failures = 0;
+            check.successes += 1;
+            check.next = Some(at + period(&probe));
+        } else {
+            check.successes = 0;
+            // Early looks are extra: only one failure a period counts.
+            if check.counted.is_none_or(|counted| counted + period(&probe) <= at + EAGER) {
+                check.failures += 1;
+                check.counted = Some(at);
+            }
+            failed = check.failures >= threshold(probe.failure_threshold, 3);
+            let is_eager = is_young && which != LIVENESS && !slot.is_ready;
+            check.next = Some(at + if is_eager { EAGER } else { period(&probe) });
+        }
+        let enough = check.successes >= threshold(probe.success_threshold, 1);
+        match which {
+            STARTUP if enough => {
+                slot.is_started = true;
+                slot.is_ready = slot.container.readiness_probe.is_none();
+                for later in [READINESS, LIVENESS] {
+                    if slot.probe(later).is_some() {
+                        slot.probes[later].next = Some(at);
+                    }
+                }
+            }
+            READINESS if enough => slot.is_ready = true,
+            READINESS if failed => slot.is_ready = false,
+            STARTUP | LIVENESS if failed && slot.kill_at.is_none() => {
+                let message = outcome.err().unwrap_or_default();
+                tracing::info!(pod = %self.key, container = slot.container.name, message, "restarted: its probe failed");
+                slot.kill_at = Some(at + Duration::from_secs(probe.termination_grace_period_seconds.unwrap_or(30)));
+                let name = slot.container.name.clone();
+                self.signal(&name, Signal::Term).await;
+            }
+            _ => {}
+        }
+    }
+
+    async fn kill_due(&mut self) {
+        let at = Instant::now();
+        let due: Vec<String> = self
+            .slots
+            .iter_mut()
+            .filter(|slot| slot.kill_at.is_some_and(|kill| kill <= at))
+            .map(|slot| {
+                slot.kill_at = None;
+                slot.container.name.clone()
+            })
+            .collect();
+        for name in due {
+            self.signal(&name, Signal::Kill).await;
+        }
+    }
+
+    async fn signal(&self, container: &str, signal: Signal) {
+        if let Some(id) = self.id {
+            // It may have ended just now; then there is nobody to tell.
+            drop(self.shared.options.runtime.signal(id, container, signal).await);
+        }
+    }
+
+    /// Ends the pod as Kubernetes does, the proxy last to take and first to hear.
+    async fn end(&mut self) {
+        if let Some(id) = self.id {
+            let pod = self.current().map(|(_, _, pod)| pod);
+            let grace = pod.as_ref().and_then(|pod| pod.spec.termination_grace_period_seconds).unwrap_or(30);
+            let deadline = Instant::now() + Duration::from_secs(grace);
+            self.publish();
+            if self.slots.iter().any(Slot::is_running) && pod.is_some() && grace > 0 {
+                self.wait_until((Instant::now() + self.shared.options.drain_lead).min(deadline), |_| false).await;
+                self.pre_stop(id, deadline).await;
+                let has_proxy = self.slots.iter().any(|slot| is_proxy(&slot.container) && slot.is_running());
+                if has_proxy {
+                    self.signal(PROXY, Signal::Term).await;
+                    let drained = (Instant::now() + PROXY_DRAIN).min(deadline);
+                    self.wait_until(drained, |slot| is_proxy(&slot.container)).await;
+                }
+                let apps: Vec<String> = self.slots.iter().filter(|s| s.is_running()).map(|s| s.container.name.clone()).collect();
+                for name in apps {
+                    self.signal(&name, Signal::Term).await;
+                }
+                self.wait_until(deadline, |_| true).await;
+            }
+            // Kills what is left.
+            if let Err(error) = self.shared.options.runtime.delete_pod(id).await {
+                tracing::debug!(%error, pod = %self.key, "the pod was gone already");
+            }
+            self.shared.options.outputs.set(id, None);
+        }
+        self.shared.set_finding(&self.key, None);
+        if self.current().is_some() {
+            self.shared.options.store.remove_pod(&self.key);
+        }
+    }
+
+    async fn pre_stop(&mut self, id: PodId, deadline: Instant) {
+        for slot in self.slots.iter().filter(|slot| slot.is_running()) {
+            let Some(hook) = slot.container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref()) else { continue };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if let Some(sleep) = &hook.sleep {
+                tokio::time::sleep(Duration::from_secs(sleep.seconds).min(left)).await;
+            }
+            if let Some(exec) = &hook.exec {
+                let run = self.shared.options.runtime.run_in_container(id, &slot.container.name, exec.command.clone(), left).await;
+                if let Err(error) = run {
+                    tracing::warn!(%error, pod = %self.key, container = slot.container.name, "preStop failed");
+                }
+            }
+        }
+    }
+
+    /// Waits until all containers that `which` picks have ended, or until `deadline`.
+    async fn wait_until(&mut self, deadline: Instant, which: fn(&Slot) -> bool) {
+        loop {
+            let picked: Vec<&Slot> = self.slots.iter().filter(|slot| which(slot)).collect();
+            if !picked.is_empty() && picked.iter().all(|slot| !slot.is_running()) {
+                return;
+            }
+            match tokio::time::timeout_at(deadline, self.exits.recv()).await {
+                Ok(Some((container, code))) => {
+                    if let Some(slot) = self.slots.iter_mut().find(|slot| slot.container.name == container) {
+                        slot.ended(code, false);
+                    }
+                    self.publish();
+                }
+                Ok(None) | Err(_) => return,
+            }
+        }
+    }
+
+    /// Writes the pod's status, if it changed.
+    fn publish(&mut self) {
+        let is_ready = self.id.is_some()
+            && self.slots.iter().filter(|slot| !slot.is_init).all(|slot| slot.is_running() && slot.is_ready)
+            && self.slots.iter().all(|slot| self.may_run(slot));
+        if self.ready_since.0 != is_ready {
+            self.ready_since = (is_ready, now());
+        }
+        let status = self.status(is_ready);
+        let patched = self.shared.options.store.patch(Kind::Pod, &self.key, |document| {
+            if document["metadata"]["uid"] == *self.uid {
+                document["status"] = status;
+            }
+        });
+        match patched {
+            Ok(Some(outcome)) if !outcome.findings.is_empty() => {
+                tracing::error!(pod = %self.key, finding = %outcome.findings[0], "a status of our own was refused");
+            }
+            Ok(_) => {}
+            Err(error) => tracing::error!(%error, pod = %self.key, "cannot save a status"),
+        }
+    }
+
+    fn status(&self, is_ready: bool) -> Value {
+        let word = |yes: bool| if yes { "True" } else { "False" };
+        let initialized = self.slots.iter().filter(|s| s.is_init).all(|s| matches!(&s.state, State::Ended(e) if e.code == 0));
+        let main: Vec<&Slot> = self.slots.iter().filter(|slot| !slot.is_init).collect();
+        let has_ended = !main.is_empty() && main.iter().all(|slot| matches!(slot.state, State::Ended(_)));
+        let phase = if has_ended {
+            if main.iter().all(|slot| matches!(&slot.state, State::Ended(ended) if ended.code == 0)) { "Succeeded" } else { "Failed" }
+        } else if main.iter().any(|slot| slot.is_running() || slot.restarts > 0) {
+            "Running"
+        } else {
+            "Pending"
+        };
+        let since = self.ready_since.1.as_str();
+        let condition = |kind: &str, yes: bool, since: &str| json!({"type": kind, "status": word(yes), "lastTransitionTime": since});
+        let containers = |is_init: bool| -> Value {
+            self.slots.iter().filter(|slot| slot.is_init == is_init).map(|slot| self.container_status(slot)).collect()
+        };
+        let mut status = json!({
+            "phase": phase,
+            "startTime": self.started,
+            "hostIP": SWITCH_IP.to_string(),
+            "conditions": [
+                condition("PodScheduled", true, &self.started),
+                condition("Initialized", initialized, &self.started),
+                condition("ContainersReady", is_ready, since),
+                condition("Ready", is_ready, since),
+            ],
+            "containerStatuses": containers(false),
+        });
+        if self.slots.iter().any(|slot| slot.is_init) {
+            status["initContainerStatuses"] = containers(true);
+        }
+        if !self.ip.is_empty() {
+            status["podIP"] = self.ip.clone().into();
+            status["podIPs"] = json!([{"ip": self.ip}]);
+        }
+        if let Some((_, message)) = &self.message {
+            status["message"] = message.clone().into();
+        }
+        status
+    }
+
+    fn container_status(&self, slot: &Slot) -> Value {
+        let ended = |ended: &Ended| {
+            let reason = if ended.code == 0 { "Completed" } else { "Error" };
+            json!({"terminated": {"exitCode": ended.code, "reason": reason, "startedAt": ended.started, "finishedAt": ended.finished}})
+        };
+        let state = match (&slot.state, &self.message) {
+            (State::Waiting { .. }, Some((reason, message))) => json!({"waiting": {"reason": reason, "message": message}}),
+            (State::Waiting { .. }, None) if !self.may_run(slot) => json!({"waiting": {"reason": "PodInitializing"}}),
+            (State::Waiting { reason, message, .. }, None) => json!({"waiting": {"reason": reason, "message": message}}),
+            (State::Running { at, .. }, _) => json!({"running": {"startedAt": at}}),
+            (State::Ended(of), _) => ended(of),
+        };
+        let mut status = json!({
+            "name": slot.container.name, "image": slot.container.image, "ready": slot.is_ready, "started": slot.is_started && slot.is_running(),
+            "restartCount": slot.restarts, "state": state,
+        });
+        if slot.restarts > 0 && let Some(last) = &slot.last {
+            status["lastState"] = ended(last);
+        }
+        status
+    }
+}
+
+/// Whether the container is the mesh's proxy, by name and program.
+fn is_proxy(container: &Container) -> bool {
+    container.name == PROXY && container.command.is_empty() && container.args.first().is_some_and(|word| word == "proxy")
+}
+
+/// A token differs each time it is minted; nothing else of these files does.
+fn differ_in_tokens_only(before: &[VolumeFile], after: &[VolumeFile]) -> bool {
+    let is_token = |file: &VolumeFile| file.contents.starts_with(b"eyJ") && file.contents.iter().filter(|b| **b == b'.').count() == 2;
+    before.len() == after.len()
+        && before.iter().zip(after).all(|(a, b)| a == b || (a.path == b.path && a.mode == b.mode && is_token(a) && is_token(b)))
+}
+
+/// Ports of an annotation: a list with commas.
+fn ports(list: &str) -> Vec<u16> {
+    list.split(',').filter_map(|port| port.trim().parse().ok()).collect()
+}
+
+/// What is captured, by the pod's annotations (`traffic.sidecar.istio.io/*`).
+fn redirect(annotations: &BTreeMap<String, String>) -> capture::Redirect {
+    let get = |name: &str| annotations.get(&format!("traffic.sidecar.istio.io/{name}")).map(String::as_str);
+    let ranges = |list: &str| -> Vec<(IpAddr, u8)> {
+        let parse = |range: &str| {
+            let (address, length) = range.trim().split_once('/')?;
+            Some((address.parse().ok()?, length.parse().ok()?))
+        };
+        list.split(',').filter_map(parse).collect()
+    };
+    let inbound = match get("includeInboundPorts") {
+        None | Some("*") => capture::Inbound::All,
+        Some(list) => capture::Inbound::Only(ports(list)),
+    };
+    capture::Redirect {
+        inbound,
+        exclude_inbound_ports: get("excludeInboundPorts").map(ports).unwrap_or_default(),
+        exclude_outbound_ports: get("excludeOutboundPorts").map(ports).unwrap_or_default(),
+        include_outbound_ranges: get("includeOutboundIPRanges").filter(|list| *list != "*").map(ranges).unwrap_or_default(),
+        exclude_outbound_ranges: get("excludeOutboundIPRanges").map(ranges).unwrap_or_default(),
+        include_outbound_ports: get("includeOutboundPorts").map(ports).unwrap_or_default(),
+        dns: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn annotations_say_what_is_captured() {
+        let of = |pairs: &[(&str, &str)]| {
+            redirect(&pairs.iter().map(|(k, v)| (format!("traffic.sidecar.istio.io/{k}"), (*v).to_owned())).collect())
+        };
+        assert_eq!(of(&[]), capture::Redirect::default());
+        let made = of(&[("excludeOutboundPorts", "3306, 6379"), ("includeInboundPorts", "8080"), ("excludeOutboundIPRanges", "10.1.0.0/16")]);
+        assert_eq!(made.exclude_outbound_ports, [3306, 6379]);
+        assert_eq!(made.inbound, capture::Inbound::Only(vec![8080]));
+        assert_eq!(made.exclude_outbound_ranges, [("10.1.0.0".parse().unwrap(), 16)]);
+        assert_eq!(of(&[("includeInboundPorts", "")]).inbound, capture::Inbound::Only(vec![]));
+    }
+
+    #[test]
+    fn a_container_that_keeps_failing_waits_longer_each_time() {
+        let container = Container { name: "c".into(), ..Container::default() };
+        let mut slot = Slot::new(&container, false);
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            slot.begin(Instant::now());
+            slot.ended(1, true);
+            let State::Waiting { until: Some(until), .. } = slot.state else { panic!("not waiting") };
+            waits.push((until.saturating_duration_since(Instant::now()) + Duration::from_millis(500)).as_secs());
+        }
+        assert_eq!(waits, [0, 10, 20, 40, 80, 160, 300, 300]);
+        slot.state = State::Running { since: Instant::now().checked_sub(BACKOFF_RESET).unwrap(), at: now() };
+        slot.ended(1, true);
+        assert!(matches!(&slot.state, State::Waiting { until: Some(until), .. } if *until <= Instant::now()));
+        slot.begin(Instant::now());
+        slot.ended(0, false);
+        assert!(matches!(&slot.state, State::Ended(ended) if ended.code == 0));
+        assert_eq!(slot.restarts, 9);
+    }
+
+    #[test]
+    fn a_fresh_token_alone_is_no_change() {
+        let file = |path: &str, text: &str| VolumeFile { path: path.into(), mode: 0o644, contents: text.into() };
+        assert!(differ_in_tokens_only(&[file("t", "eyJa.b.c")], &[file("t", "eyJx.y.z")]));
+        assert!(!differ_in_tokens_only(&[file("t", "old")], &[file("t", "new")]));
+        assert!(!differ_in_tokens_only(&[], &[file("t", "eyJx.y.z")]));
+    }
+}

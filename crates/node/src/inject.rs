@@ -1,0 +1,329 @@
+//! Which pods get a proxy, and what that changes in them.
+//!
+//! *Source*: `operations.md` D1 (matrix, without other revisions) and D2.
+
+use serde_json::{Map, Value, json};
+
+use types::Labels;
+use types::wellknown::{self, annotations, labels};
+
+/// Name of the proxy's container.
+pub const PROXY: &str = "istio-proxy";
+
+const SYSTEM: &[&str] = &["kube-system", "kube-public", "kube-node-lease", "local-path-storage"];
+
+/// What decides, of a pod about to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidate<'a> {
+    /// The pod's namespace.
+    pub namespace: &'a str,
+    /// Labels of the namespace.
+    pub namespace_labels: &'a Labels,
+    /// Labels of the pod.
+    pub labels: &'a Labels,
+    /// Annotations of the pod.
+    pub annotations: &'a std::collections::BTreeMap<String, String>,
+    /// `spec.hostNetwork`
+    pub host_network: bool,
+}
+
+/// Whether the pod gets a proxy from the default revision.
+pub fn wants_proxy(of: &Candidate<'_>) -> bool {
+    if of.host_network || SYSTEM.contains(&of.namespace) {
+        return false;
+    }
+    let label = |labels: &Labels, key: &str| labels.get(key).map(String::to_owned);
+    let pod_inject = label(of.labels, labels::INJECT);
+    let pod_rev = label(of.labels, labels::REVISION);
+    if pod_inject.as_deref() == Some("false") {
+        return false;
+    }
+    let selected = match (label(of.namespace_labels, labels::INJECTION).as_deref(), label(of.namespace_labels, labels::REVISION)) {
+        (Some("enabled"), _) => true,
+        (Some(_), _) => false,
+        (None, Some(revision)) => revision == "default",
+        (None, None) => match pod_rev.as_deref() {
+            Some(revision) => revision == "default",
+            None => pod_inject.as_deref() == Some("true"),
+        },
+    };
+    // The label beats the older annotation; only the two exact words count.
+    let annotation = of.annotations.get(annotations::INJECT).map(String::as_str);
+    selected && (pod_inject.as_deref() == Some("true") || annotation != Some("false"))
+}
+
+/// What injection needs to know of the mesh.
+#[derive(Clone, Debug)]
+pub struct Mesh {
+    /// `meshConfig.trustDomain`
+    pub trust_domain: String,
+    /// `meshConfig.defaultConfig` as JSON, for `PROXY_CONFIG`.
+    pub proxy_config: Value,
+}
+
+/// Who owns the pod: a Deployment's name, or the pod's own.
+#[derive(Clone, Copy, Debug)]
+pub struct Workload<'a> {
+    /// `Deployment` or `Pod`
+    pub kind: &'a str,
+    /// Its name.
+    pub name: &'a str,
+}
+
+/// Adds the proxy to a pod document. A pod that has one already is left as it is.
+pub fn inject(pod: &mut Value, workload: Workload<'_>, mesh: &Mesh) {
+    let namespace = pod["metadata"]["namespace"].as_str().unwrap_or("default").to_owned();
+    let has_status = pod["metadata"]["annotations"].get(annotations::STATUS).is_some();
+    if has_status {
+        return;
+    }
+    let templates = pod["metadata"]["annotations"].get(annotations::TEMPLATES).and_then(Value::as_str).unwrap_or("sidecar");
+    let is_gateway = templates.split(',').any(|template| template.trim() == "gateway");
+    let containers = pod["spec"]["containers"].as_array().cloned().unwrap_or_default();
+    let apps: Vec<&str> = containers.iter().filter_map(|c| c["name"].as_str()).filter(|name| *name != PROXY).collect();
+    let ports: Vec<Value> = containers
+        .iter()
+        .filter(|c| c["name"] != PROXY)
+        .flat_map(|c| c["ports"].as_array().cloned().unwrap_or_default())
+        .collect();
+
+    let mut fields = Map::new();
+    let env = environment(&workload, mesh, &apps, &ports, is_gateway, &namespace);
+    let role = if is_gateway { "router" } else { "sidecar" };
+    fields.insert("name".to_owned(), PROXY.into());
+    fields.insert("image".to_owned(), "auto".into());
+    fields.insert(
+        "args".to_owned(),
+        json!(["proxy", role, "--domain", format!("{namespace}.svc.{}", wellknown::DEFAULT_DOMAIN_SUFFIX)]),
+    );
+    fields.insert("ports".to_owned(), json!([{"containerPort": wellknown::ports::PROXY_METRICS, "name": "http-envoy-prom", "protocol": "TCP"}]));
+    fields.insert("env".to_owned(), Value::Array(env));
+    fields.insert(
+        "readinessProbe".to_owned(),
+        json!({"httpGet": {"path": "/healthz/ready", "port": wellknown::ports::READINESS}, "periodSeconds": 1, "timeoutSeconds": 3, "failureThreshold": 4}),
+    );
+    fields.insert(
+        "volumeMounts".to_owned(),
+        json!([
+            {"name": "istio-token", "mountPath": "/var/run/secrets/tokens"},
+            {"name": "istiod-ca-cert", "mountPath": "/var/run/secrets/istio"},
+            {"name": "istio-podinfo", "mountPath": "/etc/istio/pod"},
+            {"name": "istio-envoy", "mountPath": "/etc/istio/proxy"},
+            {"name": "istio-data", "mountPath": "/var/lib/istio/data"},
+        ]),
+    );
+    overlay(pod, fields);
+
+    let volumes = json!([
+        {"name": "istio-envoy", "emptyDir": {"medium": "Memory"}},
+        {"name": "istio-data", "emptyDir": {}},
+        {"name": "istio-podinfo", "downwardAPI": {"items": [
+            {"path": "labels", "fieldRef": {"fieldPath": "metadata.labels"}},
+            {"path": "annotations", "fieldRef": {"fieldPath": "metadata.annotations"}},
+        ]}},
+        {"name": "istio-token", "projected": {"sources": [{"serviceAccountToken":
+            {"audience": wellknown::TOKEN_AUDIENCE, "expirationSeconds": 43200, "path": "istio-token"}}]}},
+        {"name": "istiod-ca-cert", "configMap": {"name": "istio-ca-root-cert"}},
+    ]);
+    let names: Vec<Value> = volumes.as_array().into_iter().flatten().map(|v| v["name"].clone()).collect();
+    push_all(&mut pod["spec"]["volumes"], volumes);
+
+    mark(pod, workload, &names, is_gateway);
+}
+
+/// Labels and annotations of an injected pod.
+fn mark(pod: &mut Value, workload: Workload<'_>, volumes: &[Value], is_gateway: bool) {
+    let first_app = pod["spec"]["containers"]
+        .as_array()
+        .and_then(|list| list.iter().filter_map(|c| c["name"].as_str()).find(|name| *name != PROXY))
+        .map(str::to_owned);
+    let label = |key: &str| pod["metadata"]["labels"].get(key).and_then(Value::as_str).map(str::to_owned);
+    let name = label(labels::CANONICAL_NAME)
+        .or_else(|| label(labels::APP_KUBERNETES))
+        .or_else(|| label(labels::APP))
+        .unwrap_or_else(|| workload.name.to_owned());
+    let revision = label(labels::CANONICAL_REVISION)
+        .or_else(|| label(labels::VERSION_KUBERNETES))
+        .or_else(|| label(labels::VERSION))
+        .unwrap_or_else(|| "latest".to_owned());
+    let meta = &mut pod["metadata"];
+    set_default(&mut meta["labels"], labels::CANONICAL_NAME, &name);
+    set_default(&mut meta["labels"], labels::CANONICAL_REVISION, &revision);
+    if !is_gateway {
+        set_default(&mut meta["labels"], labels::TLS_MODE, "istio");
+    }
+    let status = json!({"initContainers": null, "containers": [PROXY], "volumes": volumes, "imagePullSecrets": null, "revision": "default"});
+    set_default(&mut meta["annotations"], annotations::STATUS, &status.to_string());
+    set_default(&mut meta["annotations"], labels::REVISION, "default");
+    if let Some(app) = first_app {
+        set_default(&mut meta["annotations"], "kubectl.kubernetes.io/default-container", &app);
+        set_default(&mut meta["annotations"], "kubectl.kubernetes.io/default-logs-container", &app);
+    }
+}
+
+/// Puts the proxy's fields under a container of its name that the user wrote (whose fields win), or
+/// adds the container.
+fn overlay(pod: &mut Value, fields: Map<String, Value>) {
+    if !pod["spec"]["containers"].is_array() {
+        pod["spec"]["containers"] = json!([]);
+    }
+    let Some(list) = pod["spec"]["containers"].as_array_mut() else { return };
+    let Some(Value::Object(own)) = list.iter_mut().find(|c| c["name"] == PROXY) else {
+        list.push(Value::Object(fields));
+        return;
+    };
+    for (key, value) in fields {
+        match own.get_mut(&key) {
+            Some(Value::Array(theirs)) if matches!(key.as_str(), "env" | "volumeMounts" | "ports") => {
+                let added = value.as_array().cloned().unwrap_or_default();
+                let named = |v: &Value| v["name"].as_str().map(str::to_owned);
+                let fresh = added.into_iter().filter(|new| !theirs.iter().any(|old| named(old) == named(new))).collect::<Vec<_>>();
+                theirs.extend(fresh);
+            }
+            Some(_) => {}
+            None => drop(own.insert(key, value)),
+        }
+    }
+}
+
+fn environment(workload: &Workload<'_>, mesh: &Mesh, apps: &[&str], ports: &[Value], is_gateway: bool, namespace: &str) -> Vec<Value> {
+    let field = |name: &str, path: &str| json!({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}});
+    let value = |name: &str, value: String| json!({"name": name, "value": value});
+    let address = format!("istiod.{}.svc:{}", wellknown::DEFAULT_ROOT_NAMESPACE, wellknown::ports::XDS);
+    let owner = format!("kubernetes://apis/apps/v1/namespaces/{namespace}/{}s/{}", workload.kind.to_lowercase(), workload.name);
+    let mut env = vec![
+        value("PILOT_CERT_PROVIDER", "istiod".to_owned()),
+        value("CA_ADDR", address),
+        field("POD_NAME", "metadata.name"),
+        field("POD_NAMESPACE", "metadata.namespace"),
+        field("INSTANCE_IP", "status.podIP"),
+        field("SERVICE_ACCOUNT", "spec.serviceAccountName"),
+        field("HOST_IP", "status.hostIP"),
+        value("PROXY_CONFIG", mesh.proxy_config.to_string()),
+        value("TRUST_DOMAIN", mesh.trust_domain.clone()),
+        value("ISTIO_META_CLUSTER_ID", "Kubernetes".to_owned()),
+        field("ISTIO_META_NODE_NAME", "spec.nodeName"),
+        value("ISTIO_META_WORKLOAD_NAME", workload.name.to_owned()),
+        value("ISTIO_META_OWNER", owner),
+        value("ISTIO_META_MESH_ID", mesh.trust_domain.clone()),
+    ];
+    if !is_gateway {
+        env.push(value("ISTIO_META_POD_PORTS", Value::Array(ports.to_vec()).to_string()));
+        env.push(value("ISTIO_META_APP_CONTAINERS", apps.join(",")));
+        env.push(value("ISTIO_META_INTERCEPTION_MODE", "REDIRECT".to_owned()));
+        env.push(value("ISTIO_META_DNS_CAPTURE", "true".to_owned()));
+    }
+    env
+}
+
+fn set_default(map: &mut Value, key: &str, value: &str) {
+    if !map.is_object() {
+        *map = json!({});
+    }
+    if let Some(map) = map.as_object_mut() {
+        map.entry(key).or_insert_with(|| value.into());
+    }
+}
+
+fn push_all(list: &mut Value, items: Value) {
+    if !list.is_array() {
+        *list = json!([]);
+    }
+    if let (Some(list), Value::Array(items)) = (list.as_array_mut(), items) {
+        for item in items {
+            if !list.iter().any(|old| old["name"] == item["name"]) {
+                list.push(item);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    fn map(text: &str) -> Labels {
+        text.split_whitespace().filter_map(|pair| pair.split_once('=')).map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
+    }
+
+    #[test]
+    fn the_matrix_of_labels() {
+        const I: &str = "sidecar.istio.io/inject";
+        let pods = ["", &format!("{I}=true"), &format!("{I}=false"), "istio.io/rev=canary", &format!("istio.io/rev=canary {I}=true"), &format!("istio.io/rev=canary {I}=false")];
+        for (namespace, row) in [
+            ("", "-D----"),
+            ("istio-injection=enabled", "DD-DD-"),
+            ("istio-injection=disabled", "------"),
+            ("istio-injection=perhaps", "------"),
+            ("istio.io/rev=canary", "------"),
+            ("istio.io/rev=default", "DD-DD-"),
+            ("istio-injection=enabled istio.io/rev=canary", "DD-DD-"),
+            ("istio-injection=disabled istio.io/rev=canary", "------"),
+        ] {
+            let got: String = pods
+                .iter()
+                .map(|pod| {
+                    let none = BTreeMap::new();
+                    let of = Candidate { namespace: "shop", namespace_labels: &map(namespace), labels: &map(pod), annotations: &none, host_network: false };
+                    if wants_proxy(&of) { 'D' } else { '-' }
+                })
+                .collect();
+            assert_eq!(got, row, "{namespace}");
+        }
+    }
+
+    #[test]
+    fn the_second_gate() {
+        let check = |namespace: &str, pod: &str, annotation: &str, host_network: bool| {
+            let annotations = map(annotation);
+            let (ns, labels) = (map("istio-injection=enabled"), map(pod));
+            wants_proxy(&Candidate { namespace, namespace_labels: &ns, labels: &labels, annotations: &annotations, host_network })
+        };
+        assert!(check("shop", "", "", false));
+        assert!(!check("shop", "", "", true));
+        assert!(!check("kube-system", "", "", false));
+        assert!(!check("shop", "", "sidecar.istio.io/inject=false", false));
+        assert!(check("shop", "sidecar.istio.io/inject=true", "sidecar.istio.io/inject=false", false));
+        assert!(check("shop", "", "sidecar.istio.io/inject=no", false));
+    }
+
+    fn mesh() -> Mesh {
+        Mesh { trust_domain: "cluster.local".into(), proxy_config: json!({}) }
+    }
+
+    #[test]
+    fn what_injection_changes() {
+        let mut pod = json!({"apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": "p", "namespace": "shop", "labels": {"app": "reviews", "version": "v2"}},
+            "spec": {"containers": [{"name": "reviews", "image": "i", "ports": [{"containerPort": 9080}]}]}});
+        let workload = Workload { kind: "Deployment", name: "reviews-v2" };
+        inject(&mut pod, workload, &mesh());
+        let once = pod.clone();
+        inject(&mut pod, workload, &mesh());
+        assert_eq!(pod, once, "a second pass changes nothing");
+        assert_eq!(pod["metadata"]["labels"]["service.istio.io/canonical-name"], "reviews");
+        assert_eq!(pod["metadata"]["labels"]["service.istio.io/canonical-revision"], "v2");
+        assert_eq!(pod["metadata"]["labels"]["security.istio.io/tlsMode"], "istio");
+        assert_eq!(pod["metadata"]["annotations"]["kubectl.kubernetes.io/default-container"], "reviews");
+        let proxy = &pod["spec"]["containers"][1];
+        assert_eq!(proxy["args"][1], "sidecar");
+        assert!(proxy["env"].as_array().unwrap().iter().any(|e| e["name"] == "ISTIO_META_POD_PORTS" && e["value"] == "[{\"containerPort\":9080}]"));
+        let (object, findings) = api::from_json(&pod);
+        assert!(object.is_some(), "{findings:?}");
+    }
+
+    #[test]
+    fn a_gateway_is_the_users_container_filled_in() {
+        let mut pod = json!({"apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": "g", "namespace": "istio-system", "labels": {"istio": "ingressgateway"}, "annotations": {"inject.istio.io/templates": "gateway"}},
+            "spec": {"containers": [{"name": "istio-proxy", "image": "auto", "env": [{"name": "MINE", "value": "1"}]}]}});
+        inject(&mut pod, Workload { kind: "Deployment", name: "gw" }, &mesh());
+        let list = pod["spec"]["containers"].as_array().unwrap();
+        assert_eq!(list.len(), 1);
+        assert_eq!(list[0]["args"][1], "router");
+        assert_eq!(list[0]["env"][0]["name"], "MINE");
+        assert!(list[0]["env"].as_array().unwrap().len() > 5);
+        assert!(pod["metadata"]["labels"].get("security.istio.io/tlsMode").is_none());
+    }
+}

@@ -1,0 +1,199 @@
+//! The mesh's folder on disk: who runs it, and the admitted objects.
+//!
+//! `objects.json` is a header line with length and checksum, then JSON. It is replaced as a whole
+//! (written beside, flushed, renamed), so that a crash leaves the old or the new one; one that is
+//! cut short or changed by hand is told apart and never half used.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+const MAGIC: &str = "lateen-objects-1";
+const OBJECTS: &str = "objects.json";
+const LOCK: &str = "lock";
+
+/// Why the folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Somebody else runs the mesh of this folder.
+    #[error("the mesh of {} runs already (process {pid}); stop it with `lateen down`, or give another --name", folder.display())]
+    InUse {
+        /// The folder.
+        folder: PathBuf,
+        /// Who.
+        pid: String,
+    },
+    /// The folder cannot be made or written.
+    #[error("cannot use the state folder {}: {source}; make it writable, or give another --state-dir", folder.display())]
+    Folder {
+        /// The folder.
+        folder: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The saved objects are damaged.
+    #[error("{} is damaged: {reason}; remove it to start from your manifests", file.display())]
+    Damaged {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The objects cannot be saved.
+    #[error("cannot save {}: {source}; nothing was changed", file.display())]
+    Save {
+        /// The file.
+        file: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// The folder, held by one process at a time.
+#[derive(Debug)]
+pub struct StateDir {
+    folder: PathBuf,
+    /// Locked while this value lives.
+    _lock: File,
+}
+
+impl StateDir {
+    /// Makes the folder if needed (0700) and takes its lock.
+    pub fn open(folder: &Path) -> Result<Self, StateError> {
+        let failed = |source| StateError::Folder { folder: folder.to_owned(), source };
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
+        let meta = fs::metadata(folder).map_err(failed)?;
+        if meta.permissions().mode() & 0o077 != 0 {
+            fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).map_err(failed)?;
+        }
+        let mut lock = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(folder.join(LOCK))
+            .map_err(failed)?;
+        match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let mut pid = String::new();
+                // Who it is only makes the message better.
+                drop(lock.read_to_string(&mut pid));
+                let pid = if pid.trim().is_empty() { "unknown".to_owned() } else { pid.trim().to_owned() };
+                return Err(StateError::InUse { folder: folder.to_owned(), pid });
+            }
+            Err(errno) => return Err(failed(errno.into())),
+        }
+        lock.set_len(0)
+            .and_then(|()| lock.rewind())
+            .and_then(|()| lock.write_all(std::process::id().to_string().as_bytes()))
+            .map_err(failed)?;
+        Ok(Self { folder: folder.to_owned(), _lock: lock })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The saved value, if one was saved.
+    pub fn load(&self) -> Result<Option<Value>, StateError> {
+        let file = self.folder.join(OBJECTS);
+        let damaged = |reason: String| StateError::Damaged { file: file.clone(), reason };
+        let bytes = match fs::read(&file) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(StateError::Folder { folder: self.folder.clone(), source }),
+        };
+        let end = bytes.iter().position(|b| *b == b'\n').ok_or_else(|| damaged("it has no header".to_owned()))?;
+        let header = String::from_utf8_lossy(&bytes[..end]);
+        let body = &bytes[end + 1..];
+        let mut words = header.split(' ');
+        let (Some(MAGIC), Some(length), Some(sum), None) = (words.next(), words.next(), words.next(), words.next()) else {
+            return Err(damaged("its header is not ours".to_owned()));
+        };
+        if length.parse() != Ok(body.len()) {
+            return Err(damaged(format!("it holds {} of {length} bytes", body.len())));
+        }
+        if checksum(body) != sum {
+            return Err(damaged("its checksum does not fit".to_owned()));
+        }
+        serde_json::from_slice(body).map(Some).map_err(|error| damaged(error.to_string()))
+    }
+
+    /// Replaces the saved value.
+    pub fn save(&self, value: &Value) -> Result<(), StateError> {
+        let file = self.folder.join(OBJECTS);
+        let beside = self.folder.join(format!("{OBJECTS}.new"));
+        let body = value.to_string();
+        let write = || -> io::Result<()> {
+            let mut out = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+            writeln!(out, "{MAGIC} {} {}", body.len(), checksum(body.as_bytes()))?;
+            out.write_all(body.as_bytes())?;
+            out.sync_data()?;
+            fs::rename(&beside, &file)
+        };
+        write().map_err(|source| {
+            // What is left of it would fill a full disk further.
+            drop(fs::remove_file(&beside));
+            StateError::Save { file: file.clone(), source }
+        })
+    }
+}
+
+fn checksum(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
+    digest.as_ref().iter().take(16).fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("writing to a string cannot fail");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("lateen-state-{name}-{}", std::process::id()));
+        drop(fs::remove_dir_all(&folder));
+        folder
+    }
+
+    #[test]
+    fn saves_loads_and_detects_damage() {
+        let folder = folder("damage");
+        let state = StateDir::open(&folder).unwrap();
+        assert!(state.load().unwrap().is_none());
+        let value = serde_json::json!({"objects": [1, 2, 3]});
+        state.save(&value).unwrap();
+        assert_eq!(state.load().unwrap(), Some(value));
+        assert_eq!(fs::metadata(folder.join(OBJECTS)).unwrap().permissions().mode() & 0o777, 0o600);
+        let whole = fs::read(folder.join(OBJECTS)).unwrap();
+        for damaged in [&whole[..whole.len() - 3], &whole[..5], &b"{}"[..]] {
+            fs::write(folder.join(OBJECTS), damaged).unwrap();
+            let error = state.load().unwrap_err().to_string();
+            assert!(error.contains("damaged") && error.contains("remove it"), "{error}");
+        }
+        let mut changed = whole;
+        *changed.last_mut().unwrap() = b' ';
+        fs::write(folder.join(OBJECTS), changed).unwrap();
+        assert!(state.load().unwrap_err().to_string().contains("checksum"));
+        fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn one_process_at_a_time() {
+        let folder = folder("lock");
+        let first = StateDir::open(&folder).unwrap();
+        let error = StateDir::open(&folder).unwrap_err().to_string();
+        assert!(error.contains(&std::process::id().to_string()), "{error}");
+        drop(first);
+        StateDir::open(&folder).unwrap();
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}

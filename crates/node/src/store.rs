@@ -1,0 +1,637 @@
+//! The local mesh's API server without its HTTP: admission, versions, watches.
+//!
+//! Users' objects come from files and the API; controllers add pods and endpoint slices. Admission
+//! is what an API server would do: a bad object or edit is refused with findings, and the last good
+//! version stays. Users' objects are saved before they count, so that they survive a restart.
+//!
+//! **Invariants.** The set only holds objects that passed `api`'s checks. Versions only grow. A
+//! watcher that falls behind is cut off, never waited for.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde_json::{Map, Value, json};
+use tokio::sync::{broadcast, watch};
+
+use api::watch::{Event, EventKind};
+use api::{Change, ConfigSet, Kind, Object, Spec};
+use types::{Finding, NamespacedName, ObjectRef, Severity};
+
+use crate::state::{StateDir, StateError};
+
+/// Events that a slow watcher may be behind before it is cut off.
+const EVENTS_MAX: usize = 4096;
+/// Services get addresses of 10.96.1.0/24 and up; the first 256 are for fixed ones (DNS).
+const SERVICE_NET: u32 = 0x0a60_0000;
+const FIRST_SERVICE: u32 = 256;
+const LAST_SERVICE: u32 = 65_534;
+
+/// Where an object came from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// A manifest that is watched: gone from it, gone from the mesh.
+    File(Arc<str>),
+    /// `lateen apply` and the like.
+    Api,
+    /// Made by the mesh itself; not saved.
+    Controller,
+}
+
+/// What became of one object of a request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// It is new.
+    Created,
+    /// It changed.
+    Configured,
+    /// It is as it was.
+    Unchanged,
+    /// It is gone, or going.
+    Deleted,
+    /// It was not admitted; the last good version, if any, stays.
+    Refused,
+}
+
+/// What became of one object of a request, and what there is to say.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Outcome {
+    /// Which; `None` when the document did not say.
+    pub object: Option<ObjectRef>,
+    /// What became of it.
+    pub action: Action,
+    /// Warnings, or why it was refused.
+    pub findings: Vec<Finding>,
+}
+
+/// How a document is taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// As `kubectl apply`: fields that others set stay.
+    Apply,
+    /// The document is the whole object.
+    Replace,
+}
+
+/// One event of a watch.
+#[derive(Clone, Debug)]
+pub struct StoreEvent {
+    /// Added, modified or deleted.
+    pub kind: EventKind,
+    /// The object, its last state when deleted.
+    pub object: Arc<Object>,
+}
+
+impl StoreEvent {
+    /// The event as it crosses the wire.
+    pub fn to_wire(&self) -> Event {
+        Event::new(self.kind, Arc::clone(&self.object.raw))
+    }
+}
+
+/// All objects at one moment, and what happens next.
+#[derive(Debug)]
+pub struct Subscription {
+    /// The objects at the moment of subscribing.
+    pub objects: ConfigSet,
+    /// What happens from then on, without a gap; lags when the subscriber is too slow.
+    pub events: broadcast::Receiver<StoreEvent>,
+}
+
+#[derive(Clone, Default, Debug)]
+struct Inner {
+    objects: ConfigSet,
+    /// The last applied document of users' objects, and its origin.
+    applied: BTreeMap<(Kind, NamespacedName), (Value, Origin)>,
+    version: u64,
+}
+
+/// The objects of the mesh.
+#[derive(Debug)]
+pub struct Store {
+    inner: Mutex<Inner>,
+    state: Option<StateDir>,
+    events: broadcast::Sender<StoreEvent>,
+    version: watch::Sender<u64>,
+}
+
+impl Store {
+    /// A store without a folder: nothing survives it.
+    pub fn in_memory() -> Self {
+        Self::with(Inner::default(), None)
+    }
+
+    /// The store of a folder, with what was saved in it. Findings name what is no longer admitted.
+    pub fn open(state: StateDir) -> Result<(Self, Vec<Finding>), StateError> {
+        let mut inner = Inner::default();
+        let mut findings = Vec::new();
+        if let Some(saved) = state.load()? {
+            let list = saved.get("objects").and_then(Value::as_array).cloned().unwrap_or_default();
+            inner.version = saved.get("version").and_then(Value::as_u64).unwrap_or_default();
+            for entry in list {
+                let (object, said) = api::from_json(&entry["live"]);
+                findings.extend(said.into_iter().filter(|finding| finding.severity == Severity::Error));
+                let Some(object) = object else { continue };
+                let origin = match entry["file"].as_str() {
+                    Some(file) => Origin::File(file.into()),
+                    None => Origin::Api,
+                };
+                inner.applied.insert((object.kind, object.key()), (entry["applied"].clone(), origin));
+                inner.objects.apply(&Change::Upsert(Arc::new(object)));
+            }
+        }
+        Ok((Self::with(inner, Some(state)), findings))
+    }
+
+    fn with(inner: Inner, state: Option<StateDir>) -> Self {
+        let (events, _) = broadcast::channel(EVENTS_MAX);
+        let (version, _) = watch::channel(inner.version);
+        Self { inner: Mutex::new(inner), state, events, version }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All objects now.
+    pub fn objects(&self) -> ConfigSet {
+        self.lock().objects.clone()
+    }
+
+    /// All objects now and every change after.
+    pub fn subscribe(&self) -> Subscription {
+        let inner = self.lock();
+        Subscription { objects: inner.objects.clone(), events: self.events.subscribe() }
+    }
+
+    /// Wakes with every change.
+    pub fn version(&self) -> watch::Receiver<u64> {
+        self.version.subscribe()
+    }
+
+    /// The file an object came from, if it came from one.
+    pub fn file_of(&self, kind: Kind, key: &NamespacedName) -> Option<Arc<str>> {
+        match self.lock().applied.get(&(kind, key.clone())) {
+            Some((_, Origin::File(file))) => Some(Arc::clone(file)),
+            _ => None,
+        }
+    }
+
+    /// Objects that came from files.
+    pub fn of_files(&self) -> Vec<(Kind, NamespacedName, Arc<str>)> {
+        let inner = self.lock();
+        let files = inner.applied.iter().filter_map(|((kind, key), (_, origin))| match origin {
+            Origin::File(file) => Some((*kind, key.clone(), Arc::clone(file))),
+            _ => None,
+        });
+        files.collect()
+    }
+
+    /// Takes documents one by one, as an API server would; all or none are saved.
+    pub fn apply(
+        &self,
+        documents: Vec<(Value, Origin)>,
+        mode: Mode,
+        dry_run: bool,
+    ) -> Result<Vec<Outcome>, StateError> {
+        let mut inner = self.lock();
+        let mut draft = Draft { next: inner.clone(), events: Vec::new(), is_saved: false };
+        let outcomes = documents.into_iter().map(|(document, origin)| draft.take(&document, origin, mode)).collect();
+        if !dry_run {
+            self.commit(&mut inner, draft)?;
+        }
+        Ok(outcomes)
+    }
+
+    /// Removes an object; a pod is marked and goes when its containers ended. A namespace takes
+    /// everything in it along.
+    pub fn delete(&self, kind: Kind, key: &NamespacedName) -> Result<Action, StateError> {
+        let mut inner = self.lock();
+        let mut draft = Draft { next: inner.clone(), events: Vec::new(), is_saved: false };
+        let action = draft.delete(kind, key);
+        self.commit(&mut inner, draft)?;
+        Ok(action)
+    }
+
+    /// Removes a pod that has ended.
+    pub fn remove_pod(&self, key: &NamespacedName) {
+        let mut inner = self.lock();
+        let mut draft = Draft { next: inner.clone(), events: Vec::new(), is_saved: false };
+        draft.remove(Kind::Pod, key);
+        // Controllers' objects are not saved, so nothing can fail.
+        drop(self.commit(&mut inner, draft));
+    }
+
+    /// Writes an object of a controller. Returns whether anything changed.
+    pub fn put(&self, document: &Value) -> Result<bool, Vec<Finding>> {
+        let mut inner = self.lock();
+        let mut draft = Draft { next: inner.clone(), events: Vec::new(), is_saved: false };
+        let outcome = draft.take(document, Origin::Controller, Mode::Replace);
+        if outcome.action == Action::Refused {
+            return Err(outcome.findings);
+        }
+        drop(self.commit(&mut inner, draft));
+        Ok(outcome.action != Action::Unchanged)
+    }
+
+    /// Changes a live object in place (status, scale, labels). `None` when there is no such object.
+    pub fn patch(
+        &self,
+        kind: Kind,
+        key: &NamespacedName,
+        change: impl FnOnce(&mut Value),
+    ) -> Result<Option<Outcome>, StateError> {
+        let mut inner = self.lock();
+        let Some(live) = inner.objects.find(kind, key) else { return Ok(None) };
+        let mut document = (*live.raw).clone();
+        change(&mut document);
+        if document == *live.raw {
+            let outcome = Outcome { object: Some(live.reference()), action: Action::Unchanged, findings: Vec::new() };
+            return Ok(Some(outcome));
+        }
+        let mut draft = Draft { next: inner.clone(), events: Vec::new(), is_saved: false };
+        let outcome = draft.patch(kind, key, document);
+        self.commit(&mut inner, draft)?;
+        Ok(Some(outcome))
+    }
+
+    fn commit(&self, inner: &mut Inner, draft: Draft) -> Result<(), StateError> {
+        if draft.events.is_empty() && !draft.is_saved {
+            return Ok(());
+        }
+        if draft.is_saved && let Some(state) = &self.state {
+            state.save(&draft.next.to_saved())?;
+        }
+        *inner = draft.next;
+        for event in draft.events {
+            // Nobody listening is fine.
+            drop(self.events.send(event));
+        }
+        self.version.send_replace(inner.version);
+        Ok(())
+    }
+}
+
+impl Inner {
+    fn to_saved(&self) -> Value {
+        let of_users = self.applied.iter().filter_map(|((kind, key), (applied, origin))| {
+            let live = self.objects.find(*kind, key)?;
+            let file = match origin {
+                Origin::File(file) => Some(&**file),
+                Origin::Api => None,
+                Origin::Controller => return None,
+            };
+            Some(json!({"live": &*live.raw, "applied": applied, "file": file}))
+        });
+        json!({"version": self.version, "objects": of_users.collect::<Vec<_>>()})
+    }
+}
+
+/// The next state, not yet committed.
+struct Draft {
+    next: Inner,
+    events: Vec<StoreEvent>,
+    /// Whether users' objects changed.
+    is_saved: bool,
+}
+
+impl Draft {
+    fn take(&mut self, document: &Value, origin: Origin, mode: Mode) -> Outcome {
+        let (object, mut findings) = api::from_json(document);
+        let Some(object) = object else {
+            let object = findings.iter().find_map(|finding| finding.object.clone());
+            return Outcome { object, action: Action::Refused, findings };
+        };
+        let (kind, key, reference) = (object.kind, object.key(), object.reference());
+        let from_user = origin != Origin::Controller;
+        if from_user && kind.is_namespaced() {
+            self.ensure_namespace(&key.namespace);
+        }
+        let live = self.next.objects.find(kind, &key).cloned();
+        let last = self.next.applied.get(&(kind, key.clone())).map(|(applied, _)| applied.clone());
+        let mut next = match (&live, mode) {
+            (Some(live), Mode::Apply) => merge(last.as_ref().unwrap_or(&Value::Null), &object.raw, &live.raw),
+            _ => (*object.raw).clone(),
+        };
+        if from_user {
+            let status = live.as_ref().and_then(|live| live.raw.get("status").cloned());
+            set_or_remove(&mut next, "status", status);
+        }
+        if let Err(finding) = self.fill_service(&object, live.as_deref(), &mut next) {
+            findings.push(*finding);
+            return Outcome { object: Some(reference), action: Action::Refused, findings };
+        }
+        if from_user {
+            let entry = ((*object.raw).clone(), origin);
+            let changed = self.next.applied.get(&(kind, key.clone())) != Some(&entry);
+            self.is_saved |= changed;
+            self.next.applied.insert((kind, key), entry);
+        }
+        match self.admit(kind, live.as_deref(), next) {
+            Ok(action) => Outcome { object: Some(reference), action, findings },
+            Err(said) => Outcome { object: Some(reference), action: Action::Refused, findings: said },
+        }
+    }
+
+    fn patch(&mut self, kind: Kind, key: &NamespacedName, document: Value) -> Outcome {
+        let live = self.next.objects.find(kind, key).cloned();
+        let reference = live.as_ref().map(|live| live.reference());
+        let of_user = self.next.applied.contains_key(&(kind, key.clone()));
+        match self.admit(kind, live.as_deref(), document) {
+            Ok(action) => {
+                self.is_saved |= of_user && action != Action::Unchanged;
+                Outcome { object: reference, action, findings: Vec::new() }
+            }
+            Err(findings) => Outcome { object: reference, action: Action::Refused, findings },
+        }
+    }
+
+    /// Checks the whole object once more, as it will be, and gives it its versions.
+    fn admit(&mut self, kind: Kind, live: Option<&Object>, mut next: Value) -> Result<Action, Vec<Finding>> {
+        let meta = match next.get_mut("metadata").and_then(Value::as_object_mut) {
+            Some(meta) => meta,
+            None => return Err(Vec::new()),
+        };
+        match live {
+            Some(live) => {
+                for name in ["uid", "creationTimestamp", "resourceVersion", "generation"] {
+                    match live.raw["metadata"].get(name) {
+                        Some(value) => drop(meta.insert(name.to_owned(), value.clone())),
+                        None => drop(meta.remove(name)),
+                    }
+                }
+                if next == *live.raw {
+                    return Ok(Action::Unchanged);
+                }
+                let spec_changed = without(&next, &["metadata", "status"]) != without(&live.raw, &["metadata", "status"]);
+                let generation = live.meta.generation + u64::from(spec_changed);
+                next["metadata"]["generation"] = generation.into();
+            }
+            None => {
+                meta.insert("uid".to_owned(), uid().into());
+                meta.insert("creationTimestamp".to_owned(), now().into());
+                meta.insert("generation".to_owned(), 1.into());
+            }
+        }
+        self.next.version += 1;
+        next["metadata"]["resourceVersion"] = self.next.version.to_string().into();
+        let (object, findings) = api::from_json(&next);
+        let Some(object) = object else {
+            return Err(findings);
+        };
+        debug_assert_eq!(object.kind, kind);
+        let object = Arc::new(object);
+        self.next.objects.apply(&Change::Upsert(Arc::clone(&object)));
+        let (kind, action) = match live {
+            Some(_) => (EventKind::Modified, Action::Configured),
+            None => (EventKind::Added, Action::Created),
+        };
+        self.events.push(StoreEvent { kind, object });
+        Ok(action)
+    }
+
+    fn ensure_namespace(&mut self, name: &str) {
+        if self.next.objects.find(Kind::Namespace, &NamespacedName::new("", name)).is_some() {
+            return;
+        }
+        let document = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": {"kubernetes.io/metadata.name": name}}});
+        if self.admit(Kind::Namespace, None, document.clone()).is_ok() {
+            let key = (Kind::Namespace, NamespacedName::new("", name));
+            self.next.applied.insert(key, (document, Origin::Api));
+            self.is_saved = true;
+        }
+        let account = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": name}});
+        // A namespace always has its default account, as on Kubernetes.
+        drop(self.admit(Kind::ServiceAccount, None, account));
+    }
+
+    /// Gives a service its address; keeps the one it has.
+    fn fill_service(&self, object: &Object, live: Option<&Object>, next: &mut Value) -> Result<(), Box<Finding>> {
+        let Spec::Service(service) = &object.spec else { return Ok(()) };
+        if service.spec.is_headless() || service.spec.kind == "ExternalName" {
+            return Ok(());
+        }
+        let had = live.and_then(|live| live.raw["spec"]["clusterIP"].as_str()).filter(|ip| !ip.is_empty() && *ip != "None");
+        let wanted = Some(service.spec.cluster_ip.as_str()).filter(|ip| !ip.is_empty());
+        let taken: Vec<(&str, NamespacedName)> = self
+            .next
+            .objects
+            .all::<api::k8s::Service>()
+            .filter(|(other, _)| other.key() != object.key())
+            .map(|(other, service)| (service.spec.cluster_ip.as_str(), other.key()))
+            .collect();
+        let refuse = |message: String, hint: &str| {
+            Box::new(Finding {
+                code: api::codes::SCHEMA.into(),
+                severity: Severity::Error,
+                object: Some(object.reference()),
+                field: "spec.clusterIP".into(),
+                position: None,
+                message: message.into(),
+                hint: hint.into(),
+            })
+        };
+        let ip = match (wanted, had) {
+            (Some(wanted), Some(had)) if wanted != had => {
+                return Err(refuse(format!("the address {had} cannot be changed"), "delete the service first, or leave clusterIP out"));
+            }
+            (Some(wanted), _) => {
+                if let Some((_, owner)) = taken.iter().find(|(ip, _)| *ip == wanted) {
+                    return Err(refuse(format!("the address {wanted} belongs to Service {owner}"), "leave clusterIP out"));
+                }
+                wanted.to_owned()
+            }
+            (None, Some(had)) => had.to_owned(),
+            (None, None) => {
+                // Spread by name, so that a service usually has the same address in every run.
+                let seed = object.key().to_string().bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+                let room = LAST_SERVICE - FIRST_SERVICE;
+                let free = (0..room)
+                    .map(|step| Ipv4Addr::from(SERVICE_NET + FIRST_SERVICE + (seed % room + step) % room).to_string())
+                    .find(|ip| !taken.iter().any(|(other, _)| other == ip));
+                free.ok_or_else(|| refuse("no service address is free".to_owned(), "delete services"))?
+            }
+        };
+        next["spec"]["clusterIP"] = ip.clone().into();
+        next["spec"]["clusterIPs"] = json!([ip]);
+        Ok(())
+    }
+
+    fn delete(&mut self, kind: Kind, key: &NamespacedName) -> Action {
+        let Some(live) = self.next.objects.find(kind, key).cloned() else { return Action::Unchanged };
+        match kind {
+            Kind::Pod => {
+                if !live.meta.deleted {
+                    let mut document = (*live.raw).clone();
+                    document["metadata"]["deletionTimestamp"] = now().into();
+                    self.is_saved |= self.next.applied.remove(&(kind, key.clone())).is_some();
+                    self.patch(kind, key, document);
+                }
+            }
+            Kind::Namespace => {
+                let inside: Vec<(Kind, NamespacedName)> =
+                    self.next.objects.iter().filter(|o| o.meta.namespace == key.name).map(|o| (o.kind, o.key())).collect();
+                for (kind, key) in inside {
+                    self.delete(kind, &key);
+                }
+                self.remove(kind, key);
+            }
+            _ => self.remove(kind, key),
+        }
+        Action::Deleted
+    }
+
+    fn remove(&mut self, kind: Kind, key: &NamespacedName) {
+        self.is_saved |= self.next.applied.remove(&(kind, key.clone())).is_some();
+        let Some(live) = self.next.objects.find(kind, key).cloned() else { return };
+        self.next.version += 1;
+        self.next.objects.apply(&Change::Delete(live.reference()));
+        self.events.push(StoreEvent { kind: EventKind::Deleted, object: live });
+    }
+}
+
+/// Three-way merge of maps: what `last` had and `next` has not goes, what others set stays. Lists
+/// are replaced whole.
+fn merge(last: &Value, next: &Value, live: &Value) -> Value {
+    let (Value::Object(next), Value::Object(live)) = (next, live) else { return next.clone() };
+    let empty = Map::new();
+    let last = last.as_object().unwrap_or(&empty);
+    let mut merged = live.clone();
+    for key in last.keys().filter(|key| !next.contains_key(*key)) {
+        merged.remove(key);
+    }
+    for (key, value) in next {
+        let value = merge(last.get(key).unwrap_or(&Value::Null), value, live.get(key).unwrap_or(&Value::Null));
+        merged.insert(key.clone(), value);
+    }
+    Value::Object(merged)
+}
+
+fn without(value: &Value, keys: &[&str]) -> Value {
+    let mut value = value.clone();
+    if let Some(map) = value.as_object_mut() {
+        map.retain(|key, _| !keys.contains(&key.as_str()));
+    }
+    value
+}
+
+fn set_or_remove(value: &mut Value, key: &str, set: Option<Value>) {
+    if let Some(map) = value.as_object_mut() {
+        match set {
+            Some(set) => drop(map.insert(key.to_owned(), set)),
+            None => drop(map.remove(key)),
+        }
+    }
+}
+
+/// The time as objects carry it: whole seconds, UTC.
+pub(crate) fn now() -> String {
+    jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+pub(crate) fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    aws_lc_rs::rand::fill(&mut bytes).expect("the system's random numbers are there");
+    bytes
+}
+
+fn uid() -> String {
+    let mut bytes: [u8; 16] = random();
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn documents(text: &str) -> Vec<(Value, Origin)> {
+        let read = api::parse_documents("t.yaml", text);
+        assert!(!read.has_errors(), "{:?}", read.findings);
+        read.objects.into_iter().map(|o| ((*o.object.raw).clone(), Origin::Api)).collect()
+    }
+
+    fn apply(store: &Store, text: &str) -> Vec<Action> {
+        store.apply(documents(text), Mode::Apply, false).unwrap().into_iter().map(|o| o.action).collect()
+    }
+
+    const SERVICE: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: a, namespace: shop}\nspec: {ports: [{port: 80}]}\n";
+
+    #[test]
+    fn services_get_an_address_once() {
+        let store = Store::in_memory();
+        assert_eq!(apply(&store, SERVICE), [Action::Created]);
+        let ip = |store: &Store| store.objects().get::<api::k8s::Service>("shop", "a").unwrap().1.spec.cluster_ip.clone();
+        let first = ip(&store);
+        assert!(first.starts_with("10.96."), "{first}");
+        assert_eq!(apply(&store, SERVICE), [Action::Unchanged]);
+        assert_eq!(apply(&store, &SERVICE.replace("80", "81")), [Action::Configured]);
+        assert_eq!(ip(&store), first);
+        let taken = SERVICE.replace("name: a", "name: b").replace("spec: {", &format!("spec: {{clusterIP: {first}, "));
+        assert_eq!(apply(&store, &taken), [Action::Refused]);
+        assert!(store.objects().find(Kind::Namespace, &NamespacedName::new("", "shop")).is_some());
+    }
+
+    #[test]
+    fn what_others_set_stays_what_the_file_drops_goes() {
+        let store = Store::in_memory();
+        let deployment = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d, labels: {a: b, c: d}}\nspec: {selector: {matchLabels: {x: z}}, template: {metadata: {labels: {x: z}}, spec: {containers: [{name: c, image: i}]}}}\n";
+        apply(&store, deployment);
+        let key = NamespacedName::new("default", "d");
+        store.patch(Kind::Deployment, &key, |d| d["spec"]["replicas"] = 3.into()).unwrap().unwrap();
+        assert_eq!(apply(&store, &deployment.replace(", c: d", "")), [Action::Configured]);
+        let live = store.objects().find(Kind::Deployment, &key).cloned().unwrap();
+        assert_eq!(live.raw["spec"]["replicas"], 3);
+        assert!(!live.meta.labels.contains_key("c"));
+        assert_eq!(live.meta.generation, 2);
+    }
+
+    #[test]
+    fn a_bad_edit_leaves_the_last_good_version() {
+        let store = Store::in_memory();
+        apply(&store, SERVICE);
+        let mut bad = documents(SERVICE);
+        bad[0].0["spec"]["ports"] = json!("x");
+        let outcome = store.apply(bad, Mode::Apply, false).unwrap().remove(0);
+        assert_eq!(outcome.action, Action::Refused);
+        assert!(outcome.findings[0].message.contains("expected a list"));
+        assert!(store.objects().get::<api::k8s::Service>("shop", "a").is_some());
+        let dry = store.apply(documents(&SERVICE.replace("80", "99")), Mode::Apply, true).unwrap().remove(0);
+        assert_eq!(dry.action, Action::Configured);
+        assert_eq!(store.objects().get::<api::k8s::Service>("shop", "a").unwrap().1.spec.ports[0].port, 80);
+    }
+
+    #[test]
+    fn objects_survive_a_restart_and_a_full_disk_refuses() {
+        let folder = std::env::temp_dir().join(format!("lateen-store-{}", std::process::id()));
+        drop(std::fs::remove_dir_all(&folder));
+        let (store, findings) = Store::open(StateDir::open(&folder).unwrap()).unwrap();
+        assert!(findings.is_empty());
+        apply(&store, SERVICE);
+        let before = store.objects();
+        drop(store);
+        let (store, _) = Store::open(StateDir::open(&folder).unwrap()).unwrap();
+        let service = |set: &ConfigSet| set.get::<api::k8s::Service>("shop", "a").unwrap().0.raw.clone();
+        assert_eq!(service(&store.objects()), service(&before));
+        // A folder in the place of the file beside makes writing fail for everyone, root too.
+        std::fs::create_dir(folder.join("objects.json.new")).unwrap();
+        let error = store.apply(documents(&SERVICE.replace("80", "99")), Mode::Apply, false).unwrap_err();
+        assert!(error.to_string().contains("nothing was changed"), "{error}");
+        assert_eq!(service(&store.objects()), service(&before));
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn watchers_see_everything_once() {
+        let store = Store::in_memory();
+        apply(&store, SERVICE);
+        let mut subscription = store.subscribe();
+        apply(&store, &SERVICE.replace("80", "81"));
+        store.delete(Kind::Service, &NamespacedName::new("shop", "a")).unwrap();
+        let kinds: Vec<EventKind> = std::iter::from_fn(|| subscription.events.try_recv().ok()).map(|e| e.kind).collect();
+        assert_eq!(kinds, [EventKind::Modified, EventKind::Deleted]);
+    }
+}
