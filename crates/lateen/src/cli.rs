@@ -1,0 +1,181 @@
+//! What was typed.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::roles::discovery::DiscoveryArgs;
+use crate::roles::proxy::ProxyArgs;
+use crate::{commands, output, roles, up};
+
+/// A service mesh that takes Istio's YAML, runs whole on one machine, and says why.
+#[derive(Parser, Debug)]
+#[command(name = "lateen", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Which mesh a command talks to.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct MeshArgs {
+    /// The mesh's name.
+    #[arg(long, default_value = "lateen", env = "LATEEN_MESH")]
+    pub name: String,
+    /// Folder of the mesh's state, socket and keys.
+    #[arg(long, value_name = "DIR", env = "LATEEN_STATE_DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// How an answer is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Format {
+    /// An aligned table.
+    Table,
+    /// The table with more columns.
+    Wide,
+    /// JSON.
+    Json,
+    /// YAML.
+    Yaml,
+    /// `kind/name` lines.
+    Name,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Start a mesh with a sample application in it.
+    Demo(up::UpArgs),
+    /// Start a mesh from your manifests and follow them.
+    Up(up::UpArgs),
+    /// Stop a running mesh.
+    Down(commands::DownArgs),
+    /// What runs, and where.
+    Status(commands::StatusArgs),
+    /// Apply manifests to the running mesh.
+    Apply(commands::ApplyArgs),
+    /// Delete objects of the running mesh.
+    Delete(commands::DeleteArgs),
+    /// List objects.
+    Get(commands::GetArgs),
+    /// Wait until every proxy runs what was applied.
+    Wait(commands::WaitArgs),
+    /// Output of a container.
+    Logs(commands::LogsArgs),
+    /// Run a program inside a pod.
+    Exec(commands::ExecArgs),
+    /// Restart or follow a deployment.
+    #[command(subcommand)]
+    Rollout(commands::RolloutCommand),
+    /// Change the number of replicas.
+    Scale(commands::ScaleArgs),
+    /// Change labels.
+    Label(commands::LabelArgs),
+    /// Check manifests without a mesh.
+    Validate(commands::ValidateArgs),
+    /// What each proxy was sent and runs.
+    #[command(name = "proxy-status", visible_alias = "ps")]
+    ProxyStatus(commands::ProxyStatusArgs),
+    /// Versions.
+    Version(commands::VersionArgs),
+    /// Run the control plane.
+    Discovery(DiscoveryArgs),
+    /// Run a proxy.
+    Proxy(ProxyArgs),
+    /// Run a sample application.
+    #[command(disable_help_flag = true)]
+    Sample {
+        /// Which.
+        name: String,
+        /// Its options.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+/// Exit codes of istioctl.
+pub(crate) mod exit {
+    /// Something failed.
+    pub(crate) const ERROR: u8 = 1;
+    /// The command line is wrong.
+    pub(crate) const USAGE: u8 = 64;
+    /// A file cannot be understood.
+    pub(crate) const DATA: u8 = 65;
+}
+
+/// An answer that is no error of ours but must not exit with 0.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct ExitWith {
+    /// The code.
+    pub code: u8,
+    /// What to say; may be empty when it was said.
+    pub message: String,
+}
+
+fn logging(default: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LATEEN_LOG").unwrap_or_else(|_| default.into());
+    // A second call is a test's; the first one holds.
+    _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+}
+
+/// Parses the command line and runs it.
+pub(crate) fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let is_answer = !error.use_stderr();
+            _ = error.print();
+            return if is_answer { ExitCode::SUCCESS } else { ExitCode::from(exit::USAGE) };
+        }
+    };
+    let result = match cli.command {
+        Command::Demo(args) => {
+            logging("warn");
+            up::demo(args)
+        }
+        Command::Up(args) => {
+            logging("warn");
+            up::up(args)
+        }
+        Command::Down(args) => commands::down(&args),
+        Command::Status(args) => commands::status(&args),
+        Command::Apply(args) => commands::apply(&args),
+        Command::Delete(args) => commands::delete(&args),
+        Command::Get(args) => commands::get(&args),
+        Command::Wait(args) => commands::wait(&args),
+        Command::Logs(args) => commands::logs(&args),
+        Command::Exec(args) => commands::exec(&args),
+        Command::Rollout(command) => commands::rollout(&command),
+        Command::Scale(args) => commands::scale(&args),
+        Command::Label(args) => commands::label(&args),
+        Command::Validate(args) => commands::validate(&args),
+        Command::ProxyStatus(args) => commands::proxy_status(&args),
+        Command::Version(args) => commands::version(&args),
+        Command::Discovery(args) => {
+            logging("info");
+            roles::discovery::run(args)
+        }
+        Command::Proxy(args) => {
+            logging("warn");
+            roles::proxy::run(args)
+        }
+        Command::Sample { name, args } => samples::run(&name, &args).map_err(Into::into),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => match error.downcast_ref::<ExitWith>() {
+            Some(exit) => {
+                if !exit.message.is_empty() {
+                    output::error(&exit.message);
+                }
+                ExitCode::from(exit.code)
+            }
+            None => {
+                output::error(&format!("{error:#}"));
+                ExitCode::from(exit::ERROR)
+            }
+        },
+    }
+}

@@ -1,0 +1,120 @@
+//! Commands that talk to a running mesh, or need none.
+
+mod get;
+mod manifests;
+mod pods;
+mod proxies;
+
+use std::future::Future;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use node::client::Client;
+use serde_json::Value;
+
+use crate::cli::{Format, MeshArgs};
+use crate::output;
+
+pub(crate) use get::{GetArgs, get};
+pub(crate) use manifests::{ApplyArgs, DeleteArgs, ValidateArgs, apply, delete, validate};
+pub(crate) use pods::{ExecArgs, LabelArgs, LogsArgs, RolloutCommand, ScaleArgs, exec, label, logs, rollout, scale};
+pub(crate) use proxies::{ProxyStatusArgs, VersionArgs, WaitArgs, proxy_status, version, wait};
+
+/// Where a mesh keeps everything.
+pub(crate) fn state_dir(mesh: &MeshArgs) -> Result<PathBuf> {
+    if let Some(dir) = &mesh.state_dir {
+        return std::path::absolute(dir).with_context(|| format!("--state-dir {}", dir.display()));
+    }
+    let base = std::env::var_os("XDG_STATE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state")))
+        .context("neither XDG_STATE_HOME nor HOME is set; give --state-dir DIR")?;
+    Ok(base.join("lateen").join(&mesh.name))
+}
+
+/// The socket of a mesh's objects.
+pub(crate) fn api_socket(mesh: &MeshArgs) -> Result<PathBuf> {
+    Ok(state_dir(mesh)?.join("api.sock"))
+}
+
+/// The socket of a mesh's control plane.
+pub(crate) fn debug_socket(mesh: &MeshArgs) -> Result<PathBuf> {
+    Ok(state_dir(mesh)?.join("istiod").join("debug.sock"))
+}
+
+fn client(mesh: &MeshArgs) -> Result<Client> {
+    Ok(Client::new(&api_socket(mesh)?))
+}
+
+fn block_on<T>(task: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(task)
+}
+
+/// Splits `kind/name`, or takes a pod's name.
+fn target(text: &str) -> (&str, &str) {
+    text.split_once('/').unwrap_or(("pod", text))
+}
+
+/// Stops a mesh.
+#[derive(Args, Debug)]
+pub(crate) struct DownArgs {
+    #[command(flatten)]
+    mesh: MeshArgs,
+}
+
+pub(crate) fn down(args: &DownArgs) -> Result<()> {
+    let client = client(&args.mesh)?;
+    let lock = state_dir(&args.mesh)?.join("lock");
+    block_on(async {
+        client.post::<Value>("/shutdown", Vec::new()).await?;
+        Ok(())
+    })?;
+    // The lock is free when the process is gone, whatever way it went.
+    if let Ok(file) = std::fs::File::open(&lock) {
+        _ = rustix::fs::flock(&file, rustix::fs::FlockOperation::LockShared);
+    }
+    output::line(&format!("mesh {} is down", args.mesh.name));
+    Ok(())
+}
+
+/// What runs.
+#[derive(Args, Debug)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    mesh: MeshArgs,
+    /// `table`, `json`, `yaml`.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Format,
+}
+
+pub(crate) fn status(args: &StatusArgs) -> Result<()> {
+    let client = client(&args.mesh)?;
+    let status: Value = block_on(async { Ok(client.get("/status").await?) })?;
+    match args.output {
+        Format::Json => output::json(&status),
+        Format::Yaml => output::yaml(&status),
+        Format::Table | Format::Wide | Format::Name => print_status(&status),
+    }
+    Ok(())
+}
+
+/// The table of a status.
+pub(crate) fn print_status(status: &Value) {
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    let rows: Vec<Vec<String>> = status["pods"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|pod| {
+            ["namespace", "name", "ready", "status", "address", "version"].iter().map(|key| text(&pod[*key])).collect()
+        })
+        .collect();
+    output::table(&["NAMESPACE", "NAME", "READY", "STATUS", "ADDRESS", "VERSION"], &rows);
+    if let Some(addresses) = status["addresses"].as_object() {
+        output::line("");
+        for (role, address) in addresses {
+            output::line(&format!("{role:<14} {}", text(address)));
+        }
+    }
+}

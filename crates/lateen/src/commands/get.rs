@@ -1,0 +1,292 @@
+//! `get`: kubectl's columns.
+
+use anyhow::{Context, Result};
+use api::Kind;
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{block_on, client};
+use crate::cli::{Format, MeshArgs};
+use crate::output;
+
+/// Lists objects.
+#[derive(Args, Debug)]
+pub(crate) struct GetArgs {
+    #[command(flatten)]
+    mesh: MeshArgs,
+    /// `KIND`, `KIND/NAME`, or `KIND NAME`; several kinds with commas.
+    #[arg(required = true)]
+    what: Vec<String>,
+    /// Namespace.
+    #[arg(short, long, default_value = "default")]
+    namespace: String,
+    /// All namespaces.
+    #[arg(short = 'A', long)]
+    all_namespaces: bool,
+    /// `key=value,key!=value,key`.
+    #[arg(short = 'l', long)]
+    selector: Option<String>,
+    /// How to print.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Format,
+}
+
+/// Whether labels fit an equality selector.
+fn selected(object: &Value, selector: &str) -> bool {
+    let labels = &object["metadata"]["labels"];
+    selector.split(',').map(str::trim).filter(|term| !term.is_empty()).all(|term| {
+        if let Some((key, value)) = term.split_once("!=") {
+            labels[key] != *value
+        } else if let Some((key, value)) = term.split_once("==").or_else(|| term.split_once('=')) {
+            labels[key] == *value
+        } else {
+            labels.get(term).is_some()
+        }
+    })
+}
+
+pub(crate) fn get(args: &GetArgs) -> Result<()> {
+    let (kinds, name) = match args.what[0].split_once('/') {
+        Some((kind, name)) => (kind, Some(name)),
+        None => (args.what[0].as_str(), args.what.get(1).map(String::as_str)),
+    };
+    let client = client(&args.mesh)?;
+    let mut found: Vec<(Kind, Value)> = Vec::new();
+    for word in kinds.split(',') {
+        let kind = Kind::parse(word).with_context(|| format!("the mesh has no kind {word:?}"))?;
+        let namespace = if kind.is_namespaced() { args.namespace.as_str() } else { "_" };
+        let objects: Vec<Value> = block_on(async {
+            if let Some(name) = name {
+                return Ok(vec![client.get::<Value>(&format!("/objects/{}/{namespace}/{name}", kind.name())).await?]);
+            }
+            let everywhere = args.all_namespaces || !kind.is_namespaced();
+            let query = if everywhere { String::new() } else { format!("?namespace={namespace}") };
+            let list: Value = client.get(&format!("/objects/{}{query}", kind.name())).await?;
+            Ok(list["items"].as_array().cloned().unwrap_or_default())
+        })?;
+        let wanted = |object: &Value| args.selector.as_deref().is_none_or(|selector| selected(object, selector));
+        found.extend(objects.into_iter().filter(wanted).map(|object| (kind, object)));
+    }
+    print(args, name.is_some(), found)
+}
+
+fn print(args: &GetArgs, single: bool, found: Vec<(Kind, Value)>) -> Result<()> {
+    match args.output {
+        Format::Json | Format::Yaml => {
+            let mut objects: Vec<Value> = found.into_iter().map(|(_, object)| object).collect();
+            let value = if single && objects.len() == 1 {
+                objects.remove(0)
+            } else {
+                json!({ "apiVersion": "v1", "kind": "List", "items": objects })
+            };
+            if args.output == Format::Json { output::json(&value) } else { output::yaml(&value) }
+        }
+        Format::Name => {
+            for (kind, object) in &found {
+                output::line(&format!(
+                    "{}/{}",
+                    kind.name().to_lowercase(),
+                    object["metadata"]["name"].as_str().unwrap_or_default()
+                ));
+            }
+        }
+        Format::Table | Format::Wide => {
+            if found.is_empty() {
+                let place =
+                    if args.all_namespaces { String::new() } else { format!(" in {} namespace", args.namespace) };
+                output::note(&format!("No resources found{place}."));
+                return Ok(());
+            }
+            let mut kinds: Vec<Kind> = found.iter().map(|(kind, _)| *kind).collect();
+            kinds.dedup();
+            for (index, kind) in kinds.iter().enumerate() {
+                if index > 0 {
+                    output::line("");
+                }
+                let objects: Vec<&Value> =
+                    found.iter().filter(|(at, _)| at == kind).map(|(_, object)| object).collect();
+                table(*kind, &objects, args.all_namespaces && kind.is_namespaced(), args.output == Format::Wide);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Kubernetes' short form of an age.
+fn age(object: &Value) -> String {
+    let Some(created) =
+        object["metadata"]["creationTimestamp"].as_str().and_then(|text| text.parse::<jiff::Timestamp>().ok())
+    else {
+        return "<unknown>".to_owned();
+    };
+    let seconds = (jiff::Timestamp::now().as_second() - created.as_second()).max(0);
+    match seconds {
+        0..120 => format!("{seconds}s"),
+        120..7200 => format!("{}m", seconds / 60),
+        7200..172_800 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Null => String::new(),
+        other => other.to_string(),
+    }
+}
+
+fn joined(list: &Value) -> String {
+    list.as_array().into_iter().flatten().map(text).collect::<Vec<_>>().join(",")
+}
+
+type Cell = fn(&Value) -> String;
+
+fn or_none(value: String) -> String {
+    if value.is_empty() { "<none>".to_owned() } else { value }
+}
+
+fn pod_ready(pod: &Value) -> String {
+    let statuses = pod["status"]["containerStatuses"].as_array();
+    let ready = statuses.into_iter().flatten().filter(|status| status["ready"] == true).count();
+    let all = pod["spec"]["containers"].as_array().map_or(0, Vec::len);
+    format!("{ready}/{all}")
+}
+
+fn pod_status(pod: &Value) -> String {
+    if !pod["metadata"]["deletionTimestamp"].is_null() {
+        return "Terminating".to_owned();
+    }
+    let waiting = pod["status"]["containerStatuses"].as_array().into_iter().flatten();
+    let reason = waiting.filter_map(|status| status["state"]["waiting"]["reason"].as_str()).next();
+    reason.map_or_else(|| text(&pod["status"]["phase"]), str::to_owned)
+}
+
+fn restarts(pod: &Value) -> String {
+    let statuses = pod["status"]["containerStatuses"].as_array().into_iter().flatten();
+    statuses.filter_map(|status| status["restartCount"].as_u64()).sum::<u64>().to_string()
+}
+
+fn ports(service: &Value) -> String {
+    let render = |port: &Value| format!("{}/{}", text(&port["port"]), port["protocol"].as_str().unwrap_or("TCP"));
+    service["spec"]["ports"].as_array().into_iter().flatten().map(render).collect::<Vec<_>>().join(",")
+}
+
+/// Columns of a kind: heading, cell, whether only `-o wide` shows it.
+fn columns(kind: Kind) -> Vec<(&'static str, Cell, bool)> {
+    match kind {
+        Kind::Pod => vec![
+            ("READY", pod_ready, false),
+            ("STATUS", pod_status, false),
+            ("RESTARTS", restarts, false),
+            ("AGE", age, false),
+            ("IP", |pod| or_none(text(&pod["status"]["podIP"])), true),
+            ("NODE", |pod| or_none(text(&pod["spec"]["nodeName"])), true),
+        ],
+        Kind::Deployment => vec![
+            (
+                "READY",
+                |it| {
+                    format!(
+                        "{}/{}",
+                        it["status"]["readyReplicas"].as_u64().unwrap_or(0),
+                        it["spec"]["replicas"].as_u64().unwrap_or(1)
+                    )
+                },
+                false,
+            ),
+            ("UP-TO-DATE", |it| it["status"]["updatedReplicas"].as_u64().unwrap_or(0).to_string(), false),
+            ("AVAILABLE", |it| it["status"]["availableReplicas"].as_u64().unwrap_or(0).to_string(), false),
+            ("AGE", age, false),
+        ],
+        Kind::Service => vec![
+            ("TYPE", |it| it["spec"]["type"].as_str().unwrap_or("ClusterIP").to_owned(), false),
+            ("CLUSTER-IP", |it| or_none(text(&it["spec"]["clusterIP"])), false),
+            ("EXTERNAL-IP", |_| "<none>".to_owned(), false),
+            ("PORT(S)", ports, false),
+            ("AGE", age, false),
+        ],
+        Kind::Namespace => vec![("STATUS", |_| "Active".to_owned(), false), ("AGE", age, false)],
+        Kind::ConfigMap => vec![
+            ("DATA", |it| it["data"].as_object().map_or(0, serde_json::Map::len).to_string(), false),
+            ("AGE", age, false),
+        ],
+        Kind::Secret => vec![
+            ("TYPE", |it| it["type"].as_str().unwrap_or("Opaque").to_owned(), false),
+            ("DATA", |it| it["data"].as_object().map_or(0, serde_json::Map::len).to_string(), false),
+            ("AGE", age, false),
+        ],
+        Kind::VirtualService => vec![
+            ("GATEWAYS", |it| joined(&it["spec"]["gateways"]), false),
+            ("HOSTS", |it| joined(&it["spec"]["hosts"]), false),
+            ("AGE", age, false),
+        ],
+        Kind::DestinationRule => vec![("HOST", |it| text(&it["spec"]["host"]), false), ("AGE", age, false)],
+        Kind::ServiceEntry => vec![
+            ("HOSTS", |it| joined(&it["spec"]["hosts"]), false),
+            ("LOCATION", |it| text(&it["spec"]["location"]), false),
+            ("RESOLUTION", |it| text(&it["spec"]["resolution"]), false),
+            ("AGE", age, false),
+        ],
+        Kind::PeerAuthentication => vec![("MODE", |it| text(&it["spec"]["mtls"]["mode"]), false), ("AGE", age, false)],
+        Kind::AuthorizationPolicy => vec![
+            ("ACTION", |it| it["spec"]["action"].as_str().unwrap_or("ALLOW").to_owned(), false),
+            ("AGE", age, false),
+        ],
+        _ => vec![("AGE", age, false)],
+    }
+}
+
+fn table(kind: Kind, objects: &[&Value], with_namespace: bool, wide: bool) {
+    let columns: Vec<_> = columns(kind).into_iter().filter(|(_, _, only_wide)| wide || !only_wide).collect();
+    let mut head: Vec<&str> = columns.iter().map(|(name, ..)| *name).collect();
+    head.insert(0, "NAME");
+    if with_namespace {
+        head.insert(0, "NAMESPACE");
+    }
+    let rows: Vec<Vec<String>> = objects
+        .iter()
+        .map(|object| {
+            let mut row = Vec::new();
+            if with_namespace {
+                row.push(text(&object["metadata"]["namespace"]));
+            }
+            row.push(text(&object["metadata"]["name"]));
+            row.extend(columns.iter().map(|(_, cell, _)| cell(object)));
+            row
+        })
+        .collect();
+    output::table(&head, &rows);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn selectors() {
+        let object = json!({ "metadata": { "labels": { "app": "a", "version": "v1" } } });
+        for (selector, fits) in [
+            ("app=a", true),
+            ("app==a,version=v1", true),
+            ("app!=a", false),
+            ("version", true),
+            ("x", false),
+            ("x!=1", true),
+        ] {
+            assert_eq!(selected(&object, selector), fits, "{selector}");
+        }
+    }
+
+    #[test]
+    fn a_pod_as_kubectl_shows_it() {
+        let pod = json!({
+            "spec": { "containers": [{}, {}] },
+            "status": { "phase": "Running", "containerStatuses": [{ "ready": true, "restartCount": 1 }, { "ready": false, "restartCount": 2, "state": { "waiting": { "reason": "CrashLoopBackOff" } } }] },
+        });
+        assert_eq!(
+            (pod_ready(&pod), pod_status(&pod), restarts(&pod)),
+            ("1/2".into(), "CrashLoopBackOff".into(), "3".into())
+        );
+    }
+}

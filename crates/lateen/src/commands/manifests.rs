@@ -1,0 +1,184 @@
+//! `apply`, `delete`, `validate`.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use node::server::Report;
+use serde_json::Value;
+use types::{Finding, Severity};
+
+use super::{block_on, client, target};
+use crate::cli::{ExitWith, MeshArgs, exit};
+use crate::output;
+
+/// Reads `-f` arguments: files, folders, `-`. Names and texts.
+pub(crate) fn read_inputs(paths: &[PathBuf]) -> Result<Vec<(String, String)>> {
+    let mut out = Vec::new();
+    for path in paths {
+        if path.as_os_str() == "-" {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
+            out.push(("-".to_owned(), text));
+        } else {
+            read_path(path, true, &mut out)?;
+        }
+    }
+    Ok(out)
+}
+
+fn read_path(path: &Path, named: bool, out: &mut Vec<(String, String)>) -> Result<()> {
+    let shown = path.display();
+    if path.is_dir() {
+        let mut entries: Vec<PathBuf> = std::fs::read_dir(path)
+            .with_context(|| format!("cannot read {shown}"))?
+            .flatten()
+            .map(|entry| entry.path())
+            .collect();
+        entries.sort();
+        for entry in entries {
+            read_path(&entry, false, out)?;
+        }
+        return Ok(());
+    }
+    let is_manifest =
+        path.extension().is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|wanted| extension == *wanted));
+    if named || is_manifest {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {shown}"))?;
+        out.push((shown.to_string(), text));
+    }
+    Ok(())
+}
+
+fn grave(findings: &[Finding]) -> usize {
+    findings.iter().filter(|finding| finding.severity == Severity::Error).count()
+}
+
+/// Applies manifests.
+#[derive(Args, Debug)]
+pub(crate) struct ApplyArgs {
+    #[command(flatten)]
+    mesh: MeshArgs,
+    /// File, folder, or `-`.
+    #[arg(short = 'f', long = "filename", required = true, value_name = "PATH")]
+    files: Vec<PathBuf>,
+    /// Say what would happen.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub(crate) fn apply(args: &ApplyArgs) -> Result<()> {
+    let inputs = read_inputs(&args.files)?;
+    let client = client(&args.mesh)?;
+    let mut refused = 0;
+    for (name, text) in inputs {
+        let uri = format!("/objects?file={}&dryRun={}", name.replace(['&', ' ', '#', '?'], "_"), args.dry_run);
+        let report: Report = block_on(async { Ok(client.post(&uri, text.into_bytes()).await?) })?;
+        for outcome in &report.outcomes {
+            let object = &outcome.object;
+            output::line(&format!("{}/{} {}", object.kind.to_lowercase(), object.name, outcome.action));
+        }
+        output::findings(&report.findings);
+        refused += grave(&report.findings);
+    }
+    if refused > 0 {
+        return Err(
+            ExitWith { code: exit::ERROR, message: format!("{refused} errors; the last good versions stay") }.into()
+        );
+    }
+    Ok(())
+}
+
+/// Deletes objects.
+#[derive(Args, Debug)]
+pub(crate) struct DeleteArgs {
+    #[command(flatten)]
+    mesh: MeshArgs,
+    /// File, folder, or `-`: everything in it.
+    #[arg(short = 'f', long = "filename", value_name = "PATH")]
+    files: Vec<PathBuf>,
+    /// `KIND/NAME`, or `KIND NAME…`.
+    objects: Vec<String>,
+    /// Namespace.
+    #[arg(short, long, default_value = "default")]
+    namespace: String,
+}
+
+pub(crate) fn delete(args: &DeleteArgs) -> Result<()> {
+    let mut wanted: Vec<(String, String, String)> = Vec::new();
+    for (name, text) in read_inputs(&args.files)? {
+        for parsed in api::parse_documents(&name, &text).objects.into_iter().rev() {
+            let object = parsed.object.reference();
+            wanted.push((object.kind.into(), object.namespace.into(), object.name.into()));
+        }
+    }
+    match args.objects.as_slice() {
+        [] => {}
+        [kind, names @ ..] if !kind.contains('/') => {
+            if names.is_empty() {
+                bail!("delete {kind}: which one? give KIND/NAME");
+            }
+            wanted.extend(names.iter().map(|name| (kind.clone(), args.namespace.clone(), name.clone())));
+        }
+        pairs => {
+            for pair in pairs {
+                let (kind, name) = target(pair);
+                wanted.push((kind.to_owned(), args.namespace.clone(), name.to_owned()));
+            }
+        }
+    }
+    if wanted.is_empty() {
+        bail!("nothing to delete: give KIND/NAME or -f PATH");
+    }
+    let client = client(&args.mesh)?;
+    for (kind, namespace, name) in wanted {
+        let is_namespaced = api::Kind::parse(&kind).is_none_or(api::Kind::is_namespaced);
+        let namespace = if is_namespaced { namespace.as_str() } else { "_" };
+        block_on(async { Ok(client.delete(&format!("/objects/{kind}/{namespace}/{name}")).await?) })?;
+        output::line(&format!("{}/{name} deleted", kind.to_lowercase()));
+    }
+    Ok(())
+}
+
+/// Checks manifests.
+#[derive(Args, Debug)]
+pub(crate) struct ValidateArgs {
+    /// File, folder, or `-`.
+    #[arg(short = 'f', long = "filename", required = true, value_name = "PATH")]
+    files: Vec<PathBuf>,
+    /// `json` prints the findings.
+    #[arg(short, long)]
+    output: Option<String>,
+}
+
+pub(crate) fn validate(args: &ValidateArgs) -> Result<()> {
+    let mut refused = 0;
+    let mut unread = false;
+    let mut all: Vec<Finding> = Vec::new();
+    let inputs = read_inputs(&args.files)?;
+    let as_json = args.output.as_deref() == Some("json");
+    for (name, text) in inputs {
+        let documents = api::parse_documents(&name, &text);
+        unread |= documents.is_incomplete;
+        let errors = grave(&documents.findings);
+        refused += errors;
+        if !as_json {
+            output::findings(&documents.findings);
+            if errors == 0 {
+                output::line(&format!("\"{name}\" is valid"));
+            }
+        }
+        all.extend(documents.findings);
+    }
+    if as_json {
+        output::json(&serde_json::to_value(&all).unwrap_or(Value::Null));
+    }
+    match refused {
+        0 => Ok(()),
+        count => {
+            let code = if unread { exit::DATA } else { exit::ERROR };
+            Err(ExitWith { code, message: format!("{count} errors") }.into())
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! `wait`, `proxy-status`, `version`.
+
+use anyhow::{Result, bail};
+use clap::Args;
+use node::client::{Client, ClientError};
+use serde_json::{Value, json};
+
+use super::{block_on, debug_socket};
+use crate::cli::{ExitWith, Format, MeshArgs, exit};
+use crate::output;
+
+/// Waits.
+#[derive(Args, Debug)]
+pub(crate) struct WaitArgs {
+    #[command(flatten)]
+    mesh: MeshArgs,
+    /// What for; only `synced`.
+    #[arg(long = "for", value_name = "WHAT", default_value = "synced")]
+    what: String,
+    /// Seconds.
+    #[arg(long, default_value = "60")]
+    timeout: u64,
+}
+
+/// Waits until every proxy runs the objects as they are now. `Err` with the laggards else.
+pub(crate) async fn synced(mesh: &MeshArgs, seconds: u64) -> Result<()> {
+    let objects = super::client(mesh)?;
+    let status: Value = objects.get("/status").await?;
+    let version = status["resourceVersion"].as_u64().unwrap_or(0);
+    let plane = Client::new(&debug_socket(mesh)?);
+    match plane.get::<Value>(&format!("/debug/synced?resourceVersion={version}&timeout={seconds}s")).await {
+        Ok(_) => Ok(()),
+        Err(ClientError::Refused { status: 504, message }) => bail!("not synced after {seconds} s: {message}"),
+        Err(error) => Err(error.into()),
+    }
+}
+
+pub(crate) fn wait(args: &WaitArgs) -> Result<()> {
+    if args.what != "synced" {
+        return Err(ExitWith {
+            code: exit::USAGE,
+            message: format!("--for {:?}: only synced can be waited for", args.what),
+        }
+        .into());
+    }
+    block_on(synced(&args.mesh, args.timeout))?;
+    output::line("every proxy runs what was applied");
+    Ok(())
+}
+
+/// What proxies were sent.
+#[derive(Args, Debug)]
+pub(crate) struct ProxyStatusArgs {
+    #[command(flatten)]
+    mesh: MeshArgs,
+    /// `table`, `json`, `yaml`.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Format,
+}
+
+pub(crate) fn proxy_status(args: &ProxyStatusArgs) -> Result<()> {
+    let plane = Client::new(&debug_socket(&args.mesh)?);
+    let proxies: Value = block_on(async { Ok(plane.get("/debug/syncz").await?) })?;
+    match args.output {
+        Format::Json => output::json(&proxies),
+        Format::Yaml => output::yaml(&proxies),
+        Format::Table | Format::Wide | Format::Name => {
+            let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+            let rows: Vec<Vec<String>> = proxies
+                .as_array()
+                .into_iter()
+                .flatten()
+                .map(|proxy| {
+                    let types: Vec<&str> = proxy["resources"]
+                        .as_object()
+                        .into_iter()
+                        .flatten()
+                        .map(|(url, _)| types::wellknown::type_urls::short(url))
+                        .collect();
+                    vec![
+                        text(&proxy["proxy"]),
+                        text(&proxy["cluster_id"]),
+                        "istiod".to_owned(),
+                        text(&proxy["istio_version"]),
+                        format!("{} ({})", types.len(), types.join(",")),
+                    ]
+                })
+                .collect();
+            output::table(&["NAME", "CLUSTER", "ISTIOD", "VERSION", "SUBSCRIBED TYPES"], &rows);
+        }
+    }
+    Ok(())
+}
+
+/// Versions.
+#[derive(Args, Debug)]
+pub(crate) struct VersionArgs {
+    #[command(flatten)]
+    mesh: MeshArgs,
+    /// Ask the running mesh too.
+    #[arg(long, default_value = "true", action = clap::ArgAction::Set)]
+    remote: bool,
+    /// `table`, `json`, `yaml`.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Format,
+}
+
+pub(crate) fn version(args: &VersionArgs) -> Result<()> {
+    let mut answer = json!({ "clientVersion": env!("CARGO_PKG_VERSION") });
+    if args.remote {
+        let plane = Client::new(&debug_socket(&args.mesh)?);
+        let asked: Result<(Value, Value)> =
+            block_on(async { Ok((plane.get("/version").await?, plane.get("/debug/syncz").await?)) });
+        if let Ok((version, proxies)) = asked {
+            answer["controlPlaneVersion"] = version["version"].clone();
+            answer["dataPlaneProxies"] = json!(proxies.as_array().map_or(0, Vec::len));
+        }
+    }
+    match args.output {
+        Format::Json => output::json(&answer),
+        Format::Yaml => output::yaml(&answer),
+        Format::Table | Format::Wide | Format::Name => {
+            output::line(&format!("client version: {}", env!("CARGO_PKG_VERSION")));
+            if let Some(version) = answer["controlPlaneVersion"].as_str() {
+                output::line(&format!("control plane version: {version}"));
+                output::line(&format!("data plane version: {version} ({} proxies)", answer["dataPlaneProxies"]));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,99 @@
+//! Tables, colours, answers: the only place that writes to standard output.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is where the binary speaks")]
+
+use std::io::IsTerminal;
+
+use serde_json::Value;
+use types::{Finding, Severity};
+
+/// Prints a line.
+pub(crate) fn line(text: &str) {
+    // A closed pipe is the reader's right.
+    use std::io::Write;
+    _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// Prints bytes as they are.
+pub(crate) fn raw(bytes: &[u8]) {
+    use std::io::Write;
+    let mut out = std::io::stdout();
+    _ = out.write_all(bytes).and_then(|()| out.flush());
+}
+
+/// Prints an error.
+pub(crate) fn error(text: &str) {
+    eprintln!("{} {text}", paint("error:", "1;31", std::io::stderr().is_terminal()));
+}
+
+/// Prints a remark beside the answer.
+pub(crate) fn note(text: &str) {
+    eprintln!("{text}");
+}
+
+fn paint(text: &str, code: &str, is_terminal: bool) -> String {
+    let wanted = is_terminal && std::env::var_os("NO_COLOR").is_none();
+    if wanted { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+}
+
+/// Bold on a terminal.
+pub(crate) fn bold(text: &str) -> String {
+    paint(text, "1", std::io::stdout().is_terminal())
+}
+
+/// Dim on a terminal.
+pub(crate) fn dim(text: &str) -> String {
+    paint(text, "2", std::io::stdout().is_terminal())
+}
+
+/// Green on a terminal.
+pub(crate) fn green(text: &str) -> String {
+    paint(text, "32", std::io::stdout().is_terminal())
+}
+
+/// Prints findings, the grave ones in colour.
+pub(crate) fn findings(findings: &[Finding]) {
+    let is_terminal = std::io::stderr().is_terminal();
+    for finding in findings {
+        let word = match finding.severity {
+            Severity::Error => paint("error:", "1;31", is_terminal),
+            Severity::Warning => paint("warning:", "1;33", is_terminal),
+            Severity::Info => paint("info:", "1", is_terminal),
+        };
+        eprintln!("{word} {finding}");
+    }
+}
+
+/// Prints rows under a heading, columns three spaces apart, as kubectl does.
+pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) {
+    let width = |column: usize| {
+        rows.iter()
+            .filter_map(|row| row.get(column))
+            .map(|cell| cell.chars().count())
+            .chain([head[column].len()])
+            .max()
+            .unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let render = |cells: &mut dyn Iterator<Item = &str>| {
+        let mut out = String::new();
+        for (cell, width) in cells.zip(&widths) {
+            out.push_str(cell);
+            out.extend(std::iter::repeat_n(' ', (width + 3).saturating_sub(cell.chars().count())));
+        }
+        out.trim_end().to_owned()
+    };
+    line(&bold(&render(&mut head.iter().copied())));
+    for row in rows {
+        line(&render(&mut row.iter().map(String::as_str)));
+    }
+}
+
+/// Prints JSON, indented.
+pub(crate) fn json(value: &Value) {
+    line(&serde_json::to_string_pretty(value).unwrap_or_default());
+}
+
+/// Prints YAML.
+pub(crate) fn yaml(value: &Value) {
+    line(api::to_yaml(value).trim_end());
+}
