@@ -22,8 +22,8 @@ use types::wellknown::env as variables;
 use crate::manager::{Entry, Programs};
 use crate::mounts::{self, PodFiles};
 use crate::net::Names;
-use crate::spec::{ContainerPlan, PassedFd, PodId, PodNetwork, PodPlan, SELF_EXE, Signal};
 use crate::spawn;
+use crate::spec::{ContainerPlan, PassedFd, PodId, PodNetwork, PodPlan, SELF_EXE, Signal};
 use crate::starter::Config;
 use crate::wire::{Call, Facts, Refusal};
 
@@ -73,7 +73,8 @@ impl Builder {
     ) -> Result<Self, Refusal> {
         // Root and working directory become the thread's own: a condition for changing mounts.
         unshare(UnshareFlags::FS).map_err(Refusal::step("leaving the process's working directory"))?;
-        let home = Home { net: namespace("net")?, mnt: namespace("mnt")?, uts: namespace("uts")?, pid: namespace("pid")? };
+        let home =
+            Home { net: namespace("net")?, mnt: namespace("mnt")?, uts: namespace("uts")?, pid: namespace("pid")? };
         Ok(Self { config, facts, switch, services, programs, names, home, pods: HashMap::new() })
     }
 
@@ -91,14 +92,16 @@ impl Builder {
             Call::Sockets { v6, count } => (0..count)
                 .map(|_| {
                     let domain = if v6 { socket2::Domain::IPV6 } else { socket2::Domain::IPV4 };
-                    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None).map_err(Refusal::io("making a socket"))?;
+                    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None)
+                        .map_err(Refusal::io("making a socket"))?;
                     socket.set_nonblocking(true).map_err(Refusal::io("making a socket"))?;
                     Ok(OwnedFd::from(socket))
                 })
                 .collect(),
             Call::Listen { address } => {
                 let failed = || Refusal::io(format!("listening on {address} in the switch"));
-                let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None).map_err(failed())?;
+                let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)
+                    .map_err(failed())?;
                 socket.set_reuse_address(true).map_err(failed())?;
                 socket.set_nonblocking(true).map_err(failed())?;
                 socket.bind(&address.into()).map_err(failed())?;
@@ -128,8 +131,9 @@ impl Builder {
         let net = match plan.network {
             PodNetwork::Switch => self.home.net.try_clone().map_err(Refusal::io("keeping the switch's namespace"))?,
             PodNetwork::Own => {
-                unshare(UnshareFlags::NEWNET)
-                    .map_err(|errno| Refusal::Capture(capture::CaptureError::explain(capture::Step::NetNamespace, errno)))?;
+                unshare(UnshareFlags::NEWNET).map_err(|errno| {
+                    Refusal::Capture(capture::CaptureError::explain(capture::Step::NetNamespace, errno))
+                })?;
                 let net = namespace("net")?;
                 self.switch.plug(&format!("port{}", plan.pod.0), net.as_fd()).map_err(Refusal::Capture)?;
                 let ip6 = self.facts.ipv6.then_some(plan.ip6);
@@ -188,7 +192,8 @@ impl Builder {
             .spawn()
             .map_err(|error| Refusal::Program { program, errno: error.raw_os_error().unwrap_or(libc::EIO) })?;
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(Refusal::NoSuchPod)?;
-        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(Refusal::step("opening a process"))?;
+        let pidfd =
+            rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(Refusal::step("opening a process"))?;
         known.insert(pid.as_raw_nonzero().get(), Entry { pod: plan.pod, serial: plan.serial });
         Ok((pid, pidfd))
     }
@@ -197,7 +202,8 @@ impl Builder {
     fn command(&self, plan: &ContainerPlan, fds: &[OwnedFd]) -> Result<(Command, Vec<RawFd>), Refusal> {
         let invalid = |step: &str| Refusal::Step { step: step.into(), errno: libc::EINVAL };
         let request = &plan.request;
-        let (program, arguments) = request.argv.split_first().ok_or_else(|| invalid("starting a container without a command"))?;
+        let (program, arguments) =
+            request.argv.split_first().ok_or_else(|| invalid("starting a container without a command"))?;
         let [stdout, stderr, passed @ ..] = fds else { return Err(invalid("starting a program without output")) };
         if passed.len() != plan.pass.len() {
             return Err(invalid("passing descriptors to a program"));
@@ -207,13 +213,22 @@ impl Builder {
             command.arg0("lateen");
         }
         let copy = |fd: &OwnedFd| fd.try_clone().map(Stdio::from).map_err(Refusal::io("passing a descriptor"));
-        command.args(arguments).env_clear().envs(&request.env).stdin(Stdio::null()).stdout(copy(stdout)?).stderr(copy(stderr)?);
+        command
+            .args(arguments)
+            .env_clear()
+            .envs(&request.env)
+            .stdin(Stdio::null())
+            .stdout(copy(stdout)?)
+            .stderr(copy(stderr)?);
         if !request.env.contains_key("PATH") {
             command.env("PATH", USUAL_PATH);
         }
         let cwd = request.cwd.as_deref().unwrap_or(Path::new("/"));
         if !cwd.is_dir() {
-            return Err(Refusal::Step { step: format!("entering the working directory {}", cwd.display()), errno: libc::ENOENT });
+            return Err(Refusal::Step {
+                step: format!("entering the working directory {}", cwd.display()),
+                errno: libc::ENOENT,
+            });
         }
         command.current_dir(cwd);
         let mut listeners = Vec::new();
@@ -271,12 +286,15 @@ impl Builder {
 }
 
 fn enter(namespace: &OwnedFd, kind: LinkNameSpaceType) -> Result<(), Refusal> {
-    rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(kind)).map_err(Refusal::step("entering a namespace"))
+    rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(kind))
+        .map_err(Refusal::step("entering a namespace"))
 }
 
 /// The calling thread's namespace, by a descriptor that keeps it alive.
 fn namespace(kind: &str) -> Result<OwnedFd, Refusal> {
-    File::open(format!("/proc/thread-self/ns/{kind}")).map(OwnedFd::from).map_err(Refusal::io(format!("opening the {kind} namespace")))
+    File::open(format!("/proc/thread-self/ns/{kind}"))
+        .map(OwnedFd::from)
+        .map_err(Refusal::io(format!("opening the {kind} namespace")))
 }
 
 #[expect(unsafe_code, reason = "unshare has no safe form")]

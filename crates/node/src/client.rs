@@ -56,7 +56,8 @@ impl Client {
     async fn send(&self, method: Method, uri: &str, body: Vec<u8>) -> Result<http::Response<Incoming>, ClientError> {
         let not_running = |source| ClientError::NotRunning { path: self.path.clone(), source };
         let stream = UnixStream::connect(&self.path).await.map_err(not_running)?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         tokio::spawn(connection);
         let request = Request::builder().method(method).uri(uri).header("host", "lateen");
         let request = request.body(Full::new(Bytes::from(body))).map_err(broken)?;

@@ -257,7 +257,8 @@ fn mesh(shared: &Shared) -> inject::Mesh {
 fn root_certificates(shared: &Shared) {
     let Some(pem) = shared.options.root_cert.borrow().clone() else { return };
     let store = &shared.options.store;
-    let namespaces: Vec<Box<str>> = store.objects().all::<k8s::Namespace>().map(|(object, _)| object.meta.name.clone()).collect();
+    let namespaces: Vec<Box<str>> =
+        store.objects().all::<k8s::Namespace>().map(|(object, _)| object.meta.name.clone()).collect();
     for namespace in namespaces {
         let map = json!({"apiVersion": "v1", "kind": "ConfigMap",
             "metadata": {"name": ROOT_CERT_MAP, "namespace": &*namespace, "labels": {"istio.io/config": "true"}},

@@ -30,17 +30,27 @@ pub struct PodFacts<'a> {
 pub struct Missing(pub String);
 
 /// The variables of `container`, with references resolved in the order of the list.
-pub fn environment(container: &Container, facts: &PodFacts<'_>, objects: &ConfigSet) -> Result<BTreeMap<String, String>, Missing> {
+pub fn environment(
+    container: &Container,
+    facts: &PodFacts<'_>,
+    objects: &ConfigSet,
+) -> Result<BTreeMap<String, String>, Missing> {
     let namespace = &*facts.object.meta.namespace;
     let mut env = BTreeMap::new();
     env.insert("HOSTNAME".to_owned(), facts.object.meta.name.to_string());
     for source in &container.env_from {
         let found: Option<Vec<(String, String)>> = if let Some(of) = &source.config_map_ref {
-            let map = objects.get::<k8s::ConfigMap>(namespace, &of.name).map(|(_, map)| map.data.clone().into_iter().collect());
+            let map = objects
+                .get::<k8s::ConfigMap>(namespace, &of.name)
+                .map(|(_, map)| map.data.clone().into_iter().collect());
             require(map, of.optional, || format!("ConfigMap {namespace}/{} is not there", of.name))?
         } else if let Some(of) = &source.secret_ref {
             let secret = objects.get::<k8s::Secret>(namespace, &of.name).map(|(_, secret)| {
-                secret.keys().into_iter().filter_map(|key| Some((key.to_owned(), String::from_utf8(secret.value(key)?.to_vec()).ok()?))).collect()
+                secret
+                    .keys()
+                    .into_iter()
+                    .filter_map(|key| Some((key.to_owned(), String::from_utf8(secret.value(key)?.to_vec()).ok()?)))
+                    .collect()
             });
             require(secret, of.optional, || format!("Secret {namespace}/{} is not there", of.name))?
         } else {
@@ -72,7 +82,8 @@ fn from_source(source: &EnvVarSource, facts: &PodFacts<'_>, objects: &ConfigSet)
         return Ok(Some(field(of, facts)));
     }
     if let Some(of) = &source.config_map_key_ref {
-        let value = objects.get::<k8s::ConfigMap>(namespace, &of.name).and_then(|(_, map)| map.data.get(&of.key).cloned());
+        let value =
+            objects.get::<k8s::ConfigMap>(namespace, &of.name).and_then(|(_, map)| map.data.get(&of.key).cloned());
         return require(value, of.optional, || format!("ConfigMap {namespace}/{} has no key {:?}", of.name, of.key));
     }
     if let Some(of) = &source.secret_key_ref {
@@ -88,7 +99,9 @@ fn from_source(source: &EnvVarSource, facts: &PodFacts<'_>, objects: &ConfigSet)
 /// The field that `fieldRef` names; maps as one `key="value"` a line, as the downward API writes them.
 pub fn field(selector: &ObjectFieldSelector, facts: &PodFacts<'_>) -> String {
     let meta = &facts.object.meta;
-    let quoted = |map: &BTreeMap<String, String>| map.iter().map(|(key, value)| format!("{key}={value:?}\n")).collect::<String>();
+    let quoted = |map: &BTreeMap<String, String>| {
+        map.iter().map(|(key, value)| format!("{key}={value:?}\n")).collect::<String>()
+    };
     let path = selector.field_path.as_str();
     let bracketed = |prefix: &str| path.strip_prefix(prefix)?.strip_prefix("['")?.strip_suffix("']").map(str::to_owned);
     if let Some(key) = bracketed("metadata.labels") {
@@ -159,7 +172,10 @@ pub fn program(
     env: &BTreeMap<String, String>,
 ) -> Result<Vec<String>, String> {
     let arguments = |list: &[String]| list.iter().map(|word| expand(word, env)).collect::<Vec<_>>();
-    if container.name == PROXY && container.command.is_empty() && container.args.first().is_some_and(|word| word == "proxy") {
+    if container.name == PROXY
+        && container.command.is_empty()
+        && container.args.first().is_some_and(|word| word == "proxy")
+    {
         return Ok(std::iter::once(SELF_EXE.to_owned()).chain(arguments(&container.args)).collect());
     }
     let of_container = pod_annotations.get(&format!("{}.{}", annotations::COMMAND, container.name));
@@ -184,7 +200,11 @@ pub fn program(
     }
     let mut argv = arguments(&container.command);
     if argv.is_empty() {
-        let hint = format!("set `command`, annotate the pod with {}.{}: PROGRAM, or pass --image {image}=PROGRAM", annotations::COMMAND, container.name);
+        let hint = format!(
+            "set `command`, annotate the pod with {}.{}: PROGRAM, or pass --image {image}=PROGRAM",
+            annotations::COMMAND,
+            container.name
+        );
         return Err(format!("no program of this machine plays the image {image:?}: {hint}"));
     }
     argv.extend(arguments(&container.args));
@@ -264,11 +284,21 @@ mod tests {
             json!([{"prefix": "M_", "configMapRef": {"name": "m"}}]),
         )
         .unwrap();
-        for (name, value) in [("A", "x"), ("B", "x-$(NONE)-$(A)"), ("IP", "10.77.0.9"), ("APP", "x"), ("M", "1"), ("S", "v"), ("M_a", "1"), ("HOSTNAME", "p")] {
+        for (name, value) in [
+            ("A", "x"),
+            ("B", "x-$(NONE)-$(A)"),
+            ("IP", "10.77.0.9"),
+            ("APP", "x"),
+            ("M", "1"),
+            ("S", "v"),
+            ("M_a", "1"),
+            ("HOSTNAME", "p"),
+        ] {
             assert_eq!(env.get(name).map(String::as_str), Some(value), "{name}");
         }
         assert!(!env.contains_key("O"));
-        let missing = resolve(json!([{"name": "M", "valueFrom": {"configMapKeyRef": {"name": "m", "key": "z"}}}]), json!([]));
+        let missing =
+            resolve(json!([{"name": "M", "valueFrom": {"configMapKeyRef": {"name": "m", "key": "z"}}}]), json!([]));
         assert_eq!(missing.unwrap_err().0, "ConfigMap shop/m has no key \"z\"");
     }
 
@@ -276,7 +306,8 @@ mod tests {
     fn who_plays_a_container() {
         let none = BTreeMap::new();
         let container = |value: serde_json::Value| {
-            let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {"containers": [value]}});
+            let pod =
+                json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {"containers": [value]}});
             api::from_json(&pod).0.unwrap().typed::<Pod>().unwrap().spec.containers[0].clone()
         };
         let images = [ImageProgram { image: "example/web".into(), argv: vec!["/bin/web".into()] }];
@@ -287,11 +318,24 @@ mod tests {
             };
             program(&container(value), &annotations, 1, &images, &none).map(|argv| argv.join("|"))
         };
-        assert_eq!(run(json!({"name": "c", "image": "x", "command": ["sh", "-c"], "args": ["a b"]}), "").unwrap(), "sh|-c|a b");
-        assert_eq!(run(json!({"name": "c", "image": "x"}), "lateen.dev/command=python3 -m 'a b'").unwrap(), "python3|-m|a b");
-        assert_eq!(run(json!({"name": "c", "image": "x"}), "lateen.dev/command.c=lateen sample sleep").unwrap(), "/proc/self/exe|sample|sleep");
+        assert_eq!(
+            run(json!({"name": "c", "image": "x", "command": ["sh", "-c"], "args": ["a b"]}), "").unwrap(),
+            "sh|-c|a b"
+        );
+        assert_eq!(
+            run(json!({"name": "c", "image": "x"}), "lateen.dev/command=python3 -m 'a b'").unwrap(),
+            "python3|-m|a b"
+        );
+        assert_eq!(
+            run(json!({"name": "c", "image": "x"}), "lateen.dev/command.c=lateen sample sleep").unwrap(),
+            "/proc/self/exe|sample|sleep"
+        );
         assert_eq!(run(json!({"name": "c", "image": "example/web:1.2", "args": ["-p"]}), "").unwrap(), "/bin/web|-p");
-        assert!(run(json!({"name": "c", "image": "docker.io/istio/examples-bookinfo-reviews-v2:1.20"}), "").unwrap().starts_with("/proc/self/exe|sample|reviews"));
+        assert!(
+            run(json!({"name": "c", "image": "docker.io/istio/examples-bookinfo-reviews-v2:1.20"}), "")
+                .unwrap()
+                .starts_with("/proc/self/exe|sample|reviews")
+        );
         let error = run(json!({"name": "c", "image": "unknown/thing:1"}), "").unwrap_err();
         assert!(error.contains("--image unknown/thing:1=PROGRAM"), "{error}");
     }

@@ -48,7 +48,9 @@ fn resolv_conf(policy: &DnsPolicy, namespace: &str) -> Option<String> {
             let searches = vec![format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.to_owned()];
             (vec![capture::Network::LOCAL.dns.into()], searches, vec!["ndots:5".to_owned()])
         }
-        DnsPolicy::Custom { nameservers, searches, options } => (nameservers.clone(), searches.clone(), options.clone()),
+        DnsPolicy::Custom { nameservers, searches, options } => {
+            (nameservers.clone(), searches.clone(), options.clone())
+        }
     };
     let mut text = String::new();
     for server in nameservers {

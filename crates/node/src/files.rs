@@ -63,7 +63,8 @@ impl Files {
             }
         }
         // What cannot be read says nothing about what was removed.
-        let mut incomplete: Vec<Arc<str>> = findings.iter().filter_map(|f| f.position.as_ref()).map(|p| Arc::clone(&p.file)).collect();
+        let mut incomplete: Vec<Arc<str>> =
+            findings.iter().filter_map(|f| f.position.as_ref()).map(|p| Arc::clone(&p.file)).collect();
         for source in &self.sources {
             if let Source::Text(name, text) = source {
                 texts.push((Arc::clone(name), text.to_string()));
@@ -149,7 +150,8 @@ impl Files {
 fn collect(path: &Path, is_named: bool, out: &mut Vec<PathBuf>) -> io::Result<()> {
     let meta = std::fs::metadata(path)?;
     if meta.is_dir() {
-        let mut entries = std::fs::read_dir(path)?.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()?;
+        let mut entries =
+            std::fs::read_dir(path)?.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()?;
         entries.sort();
         for entry in entries {
             let is_hidden = entry.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));

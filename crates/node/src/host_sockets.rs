@@ -106,9 +106,7 @@ impl HostSockets {
     pub(crate) async fn one(&self, kind: Kind, v6: bool) -> io::Result<OwnedFd> {
         let socket = self.socket.lock().await;
         let request = [VERSION, kind as u8, if v6 { 6 } else { 4 }, 1];
-        socket
-            .async_io(Interest::WRITABLE, |fd| Ok(rustix::net::send(fd, &request, SendFlags::NOSIGNAL)?))
-            .await?;
+        socket.async_io(Interest::WRITABLE, |fd| Ok(rustix::net::send(fd, &request, SendFlags::NOSIGNAL)?)).await?;
         socket.async_io(Interest::READABLE, |fd| take(fd.as_fd())).await
     }
 }

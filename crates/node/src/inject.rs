@@ -38,7 +38,10 @@ pub fn wants_proxy(of: &Candidate<'_>) -> bool {
     if pod_inject.as_deref() == Some("false") {
         return false;
     }
-    let selected = match (label(of.namespace_labels, labels::INJECTION).as_deref(), label(of.namespace_labels, labels::REVISION)) {
+    let selected = match (
+        label(of.namespace_labels, labels::INJECTION).as_deref(),
+        label(of.namespace_labels, labels::REVISION),
+    ) {
         (Some("enabled"), _) => true,
         (Some(_), _) => false,
         (None, Some(revision)) => revision == "default",
@@ -77,7 +80,8 @@ pub fn inject(pod: &mut Value, workload: Workload<'_>, mesh: &Mesh) {
     if has_status {
         return;
     }
-    let templates = pod["metadata"]["annotations"].get(annotations::TEMPLATES).and_then(Value::as_str).unwrap_or("sidecar");
+    let templates =
+        pod["metadata"]["annotations"].get(annotations::TEMPLATES).and_then(Value::as_str).unwrap_or("sidecar");
     let is_gateway = templates.split(',').any(|template| template.trim() == "gateway");
     let containers = pod["spec"]["containers"].as_array().cloned().unwrap_or_default();
     let apps: Vec<&str> = containers.iter().filter_map(|c| c["name"].as_str()).filter(|name| *name != PROXY).collect();
@@ -96,7 +100,10 @@ pub fn inject(pod: &mut Value, workload: Workload<'_>, mesh: &Mesh) {
         "args".to_owned(),
         json!(["proxy", role, "--domain", format!("{namespace}.svc.{}", wellknown::DEFAULT_DOMAIN_SUFFIX)]),
     );
-    fields.insert("ports".to_owned(), json!([{"containerPort": wellknown::ports::PROXY_METRICS, "name": "http-envoy-prom", "protocol": "TCP"}]));
+    fields.insert(
+        "ports".to_owned(),
+        json!([{"containerPort": wellknown::ports::PROXY_METRICS, "name": "http-envoy-prom", "protocol": "TCP"}]),
+    );
     fields.insert("env".to_owned(), Value::Array(env));
     fields.insert(
         "readinessProbe".to_owned(),
@@ -177,7 +184,10 @@ fn overlay(pod: &mut Value, fields: Map<String, Value>) {
             Some(Value::Array(theirs)) if matches!(key.as_str(), "env" | "volumeMounts" | "ports") => {
                 let added = value.as_array().cloned().unwrap_or_default();
                 let named = |v: &Value| v["name"].as_str().map(str::to_owned);
-                let fresh = added.into_iter().filter(|new| !theirs.iter().any(|old| named(old) == named(new))).collect::<Vec<_>>();
+                let fresh = added
+                    .into_iter()
+                    .filter(|new| !theirs.iter().any(|old| named(old) == named(new)))
+                    .collect::<Vec<_>>();
                 theirs.extend(fresh);
             }
             Some(_) => {}
@@ -186,11 +196,19 @@ fn overlay(pod: &mut Value, fields: Map<String, Value>) {
     }
 }
 
-fn environment(workload: &Workload<'_>, mesh: &Mesh, apps: &[&str], ports: &[Value], is_gateway: bool, namespace: &str) -> Vec<Value> {
+fn environment(
+    workload: &Workload<'_>,
+    mesh: &Mesh,
+    apps: &[&str],
+    ports: &[Value],
+    is_gateway: bool,
+    namespace: &str,
+) -> Vec<Value> {
     let field = |name: &str, path: &str| json!({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}});
     let value = |name: &str, value: String| json!({"name": name, "value": value});
     let address = format!("istiod.{}.svc:{}", wellknown::DEFAULT_ROOT_NAMESPACE, wellknown::ports::XDS);
-    let owner = format!("kubernetes://apis/apps/v1/namespaces/{namespace}/{}s/{}", workload.kind.to_lowercase(), workload.name);
+    let owner =
+        format!("kubernetes://apis/apps/v1/namespaces/{namespace}/{}s/{}", workload.kind.to_lowercase(), workload.name);
     let mut env = vec![
         value("PILOT_CERT_PROVIDER", "istiod".to_owned()),
         value("CA_ADDR", address),
@@ -244,13 +262,23 @@ mod tests {
     use std::collections::BTreeMap;
 
     fn map(text: &str) -> Labels {
-        text.split_whitespace().filter_map(|pair| pair.split_once('=')).map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
+        text.split_whitespace()
+            .filter_map(|pair| pair.split_once('='))
+            .map(|(k, v)| (k.to_owned(), v.to_owned()))
+            .collect()
     }
 
     #[test]
     fn the_matrix_of_labels() {
         const I: &str = "sidecar.istio.io/inject";
-        let pods = ["", &format!("{I}=true"), &format!("{I}=false"), "istio.io/rev=canary", &format!("istio.io/rev=canary {I}=true"), &format!("istio.io/rev=canary {I}=false")];
+        let pods = [
+            "",
+            &format!("{I}=true"),
+            &format!("{I}=false"),
+            "istio.io/rev=canary",
+            &format!("istio.io/rev=canary {I}=true"),
+            &format!("istio.io/rev=canary {I}=false"),
+        ];
         for (namespace, row) in [
             ("", "-D----"),
             ("istio-injection=enabled", "DD-DD-"),
@@ -265,7 +293,13 @@ mod tests {
                 .iter()
                 .map(|pod| {
                     let none = BTreeMap::new();
-                    let of = Candidate { namespace: "shop", namespace_labels: &map(namespace), labels: &map(pod), annotations: &none, host_network: false };
+                    let of = Candidate {
+                        namespace: "shop",
+                        namespace_labels: &map(namespace),
+                        labels: &map(pod),
+                        annotations: &none,
+                        host_network: false,
+                    };
                     if wants_proxy(&of) { 'D' } else { '-' }
                 })
                 .collect();
@@ -278,7 +312,13 @@ mod tests {
         let check = |namespace: &str, pod: &str, annotation: &str, host_network: bool| {
             let annotations = map(annotation);
             let (ns, labels) = (map("istio-injection=enabled"), map(pod));
-            wants_proxy(&Candidate { namespace, namespace_labels: &ns, labels: &labels, annotations: &annotations, host_network })
+            wants_proxy(&Candidate {
+                namespace,
+                namespace_labels: &ns,
+                labels: &labels,
+                annotations: &annotations,
+                host_network,
+            })
         };
         assert!(check("shop", "", "", false));
         assert!(!check("shop", "", "", true));
@@ -308,7 +348,13 @@ mod tests {
         assert_eq!(pod["metadata"]["annotations"]["kubectl.kubernetes.io/default-container"], "reviews");
         let proxy = &pod["spec"]["containers"][1];
         assert_eq!(proxy["args"][1], "sidecar");
-        assert!(proxy["env"].as_array().unwrap().iter().any(|e| e["name"] == "ISTIO_META_POD_PORTS" && e["value"] == "[{\"containerPort\":9080}]"));
+        assert!(
+            proxy["env"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .any(|e| e["name"] == "ISTIO_META_POD_PORTS" && e["value"] == "[{\"containerPort\":9080}]")
+        );
         let (object, findings) = api::from_json(&pod);
         assert!(object.is_some(), "{findings:?}");
     }

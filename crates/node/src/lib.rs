@@ -52,7 +52,9 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 pub use exec::ExecTarget;
-pub use runtime::{Output, OutputSink, Pod, PodRuntime, RunResult, RuntimeError, RuntimeEvent, RuntimeOptions, StartError};
+pub use runtime::{
+    Output, OutputSink, Pod, PodRuntime, RunResult, RuntimeError, RuntimeEvent, RuntimeOptions, StartError,
+};
 pub use spec::{
     ContainerRequest, DnsPolicy, HostListener, Mount, PodId, PodNetwork, PodRequest, Rights, SELF_EXE, ServiceAddress,
     ServicePort, Signal, Stream, Volume, VolumeFile, VolumeSource,

@@ -81,7 +81,10 @@ mod tests {
         let logs = Logs::new();
         logs.append("a/b/c", b"1\n2\n3\n");
         let tail = |lines| String::from_utf8(logs.read("a/b/c", lines).unwrap().0).unwrap();
-        assert_eq!((tail(None), tail(Some(2)), tail(Some(9)), tail(Some(0))), ("1\n2\n3\n".into(), "2\n3\n".into(), "1\n2\n3\n".into(), String::new()));
+        assert_eq!(
+            (tail(None), tail(Some(2)), tail(Some(9)), tail(Some(0))),
+            ("1\n2\n3\n".into(), "2\n3\n".into(), "1\n2\n3\n".into(), String::new())
+        );
         logs.append("a/b/c", &vec![b'x'; KEPT_MAX]);
         assert_eq!(tail(None).len(), KEPT_MAX);
         logs.forget("a", "b");

@@ -160,7 +160,9 @@ fn reap(sender: &Sender, programs: &Programs) {
         let ended = {
             let mut programs = programs.lock();
             match rustix::process::wait(WaitOptions::NOHANG) {
-                Ok(Some((pid, status))) => programs.remove(&pid.as_raw_nonzero().get()).map(|entry| (entry, code(status))),
+                Ok(Some((pid, status))) => {
+                    programs.remove(&pid.as_raw_nonzero().get()).map(|entry| (entry, code(status)))
+                }
                 _ => None,
             }
         };
@@ -173,8 +175,5 @@ fn reap(sender: &Sender, programs: &Programs) {
 }
 
 fn code(status: WaitStatus) -> i32 {
-    status
-        .exit_status()
-        .or_else(|| status.terminating_signal().map(|signal| 128 + signal))
-        .unwrap_or(-1)
+    status.exit_status().or_else(|| status.terminating_signal().map(|signal| 128 + signal)).unwrap_or(-1)
 }

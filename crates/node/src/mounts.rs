@@ -61,9 +61,13 @@ impl PodFiles {
 
     /// Replaces the files of a volume as one.
     pub(crate) fn update(&mut self, volume: &str, contents: &[VolumeFile]) -> Result<(), Refusal> {
-        let known = self.volumes.iter().any(|known| known.name == volume && matches!(known.source, VolumeSource::Files(_)));
+        let known =
+            self.volumes.iter().any(|known| known.name == volume && matches!(known.source, VolumeSource::Files(_)));
         if !known {
-            return Err(Refusal::Step { step: format!("updating volume {volume:?}, which the pod lacks"), errno: libc::ENOENT });
+            return Err(Refusal::Step {
+                step: format!("updating volume {volume:?}, which the pod lacks"),
+                errno: libc::ENOENT,
+            });
         }
         let path = self.volume_dir(volume)?;
         self.write_files(&path, contents)
@@ -149,7 +153,10 @@ impl PodFiles {
     fn source(&self, mount: &Mount) -> Result<PathBuf, Refusal> {
         let missing = |what: String| Refusal::Step { step: what, errno: libc::ENOENT };
         if !mount.path.is_absolute() || mount.path.components().any(|part| part == Component::ParentDir) {
-            return Err(Refusal::Step { step: format!("mount path {} is not absolute", mount.path.display()), errno: libc::EINVAL });
+            return Err(Refusal::Step {
+                step: format!("mount path {} is not absolute", mount.path.display()),
+                errno: libc::EINVAL,
+            });
         }
         let volume = self
             .volumes
@@ -219,8 +226,14 @@ impl View {
         let attempts = [format!("{options},userxattr"), options];
         let mounted = attempts.iter().any(|options| {
             std::ffi::CString::new(options.as_str()).is_ok_and(|options| {
-                rustix::mount::mount("lateen-etc", "/etc", "overlay", MountFlags::NOSUID | MountFlags::NODEV, Some(options.as_c_str()))
-                    .is_ok()
+                rustix::mount::mount(
+                    "lateen-etc",
+                    "/etc",
+                    "overlay",
+                    MountFlags::NOSUID | MountFlags::NODEV,
+                    Some(options.as_c_str()),
+                )
+                .is_ok()
             })
         });
         if mounted {
@@ -237,7 +250,8 @@ impl View {
 
     /// Makes `source` seen at `path`, whatever must be made for it.
     fn bind(&mut self, source: &Path, path: &Path, read_only: bool) -> Result<(), Refusal> {
-        let source_is_dir = fs::metadata(source).map_err(Refusal::io(format!("reading {}", source.display())))?.is_dir();
+        let source_is_dir =
+            fs::metadata(source).map_err(Refusal::io(format!("reading {}", source.display())))?.is_dir();
         let target = self.mount_point(path, source_is_dir)?;
         let failed = || Refusal::step(format!("mounting {}", path.display()));
         rustix::mount::mount_bind_recursive(source, &target).map_err(failed())?;
@@ -261,7 +275,10 @@ impl View {
             return Ok(existing);
         }
         if !kind.is_dir() {
-            return Err(Refusal::Step { step: format!("making the mount point {}", path.display()), errno: libc::ENOTDIR });
+            return Err(Refusal::Step {
+                step: format!("making the mount point {}", path.display()),
+                errno: libc::ENOTDIR,
+            });
         }
         if !self.own_devices.contains(&kind.dev()) {
             self.mimic(&existing)?;
@@ -354,7 +371,11 @@ fn split(path: &Path) -> (PathBuf, PathBuf) {
 }
 
 fn make_dir(path: &Path) -> Result<(), Refusal> {
-    fs::DirBuilder::new().recursive(true).mode(0o755).create(path).map_err(Refusal::io(format!("making {}", path.display())))
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(path)
+        .map_err(Refusal::io(format!("making {}", path.display())))
 }
 
 fn write_file(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
@@ -382,7 +403,8 @@ mod tests {
     #[test]
     fn volumes_change_as_one_and_forget_what_is_gone() {
         let dir = std::env::temp_dir().join(format!("lateen-volume-{}", std::process::id()));
-        let volume = Volume { name: "config".into(), source: VolumeSource::Files(vec![file("a", "1"), file("sub/b", "2")]) };
+        let volume =
+            Volume { name: "config".into(), source: VolumeSource::Files(vec![file("a", "1"), file("sub/b", "2")]) };
         let mut pod = PodFiles::create(dir.clone(), vec![volume], Vec::new()).unwrap();
         let root = dir.join("volumes/config");
         assert_eq!(fs::read_to_string(root.join("a")).unwrap(), "1");
@@ -412,7 +434,11 @@ mod tests {
         let check = |path: &str, existing: &str, missing: &str| {
             assert_eq!(split(Path::new(path)), (existing.into(), missing.into()), "{path}");
         };
-        check("/proc/self/nothing/here", &fs::canonicalize("/proc/self").unwrap().display().to_string(), "nothing/here");
+        check(
+            "/proc/self/nothing/here",
+            &fs::canonicalize("/proc/self").unwrap().display().to_string(),
+            "nothing/here",
+        );
         check("/usr", &fs::canonicalize("/usr").unwrap().display().to_string(), "");
         check("/not-there/x", "/", "not-there/x");
     }

@@ -125,7 +125,8 @@ async fn relay_loop(server: &Arc<Server>, listener: std::net::TcpListener) {
 async fn relay(server: &Server, mut client: TcpStream) -> io::Result<()> {
     let outcome = async {
         let reference = socket2::SockRef::from(&client);
-        let original = if client.local_addr()?.is_ipv4() { reference.original_dst_v4() } else { reference.original_dst_v6() };
+        let original =
+            if client.local_addr()?.is_ipv4() { reference.original_dst_v4() } else { reference.original_dst_v6() };
         let to = original?.as_socket().ok_or(io::ErrorKind::InvalidInput)?;
         // Somebody dialled the relay's own port: nothing to relay to.
         if Network::LOCAL.contains(to.ip()) || to.ip().is_loopback() || to.ip().is_unspecified() {

@@ -47,7 +47,9 @@ pub(crate) async fn ask(probe: &Probe, target: Target<'_>, runtime: &PodRuntime)
         return match run {
             Ok(result) => match result.code {
                 Some(0) => Ok(()),
-                Some(code) => Err(format!("command ended with {code}: {}", String::from_utf8_lossy(&result.output).trim())),
+                Some(code) => {
+                    Err(format!("command ended with {code}: {}", String::from_utf8_lossy(&result.output).trim()))
+                }
                 None => Err("command ran out of time".to_owned()),
             },
             Err(error) => Err(error.to_string()),
@@ -81,7 +83,9 @@ fn question(probe: &Probe, target: &Target<'_>, limit: Duration) -> Option<Quest
         let named = http.http_headers.iter().find(|header| header.name.eq_ignore_ascii_case("host"));
         let host = named.map_or_else(|| format!("{}:{port}", target.ip), |header| header.value.clone());
         let path = if http.path.starts_with('/') { http.path.clone() } else { format!("/{}", http.path) };
-        let mut request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: kube-probe/1.0\r\nAccept: */*\r\nConnection: close\r\n");
+        let mut request = format!(
+            "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: kube-probe/1.0\r\nAccept: */*\r\nConnection: close\r\n"
+        );
         for header in http.http_headers.iter().filter(|header| !header.name.eq_ignore_ascii_case("host")) {
             request.push_str(&format!("{}: {}\r\n", header.name, header.value));
         }
@@ -113,7 +117,11 @@ async fn talk(mut stream: impl AsyncRead + AsyncWrite + Unpin, question: &Questi
             }
         }
         let line = String::from_utf8_lossy(&head);
-        let status = line.strip_prefix("HTTP/1.").and_then(|rest| rest.split(' ').nth(1)).and_then(|word| word.get(..3)).and_then(|code| code.parse::<u16>().ok());
+        let status = line
+            .strip_prefix("HTTP/1.")
+            .and_then(|rest| rest.split(' ').nth(1))
+            .and_then(|word| word.get(..3))
+            .and_then(|code| code.parse::<u16>().ok());
         match status {
             Some(200..=399) => Ok(()),
             Some(status) => Err(format!("HTTP probe failed with statuscode: {status}")),
@@ -129,7 +137,8 @@ async fn talk(mut stream: impl AsyncRead + AsyncWrite + Unpin, question: &Questi
 /// The hidden role: asks from within the container.
 pub(crate) fn probe_main(argument: &str) -> ExitCode {
     let outcome = serde_json::from_str::<Question>(argument).map_err(|error| error.to_string()).and_then(|question| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
         runtime.block_on(async {
             let limit = Duration::from_millis(question.timeout_ms);
             match tokio::time::timeout(limit, tokio::net::TcpStream::connect(question.to)).await {
@@ -161,7 +170,11 @@ mod tests {
             drop(server.read(&mut buffer).await);
             drop(server.write_all(text.as_bytes()).await);
         };
-        let question = Question { to: "127.0.0.1:1".parse().unwrap(), request: Some("GET / HTTP/1.1\r\n\r\n".into()), timeout_ms: 1000 };
+        let question = Question {
+            to: "127.0.0.1:1".parse().unwrap(),
+            request: Some("GET / HTTP/1.1\r\n\r\n".into()),
+            timeout_ms: 1000,
+        };
         tokio::join!(serve, talk(client, &question)).1
     }
 

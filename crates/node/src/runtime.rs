@@ -69,7 +69,10 @@ pub struct RuntimeOptions {
 
 impl std::fmt::Debug for RuntimeOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RuntimeOptions").field("mesh", &self.mesh).field("run_dir", &self.run_dir).finish_non_exhaustive()
+        f.debug_struct("RuntimeOptions")
+            .field("mesh", &self.mesh)
+            .field("run_dir", &self.run_dir)
+            .finish_non_exhaustive()
     }
 }
 
@@ -96,7 +99,9 @@ pub enum StartError {
     #[error("pods cannot have networks of their own here")]
     Capture(#[from] capture::CaptureError),
     /// A host port cannot be listened on.
-    #[error("cannot listen on {address} for the gateway's port {port}; choose another address (port 0 picks a free one)")]
+    #[error(
+        "cannot listen on {address} for the gateway's port {port}; choose another address (port 0 picks a free one)"
+    )]
     HostPort {
         /// The address asked for.
         address: SocketAddr,
@@ -422,8 +427,13 @@ impl PodRuntime {
         let serial = self.number();
         let (exited_to, exited) = oneshot::channel();
         self.state().programs.insert(serial, Program::Run(exited_to));
-        let request =
-            ContainerRequest { name: format!("exec-{serial}"), argv, env: running.env, cwd: running.cwd, ..ContainerRequest::default() };
+        let request = ContainerRequest {
+            name: format!("exec-{serial}"),
+            argv,
+            env: running.env,
+            cwd: running.cwd,
+            ..ContainerRequest::default()
+        };
         let name = request.name.clone();
         let plan = ContainerPlan { pod, serial, request, inside: Some(container.into()), pass: Vec::new() };
         let answer = self.call(Call::Start(Box::new(plan)), &[output_to.as_fd(), output_to.as_fd()]).await;

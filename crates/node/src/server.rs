@@ -190,7 +190,8 @@ async fn connection(stream: UnixStream, api: Api) {
         let api = api.clone();
         async move { Ok::<_, Infallible>(answer(&api, request).await) }
     });
-    if let Err(error) = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await {
+    if let Err(error) = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await
+    {
         tracing::debug!(%error, "a client of the local socket went away");
     }
 }
@@ -213,9 +214,13 @@ async fn answer(api: &Api, request: Request<Incoming>) -> Answer {
             let objects = api.store.objects();
             objects.find(kind, key).map_or_else(|| not_found(kind, key), |object| whole(StatusCode::OK, &*object.raw))
         }),
-        (&Method::DELETE, ["objects", kind, namespace, name]) => with_key(kind, namespace, name, |kind, key| delete(api, kind, key)),
+        (&Method::DELETE, ["objects", kind, namespace, name]) => {
+            with_key(kind, namespace, name, |kind, key| delete(api, kind, key))
+        }
         (&Method::POST, ["objects"]) => apply(api, request).await,
-        (&Method::POST, ["objects", kind, namespace, name, "merge"]) => merge(api, (kind, namespace, name), request).await,
+        (&Method::POST, ["objects", kind, namespace, name, "merge"]) => {
+            merge(api, (kind, namespace, name), request).await
+        }
         (&Method::POST, ["tokenreview"]) => review(api, request).await,
         (&Method::GET, ["logs", namespace, pod, container]) => {
             let tail = query(&request, "tail").and_then(|tail| tail.parse().ok());
@@ -283,7 +288,9 @@ async fn apply(api: &Api, request: Request<Incoming>) -> Answer {
     };
     let documents = parse_documents(&file, &String::from_utf8_lossy(&bytes));
     let mut report = Report { outcomes: Vec::new(), findings: documents.findings };
-    report.outcomes.extend(documents.refused.into_iter().map(|object| ObjectOutcome { object, action: word(Action::Refused) }));
+    report
+        .outcomes
+        .extend(documents.refused.into_iter().map(|object| ObjectOutcome { object, action: word(Action::Refused) }));
     let values = documents.objects.iter().map(|parsed| ((*parsed.object.raw).clone(), Origin::Api)).collect();
     match api.store.apply(values, Mode::Apply, dry_run) {
         Ok(outcomes) => {
@@ -472,7 +479,10 @@ mod tests {
         assert_eq!(report.outcomes[0].action, "created");
         let one: Value = client.get("/objects/ns/_/shop").await.unwrap();
         assert_eq!(one["metadata"]["name"], "shop");
-        let patched: Value = client.post("/objects/Namespace/_/shop/merge", br#"{"metadata":{"labels":{"a":null,"c":"d"}}}"#.to_vec()).await.unwrap();
+        let patched: Value = client
+            .post("/objects/Namespace/_/shop/merge", br#"{"metadata":{"labels":{"a":null,"c":"d"}}}"#.to_vec())
+            .await
+            .unwrap();
         assert_eq!(patched["metadata"]["labels"], json!({ "c": "d" }));
         client.delete("/objects/namespace/_/shop").await.unwrap();
         let error = client.get::<Value>("/objects/ns/_/shop").await.unwrap_err();
@@ -484,7 +494,8 @@ mod tests {
     async fn tokens_are_reviewed() {
         let folder = tempfile::tempdir().unwrap();
         let (client, _api) = start(folder.path());
-        let good: Value = client.post("/tokenreview", br#"{"token":"good","audience":"istio-ca"}"#.to_vec()).await.unwrap();
+        let good: Value =
+            client.post("/tokenreview", br#"{"token":"good","audience":"istio-ca"}"#.to_vec()).await.unwrap();
         assert_eq!((&good["authenticated"], &good["serviceAccount"]), (&json!(true), &json!("b")));
         let bad: Value = client.post("/tokenreview", br#"{"token":"x","audience":"istio-ca"}"#.to_vec()).await.unwrap();
         assert_eq!(bad, json!({ "authenticated": false }));

@@ -20,10 +20,10 @@ use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use crate::host_sockets;
 use crate::runtime::{RuntimeOptions, StartError};
 use crate::spec::SELF_EXE;
 use crate::wire::{Report, Sender};
-use crate::host_sockets;
 
 /// Hidden first arguments of the binary.
 pub(crate) const STARTER: &str = "node-starter";
@@ -60,7 +60,8 @@ pub(crate) fn needs_user_namespace() -> bool {
 
 /// Starts the chain. Needs a tokio runtime for the host-socket service.
 pub(crate) fn start(options: &RuntimeOptions) -> io::Result<Started> {
-    let (control, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let (control, theirs) =
+        rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     let (server, client) = host_sockets::pair()?;
     host_sockets::serve(server)?;
     let config = Config {

@@ -113,7 +113,8 @@ impl StateDir {
         let header = String::from_utf8_lossy(&bytes[..end]);
         let body = &bytes[end + 1..];
         let mut words = header.split(' ');
-        let (Some(MAGIC), Some(length), Some(sum), None) = (words.next(), words.next(), words.next(), words.next()) else {
+        let (Some(MAGIC), Some(length), Some(sum), None) = (words.next(), words.next(), words.next(), words.next())
+        else {
             return Err(damaged("its header is not ours".to_owned()));
         };
         if length.parse() != Ok(body.len()) {

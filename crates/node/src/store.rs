@@ -260,7 +260,9 @@ impl Store {
         if draft.events.is_empty() && !draft.is_saved {
             return Ok(());
         }
-        if draft.is_saved && let Some(state) = &self.state {
+        if draft.is_saved
+            && let Some(state) = &self.state
+        {
             state.save(&draft.next.to_saved())?;
         }
         *inner = draft.next;
@@ -364,7 +366,8 @@ impl Draft {
                 if next == *live.raw {
                     return Ok(Action::Unchanged);
                 }
-                let spec_changed = without(&next, &["metadata", "status"]) != without(&live.raw, &["metadata", "status"]);
+                let spec_changed =
+                    without(&next, &["metadata", "status"]) != without(&live.raw, &["metadata", "status"]);
                 let generation = live.meta.generation + u64::from(spec_changed);
                 next["metadata"]["generation"] = generation.into();
             }
@@ -401,7 +404,8 @@ impl Draft {
             self.next.applied.insert(key, (document, Origin::Api));
             self.is_saved = true;
         }
-        let account = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": name}});
+        let account =
+            json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": name}});
         // A namespace always has its default account, as on Kubernetes.
         drop(self.admit(Kind::ServiceAccount, None, account));
     }
@@ -412,7 +416,8 @@ impl Draft {
         if service.spec.is_headless() || service.spec.kind == "ExternalName" {
             return Ok(());
         }
-        let had = live.and_then(|live| live.raw["spec"]["clusterIP"].as_str()).filter(|ip| !ip.is_empty() && *ip != "None");
+        let had =
+            live.and_then(|live| live.raw["spec"]["clusterIP"].as_str()).filter(|ip| !ip.is_empty() && *ip != "None");
         let wanted = Some(service.spec.cluster_ip.as_str()).filter(|ip| !ip.is_empty());
         let taken: Vec<(&str, NamespacedName)> = self
             .next
@@ -434,18 +439,28 @@ impl Draft {
         };
         let ip = match (wanted, had) {
             (Some(wanted), Some(had)) if wanted != had => {
-                return Err(refuse(format!("the address {had} cannot be changed"), "delete the service first, or leave clusterIP out"));
+                return Err(refuse(
+                    format!("the address {had} cannot be changed"),
+                    "delete the service first, or leave clusterIP out",
+                ));
             }
             (Some(wanted), _) => {
                 if let Some((_, owner)) = taken.iter().find(|(ip, _)| *ip == wanted) {
-                    return Err(refuse(format!("the address {wanted} belongs to Service {owner}"), "leave clusterIP out"));
+                    return Err(refuse(
+                        format!("the address {wanted} belongs to Service {owner}"),
+                        "leave clusterIP out",
+                    ));
                 }
                 wanted.to_owned()
             }
             (None, Some(had)) => had.to_owned(),
             (None, None) => {
                 // Spread by name, so that a service usually has the same address in every run.
-                let seed = object.key().to_string().bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+                let seed = object
+                    .key()
+                    .to_string()
+                    .bytes()
+                    .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
                 let room = LAST_SERVICE - FIRST_SERVICE;
                 let free = (0..room)
                     .map(|step| Ipv4Addr::from(SERVICE_NET + FIRST_SERVICE + (seed % room + step) % room).to_string())
@@ -470,8 +485,13 @@ impl Draft {
                 }
             }
             Kind::Namespace => {
-                let inside: Vec<(Kind, NamespacedName)> =
-                    self.next.objects.iter().filter(|o| o.meta.namespace == key.name).map(|o| (o.kind, o.key())).collect();
+                let inside: Vec<(Kind, NamespacedName)> = self
+                    .next
+                    .objects
+                    .iter()
+                    .filter(|o| o.meta.namespace == key.name)
+                    .map(|o| (o.kind, o.key()))
+                    .collect();
                 for (kind, key) in inside {
                     self.delete(kind, &key);
                 }
@@ -558,13 +578,15 @@ mod tests {
         store.apply(documents(text), Mode::Apply, false).unwrap().into_iter().map(|o| o.action).collect()
     }
 
-    const SERVICE: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: a, namespace: shop}\nspec: {ports: [{port: 80}]}\n";
+    const SERVICE: &str =
+        "apiVersion: v1\nkind: Service\nmetadata: {name: a, namespace: shop}\nspec: {ports: [{port: 80}]}\n";
 
     #[test]
     fn services_get_an_address_once() {
         let store = Store::in_memory();
         assert_eq!(apply(&store, SERVICE), [Action::Created]);
-        let ip = |store: &Store| store.objects().get::<api::k8s::Service>("shop", "a").unwrap().1.spec.cluster_ip.clone();
+        let ip =
+            |store: &Store| store.objects().get::<api::k8s::Service>("shop", "a").unwrap().1.spec.cluster_ip.clone();
         let first = ip(&store);
         assert!(first.starts_with("10.96."), "{first}");
         assert_eq!(apply(&store, SERVICE), [Action::Unchanged]);
@@ -631,7 +653,8 @@ mod tests {
         let mut subscription = store.subscribe();
         apply(&store, &SERVICE.replace("80", "81"));
         store.delete(Kind::Service, &NamespacedName::new("shop", "a")).unwrap();
-        let kinds: Vec<EventKind> = std::iter::from_fn(|| subscription.events.try_recv().ok()).map(|e| e.kind).collect();
+        let kinds: Vec<EventKind> =
+            std::iter::from_fn(|| subscription.events.try_recv().ok()).map(|e| e.kind).collect();
         assert_eq!(kinds, [EventKind::Modified, EventKind::Deleted]);
     }
 }

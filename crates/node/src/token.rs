@@ -4,7 +4,9 @@
 //! lives as long as the process. A token is good as long as its pod: a review looks it up.
 
 use aws_lc_rs::rand::SystemRandom;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _, UnparsedPublicKey};
+use aws_lc_rs::signature::{
+    ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _, UnparsedPublicKey,
+};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
@@ -179,7 +181,12 @@ mod tests {
     #[test]
     fn a_token_is_as_good_as_its_pod() {
         let tokens = Tokens::new();
-        let subject = TokenSubject { namespace: "shop".into(), service_account: "reviews".into(), pod: "p".into(), pod_uid: "u1".into() };
+        let subject = TokenSubject {
+            namespace: "shop".into(),
+            service_account: "reviews".into(),
+            pod: "p".into(),
+            pod_uid: "u1".into(),
+        };
         let token = tokens.mint(&subject, "istio-ca", 1000, 600);
         let check = |token: &str, audience: &str, set: &ConfigSet, now: i64| {
             tokens.review(&TokenReview { token: token.to_owned(), audience: audience.to_owned() }, set, now)

@@ -39,7 +39,8 @@ pub fn volumes(facts: &PodFacts<'_>, from: &Contents<'_>) -> Result<Vec<Volume>,
 
 fn has_account(facts: &PodFacts<'_>) -> bool {
     let spec = &facts.pod.spec;
-    spec.automount_service_account_token != Some(false) && !spec.volumes.iter().any(|volume| volume.name == ACCOUNT_VOLUME)
+    spec.automount_service_account_token != Some(false)
+        && !spec.volumes.iter().any(|volume| volume.name == ACCOUNT_VOLUME)
 }
 
 fn account(facts: &PodFacts<'_>, from: &Contents<'_>) -> Vec<VolumeFile> {
@@ -68,7 +69,8 @@ fn source(volume: &k8s::Volume, facts: &PodFacts<'_>, from: &Contents<'_>) -> Re
         return config_map(namespace, &of.name, &of.items, of.optional, of.default_mode, from).map(VolumeSource::Files);
     }
     if let Some(of) = &volume.secret {
-        return secret(namespace, &of.secret_name, &of.items, of.optional, of.default_mode, from).map(VolumeSource::Files);
+        return secret(namespace, &of.secret_name, &of.items, of.optional, of.default_mode, from)
+            .map(VolumeSource::Files);
     }
     if let Some(of) = &volume.downward_api {
         return Ok(VolumeSource::Files(downward(of, facts)));
@@ -131,7 +133,13 @@ fn secret(
 }
 
 /// All keys as files, or the listed ones under their paths.
-fn pick(pairs: Option<Pairs>, what: &str, items: &[KeyToPath], optional: bool, mode: u32) -> Result<Vec<VolumeFile>, Missing> {
+fn pick(
+    pairs: Option<Pairs>,
+    what: &str,
+    items: &[KeyToPath],
+    optional: bool,
+    mode: u32,
+) -> Result<Vec<VolumeFile>, Missing> {
     let Some(pairs) = pairs else {
         return if optional { Ok(Vec::new()) } else { Err(Missing(format!("{what} is not there"))) };
     };
@@ -172,7 +180,12 @@ pub fn mounts(container: &Container, facts: &PodFacts<'_>) -> Vec<Mount> {
         .collect();
     let is_taken = out.iter().any(|mount| mount.path.starts_with(ACCOUNT_PATH));
     if has_account(facts) && !is_taken {
-        out.push(Mount { volume: ACCOUNT_VOLUME.to_owned(), path: PathBuf::from(ACCOUNT_PATH), sub_path: None, read_only: true });
+        out.push(Mount {
+            volume: ACCOUNT_VOLUME.to_owned(),
+            path: PathBuf::from(ACCOUNT_PATH),
+            sub_path: None,
+            read_only: true,
+        });
     }
     out
 }
@@ -185,20 +198,22 @@ mod tests {
     #[test]
     fn volumes_are_filled_or_waited_for() {
         let set = |with_secret: bool| {
-            let mut list = vec![json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "m", "namespace": "shop"}, "data": {"a": "1", "b": "2"}})];
+            let mut list = vec![
+                json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "m", "namespace": "shop"}, "data": {"a": "1", "b": "2"}}),
+            ];
             if with_secret {
                 list.push(json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "namespace": "shop"}, "data": {"k": "dg=="}}));
             }
             ConfigSet::new(list.iter().filter_map(|value| api::from_json(value).0))
         };
         let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "namespace": "shop", "uid": "u", "labels": {"app": "x"}},
-            "spec": {"containers": [{"name": "c", "image": "i", "volumeMounts": [{"name": "one", "mountPath": "/one"}]}], "volumes": [
-                {"name": "one", "configMap": {"name": "m", "items": [{"key": "b", "path": "deep/b.txt"}]}},
-                {"name": "two", "secret": {"secretName": "s", "defaultMode": 256}},
-                {"name": "three", "emptyDir": {}},
-                {"name": "four", "projected": {"sources": [{"serviceAccountToken": {"audience": "istio-ca", "path": "istio-token"}}]}},
-                {"name": "five", "downwardAPI": {"items": [{"path": "labels", "fieldRef": {"fieldPath": "metadata.labels"}}]}},
-            ]}});
+        "spec": {"containers": [{"name": "c", "image": "i", "volumeMounts": [{"name": "one", "mountPath": "/one"}]}], "volumes": [
+            {"name": "one", "configMap": {"name": "m", "items": [{"key": "b", "path": "deep/b.txt"}]}},
+            {"name": "two", "secret": {"secretName": "s", "defaultMode": 256}},
+            {"name": "three", "emptyDir": {}},
+            {"name": "four", "projected": {"sources": [{"serviceAccountToken": {"audience": "istio-ca", "path": "istio-token"}}]}},
+            {"name": "five", "downwardAPI": {"items": [{"path": "labels", "fieldRef": {"fieldPath": "metadata.labels"}}]}},
+        ]}});
         let object = api::from_json(&pod).0.unwrap();
         let typed = object.typed::<k8s::Pod>().unwrap().clone();
         let facts = PodFacts { object: &object, pod: &typed, ip: "", host_ip: "", node_name: "" };

@@ -30,13 +30,28 @@ const FDS_MAX: usize = 128;
 pub(crate) enum Call {
     CreatePod(Box<PodPlan>),
     Start(Box<ContainerPlan>),
-    Signal { pod: PodId, container: String, signal: Signal },
-    DeletePod { pod: PodId },
-    UpdateVolume { pod: PodId, volume: String, files: Vec<VolumeFile> },
+    Signal {
+        pod: PodId,
+        container: String,
+        signal: Signal,
+    },
+    DeletePod {
+        pod: PodId,
+    },
+    UpdateVolume {
+        pod: PodId,
+        volume: String,
+        files: Vec<VolumeFile>,
+    },
     /// Fresh, unconnected sockets of the switch.
-    Sockets { v6: bool, count: usize },
+    Sockets {
+        v6: bool,
+        count: usize,
+    },
     /// A listening socket of the switch.
-    Listen { address: SocketAddr },
+    Listen {
+        address: SocketAddr,
+    },
     SetNames(BTreeMap<String, Vec<IpAddr>>),
     SetServices(Vec<capture::ServiceAddress>),
     Shutdown,
@@ -81,9 +96,15 @@ pub(crate) enum Refusal {
     NoSuchPod,
     NoSuchContainer(String),
     /// The program could not be started.
-    Program { program: String, errno: i32 },
+    Program {
+        program: String,
+        errno: i32,
+    },
     /// A step of the building failed.
-    Step { step: String, errno: i32 },
+    Step {
+        step: String,
+        errno: i32,
+    },
     Capture(capture::CaptureError),
 }
 

@@ -186,7 +186,7 @@ fn volume(check: &mut Check<'_>, at: &str, volume: &Volume) {
         ("emptyDir", volume.empty_dir.is_some(), true),
         ("projected", volume.projected.is_some(), true),
         ("downwardAPI", volume.downward_api.is_some(), true),
-        ("hostPath", volume.host_path.is_some(), false),
+        ("hostPath", volume.host_path.is_some(), true),
         ("persistentVolumeClaim", volume.persistent_volume_claim.is_some(), false),
         ("csi", volume.csi.is_some(), false),
         ("nfs", volume.nfs.is_some(), false),

@@ -43,7 +43,8 @@ pub(super) fn reconcile(store: &Store, mesh: &Mesh) {
         }
         let Some(owner) = object.meta.owners.iter().find(|owner| owner.kind == "ReplicaSet") else { continue };
         let deployment = deployment_of(object, &owner.name);
-        let is_owned = deployment.is_some_and(|name| objects.get::<k8s::Deployment>(&object.meta.namespace, name).is_some());
+        let is_owned =
+            deployment.is_some_and(|name| objects.get::<k8s::Deployment>(&object.meta.namespace, name).is_some());
         if !is_owned {
             delete(store, &object.key());
         }
@@ -153,7 +154,8 @@ fn plan(spec: &DeploymentSpec, members: &[Member], terminating: u32) -> Plan {
     let missing = replicas.saturating_sub(current);
     // Without old pods nothing is rolled over, and a deployment just grows.
     let create = if old == 0 { missing } else { missing.min(room) };
-    let mut delete: Vec<String> = oldest_last(of(true)).into_iter().take(current.saturating_sub(replicas) as usize).collect();
+    let mut delete: Vec<String> =
+        oldest_last(of(true)).into_iter().take(current.saturating_sub(replicas) as usize).collect();
     // Ready pods that may go: those above what must stay.
     let mut spare = ready.saturating_sub(replicas.saturating_sub(unavailable));
     let mut old_members = of(false);
@@ -230,7 +232,11 @@ mod tests {
             })
             .collect();
         let plan = plan(&spec(replicas, strategy), &list, terminating);
-        assert_eq!((plan.create, plan.delete.join(",").as_str()), (create, delete), "{replicas} {strategy} {members:?}");
+        assert_eq!(
+            (plan.create, plan.delete.join(",").as_str()),
+            (create, delete),
+            "{replicas} {strategy} {members:?}"
+        );
     }
 
     #[test]
@@ -259,7 +265,11 @@ mod tests {
         let store = Store::in_memory();
         let mesh = Mesh { trust_domain: "cluster.local".into(), proxy_config: json!({}) };
         let text = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {istio-injection: enabled}}\n---\napiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web, namespace: shop}\nspec: {replicas: 2, selector: {matchLabels: {app: web}}, template: {metadata: {labels: {app: web}}, spec: {containers: [{name: c, image: i, command: [x]}]}}}\n";
-        let documents = api::parse_documents("t", text).objects.into_iter().map(|o| ((*o.object.raw).clone(), crate::store::Origin::Api)).collect();
+        let documents = api::parse_documents("t", text)
+            .objects
+            .into_iter()
+            .map(|o| ((*o.object.raw).clone(), crate::store::Origin::Api))
+            .collect();
         store.apply(documents, crate::store::Mode::Apply, false).unwrap();
         reconcile(&store, &mesh);
         reconcile(&store, &mesh);

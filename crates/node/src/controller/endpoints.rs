@@ -144,7 +144,10 @@ fn slice(object: &Object, service: &k8s::Service, index: usize, ports: &[u16], e
     })
 }
 
-fn of_service<'a>(objects: &'a ConfigSet, key: &'a NamespacedName) -> impl Iterator<Item = &'a k8s::EndpointSlice> + 'a {
+fn of_service<'a>(
+    objects: &'a ConfigSet,
+    key: &'a NamespacedName,
+) -> impl Iterator<Item = &'a k8s::EndpointSlice> + 'a {
     objects
         .in_namespace::<k8s::EndpointSlice>(&key.namespace)
         .filter(move |(object, _)| object.meta.labels.get(labels::SERVICE_NAME).is_some_and(|name| **name == *key.name))
@@ -197,7 +200,8 @@ fn services(objects: &ConfigSet) -> Vec<ServiceAddress> {
                 for slice in of_service(objects, &key) {
                     let Some(target) = slice.ports.iter().find(|target| target.name == port.name) else { continue };
                     let ready = slice.endpoints.iter().filter(|endpoint| is_ready(endpoint)).flat_map(|e| &e.addresses);
-                    let same_family = ready.filter_map(|a| a.parse::<IpAddr>().ok()).filter(|a| a.is_ipv4() == ip.is_ipv4());
+                    let same_family =
+                        ready.filter_map(|a| a.parse::<IpAddr>().ok()).filter(|a| a.is_ipv4() == ip.is_ipv4());
                     endpoints.extend(same_family.map(|address| SocketAddr::new(address, target.port)));
                 }
                 Some(ServicePort { port: port.port, protocol, endpoints })
@@ -248,7 +252,10 @@ mod tests {
         let objects = set(&list);
         let services = services(&objects);
         assert_eq!(services.len(), 1);
-        assert_eq!(services[0].ports[0].endpoints, ["10.77.0.10:8080".parse().unwrap(), "10.77.0.12:9090".parse().unwrap()]);
+        assert_eq!(
+            services[0].ports[0].endpoints,
+            ["10.77.0.10:8080".parse().unwrap(), "10.77.0.12:9090".parse().unwrap()]
+        );
         let names = names(&objects);
         assert_eq!(names["web.shop.svc.cluster.local"], ["10.96.1.1".parse::<IpAddr>().unwrap()]);
         assert_eq!(names["pods.shop.svc.cluster.local"].len(), 2);

@@ -107,8 +107,15 @@ struct Slot {
 #[derive(Clone)]
 enum State {
     /// Not running; starts at this time, if it may.
-    Waiting { reason: String, message: String, until: Option<Instant> },
-    Running { since: Instant, at: String },
+    Waiting {
+        reason: String,
+        message: String,
+        until: Option<Instant>,
+    },
+    Running {
+        since: Instant,
+        at: String,
+    },
     Ended(Ended),
 }
 
@@ -140,7 +147,11 @@ impl Slot {
         Self {
             container: container.clone(),
             is_init,
-            state: State::Waiting { reason: "ContainerCreating".into(), message: String::new(), until: Some(Instant::now()) },
+            state: State::Waiting {
+                reason: "ContainerCreating".into(),
+                message: String::new(),
+                until: Some(Instant::now()),
+            },
             restarts: 0,
             backoff: Duration::ZERO,
             last: None,
@@ -197,7 +208,11 @@ impl Slot {
         let wait = self.backoff;
         self.backoff = if wait.is_zero() { BACKOFF_FIRST } else { (wait * 2).min(BACKOFF_MAX) };
         let reason = if wait.is_zero() { "ContainerCreating" } else { "CrashLoopBackOff" };
-        let message = if wait.is_zero() { String::new() } else { format!("back-off {}s restarting failed container", wait.as_secs()) };
+        let message = if wait.is_zero() {
+            String::new()
+        } else {
+            format!("back-off {}s restarting failed container", wait.as_secs())
+        };
         self.state = State::Waiting { reason: reason.to_owned(), message, until: Some(Instant::now() + wait) };
         self.restarts += 1;
     }
@@ -206,7 +221,9 @@ impl Slot {
     fn due(&self) -> Option<Instant> {
         let start = match &self.state {
             State::Waiting { until, .. } => *until,
-            State::Running { .. } => self.probes.iter().filter(|check| !check.is_asking).filter_map(|check| check.next).min(),
+            State::Running { .. } => {
+                self.probes.iter().filter(|check| !check.is_asking).filter_map(|check| check.next).min()
+            }
             State::Ended(_) => None,
         };
         [start, self.kill_at].into_iter().flatten().min()
@@ -286,7 +303,8 @@ impl Worker {
 
     /// Init containers run one after the other; the rest waits for them.
     fn may_run(&self, slot: &Slot) -> bool {
-        let blocking = self.slots.iter().find(|s| s.is_init && !matches!(&s.state, State::Ended(ended) if ended.code == 0));
+        let blocking =
+            self.slots.iter().find(|s| s.is_init && !matches!(&s.state, State::Ended(ended) if ended.code == 0));
         match blocking {
             None => true,
             Some(first) => slot.container.name == first.container.name,
@@ -303,7 +321,8 @@ impl Worker {
             }
         }
         let is_switch = object.meta.annotations.get(annotations::NETWORK).is_some_and(|network| network == "switch");
-        let has_sidecar = pod.spec.containers.iter().any(|c| is_proxy(c) && c.args.get(1).is_some_and(|role| role == "sidecar"));
+        let has_sidecar =
+            pod.spec.containers.iter().any(|c| is_proxy(c) && c.args.get(1).is_some_and(|role| role == "sidecar"));
         let request = PodRequest {
             namespace: self.key.namespace.to_string(),
             name: self.key.name.to_string(),
@@ -311,7 +330,12 @@ impl Worker {
             subdomain: Some(pod.spec.subdomain.clone()).filter(|name| !name.is_empty()),
             network: if is_switch { PodNetwork::Switch } else { PodNetwork::Own },
             dns: if pod.spec.dns_policy == "Default" { DnsPolicy::Host } else { DnsPolicy::ClusterFirst },
-            host_aliases: pod.spec.host_aliases.iter().filter_map(|a| Some((a.ip.parse().ok()?, a.hostnames.clone()))).collect(),
+            host_aliases: pod
+                .spec
+                .host_aliases
+                .iter()
+                .filter_map(|a| Some((a.ip.parse().ok()?, a.hostnames.clone())))
+                .collect(),
             redirect: has_sidecar.then(|| redirect(&object.meta.annotations)),
             volumes: made,
         };
@@ -365,10 +389,12 @@ impl Worker {
                 continue;
             }
             let outcome = match self.request(&self.slots[index].container, objects, object, pod) {
-                Ok(request) => self.shared.options.runtime.start_container(id, request).await.map_err(|error| match error {
-                    RuntimeError::Program { .. } => ("StartError".to_owned(), error.to_string(), true),
-                    _ => ("RunContainerError".to_owned(), error.to_string(), false),
-                }),
+                Ok(request) => {
+                    self.shared.options.runtime.start_container(id, request).await.map_err(|error| match error {
+                        RuntimeError::Program { .. } => ("StartError".to_owned(), error.to_string(), true),
+                        _ => ("RunContainerError".to_owned(), error.to_string(), false),
+                    })
+                }
                 Err(reason) => Err(reason),
             };
             match outcome {
@@ -378,7 +404,8 @@ impl Worker {
                         self.blame(object, &self.slots[index].container.name.clone(), &message);
                     }
                     let slot = &mut self.slots[index];
-                    slot.backoff = if slot.backoff.is_zero() { BACKOFF_FIRST } else { (slot.backoff * 2).min(BACKOFF_MAX) };
+                    slot.backoff =
+                        if slot.backoff.is_zero() { BACKOFF_FIRST } else { (slot.backoff * 2).min(BACKOFF_MAX) };
                     // What is missing is looked for soon: the file may be edited any moment.
                     let wait = if is_users { SANDBOX_RETRY } else { slot.backoff };
                     slot.state = State::Waiting { reason, message, until: Some(Instant::now() + wait) };
@@ -394,7 +421,8 @@ impl Worker {
     fn blame(&self, object: &Object, container: &str, message: &str) {
         let reference = match object.meta.owners.iter().find(|owner| owner.kind == "ReplicaSet") {
             Some(owner) => {
-                let hash = object.meta.labels.get(types::wellknown::labels::POD_TEMPLATE_HASH).map_or("", String::as_str);
+                let hash =
+                    object.meta.labels.get(types::wellknown::labels::POD_TEMPLATE_HASH).map_or("", String::as_str);
                 let name = owner.name.strip_suffix(hash).map_or(owner.name.as_str(), |name| name.trim_end_matches('-'));
                 types::ObjectRef::new("Deployment", &self.key.namespace, name)
             }
@@ -420,7 +448,8 @@ impl Worker {
         pod: &k8s::Pod,
     ) -> Result<ContainerRequest, (String, String, bool)> {
         let facts = self.facts(object, pod, &self.ip);
-        let env = environment(container, &facts, objects).map_err(|missing| ("CreateContainerConfigError".to_owned(), missing.0, true))?;
+        let env = environment(container, &facts, objects)
+            .map_err(|missing| ("CreateContainerConfigError".to_owned(), missing.0, true))?;
         let apps = pod.spec.containers.iter().filter(|c| c.name != PROXY).count();
         let argv = program(container, &object.meta.annotations, apps, &self.shared.options.images, &env)
             .map_err(|message| ("ErrImageNeverPull".to_owned(), message, true))?;
@@ -567,7 +596,8 @@ impl Worker {
                     let drained = (Instant::now() + PROXY_DRAIN).min(deadline);
                     self.wait_until(drained, |slot| is_proxy(&slot.container)).await;
                 }
-                let apps: Vec<String> = self.slots.iter().filter(|s| s.is_running()).map(|s| s.container.name.clone()).collect();
+                let apps: Vec<String> =
+                    self.slots.iter().filter(|s| s.is_running()).map(|s| s.container.name.clone()).collect();
                 for name in apps {
                     self.signal(&name, Signal::Term).await;
                 }
@@ -587,13 +617,20 @@ impl Worker {
 
     async fn pre_stop(&mut self, id: PodId, deadline: Instant) {
         for slot in self.slots.iter().filter(|slot| slot.is_running()) {
-            let Some(hook) = slot.container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref()) else { continue };
+            let Some(hook) = slot.container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref()) else {
+                continue;
+            };
             let left = deadline.saturating_duration_since(Instant::now());
             if let Some(sleep) = &hook.sleep {
                 tokio::time::sleep(Duration::from_secs(sleep.seconds).min(left)).await;
             }
             if let Some(exec) = &hook.exec {
-                let run = self.shared.options.runtime.run_in_container(id, &slot.container.name, exec.command.clone(), left).await;
+                let run = self
+                    .shared
+                    .options
+                    .runtime
+                    .run_in_container(id, &slot.container.name, exec.command.clone(), left)
+                    .await;
                 if let Err(error) = run {
                     tracing::warn!(%error, pod = %self.key, container = slot.container.name, "preStop failed");
                 }
@@ -645,11 +682,16 @@ impl Worker {
 
     fn status(&self, is_ready: bool) -> Value {
         let word = |yes: bool| if yes { "True" } else { "False" };
-        let initialized = self.slots.iter().filter(|s| s.is_init).all(|s| matches!(&s.state, State::Ended(e) if e.code == 0));
+        let initialized =
+            self.slots.iter().filter(|s| s.is_init).all(|s| matches!(&s.state, State::Ended(e) if e.code == 0));
         let main: Vec<&Slot> = self.slots.iter().filter(|slot| !slot.is_init).collect();
         let has_ended = !main.is_empty() && main.iter().all(|slot| matches!(slot.state, State::Ended(_)));
         let phase = if has_ended {
-            if main.iter().all(|slot| matches!(&slot.state, State::Ended(ended) if ended.code == 0)) { "Succeeded" } else { "Failed" }
+            if main.iter().all(|slot| matches!(&slot.state, State::Ended(ended) if ended.code == 0)) {
+                "Succeeded"
+            } else {
+                "Failed"
+            }
         } else if main.iter().any(|slot| slot.is_running() || slot.restarts > 0) {
             "Running"
         } else {
@@ -691,9 +733,13 @@ impl Worker {
             json!({"terminated": {"exitCode": ended.code, "reason": reason, "startedAt": ended.started, "finishedAt": ended.finished}})
         };
         let state = match (&slot.state, &self.message) {
-            (State::Waiting { .. }, Some((reason, message))) => json!({"waiting": {"reason": reason, "message": message}}),
+            (State::Waiting { .. }, Some((reason, message))) => {
+                json!({"waiting": {"reason": reason, "message": message}})
+            }
             (State::Waiting { .. }, None) if !self.may_run(slot) => json!({"waiting": {"reason": "PodInitializing"}}),
-            (State::Waiting { reason, message, .. }, None) => json!({"waiting": {"reason": reason, "message": message}}),
+            (State::Waiting { reason, message, .. }, None) => {
+                json!({"waiting": {"reason": reason, "message": message}})
+            }
             (State::Running { at, .. }, _) => json!({"running": {"startedAt": at}}),
             (State::Ended(of), _) => ended(of),
         };
@@ -701,7 +747,9 @@ impl Worker {
             "name": slot.container.name, "image": slot.container.image, "ready": slot.is_ready, "started": slot.is_started && slot.is_running(),
             "restartCount": slot.restarts, "state": state,
         });
-        if slot.restarts > 0 && let Some(last) = &slot.last {
+        if slot.restarts > 0
+            && let Some(last) = &slot.last
+        {
             status["lastState"] = ended(last);
         }
         status
@@ -710,14 +758,21 @@ impl Worker {
 
 /// Whether the container is the mesh's proxy, by name and program.
 fn is_proxy(container: &Container) -> bool {
-    container.name == PROXY && container.command.is_empty() && container.args.first().is_some_and(|word| word == "proxy")
+    container.name == PROXY
+        && container.command.is_empty()
+        && container.args.first().is_some_and(|word| word == "proxy")
 }
 
 /// A token differs each time it is minted; nothing else of these files does.
 fn differ_in_tokens_only(before: &[VolumeFile], after: &[VolumeFile]) -> bool {
-    let is_token = |file: &VolumeFile| file.contents.starts_with(b"eyJ") && file.contents.iter().filter(|b| **b == b'.').count() == 2;
+    let is_token = |file: &VolumeFile| {
+        file.contents.starts_with(b"eyJ") && file.contents.iter().filter(|b| **b == b'.').count() == 2
+    };
     before.len() == after.len()
-        && before.iter().zip(after).all(|(a, b)| a == b || (a.path == b.path && a.mode == b.mode && is_token(a) && is_token(b)))
+        && before
+            .iter()
+            .zip(after)
+            .all(|(a, b)| a == b || (a.path == b.path && a.mode == b.mode && is_token(a) && is_token(b)))
 }
 
 /// Ports of an annotation: a list with commas.
@@ -743,7 +798,10 @@ fn redirect(annotations: &BTreeMap<String, String>) -> capture::Redirect {
         inbound,
         exclude_inbound_ports: get("excludeInboundPorts").map(ports).unwrap_or_default(),
         exclude_outbound_ports: get("excludeOutboundPorts").map(ports).unwrap_or_default(),
-        include_outbound_ranges: get("includeOutboundIPRanges").filter(|list| *list != "*").map(ranges).unwrap_or_default(),
+        include_outbound_ranges: get("includeOutboundIPRanges")
+            .filter(|list| *list != "*")
+            .map(ranges)
+            .unwrap_or_default(),
         exclude_outbound_ranges: get("excludeOutboundIPRanges").map(ranges).unwrap_or_default(),
         include_outbound_ports: get("includeOutboundPorts").map(ports).unwrap_or_default(),
         dns: true,
@@ -760,7 +818,11 @@ mod tests {
             redirect(&pairs.iter().map(|(k, v)| (format!("traffic.sidecar.istio.io/{k}"), (*v).to_owned())).collect())
         };
         assert_eq!(of(&[]), capture::Redirect::default());
-        let made = of(&[("excludeOutboundPorts", "3306, 6379"), ("includeInboundPorts", "8080"), ("excludeOutboundIPRanges", "10.1.0.0/16")]);
+        let made = of(&[
+            ("excludeOutboundPorts", "3306, 6379"),
+            ("includeInboundPorts", "8080"),
+            ("excludeOutboundIPRanges", "10.1.0.0/16"),
+        ]);
         assert_eq!(made.exclude_outbound_ports, [3306, 6379]);
         assert_eq!(made.inbound, capture::Inbound::Only(vec![8080]));
         assert_eq!(made.exclude_outbound_ranges, [("10.1.0.0".parse().unwrap(), 16)]);

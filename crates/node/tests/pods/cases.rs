@@ -167,7 +167,9 @@ async fn pods_reach_each_other() {
     let listener = tokio::net::TcpListener::from_std(listener).unwrap();
     let serve = async {
         let (mut client, peer) = listener.accept().await.unwrap();
-        tokio::io::AsyncWriteExt::write_all(&mut client, format!("control plane to {}", peer.ip()).as_bytes()).await.unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut client, format!("control plane to {}", peer.ip()).as_bytes())
+            .await
+            .unwrap();
     };
     let (said, ()) = tokio::join!(mesh.ask(&a, "app", &["dial", "10.77.0.1:15012"]), serve);
     assert_eq!(said, format!("control plane to {}", a.ip));
@@ -184,7 +186,8 @@ async fn pods_reach_each_other() {
 
 async fn connections_are_captured() {
     let mesh = Mesh::start(&[]).await;
-    let excluded = Redirect { exclude_inbound_ports: vec![9000], exclude_outbound_ports: vec![9001], ..Redirect::default() };
+    let excluded =
+        Redirect { exclude_inbound_ports: vec![9000], exclude_outbound_ports: vec![9001], ..Redirect::default() };
     let (a, b) = (mesh.pod("a", Some(excluded)).await, mesh.pod("b", Some(Redirect::default())).await);
     let proxy = |request: &mut ContainerRequest| request.rights = Rights::Proxy;
     mesh.run(&b, "app", &["serve", "0.0.0.0:9080", "b"]).await;
@@ -206,7 +209,10 @@ async fn connections_are_captured() {
     assert_eq!(said, expect);
     // Excluded ports pass the proxies by.
     let said = mesh.ask(&b, "proxy", &["dial", &format!("{}:9000", a.ip)]).await;
-    assert!(said.starts_with(&format!("outbound {}:9000", a.ip)), "programs run beside a proxy are not the proxy: {said}");
+    assert!(
+        said.starts_with(&format!("outbound {}:9000", a.ip)),
+        "programs run beside a proxy are not the proxy: {said}"
+    );
     let plain = mesh.pod("plain", None).await;
     mesh.run(&plain, "app", &["serve", "0.0.0.0:9001", "plain"]).await;
     assert!(mesh.ask(&plain, "app", &["dial", &format!("{}:9000", a.ip)]).await.starts_with("direct peer="));
@@ -230,7 +236,11 @@ async fn service_addresses() {
     mesh.run(&two, "app", &["serve", "0.0.0.0:9080", "two"]).await;
     let both = [(one.ip, 9080), (two.ip, 9080)];
     mesh.runtime
-        .set_services(vec![service([10, 96, 1, 1], 80, &both), service([10, 96, 1, 2], 80, &[]), service([10, 96, 1, 3], 80, &both[..1])])
+        .set_services(vec![
+            service([10, 96, 1, 1], 80, &both),
+            service([10, 96, 1, 2], 80, &[]),
+            service([10, 96, 1, 3], 80, &both[..1]),
+        ])
         .await
         .unwrap();
     let mut seen = BTreeSet::new();
@@ -287,10 +297,17 @@ async fn names() {
     assert!(said.contains("lookup") || said.contains("not known"), "{said}");
     // Its own name, from /etc/hosts.
     assert!(mesh.ask(&a, "app", &["resolve", "a"]).await.contains(&a.ip.to_string()));
-    mesh.runtime.set_names(BTreeMap::from([("reviews.shop.svc.cluster.local".to_owned(), vec!["10.96.3.9".parse().unwrap()])])).await.unwrap();
+    mesh.runtime
+        .set_names(BTreeMap::from([("reviews.shop.svc.cluster.local".to_owned(), vec!["10.96.3.9".parse().unwrap()])]))
+        .await
+        .unwrap();
     assert_eq!(mesh.ask(&a, "app", &["resolve", "reviews"]).await, "10.96.3.9\n");
     // A pod may choose other servers.
-    let dns = DnsPolicy::Custom { nameservers: vec!["10.96.0.10".parse().unwrap()], searches: vec!["other.svc.cluster.local".into()], options: vec!["ndots:1".into()] };
+    let dns = DnsPolicy::Custom {
+        nameservers: vec!["10.96.0.10".parse().unwrap()],
+        searches: vec!["other.svc.cluster.local".into()],
+        options: vec!["ndots:1".into()],
+    };
     let b = PodRequest { name: "b".into(), namespace: "shop".into(), dns, ..PodRequest::default() };
     let b = mesh.runtime.create_pod(b).await.unwrap();
     mesh.run(&b, "app", &["wait"]).await;
@@ -299,7 +316,8 @@ async fn names() {
 
 async fn mounts() {
     let mesh = Mesh::start(&[]).await;
-    let file = |path: &str, text: &str| VolumeFile { path: path.into(), mode: 0o644, contents: text.as_bytes().to_vec() };
+    let file =
+        |path: &str, text: &str| VolumeFile { path: path.into(), mode: 0o644, contents: text.as_bytes().to_vec() };
     let files = |name: &str, files: Vec<VolumeFile>| Volume { name: name.into(), source: VolumeSource::Files(files) };
     let host = mesh.dir.path().join("host");
     std::fs::create_dir(&host).unwrap();
@@ -351,7 +369,10 @@ async fn mounts() {
     assert!(cat("/etc/resolv.conf").await.contains("nameserver 10.96.0.10"));
     // What was there is there still.
     assert!(shell("app", "ls /usr/share /bin/sh /etc/passwd /dev/null; id -u".into()).await.contains("/etc/passwd"));
-    assert_eq!(shell("app", "ls /usr/share | wc -l".into()).await.trim().parse::<usize>().unwrap(), std::fs::read_dir("/usr/share").unwrap().count() + 1);
+    assert_eq!(
+        shell("app", "ls /usr/share | wc -l".into()).await.trim().parse::<usize>().unwrap(),
+        std::fs::read_dir("/usr/share").unwrap().count() + 1
+    );
     // Shared within the pod, kept from the machine; read-only where asked.
     assert_eq!(shell("app", "echo hello > /lateen-test-scratch/x; cat /lateen-test-scratch/x".into()).await, "hello\n");
     assert_eq!(shell("other", "cat /lateen-test-scratch/x".into()).await, "hello\n");
@@ -411,7 +432,10 @@ async fn programs_start_and_end() {
     let lost = ContainerRequest { cwd: Some("/no/such/folder".into()), ..container("lost", &["wait"]) };
     assert!(mesh.runtime.start_container(a.id, lost).await.unwrap_err().to_string().contains("/no/such/folder"));
     // Found by the PATH of its own environment; output of both streams arrives.
-    let shell = ContainerRequest { argv: vec!["sh".into(), "-c".into(), "echo out; echo $GREETING >&2; exit 3".into()], ..container("sh", &[]) };
+    let shell = ContainerRequest {
+        argv: vec!["sh".into(), "-c".into(), "echo out; echo $GREETING >&2; exit 3".into()],
+        ..container("sh", &[])
+    };
     let shell = ContainerRequest { env: BTreeMap::from([("GREETING".into(), "hello".into())]), ..shell };
     mesh.runtime.start_container(a.id, shell).await.unwrap();
     assert_eq!(mesh.exit_of("sh").await, 3);
@@ -475,7 +499,8 @@ async fn the_machine_is_reached() {
         taken
     });
     let pod = mesh.pod("proxied", Some(Redirect::default())).await;
-    let dial = ContainerRequest { rights: Rights::Proxy, host_sockets: true, ..container("proxy", &["dial-host", &to]) };
+    let dial =
+        ContainerRequest { rights: Rights::Proxy, host_sockets: true, ..container("proxy", &["dial-host", &to]) };
     mesh.runtime.start_container(pod.id, dial).await.unwrap();
     mesh.await_output(&pod, "proxy", "the world").await;
     world.join().unwrap();
@@ -582,10 +607,16 @@ pub(crate) fn hold(marker: &str) -> std::io::Result<()> {
 
 /// `kill -9` of the parent, of the starter, of the manager, at several moments of the build.
 fn killed_parents_leave_nothing() {
-    for (round, (victim, after)) in [("hold", 3), ("hold", 1), ("node-starter", 3), ("node-manager", 3)].into_iter().enumerate() {
+    for (round, (victim, after)) in
+        [("hold", 3), ("hold", 1), ("node-starter", 3), ("node-manager", 3)].into_iter().enumerate()
+    {
         let marker = format!("held-{}-{round}", std::process::id());
-        let mut parent =
-            Command::new("/proc/self/exe").args(["hold", &marker]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut parent = Command::new("/proc/self/exe")
+            .args(["hold", &marker])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let mut lines = BufReader::new(parent.stdout.take().unwrap()).lines();
         for _ in 0..after {
             lines.next().unwrap().unwrap();
@@ -598,10 +629,15 @@ fn killed_parents_leave_nothing() {
         } else {
             *family.iter().find(|&&pid| command_line(pid).iter().any(|word| word == victim)).expect("it runs")
         };
-        rustix::process::kill_process(rustix::process::Pid::from_raw(target).unwrap(), rustix::process::Signal::KILL).unwrap();
+        rustix::process::kill_process(rustix::process::Pid::from_raw(target).unwrap(), rustix::process::Signal::KILL)
+            .unwrap();
         let began = Instant::now();
         while family.iter().any(|&pid| alive(pid)) {
-            assert!(began.elapsed() < Duration::from_secs(5), "{victim}: {:?} live on", family.iter().filter(|&&pid| alive(pid)).collect::<Vec<_>>());
+            assert!(
+                began.elapsed() < Duration::from_secs(5),
+                "{victim}: {:?} live on",
+                family.iter().filter(|&&pid| alive(pid)).collect::<Vec<_>>()
+            );
             std::thread::yield_now();
         }
         if victim != "hold" {
@@ -649,7 +685,10 @@ fn descendants(of: i32) -> Vec<i32> {
 }
 
 fn processes(marker: &str) -> Vec<i32> {
-    all_pids().into_iter().filter(|&pid| alive(pid) && command_line(pid).iter().any(|word| word.contains(marker))).collect()
+    all_pids()
+        .into_iter()
+        .filter(|&pid| alive(pid) && command_line(pid).iter().any(|word| word.contains(marker)))
+        .collect()
 }
 
 fn await_no_process(marker: &str) {

@@ -42,6 +42,7 @@ fn again_as_ordinary_user(words: &[String]) -> ExitCode {
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("open to all");
     let copy = dir.path().join("pods");
     std::fs::copy(std::env::current_exe().expect("our own path"), &copy).expect("a copy of the test");
-    let status = Command::new(&copy).args(words).uid(ORDINARY_USER).gid(ORDINARY_USER).status().expect("the test starts");
+    let status =
+        Command::new(&copy).args(words).uid(ORDINARY_USER).gid(ORDINARY_USER).status().expect("the test starts");
     if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

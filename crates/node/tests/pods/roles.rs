@@ -50,7 +50,8 @@ fn serve(listener: TcpListener, name: &str) -> Outcome {
 
 fn serve_inherited(port: &str) -> Outcome {
     let passed = std::env::var(types::wellknown::env::LISTEN_FDS).unwrap_or_default();
-    let fd = passed.split(',').find_map(|entry| entry.strip_prefix(&format!("{port}="))).expect("a listener for the port");
+    let fd =
+        passed.split(',').find_map(|entry| entry.strip_prefix(&format!("{port}="))).expect("a listener for the port");
     // SAFETY: the variable names a descriptor that we inherited and nobody else uses.
     #[expect(unsafe_code, reason = "adopting an inherited descriptor")]
     let listener = TcpListener::from(unsafe { OwnedFd::from_raw_fd(fd.parse().unwrap()) });
@@ -161,7 +162,10 @@ fn capabilities() -> Outcome {
 
 /// Leaves a grandchild behind and waits: it must be reaped and must not outlive the container.
 fn orphans() -> Outcome {
-    std::process::Command::new("/proc/self/exe").args(["wait", "orphan"]).stdout(std::process::Stdio::null()).spawn()?;
+    std::process::Command::new("/proc/self/exe")
+        .args(["wait", "orphan"])
+        .stdout(std::process::Stdio::null())
+        .spawn()?;
     println!("left");
     std::thread::sleep(Duration::from_secs(600));
     Ok(())
