@@ -17,6 +17,7 @@ const RTM_SETLINK: u16 = 19;
 const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
 
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
@@ -34,6 +35,10 @@ const DEVCONF_SEND_REDIRECTS: u16 = 6;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
+
+/// A bridge without a fixed address takes the lowest of its ports', so a new pod could change it under
+/// the others, whose packets would then go nowhere until they ask again.
+const BRIDGE_MAC: [u8; 6] = [0x02, 0x00, 10, 77, 0, 1];
 
 /// `lo` is the first interface of every network namespace.
 pub(crate) const LO: u32 = 1;
@@ -105,6 +110,8 @@ pub struct Switch {
     socket: Socket,
     network: Network,
     bridge: u32,
+    /// Ports must send frames back where they came from, see [`Self::create`].
+    hairpin: bool,
     extras: Extras,
 }
 
@@ -117,12 +124,21 @@ impl Switch {
         // Netlink does the same for one interface below; the sysctl covers kernels that inherit oddly.
         sysctl("net/ipv4/ip_forward", "1");
         sysctl("net/ipv4/conf/all/send_redirects", "0");
+        // Nobody else hands out addresses here; looking for duplicates would make IPv6 wait two seconds.
+        sysctl("net/ipv6/conf/default/accept_dad", "0");
+        sysctl("net/ipv6/conf/default/dad_transmits", "0");
         let forwarding6 = sysctl("net/ipv6/conf/all/forwarding", "1");
+        // Where the kernel filters bridged frames as packets (br_netfilter), addresses would be
+        // translated before the switch routes, and a frame never leaves by the port it came in.
+        let bridged_rules = std::path::Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables").exists();
+        let hairpin = bridged_rules
+            && !(sysctl("net/bridge/bridge-nf-call-iptables", "0") && sysctl("net/bridge/bridge-nf-call-ip6tables", "0"));
         link_up(&socket, LO).map_err(failed(Step::Loopback))?;
         let mut messages = Messages::new();
         messages
             .message(RTM_NEWLINK, ACK | CREATE | EXCL, &ifinfo(0, true))
             .text(IFLA_IFNAME, name)
+            .bytes(IFLA_ADDRESS, &BRIDGE_MAC)
             .nest(IFLA_LINKINFO, |info| {
                 info.bytes(IFLA_INFO_KIND, b"bridge");
             });
@@ -139,7 +155,7 @@ impl Switch {
             // Without it only the control plane's own IPv6 to the outside fails, with another error.
             tolerate(route(&socket, Route { oif: LO, ..Route::default_v6() }));
         }
-        Ok(Self { socket, network, bridge, extras: Extras { ipv6, low_ports } })
+        Ok(Self { socket, network, bridge, hairpin, extras: Extras { ipv6, low_ports } })
     }
 
     /// What the kernel gave.
@@ -168,7 +184,21 @@ impl Switch {
                     });
                 });
             });
-        self.socket.one(&mut messages).map_err(|errno| CaptureError::explain(Step::Veth, errno))
+        let failed = |errno| CaptureError::explain(Step::Veth, errno);
+        self.socket.one(&mut messages).map_err(failed)?;
+        if self.hairpin {
+            const INFO_SLAVE_KIND: u16 = 4;
+            const INFO_SLAVE_DATA: u16 = 5;
+            const BRPORT_MODE: u16 = 4;
+            let mut messages = Messages::new();
+            messages.message(RTM_NEWLINK, ACK, &ifinfo(0, false)).text(IFLA_IFNAME, port).nest(IFLA_LINKINFO, |info| {
+                info.bytes(INFO_SLAVE_KIND, b"bridge").nest(INFO_SLAVE_DATA, |data| {
+                    data.bytes(BRPORT_MODE, &[1]);
+                });
+            });
+            self.socket.one(&mut messages).map_err(failed)?;
+        }
+        Ok(())
     }
 }
 
@@ -179,6 +209,8 @@ pub fn join(network: &Network, ip: Ipv4Addr, ip6: Option<Ipv6Addr>) -> Result<Ex
     for conf in ["all", "default", "eth0"] {
         sysctl(&format!("net/ipv4/conf/{conf}/accept_redirects"), "0");
         sysctl(&format!("net/ipv6/conf/{conf}/accept_redirects"), "0");
+        sysctl(&format!("net/ipv6/conf/{conf}/accept_dad"), "0");
+        sysctl(&format!("net/ipv6/conf/{conf}/dad_transmits"), "0");
     }
     let socket = Socket::route().map_err(failed(Step::Netlink))?;
     let eth0 = index_of("eth0").map_err(failed(Step::Veth))?;

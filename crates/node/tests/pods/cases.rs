@@ -153,9 +153,11 @@ async fn pods_reach_each_other() {
     let said = mesh.ask(&a, "app", &["dial", &format!("{}:80", b.ip)]).await;
     assert_eq!(said, format!("b peer={} local={}:80\n", a.ip, b.ip), "the source address is the pod's");
     if let Some(ip6) = b.ip6 {
+        let began = Instant::now();
         mesh.run(&b, "app6", &["serve", "[::]:81", "b6"]).await;
         let said = mesh.ask(&a, "app", &["dial", &format!("[{ip6}]:81")]).await;
         assert_eq!(said, format!("b6 peer={} local=[{ip6}]:81\n", a.ip6.unwrap()));
+        println!("  IPv6 in {} ms", began.elapsed().as_millis());
     }
     // From the machine's side, as probes do it.
     let mut stream = mesh.runtime.dial(SocketAddr::from((b.ip, 80))).await.unwrap();
@@ -519,7 +521,8 @@ async fn the_machine_is_reached() {
         serving.join().unwrap();
         // Nobody listens: a reset soon, not silence.
         let began = Instant::now();
-        assert_eq!(mesh.ask(&plain, "app", &["dial", &format!("{own}:1")]).await, "");
+        let said = mesh.ask(&plain, "app", &["dial", &format!("{own}:1")]).await;
+        assert!(said.is_empty() || said.contains("reset"), "{said}");
         assert!(began.elapsed() < Duration::from_secs(3));
     } else {
         println!("  (no address beside loopback: the relay was not tried)");
@@ -535,7 +538,7 @@ fn own_address() -> Option<std::net::IpAddr> {
 }
 
 async fn exec_enters() {
-    let mesh = Mesh::start(&[]).await;
+    let mut mesh = Mesh::start(&[]).await;
     let a = mesh.pod("exec-me", Some(Redirect::default())).await;
     mesh.run_with(&a, "app", &["wait"], |request| {
         request.env.insert("COLOUR".into(), "blue".into());
@@ -558,6 +561,7 @@ async fn exec_enters() {
     let (_, said) = exec(&["cat", "/proc/net/fib_trie"]);
     assert!(said.contains(&a.ip.to_string()), "{said}");
     mesh.runtime.signal(a.id, "app", Signal::Kill).await.unwrap();
+    assert_eq!(mesh.exit_of("app").await, 137);
     let (code, _) = exec(&["true"]);
     assert_eq!(code, Some(126), "the container is gone");
 }
