@@ -258,7 +258,7 @@ mod tests {
         ConfigSet::new(list.iter().filter_map(|value| api::from_json(value).0))
     }
 
-    fn resolve(env: serde_json::Value, env_from: serde_json::Value) -> Result<BTreeMap<String, String>, Missing> {
+    fn resolve(env: &serde_json::Value, env_from: &serde_json::Value) -> Result<BTreeMap<String, String>, Missing> {
         let pod = json!({"apiVersion": "v1", "kind": "Pod",
             "metadata": {"name": "p", "namespace": "shop", "labels": {"app": "x"}},
             "spec": {"containers": [{"name": "c", "image": "i", "env": env, "envFrom": env_from}]}});
@@ -272,7 +272,7 @@ mod tests {
     #[test]
     fn variables_come_from_everywhere() {
         let env = resolve(
-            json!([
+            &json!([
                 {"name": "A", "value": "x"},
                 {"name": "B", "value": "$(A)-$(NONE)-$$(A)"},
                 {"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
@@ -281,7 +281,7 @@ mod tests {
                 {"name": "S", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}},
                 {"name": "O", "valueFrom": {"secretKeyRef": {"name": "none", "key": "k", "optional": true}}},
             ]),
-            json!([{"prefix": "M_", "configMapRef": {"name": "m"}}]),
+            &json!([{"prefix": "M_", "configMapRef": {"name": "m"}}]),
         )
         .unwrap();
         for (name, value) in [
@@ -298,7 +298,7 @@ mod tests {
         }
         assert!(!env.contains_key("O"));
         let missing =
-            resolve(json!([{"name": "M", "valueFrom": {"configMapKeyRef": {"name": "m", "key": "z"}}}]), json!([]));
+            resolve(&json!([{"name": "M", "valueFrom": {"configMapKeyRef": {"name": "m", "key": "z"}}}]), &json!([]));
         assert_eq!(missing.unwrap_err().0, "ConfigMap shop/m has no key \"z\"");
     }
 

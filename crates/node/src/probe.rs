@@ -87,7 +87,9 @@ fn question(probe: &Probe, target: &Target<'_>, limit: Duration) -> Option<Quest
             "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: kube-probe/1.0\r\nAccept: */*\r\nConnection: close\r\n"
         );
         for header in http.http_headers.iter().filter(|header| !header.name.eq_ignore_ascii_case("host")) {
-            request.push_str(&format!("{}: {}\r\n", header.name, header.value));
+            for part in [header.name.as_str(), ": ", &header.value, "\r\n"] {
+                request.push_str(part);
+            }
         }
         request.push_str("\r\n");
         // TLS is accepted without looking, so a connection is all that an HTTPS probe here can tell.

@@ -351,9 +351,8 @@ impl Draft {
 
     /// Checks the whole object once more, as it will be, and gives it its versions.
     fn admit(&mut self, kind: Kind, live: Option<&Object>, mut next: Value) -> Result<Action, Vec<Finding>> {
-        let meta = match next.get_mut("metadata").and_then(Value::as_object_mut) {
-            Some(meta) => meta,
-            None => return Err(Vec::new()),
+        let Some(meta) = next.get_mut("metadata").and_then(Value::as_object_mut) else {
+            return Err(Vec::new());
         };
         match live {
             Some(live) => {

@@ -183,7 +183,7 @@ pub(super) fn authorization_policy(check: &mut Check<'_>, spec: &AuthorizationPo
         match (value.as_str(), spec.action) {
             ("false", _) | ("true", Action::Allow | Action::Deny) => {}
             ("true", action) => {
-                check.error(at, format!("action {action} cannot be tried out"), "remove the annotation")
+                check.error(at, format!("action {action} cannot be tried out"), "remove the annotation");
             }
             (other, _) => check.error(at, format!("{other:?} is neither \"true\" nor \"false\""), ""),
         }

@@ -30,7 +30,7 @@ impl Published {
     /// Brings slices, names and service addresses to what pods and services say.
     pub(super) async fn reconcile(&mut self, store: &Store, runtime: &PodRuntime) {
         let wanted = slices(&store.objects());
-        let keep: BTreeSet<String> = wanted.iter().map(|slice| name_of(slice)).collect();
+        let keep: BTreeSet<String> = wanted.iter().map(name_of).collect();
         for slice in &wanted {
             report(store.put(slice));
         }

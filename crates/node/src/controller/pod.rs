@@ -22,7 +22,6 @@ use types::wellknown::annotations;
 use types::{Finding, NamespacedName, Severity};
 
 use super::{NODE_NAME, Shared};
-use crate::SWITCH_IP;
 use crate::env::{PodFacts, environment, program};
 use crate::inject::PROXY;
 use crate::probe::{self, Target};
@@ -33,10 +32,12 @@ use crate::spec::{
 use crate::store::now;
 use crate::volume::{Contents, mounts, volumes};
 
+/// [`crate::SWITCH_IP`] as text.
+const HOST_IP: &str = "10.77.0.1";
 /// A container that ran this long starts with a clean slate.
-const BACKOFF_RESET: Duration = Duration::from_secs(600);
+const BACKOFF_RESET: Duration = Duration::from_mins(10);
 const BACKOFF_FIRST: Duration = Duration::from_secs(10);
-const BACKOFF_MAX: Duration = Duration::from_secs(300);
+const BACKOFF_MAX: Duration = Duration::from_mins(5);
 /// A young container's readiness is looked at this often, so that a mesh starts fast.
 const EAGER: Duration = Duration::from_millis(100);
 const EAGER_FOR: Duration = Duration::from_secs(10);
@@ -45,7 +46,7 @@ const SANDBOX_RETRY: Duration = Duration::from_secs(2);
 /// The proxy drains 5 s (`terminationDrainDuration`) and needs a moment more.
 const PROXY_DRAIN: Duration = Duration::from_secs(7);
 /// Tokens are good for twelve hours; they are renewed when half of it is over.
-const TOKEN_RENEWAL: Duration = Duration::from_secs(6 * 3600);
+const TOKEN_RENEWAL: Duration = Duration::from_hours(6);
 
 /// Runs the pod until it is gone; returns its name.
 pub(super) async fn run(
@@ -312,7 +313,7 @@ impl Worker {
     }
 
     async fn sandbox(&mut self, objects: &ConfigSet, object: &Object, pod: &k8s::Pod) -> Result<(), (String, String)> {
-        let facts = self.facts(object, pod, "");
+        let facts = facts(object, pod, "");
         let from = self.contents(objects);
         let made = volumes(&facts, &from).map_err(|missing| ("ContainerCreating".to_owned(), missing.0))?;
         for volume in &made {
@@ -352,9 +353,6 @@ impl Worker {
         Ok(())
     }
 
-    fn facts<'a>(&self, object: &'a Object, pod: &'a k8s::Pod, ip: &'a str) -> PodFacts<'a> {
-        PodFacts { object, pod, ip, host_ip: "10.77.0.1", node_name: NODE_NAME }
-    }
 
     fn contents<'a>(&'a self, objects: &'a ConfigSet) -> Contents<'a> {
         Contents { objects, tokens: &self.shared.options.tokens, now: jiff::Timestamp::now().as_second() }
@@ -363,7 +361,7 @@ impl Worker {
     /// Files of ConfigMaps, Secrets and the downward API follow their objects; tokens are renewed.
     async fn refresh_volumes(&mut self, objects: &ConfigSet, object: &Object, pod: &k8s::Pod, renew: bool) {
         let Some(id) = self.id else { return };
-        let facts = self.facts(object, pod, &self.ip);
+        let facts = facts(object, pod, &self.ip);
         // What was removed stays as it was, as with a kubelet.
         let Ok(made) = volumes(&facts, &self.contents(objects)) else { return };
         for volume in made {
@@ -447,7 +445,7 @@ impl Worker {
         object: &Object,
         pod: &k8s::Pod,
     ) -> Result<ContainerRequest, (String, String, bool)> {
-        let facts = self.facts(object, pod, &self.ip);
+        let facts = facts(object, pod, &self.ip);
         let env = environment(container, &facts, objects)
             .map_err(|missing| ("CreateContainerConfigError".to_owned(), missing.0, true))?;
         let apps = pod.spec.containers.iter().filter(|c| c.name != PROXY).count();
@@ -705,7 +703,7 @@ impl Worker {
         let mut status = json!({
             "phase": phase,
             "startTime": self.started,
-            "hostIP": SWITCH_IP.to_string(),
+            "hostIP": HOST_IP,
             "conditions": [
                 condition("PodScheduled", true, &self.started),
                 condition("Initialized", initialized, &self.started),
@@ -756,6 +754,10 @@ impl Worker {
     }
 }
 
+fn facts<'a>(object: &'a Object, pod: &'a k8s::Pod, ip: &'a str) -> PodFacts<'a> {
+    PodFacts { object, pod, ip, host_ip: HOST_IP, node_name: NODE_NAME }
+}
+
 /// Whether the container is the mesh's proxy, by name and program.
 fn is_proxy(container: &Container) -> bool {
     container.name == PROXY
@@ -765,9 +767,7 @@ fn is_proxy(container: &Container) -> bool {
 
 /// A token differs each time it is minted; nothing else of these files does.
 fn differ_in_tokens_only(before: &[VolumeFile], after: &[VolumeFile]) -> bool {
-    let is_token = |file: &VolumeFile| {
-        file.contents.starts_with(b"eyJ") && file.contents.iter().filter(|b| **b == b'.').count() == 2
-    };
+    let is_token = |file: &VolumeFile| file.contents.starts_with(b"eyJ") && file.contents.split(|b| *b == b'.').count() == 3;
     before.len() == after.len()
         && before
             .iter()
@@ -811,6 +811,11 @@ fn redirect(annotations: &BTreeMap<String, String>) -> capture::Redirect {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_hosts_address_is_the_switch() {
+        assert_eq!(HOST_IP, crate::SWITCH_IP.to_string());
+    }
 
     #[test]
     fn annotations_say_what_is_captured() {
