@@ -97,6 +97,24 @@ impl Assembly {
         self.endpoints.insert(Name::clone(cluster), Arc::new(endpoints));
     }
 
+    /// Takes the key sets that the proxy has fetched; those no longer fresh are left out.
+    pub fn apply_remote_keys(&mut self, keys: crate::jwt::RemoteKeys) {
+        self.serving.remote_keys = Arc::new(keys);
+    }
+
+    /// Key sets that the proxy must fetch for the token filters of its listeners.
+    pub fn keys_to_fetch(&self) -> impl Iterator<Item = &crate::jwt::RemoteJwks> {
+        let chains = self.listeners.iter().flat_map(|(_, listener)| listener.all_chains());
+        let hcms = chains.filter_map(|chain| match &chain.terminal {
+            crate::chain::Terminal::Http(hcm) => Some(hcm),
+            crate::chain::Terminal::Tcp(_) => None,
+        });
+        hcms.flat_map(|hcm| &hcm.filters).flat_map(|filter| match &filter.kind {
+            crate::hcm::FilterKind::Jwt(jwt) => jwt.remote_keys().collect::<Vec<_>>(),
+            _ => Vec::new(),
+        })
+    }
+
     /// Clusters whose names the proxy must resolve.
     pub fn names_to_resolve(&self) -> impl Iterator<Item = (&Name, &Arc<DnsSpec>)> {
         self.clusters.iter().filter_map(|(name, cluster)| match &cluster.discovery {
@@ -169,6 +187,7 @@ impl Assembly {
             routes: Arc::new(self.routes.clone()),
             clusters: Arc::new(clusters),
             endpoints: Arc::new(self.endpoints.clone()),
+            remote_keys: Arc::clone(&self.serving.remote_keys),
             node: Arc::clone(&self.serving.node),
         };
         self.serving.clone()

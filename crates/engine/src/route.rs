@@ -385,8 +385,8 @@ pub enum Override {
     Cors(Box<CorsPolicy>),
     /// Policy; `None` switches it off.
     Rbac(Option<Box<crate::authz::Rbac>>),
-    /// Header mutations.
-    HeaderMutation(Box<Edits>),
+    /// Tokens.
+    Jwt(crate::jwt::PerRoute),
 }
 
 /// What a request found.

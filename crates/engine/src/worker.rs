@@ -18,6 +18,8 @@ pub struct Worker {
     shared: Arc<SharedTable>,
     live: RefCell<HashMap<Name, Rc<LiveCluster>, NameHasher>>,
     date: Cell<(u64, [u8; 29])>,
+    /// Tokens whose signatures were good.
+    pub(crate) tokens: RefCell<crate::jwt::TokenCache>,
 }
 
 /// A cluster that this worker has used: counters and balancer at hand.
@@ -34,7 +36,7 @@ pub struct LiveCluster {
 impl Worker {
     /// The state of a new worker over the proxy's shared counters.
     pub fn new(shared: Arc<SharedTable>) -> Self {
-        Self { shared, live: RefCell::default(), date: Cell::new((u64::MAX, [0; 29])) }
+        Self { shared, live: RefCell::default(), date: Cell::new((u64::MAX, [0; 29])), tokens: RefCell::default() }
     }
 
     /// The proxy's shared counters.

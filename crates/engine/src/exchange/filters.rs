@@ -101,6 +101,7 @@ impl Exchange {
                 Verdict::Continue
             }
             FilterKind::Rbac(rbac) => self.rbac(env, (rbac, &filter.name), head, recorder),
+            FilterKind::Jwt(jwt) => self.jwt(env, (hcm, jwt, &filter.name), head, recorder),
             FilterKind::Cors => self.cors(env, &filter.name, head, recorder),
             FilterKind::Fault(fault) => self.fault(env, (fault, &filter.name, index), head, recorder),
         }
@@ -140,6 +141,51 @@ impl Exchange {
             Some(details) => {
                 self.info.details = Details::Owned(details.into());
                 Verdict::End(self.reply(env, Cause::RbacDenied, Spec::default(), head, recorder))
+            }
+        }
+    }
+
+    fn jwt(
+        &mut self,
+        env: &Env<'_>,
+        (hcm, jwt, name): (&Hcm, &crate::jwt::JwtFilter, &str),
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Verdict {
+        let config = std::rc::Rc::clone(&self.config);
+        let mut metadata = std::mem::take(&mut self.info.metadata);
+        let by_route = match self.setting(name) {
+            Some(Override::Jwt(by_route)) => Some(by_route),
+            _ => None,
+        };
+        let with = crate::jwt::Env {
+            now: env.now.wall_seconds(),
+            remote: &config.remote_keys,
+            cache: &env.worker.tokens,
+        };
+        let outcome = jwt.authenticate(head, &mut metadata, by_route, &with);
+        self.info.metadata = metadata;
+        note(recorder, Stage::Filter, None, || match &outcome {
+            Ok(passed) => (format!("{name}: {} tokens accepted", passed.tokens), String::new()),
+            Err(denied) => (format!("{name}: denied"), denied.details.clone()),
+        });
+        match outcome {
+            Ok(passed) => {
+                if passed.clear_route_cache {
+                    self.choose_route(head, recorder);
+                    self.refresh_stream_limits(hcm, head);
+                }
+                Verdict::Continue
+            }
+            Err(denied) => {
+                self.info.details = Details::Owned(denied.details.into());
+                let challenge = denied.www_authenticate.map(String::into_bytes);
+                let spec = Spec {
+                    body: Some(denied.body.into()),
+                    headers: challenge.map(|challenge| ("www-authenticate", challenge)).into_iter().collect(),
+                    ..Spec::default()
+                };
+                Verdict::End(self.reply(env, denied.cause, spec, head, recorder))
             }
         }
     }

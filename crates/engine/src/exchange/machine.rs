@@ -269,7 +269,7 @@ impl Exchange {
         }
     }
 
-    fn refresh_stream_limits(&mut self, hcm: &Hcm, head: &RequestHead) {
+    pub(super) fn refresh_stream_limits(&mut self, hcm: &Hcm, head: &RequestHead) {
         self.timing.idle = hcm.timeouts.stream_idle;
         self.timing.stream_max = hcm.timeouts.stream_duration_max;
         let Some(Action::Forward(forward)) = self.route().map(|route| &route.action) else { return };

@@ -483,6 +483,9 @@ fn override_of(any: &Any) -> Result<Override, Unsupported> {
         "envoy.extensions.filters.http.cors.v3.CorsPolicy" => {
             Override::Cors(Box::new(CorsPolicy::lower(&unpack(any, "")?)?))
         }
+        "envoy.extensions.filters.http.jwt_authn.v3.PerRouteConfig" => {
+            Override::Jwt(crate::jwt::PerRoute::lower(&unpack(any, "")?)?)
+        }
         "envoy.extensions.filters.http.rbac.v3.RBACPerRoute" => {
             Override::Rbac(Rbac::lower_per_route(&unpack(any, "")?)?.map(Box::new))
         }
