@@ -21,7 +21,9 @@ use serde_json::Value;
 use types::RequestHead;
 
 use crate::facts::ConnFacts;
-use crate::matcher::{Cidr, HeaderMatcher, Metadata, MetadataMatcher, PathMatcher, Reading, StringMatcher, UriTemplate};
+use crate::matcher::{
+    Cidr, HeaderMatcher, Metadata, MetadataMatcher, PathMatcher, Reading, StringMatcher, UriTemplate,
+};
 use crate::unsupported::{Unsupported, Within as _, each};
 
 /// The filter whose dynamic metadata carries shadow results.
@@ -228,6 +230,7 @@ fn header(proto: &envoy_types::pb::envoy::config::route::v3::HeaderMatcher) -> R
 }
 
 impl Permission {
+    #[expect(deprecated, reason = "Envoy's older fields, which control planes still write")]
     fn lower(proto: &pb::Permission) -> Result<Self, Unsupported> {
         use pb::permission::Rule;
         Ok(match proto.rule.as_ref().ok_or_else(|| Unsupported::missing("rule"))? {
@@ -238,9 +241,7 @@ impl Permission {
             Rule::Header(matcher) => Self::Leaf(header(matcher)?),
             Rule::UrlPath(matcher) => Self::Leaf(Leaf::Path(PathMatcher::lower(matcher).within("url_path")?)),
             Rule::UriTemplate(typed) => Self::Leaf(Leaf::Template(UriTemplate::lower(typed).within("uri_template")?)),
-            Rule::DestinationIp(range) => {
-                Self::Leaf(Leaf::DestinationIp(Cidr::lower(range).within("destination_ip")?))
-            }
+            Rule::DestinationIp(range) => Self::Leaf(Leaf::DestinationIp(Cidr::lower(range).within("destination_ip")?)),
             Rule::DestinationPort(port) if *port <= 65_535 => Self::Leaf(Leaf::DestinationPort(*port, *port + 1)),
             Rule::DestinationPort(_) => return Err(Unsupported::new("destination_port", "is above 65535")),
             Rule::DestinationPortRange(range) => {
@@ -252,9 +253,7 @@ impl Permission {
                 };
                 Self::Leaf(Leaf::DestinationPort(port(range.start)?, port(range.end)?))
             }
-            Rule::Metadata(matcher) => {
-                Self::Leaf(Leaf::Metadata(MetadataMatcher::lower(matcher).within("metadata")?))
-            }
+            Rule::Metadata(matcher) => Self::Leaf(Leaf::Metadata(MetadataMatcher::lower(matcher).within("metadata")?)),
             Rule::SourcedMetadata(sourced) => Self::Leaf(metadata(sourced).within("sourced_metadata")?),
             Rule::RequestedServerName(matcher) => Self::Leaf(Leaf::ServerName(
                 StringMatcher::lower(matcher).within("requested_server_name")?.ignoring_case(),
@@ -275,6 +274,7 @@ impl Permission {
 }
 
 impl Principal {
+    #[expect(deprecated, reason = "Envoy's older fields, which control planes still write")]
     fn lower(proto: &pb::Principal) -> Result<Self, Unsupported> {
         use pb::principal::Identifier;
         let cidr = |range, path: &str| Cidr::lower(range).within(path);
@@ -314,11 +314,7 @@ impl Principal {
     }
 }
 
-fn filled<T, U>(
-    items: &[T],
-    path: &str,
-    lower: impl Fn(&T) -> Result<U, Unsupported>,
-) -> Result<Vec<U>, Unsupported> {
+fn filled<T, U>(items: &[T], path: &str, lower: impl Fn(&T) -> Result<U, Unsupported>) -> Result<Vec<U>, Unsupported> {
     if items.is_empty() { Err(Unsupported::missing(path)) } else { each(items, path, lower) }
 }
 
@@ -333,9 +329,9 @@ impl Leaf {
                 subject.head.map_or(unknown, |head| authority_matches(matcher, head.authority(), reading))
             }
             Self::Path(matcher) => subject.head.map_or(unknown, |head| matcher.matches(head)),
-            Self::Template(template) => {
-                subject.head.map_or(unknown, |head| template.matches(crate::matcher::without_fragment(head.path_only())))
-            }
+            Self::Template(template) => subject
+                .head
+                .map_or(unknown, |head| template.matches(crate::matcher::without_fragment(head.path_only()))),
             Self::Metadata(matcher) => matcher.matches(subject.metadata),
             Self::DestinationIp(range) => range.contains(conn.local.ip()),
             Self::DestinationPort(start, end) => (*start..*end).contains(&u32::from(conn.local.port())),
@@ -360,9 +356,7 @@ fn authority_matches(matcher: &HeaderMatcher, authority: &[u8], reading: Reading
     let with_port = matcher.matches_value(Some(&full));
     match reading {
         Reading::Strict => with_port,
-        Reading::Wide => {
-            with_port || matcher.matches_value(Some(bare)) || matcher.matches_value(Some(authority))
-        }
+        Reading::Wide => with_port || matcher.matches_value(Some(bare)) || matcher.matches_value(Some(authority)),
     }
 }
 
@@ -495,4 +489,5 @@ impl Rbac {
 }
 
 #[cfg(test)]
+#[expect(deprecated, reason = "Envoy's older fields, which control planes still write")]
 mod tests;

@@ -259,8 +259,11 @@ impl Balancer {
         self.refresh();
         let mut avoiding = None;
         if !choice.avoid_priorities.is_empty() {
-            let skip: Vec<usize> =
-                choice.avoid_priorities.iter().filter_map(|number| self.priorities.binary_search(number).ok()).collect();
+            let skip: Vec<usize> = choice
+                .avoid_priorities
+                .iter()
+                .filter_map(|number| self.priorities.binary_search(number).ok())
+                .collect();
             avoiding = self.loads.without(&skip);
         }
         let mut found = None;
@@ -451,7 +454,9 @@ impl View<'_> {
         }
         let sum: f64 = weights.iter().sum();
         if sum > 0.0 {
-            weights.iter_mut().for_each(|weight| *weight /= sum);
+            for weight in &mut weights {
+                *weight /= sum;
+            }
         }
         (keys, weights)
     }

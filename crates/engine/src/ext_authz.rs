@@ -159,12 +159,15 @@ enum Edit {
     SetIfPresent,
 }
 
+/// A header that changes.
+type Edited = (Box<str>, Box<[u8]>, Edit);
+
 /// Edits that come with a yes.
 #[derive(Debug, Default, PartialEq)]
 pub struct Allowance {
-    request: Vec<(Box<str>, Box<[u8]>, Edit)>,
+    request: Vec<Edited>,
     remove: Vec<Box<str>>,
-    response: Vec<(Box<str>, Box<[u8]>, Edit)>,
+    response: Vec<Edited>,
     query_set: Vec<(Box<str>, Box<str>)>,
     query_remove: Vec<Box<str>>,
     /// Facts for later filters, under `envoy.filters.http.ext_authz`.
@@ -388,7 +391,7 @@ impl ExtAuthz {
         auth::AttributeContext {
             source: Some(Peer {
                 address: Some(address(client)),
-                principal: peer.and_then(|peer| peer.uri_sans.first()).map(|uri| uri.to_string()).unwrap_or_default(),
+                principal: peer.and_then(|peer| peer.uri_sans.first()).map(ToString::to_string).unwrap_or_default(),
                 certificate: peer
                     .filter(|_| self.include_certificate)
                     .map(|peer| peer.url_encoded_pem.to_string())
@@ -420,9 +423,11 @@ impl ExtAuthz {
                 }),
             }),
             context_extensions: context,
-            tls_session: conn.tls.as_ref().filter(|_| self.include_server_name).map(|_| TlsSession {
-                sni: conn.server_name.as_deref().unwrap_or_default().to_owned(),
-            }),
+            tls_session: conn
+                .tls
+                .as_ref()
+                .filter(|_| self.include_server_name)
+                .map(|_| TlsSession { sni: conn.server_name.as_deref().unwrap_or_default().to_owned() }),
             ..auth::AttributeContext::default()
         }
     }
@@ -443,9 +448,8 @@ impl ExtAuthz {
         if head.status != 200 {
             let always = |name: &str| matches!(name, "www-authenticate" | "location");
             let all = http.to_client.is_empty();
-            let headers = fields()
-                .filter(|(name, _)| all || always(name) || http.to_client.matches(name.as_bytes()))
-                .collect();
+            let headers =
+                fields().filter(|(name, _)| all || always(name) || http.to_client.matches(name.as_bytes())).collect();
             return Verdict::Deny(Box::new(Denial { status: head.status, headers, body: self.cut(body) }));
         }
         let mut allowance = Allowance { clear_route_cache: self.clear_route_cache, ..Allowance::default() };
@@ -487,7 +491,7 @@ impl ExtAuthz {
         let metadata = response.dynamic_metadata.as_ref().map(json_struct).unwrap_or_default();
         let verdict = match (allowed, response.http_response) {
             (true, Some(auth::check_response::HttpResponse::OkResponse(ok))) => {
-                Verdict::Allow(Box::new(self.allowance(ok, metadata)?))
+                Verdict::Allow(Box::new(self.allowance(&ok, metadata)?))
             }
             (true, None) => Verdict::Allow(Box::new(Allowance { metadata, ..Allowance::default() })),
             // A yes with the form of a no is neither.
@@ -506,22 +510,25 @@ impl ExtAuthz {
                 let body = self.cut(&Bytes::from(denied.body));
                 Verdict::Deny(Box::new(Denial { status, headers, body }))
             }
-            (false, None) => Verdict::Deny(Box::new(Denial { status: 403, headers: Fields::new(), body: Bytes::new() })),
+            (false, None) => {
+                Verdict::Deny(Box::new(Denial { status: 403, headers: Fields::new(), body: Bytes::new() }))
+            }
         };
         Some(verdict)
     }
 
-    fn allowance(&self, ok: auth::OkHttpResponse, mut metadata: BTreeMap<String, Value>) -> Option<Allowance> {
+    fn allowance(&self, ok: &auth::OkHttpResponse, mut metadata: BTreeMap<String, Value>) -> Option<Allowance> {
         if metadata.is_empty() {
-            metadata = older_metadata(&ok);
+            metadata = older_metadata(ok);
         }
         Some(Allowance {
             request: edits(&ok.headers)?,
             remove: ok
                 .headers_to_remove
                 .iter()
-                .map(|name| name.to_ascii_lowercase().into())
-                .filter(|name: &Box<str>| !is_ours(name))
+                .map(|name| name.to_ascii_lowercase())
+                .filter(|name| !is_ours(name))
+                .map(Into::into)
                 .collect(),
             response: edits(&ok.response_headers_to_add)?
                 .into_iter()
@@ -560,13 +567,20 @@ impl Allowance {
         }
         let is_edited = |pair: &[u8]| {
             let name = pair.split(|b| *b == b'=').next().unwrap_or_default();
-            self.query_set.iter().map(|(name, _)| name).chain(&self.query_remove).any(|edited| edited.as_bytes() == name)
+            self.query_set
+                .iter()
+                .map(|(name, _)| name)
+                .chain(&self.query_remove)
+                .any(|edited| edited.as_bytes() == name)
         };
         let old = head.query().unwrap_or_default();
         let mut pairs: Vec<Vec<u8>> =
             old.split(|b| *b == b'&').filter(|pair| !pair.is_empty() && !is_edited(pair)).map(<[u8]>::to_vec).collect();
-        let encode = |text: &str| percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string();
-        pairs.extend(self.query_set.iter().map(|(name, value)| format!("{}={}", encode(name), encode(value)).into_bytes()));
+        let encode =
+            |text: &str| percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string();
+        pairs.extend(
+            self.query_set.iter().map(|(name, value)| format!("{}={}", encode(name), encode(value)).into_bytes()),
+        );
         let mut path = head.path_only().to_vec();
         if !pairs.is_empty() {
             path.push(b'?');
@@ -586,7 +600,7 @@ impl Allowance {
     }
 }
 
-fn apply(edits: &[(Box<str>, Box<[u8]>, Edit)], fields: &mut Fields) {
+fn apply(edits: &[Edited], fields: &mut Fields) {
     for (name, value, edit) in edits {
         let exists = fields.contains(name);
         match edit {
@@ -602,7 +616,7 @@ fn apply(edits: &[(Box<str>, Box<[u8]>, Edit)], fields: &mut Fields) {
 /// Edits as the authorizer wrote them; `None` if one is no header. In these messages, unlike in
 /// routes, a header without further words replaces.
 #[expect(deprecated, reason = "the older field still says the same")]
-fn edits(options: &[core::HeaderValueOption]) -> Option<Vec<(Box<str>, Box<[u8]>, Edit)>> {
+fn edits(options: &[core::HeaderValueOption]) -> Option<Vec<Edited>> {
     let mut list = Vec::with_capacity(options.len());
     for option in options {
         let header = option.header.as_ref()?;

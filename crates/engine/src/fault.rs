@@ -125,16 +125,19 @@ mod tests {
 
     use super::*;
 
+    #[expect(clippy::unnecessary_wraps, reason = "as the messages hold it")]
     fn million(numerator: u32) -> Option<FractionalPercent> {
         Some(FractionalPercent { numerator, denominator: DenominatorType::Million as i32 })
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "as the messages hold it")]
     fn delaying(percentage: Option<FractionalPercent>) -> Option<common::FaultDelay> {
         let time = ProtoDuration { seconds: 2, nanos: 0 };
         let specifier = common::fault_delay::FaultDelaySecifier::FixedDelay(time);
         Some(common::FaultDelay { percentage, fault_delay_secifier: Some(specifier) })
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "as the messages hold it")]
     fn aborting(error: pb::fault_abort::ErrorType, percentage: Option<FractionalPercent>) -> Option<pb::FaultAbort> {
         Some(pb::FaultAbort { percentage, response_body: String::new(), error_type: Some(error) })
     }

@@ -309,7 +309,7 @@ impl JwtFilter {
             Some(PerRoute::Requirement(name)) => match self.named.get(name) {
                 Some(requirement) => Some(requirement),
                 // A name nobody knows cannot be met.
-                None => return Err(self.denied(Refusal::MISSING, head)),
+                None => return Err(Box::new(self.denied(Refusal::MISSING, head))),
             },
             None => self.rules.iter().find(|rule| rule.matches(head)).and_then(|rule| rule.requires.as_ref()),
         };
@@ -327,7 +327,7 @@ impl JwtFilter {
         let met = requirement.met(self, &found).and_then(|()| self.each_accepted(&found, &asked));
         match met {
             Ok(()) => Ok(self.accept(&found, &asked, head, metadata)),
-            Err(refusal) => Err(self.denied(refusal, head)),
+            Err(refusal) => Err(Box::new(self.denied(refusal, head))),
         }
     }
 
@@ -366,7 +366,11 @@ impl JwtFilter {
             });
             if !accepted {
                 let others = found.iter().any(|other| other.judged.is_ok());
-                return Err(if others { Refusal { cause: Refusal::TOO_MANY.cause, text: refusal.text } } else { refusal });
+                return Err(if others {
+                    Refusal { cause: Refusal::TOO_MANY.cause, text: refusal.text }
+                } else {
+                    refusal
+                });
             }
         }
         Ok(())
@@ -424,7 +428,7 @@ impl JwtFilter {
         passed
     }
 
-    fn denied(&self, refusal: Refusal, head: &RequestHead) -> Box<Denied> {
+    fn denied(&self, refusal: Refusal, head: &RequestHead) -> Denied {
         const PATH_MAX: usize = 256;
         let status = refusal.cause.surface().status;
         let www_authenticate = (status == 401 && !self.strip_failure).then(|| {
@@ -440,12 +444,12 @@ impl JwtFilter {
             let error = if refusal == Refusal::MISSING { "" } else { ", error=\"invalid_token\"" };
             format!("Bearer realm=\"{realm}\"{error}")
         });
-        Box::new(Denied {
+        Denied {
             cause: refusal.cause,
             body: if self.strip_failure { "" } else { refusal.text },
             www_authenticate,
             details: format!("jwt_authn_access_denied{{{}}}", refusal.text.replace(' ', "_")),
-        })
+        }
     }
 }
 
@@ -635,7 +639,7 @@ fn remote_jwks(proto: &pb::RemoteJwks) -> Result<RemoteJwks, Unsupported> {
         uri: uri.uri.as_str().into(),
         cluster: cluster.as_str().into(),
         timeout: duration(timeout, "http_uri.timeout")?,
-        cache: cache.unwrap_or(Duration::from_secs(600)),
+        cache: cache.unwrap_or(Duration::from_mins(10)),
     })
 }
 
@@ -755,12 +759,11 @@ impl Rule {
                     Some(_) => Some(Requirement::lower(requirement, providers).within("requires")?),
                 }
             }
-            Some(RequirementType::RequirementName(name)) => Some(
-                named
-                    .get(name.as_str())
-                    .cloned()
-                    .ok_or_else(|| Unsupported::new("requirement_name", format!("{name:?} is not in requirement_map")))?,
-            ),
+            Some(RequirementType::RequirementName(name)) => {
+                Some(named.get(name.as_str()).cloned().ok_or_else(|| {
+                    Unsupported::new("requirement_name", format!("{name:?} is not in requirement_map"))
+                })?)
+            }
         };
         Ok(Self {
             path,

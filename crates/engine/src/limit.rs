@@ -33,8 +33,7 @@ mod tests {
 
     #[test]
     fn each_resource_has_its_own_limit() {
-        let limits =
-            Limits { connections_max: 1, pending_max: 2, requests_max: 3, retries_max: 0, retry_budget: None };
+        let limits = Limits { connections_max: 1, pending_max: 2, requests_max: 3, retries_max: 0, retry_budget: None };
         let shared = SharedCluster::detached("c", Instant::now());
         for (resource, most) in
             [(Resource::Connection, 1), (Resource::Pending, 2), (Resource::Request, 3), (Resource::Retry, 0)]

@@ -170,6 +170,7 @@ enum HeaderTest {
 
 impl HeaderMatcher {
     /// Lowers Envoy's message.
+    #[expect(deprecated, reason = "Envoy's older fields, which control planes still write")]
     pub fn lower(proto: &route::HeaderMatcher) -> Result<Self, Unsupported> {
         use route::header_matcher::HeaderMatchSpecifier as Specifier;
         if proto.name.is_empty() {
@@ -388,7 +389,6 @@ impl ValueMatcher {
             (Self::Range(start, end), Some(Value::Number(number))) => {
                 number.as_f64().is_some_and(|number| (*start..*end).contains(&number))
             }
-            #[expect(clippy::float_cmp, reason = "exact is what the matcher asks for")]
             (Self::Number(wanted), Some(Value::Number(number))) => number.as_f64() == Some(*wanted),
             (Self::String(matcher), Some(Value::String(text))) => matcher.matches(text.as_bytes()),
             (Self::Bool(wanted), Some(Value::Bool(value))) => wanted == value,
@@ -612,4 +612,5 @@ impl UriTemplate {
 }
 
 #[cfg(test)]
+#[expect(deprecated, reason = "Envoy's older fields, which control planes still write")]
 mod tests;

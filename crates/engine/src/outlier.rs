@@ -261,6 +261,7 @@ mod tests {
         OutlierDetection { enforcing_success_rate: value(0), ..OutlierDetection::default() }
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "as the messages hold it")]
     fn number(value: u32) -> Option<UInt32Value> {
         Some(UInt32Value { value })
     }
@@ -385,7 +386,7 @@ mod tests {
         bed.sweep(142);
         assert!(bed.ejected().is_empty());
         assert_eq!(bed.policy.ejection_time(3), Duration::from_secs(90));
-        assert_eq!(bed.policy.ejection_time(1000), Duration::from_secs(300));
+        assert_eq!(bed.policy.ejection_time(1000), Duration::from_mins(5));
     }
 
     #[test]

@@ -112,11 +112,7 @@ fn is_unreserved(b: u8) -> bool {
 
 /// A dot at the beginning of `text`, escaped or not: its length.
 fn dot(text: &[u8]) -> Option<usize> {
-    if text.first() == Some(&b'.') {
-        Some(1)
-    } else {
-        (escape(text) == Some(b'.')).then_some(3)
-    }
+    if text.first() == Some(&b'.') { Some(1) } else { (escape(text) == Some(b'.')).then_some(3) }
 }
 
 fn is_slash(b: u8) -> bool {

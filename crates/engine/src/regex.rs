@@ -7,6 +7,7 @@
 //! **Difference from RE2, on purpose.** `.` and negated classes also match line feeds and bytes
 //! that are not UTF-8, so that no byte of a path or header escapes a pattern (property 12).
 
+use std::fmt;
 use std::sync::OnceLock;
 
 use ::regex::bytes;
@@ -62,7 +63,8 @@ pub fn translate(re2: &str) -> Result<String, Unsupported> {
                 Some(other) => escape(&mut out, other, &mut chars),
             },
             '.' => out.push_str(ANY),
-            '[' => bracket(&mut out, &mut chars).map_err(|reason| Unsupported::new("regex", format!("{re2:?} {reason}")))?,
+            '[' => bracket(&mut out, &mut chars)
+                .map_err(|reason| Unsupported::new("regex", format!("{re2:?} {reason}")))?,
             '*' | '+' | '?' => {
                 if was_repeated && c != '?' {
                     return bad("repeats a repetition");
@@ -102,13 +104,19 @@ pub fn translate(re2: &str) -> Result<String, Unsupported> {
     Ok(out)
 }
 
+/// Appends formatted text; writing to a string cannot fail.
+fn put(out: &mut String, text: fmt::Arguments<'_>) {
+    let written = fmt::Write::write_fmt(out, text);
+    debug_assert!(written.is_ok());
+}
+
 type Chars<'a> = std::iter::Peekable<std::str::Chars<'a>>;
 
 fn class(out: &mut String, items: &str, negated: bool) {
     if negated {
-        out.push_str(&format!(r"(?:[^{items}]|(?-u:[\x80-\xFF]))"));
+        put(out, format_args!(r"(?:[^{items}]|(?-u:[\x80-\xFF]))"));
     } else {
-        out.push_str(&format!("[{items}]"));
+        put(out, format_args!("[{items}]"));
     }
 }
 
@@ -131,7 +139,7 @@ fn escape(out: &mut String, c: char, chars: &mut Chars<'_>) {
                     None => break,
                 }
             }
-            out.push_str(&format!(r"\x{{{value:x}}}"));
+            put(out, format_args!(r"\x{{{value:x}}}"));
         }
         other if other.is_ascii_alphanumeric() => {
             // Unknown to RE2; let the engine refuse it.
@@ -189,9 +197,9 @@ fn bracket(out: &mut String, chars: &mut Chars<'_>) -> Result<(), &'static str> 
                 Some('d') => items.push_str(DIGIT),
                 Some('w') => items.push_str(WORD),
                 Some('s') => items.push_str(SPACE),
-                Some('D') => items.push_str(&format!("[^{DIGIT}]")),
-                Some('W') => items.push_str(&format!("[^{WORD}]")),
-                Some('S') => items.push_str(&format!("[^{SPACE}]")),
+                Some('D') => put(&mut items, format_args!("[^{DIGIT}]")),
+                Some('W') => put(&mut items, format_args!("[^{WORD}]")),
+                Some('S') => put(&mut items, format_args!("[^{SPACE}]")),
                 Some('C') => return Err(r"uses \C, which is not supported"),
                 Some(other) => escape(&mut items, other, chars),
             },
@@ -210,15 +218,15 @@ fn bracket(out: &mut String, chars: &mut Chars<'_>) -> Result<(), &'static str> 
         first = false;
     }
     if negated {
-        out.push_str(&format!(r"(?:[^{items}]|(?-u:[\x80-\xFF]))"));
+        put(out, format_args!(r"(?:[^{items}]|(?-u:[\x80-\xFF]))"));
     } else {
-        out.push_str(&format!("[{items}]"));
+        put(out, format_args!("[{items}]"));
     }
     Ok(())
 }
 
 fn ends_in_class(items: &str) -> bool {
-    [DIGIT, WORD, SPACE].iter().any(|class| items.ends_with(class)) || items.ends_with("]")  && !items.ends_with(r"\]")
+    [DIGIT, WORD, SPACE].iter().any(|class| items.ends_with(class)) || items.ends_with(']') && !items.ends_with(r"\]")
 }
 
 /// Envoy's `RegexMatcher`: matches whole byte strings.
@@ -308,8 +316,9 @@ impl Regex {
             None => {
                 let pattern = format!(r"\A(?:{})\z", translate(re2)?);
                 // The automaton is dropped again: most configured patterns are never used.
-                compile(&pattern)
-                    .map_err(|error| Unsupported::new("regex", format!("{re2:?} is not valid: {}", last_line(&error))))?;
+                compile(&pattern).map_err(|error| {
+                    Unsupported::new("regex", format!("{re2:?} is not valid: {}", last_line(&error)))
+                })?;
                 Kind::Program(pattern.into(), OnceLock::new())
             }
         };
@@ -376,8 +385,9 @@ impl Rewrite {
     /// Checks pattern and substitution.
     pub fn new(re2: &str, substitution: &str) -> Result<Self, Unsupported> {
         let pattern = translate(re2).within("pattern")?;
-        let program = compile(&pattern)
-            .map_err(|error| Unsupported::new("pattern.regex", format!("{re2:?} is not valid: {}", last_line(&error))))?;
+        let program = compile(&pattern).map_err(|error| {
+            Unsupported::new("pattern.regex", format!("{re2:?} is not valid: {}", last_line(&error)))
+        })?;
         let mut parts = Vec::new();
         let mut literal = Vec::new();
         let mut bytes = substitution.bytes();
@@ -395,7 +405,10 @@ impl Rewrite {
                     }
                     let group = usize::from(digit - b'0');
                     if group >= program.captures_len() {
-                        return Err(Unsupported::new("substitution", format!("refers to group {group}, which {re2:?} lacks")));
+                        return Err(Unsupported::new(
+                            "substitution",
+                            format!("refers to group {group}, which {re2:?} lacks"),
+                        ));
                     }
                     parts.push(Part::Group(group));
                 }
@@ -417,7 +430,7 @@ impl Rewrite {
                 for part in &self.parts {
                     match part {
                         Part::Literal(bytes) => out.extend_from_slice(bytes),
-                        Part::Group(group) => out.extend(found.get(*group).iter().flat_map(|group| group.as_bytes())),
+                        Part::Group(group) => out.extend(found.get(*group).iter().flat_map(bytes::Match::as_bytes)),
                     }
                 }
                 out

@@ -145,7 +145,12 @@ impl RetryPolicy {
             interval_max,
             previous_hosts,
             repicks_max: if repicks == 0 { 1 } else { repicks.min(64) },
-            previous_priorities: proto.retry_priority.as_ref().map(previous_priorities).transpose().within("retry_priority")?,
+            previous_priorities: proto
+                .retry_priority
+                .as_ref()
+                .map(previous_priorities)
+                .transpose()
+                .within("retry_priority")?,
         })
     }
 
@@ -256,7 +261,7 @@ pub fn percent_holds(percent: f64, draw: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use envoy_types::pb::google::protobuf::{Any, Duration as ProtoDuration, UInt32Value};
-    use prost::{Message as _, Name};
+    use prost::Name;
 
     use super::*;
     use crate::cluster::RetryBudget;

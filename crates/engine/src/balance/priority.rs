@@ -56,7 +56,7 @@ impl Loads {
         if available == 0 {
             // Nobody is available: spread over all hosts; only priorities in panic will use theirs.
             let total: u64 = counts.iter().enumerate().filter(|(i, _)| used(*i)).map(|(_, c)| u64::from(c.total)).sum();
-            if total > 0 {
+            if let Some(total) = std::num::NonZeroU64::new(total) {
                 let mut left = 100;
                 for (index, count) in counts.iter().enumerate().filter(|(i, _)| used(*i)) {
                     loads.healthy[index] = (u64::from(count.total) * 100 / total) as u32;

@@ -41,9 +41,13 @@ fn bed(policy: Balancing, weighted: bool, panic_threshold: f64, localities: Vec<
     let start = Instant::now();
     let shared = SharedCluster::detached("c", start);
     let set = Arc::new(EndpointSet { localities, overprovisioning: 140 });
-    let balancer =
-        Balancer::with_policy(policy, LocalityPolicy { weighted, panic_threshold }, &set, &shared, start);
+    let balancer = Balancer::with_policy(policy, LocalityPolicy { weighted, panic_threshold }, &set, &shared, start);
     Bed { balancer, shared, start }
+}
+
+/// The same under another name, where a bed stands already.
+fn new_bed(policy: Balancing, panic_threshold: f64, localities: Vec<LocalityEndpoints>) -> Bed {
+    bed(policy, false, panic_threshold, localities)
 }
 
 impl Bed {
@@ -135,9 +139,9 @@ fn nobody_healthy_is_nobody() {
     assert_eq!(bed.spread(1).len(), 1);
     bed.eject(1);
     assert!(bed.spread(10).is_empty());
-    let mut panics = super::tests::bed(least_request(), false, 50.0, vec![locality(0, 1, &[(1, Health::Unhealthy, 1)])]);
+    let mut panics = new_bed(least_request(), 50.0, vec![locality(0, 1, &[(1, Health::Unhealthy, 1)])]);
     assert_eq!(panics.spread(10).len(), 1);
-    let mut empty = super::tests::bed(least_request(), false, 50.0, vec![]);
+    let mut empty = new_bed(least_request(), 50.0, vec![]);
     assert!(empty.spread(10).is_empty());
 }
 
@@ -157,7 +161,8 @@ fn failover_by_priority() {
 
 #[test]
 fn localities_by_weight() {
-    let parts = vec![locality(0, 80, &[(1, UP, 1)]), locality(0, 20, &[(2, UP, 1), (3, UP, 1)]), locality(0, 0, &[(4, UP, 1)])];
+    let parts =
+        vec![locality(0, 80, &[(1, UP, 1)]), locality(0, 20, &[(2, UP, 1), (3, UP, 1)]), locality(0, 0, &[(4, UP, 1)])];
     for policy in [least_request(), Balancing::RoundRobin(None), Balancing::Random] {
         let mut bed = bed(policy, true, 0.0, parts.clone());
         let spread = bed.spread(1000);
@@ -220,7 +225,7 @@ fn new_hosts_warm_up() {
     shared.host(&address(2), joined);
     let set = Arc::new(EndpointSet { localities: vec![locality(0, 1, &hosts)], overprovisioning: 140 });
     let policy = LocalityPolicy { weighted: false, panic_threshold: 0.0 };
-    let mut share_after = |seconds: u64| {
+    let share_after = |seconds: u64| {
         let mut balancer =
             Balancer::with_policy(Balancing::RoundRobin(Some(slow.clone())), policy.clone(), &set, &shared, joined);
         let mut new = 0;

@@ -12,6 +12,7 @@ use super::*;
 use crate::exchange::StreamInfo;
 use crate::facts::{ConnFacts, Now, PeerCertificate, TlsFacts};
 
+#[expect(clippy::unnecessary_wraps, reason = "as the messages hold it")]
 fn patterns(exact: &[&str], prefix: &[&str]) -> Option<m::ListStringMatcher> {
     use m::string_matcher::MatchPattern as P;
     let exact = exact.iter().map(|text| P::Exact((*text).into()));
@@ -33,7 +34,11 @@ fn http() -> pb::ExtAuthz {
             }),
             path_prefix: "/check".into(),
             authorization_request: Some(pb::AuthorizationRequest {
-                headers_to_add: vec![core::HeaderValue { key: "x-from".into(), value: "mesh".into(), ..Default::default() }],
+                headers_to_add: vec![core::HeaderValue {
+                    key: "x-from".into(),
+                    value: "mesh".into(),
+                    ..Default::default()
+                }],
                 ..Default::default()
             }),
             authorization_response: Some(pb::AuthorizationResponse {
@@ -200,6 +205,7 @@ fn framed(message: &auth::CheckResponse) -> Bytes {
     body.into()
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "as the messages hold it")]
 fn status(code: i32) -> Option<rpc::Status> {
     Some(rpc::Status { code, ..Default::default() })
 }
@@ -239,9 +245,16 @@ fn answers_over_grpc() {
         headers: vec![header("www-authenticate", "Basic"), header("content-length", "99")],
         body: "no".into(),
     };
-    let no = auth::CheckResponse { status: status(7), http_response: Some(R::DeniedResponse(denied.clone())), ..Default::default() };
+    let no = auth::CheckResponse {
+        status: status(7),
+        http_response: Some(R::DeniedResponse(denied.clone())),
+        ..Default::default()
+    };
     let Verdict::Deny(denial) = grpc_answer(&no) else { panic!("yes") };
-    assert_eq!((denial.status, fields(&denial.headers).join(";"), &denial.body[..]), (401, "www-authenticate: Basic".into(), &b"no"[..]));
+    assert_eq!(
+        (denial.status, fields(&denial.headers).join(";"), &denial.body[..]),
+        (401, "www-authenticate: Basic".into(), &b"no"[..])
+    );
 
     let bare = auth::CheckResponse { status: status(7), ..Default::default() };
     assert!(matches!(grpc_answer(&bare), Verdict::Deny(denial) if denial.status == 403));
@@ -279,7 +292,9 @@ fn only_matched_requests_are_asked_about() {
     let filter = ExtAuthz::lower(&pb::ExtAuthz {
         filter_enabled_metadata: Some(m::MetadataMatcher {
             filter: "envoy.filters.http.rbac".into(),
-            path: vec![PathSegment { segment: Some(Segment::Key("istio_ext_authz_shadow_effective_policy_id".into())) }],
+            path: vec![PathSegment {
+                segment: Some(Segment::Key("istio_ext_authz_shadow_effective_policy_id".into())),
+            }],
             value: Some(m::ValueMatcher {
                 match_pattern: Some(m::value_matcher::MatchPattern::StringMatch(m::StringMatcher {
                     ignore_case: false,
@@ -305,5 +320,8 @@ fn refused() {
     assert_eq!(refused(pb::ExtAuthz::default()), "services");
     assert_eq!(refused(pb::ExtAuthz { shadow_mode: true, ..http() }), "shadow_mode");
     let none = pb::BufferSettings::default();
-    assert_eq!(refused(pb::ExtAuthz { with_request_body: Some(none), ..http() }), "with_request_body.max_request_bytes");
+    assert_eq!(
+        refused(pb::ExtAuthz { with_request_body: Some(none), ..http() }),
+        "with_request_body.max_request_bytes"
+    );
 }

@@ -15,8 +15,7 @@ const KEYS_MAX: usize = 256;
 
 /// A signature algorithm of RFC 7518 and 8037; `none` is not among them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[expect(missing_docs, reason = "the names are RFC 7518's")]
-pub enum Algorithm {
+pub(super) enum Algorithm {
     Es256,
     Es384,
     Es512,
@@ -34,7 +33,7 @@ pub enum Algorithm {
 
 impl Algorithm {
     /// By its registered name.
-    pub fn parse(name: &str) -> Option<Self> {
+    pub(super) fn parse(name: &str) -> Option<Self> {
         Some(match name {
             "ES256" => Self::Es256,
             "ES384" => Self::Es384,
@@ -64,7 +63,10 @@ struct Key {
 
 #[derive(Clone, PartialEq, Eq)]
 enum Material {
-    Rsa { n: Box<[u8]>, e: Box<[u8]> },
+    Rsa {
+        n: Box<[u8]>,
+        e: Box<[u8]>,
+    },
     /// Uncompressed points.
     P256(Box<[u8]>),
     P384(Box<[u8]>),

@@ -119,6 +119,11 @@ fn bed(proto: &pb::JwtAuthentication) -> Bed {
     }
 }
 
+/// The same under another name, where a bed stands already.
+fn new_bed(proto: &pb::JwtAuthentication) -> Bed {
+    bed(proto)
+}
+
 impl Bed {
     fn ask(&mut self, head: &mut RequestHead) -> Result<Passed, Box<Denied>> {
         self.metadata = Metadata::new();
@@ -202,7 +207,8 @@ fn an_algorithm_never_changes_its_key() {
 fn names_must_not_occur_twice() {
     let me = issuer("k");
     let mut bed = bed(&istio(vec![provider("me", &me.jwks)]));
-    let message = format!("{}.{}", b64(json!({"alg": "ES256"}).to_string()), b64(r#"{"iss":"me","sub":"a","sub":"b"}"#));
+    let message =
+        format!("{}.{}", b64(json!({"alg": "ES256"}).to_string()), b64(r#"{"iss":"me","sub":"a","sub":"b"}"#));
     let sig = me.pair.sign(&SystemRandom::new(), message.as_bytes()).unwrap();
     bed.bearer(&format!("{message}.{}", b64(sig)), Err("Jwt payload is an invalid JSON"));
 }
@@ -210,7 +216,7 @@ fn names_must_not_occur_twice() {
 #[test]
 fn every_algorithm() {
     let random = SystemRandom::new();
-    let mut check = |key: Value, alg: &str, sign: &dyn Fn(&[u8]) -> Vec<u8>| {
+    let check = |key: Value, alg: &str, sign: &dyn Fn(&[u8]) -> Vec<u8>| {
         let message = format!("{}.{}", b64(json!({"alg": alg}).to_string()), b64(claims("me").to_string()));
         let token = format!("{message}.{}", b64(sign(message.as_bytes())));
         let jwks = json!({"keys": [{"kty": "what"}, key]}).to_string();
@@ -250,11 +256,11 @@ fn every_algorithm() {
     let pair = Ed25519KeyPair::generate().unwrap();
     let key = json!({"kty": "OKP", "crv": "Ed25519", "x": b64(pair.public_key())});
     check(key, "EdDSA", &|message| pair.sign(message).as_ref().to_vec());
-    for (alg, algorithm) in
-        [("HS256", hmac::HMAC_SHA256), ("HS384", hmac::HMAC_SHA384), ("HS512", hmac::HMAC_SHA512)]
-    {
+    for (alg, algorithm) in [("HS256", hmac::HMAC_SHA256), ("HS384", hmac::HMAC_SHA384), ("HS512", hmac::HMAC_SHA512)] {
         let secret = hmac::Key::new(algorithm, b"a secret");
-        check(json!({"kty": "oct", "k": b64("a secret")}), alg, &|message| hmac::sign(&secret, message).as_ref().to_vec());
+        check(json!({"kty": "oct", "k": b64("a secret")}), alg, &|message| {
+            hmac::sign(&secret, message).as_ref().to_vec()
+        });
     }
 }
 
@@ -282,7 +288,7 @@ fn two_issuers() {
     bed.check(&[("authorization", &bearer(&ta)), ("authorization", &bearer(&tc))], Err("Jwt issuer is not configured"));
     bed.check(&[("authorization", &format!("Bearer {ta}, Bearer {ta}"))], Err(Refusal::BAD_FORMAT.text));
     // At one place, each issuer vouches for its own.
-    let mut shared = super::tests::bed(&istio(vec![provider("a", &a.jwks), provider("b", &b.jwks)]));
+    let mut shared = new_bed(&istio(vec![provider("a", &a.jwks), provider("b", &b.jwks)]));
     shared.bearer(&ta, Ok(1));
     shared.bearer(&tb, Ok(1));
     shared.bearer(&tc, Err("Jwt issuer is not configured"));
@@ -311,7 +317,7 @@ fn places_and_forwarding() {
     head.fields.push("x-t", token.as_bytes());
     assert_eq!(bed.ask(&mut head).unwrap().tokens, 1);
     assert!(!head.fields.contains("x-t"));
-    let mut forwards = super::tests::bed(&istio(vec![pb::JwtProvider { forward: true, ..proto }]));
+    let mut forwards = new_bed(&istio(vec![pb::JwtProvider { forward: true, ..proto }]));
     head.fields.push("x-t", token.as_bytes());
     assert_eq!(forwards.ask(&mut head).unwrap().tokens, 1);
     assert_eq!(head.fields.get("x-t"), Some(token.as_bytes()));
@@ -348,7 +354,8 @@ fn what_claims_become() {
     head.fields.push("x-none", b"mallory");
     let passed = bed.ask(&mut head).unwrap();
     assert!(passed.clear_route_cache);
-    let got: Vec<_> = head.fields.iter().map(|(name, value)| format!("{name}={}", String::from_utf8_lossy(value))).collect();
+    let got: Vec<_> =
+        head.fields.iter().map(|(name, value)| format!("{name}={}", String::from_utf8_lossy(value))).collect();
     assert_eq!(
         got,
         [
@@ -416,8 +423,7 @@ fn fetched_keys() {
 fn the_answer() {
     let me = issuer("k");
     let mut required = istio(vec![provider("me", &me.jwks)]);
-    required.rules[0].requirement_type =
-        Some(pb::requirement_rule::RequirementType::Requires(named("origins-0")));
+    required.rules[0].requirement_type = Some(pb::requirement_rule::RequirementType::Requires(named("origins-0")));
     let mut bed = bed(&required);
     let denied = bed.ask(&mut RequestHead::new("GET", "h:80", "/x?y=\"1")).unwrap_err();
     assert_eq!(denied.cause, Cause::JwtMissing);
@@ -450,9 +456,8 @@ fn refused_settings() {
     let mut unknown = istio(vec![provider("me", "{}")]);
     unknown.rules[0].requirement_type = Some(pb::requirement_rule::RequirementType::Requires(named("x")));
     assert_eq!(lowered(unknown), "rules[0].requires.provider_name \"x\" is not a provider");
-    let failed = needs(pb::jwt_requirement::RequiresType::AllowMissingOrFailed(
-        envoy_types::pb::google::protobuf::Empty {},
-    ));
+    let failed =
+        needs(pb::jwt_requirement::RequiresType::AllowMissingOrFailed(envoy_types::pb::google::protobuf::Empty {}));
     let mut lax = istio(vec![provider("me", "{}")]);
     lax.rules[0].requirement_type = Some(pb::requirement_rule::RequirementType::Requires(failed));
     assert_eq!(lowered(lax), "rules[0].requires.allow_missing_or_failed is not supported");

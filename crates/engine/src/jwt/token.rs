@@ -144,10 +144,9 @@ impl Token {
         let audiences = match payload.get("aud") {
             None => Vec::new(),
             Some(Value::String(one)) => vec![one.as_str().into()],
-            Some(Value::Array(list)) => list
-                .iter()
-                .map(|item| item.as_str().map(Into::into).ok_or(Refusal::AUD))
-                .collect::<Result<_, _>>()?,
+            Some(Value::Array(list)) => {
+                list.iter().map(|item| item.as_str().map(Into::into).ok_or(Refusal::AUD)).collect::<Result<_, _>>()?
+            }
             Some(_) => return Err(Refusal::AUD),
         };
         let signature = URL_SAFE_NO_PAD.decode(signature_text).map_err(|_| Refusal::SIGNATURE_BASE64)?;
@@ -196,8 +195,8 @@ impl Token {
 
     /// Whether it is for one of `wanted`; everybody, if nobody is named.
     pub(super) fn check_audience(&self, wanted: &[Box<str>]) -> Result<(), Refusal> {
-        let fits = wanted.is_empty()
-            || self.audiences.iter().any(|one| wanted.iter().any(|other| bare(one) == bare(other)));
+        let fits =
+            wanted.is_empty() || self.audiences.iter().any(|one| wanted.iter().any(|other| bare(one) == bare(other)));
         if fits { Ok(()) } else { Err(Refusal::WRONG_AUDIENCE) }
     }
 
