@@ -1,0 +1,469 @@
+//! HTTP/2 streams over the `h2` crate, and heads between its types and ours.
+
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use h2::client::ResponseFuture;
+use h2::server::SendResponse;
+use h2::{Reason, RecvStream, SendStream};
+use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http1::rules::{is_authority, is_forbidden_trailer, is_hop_by_hop, is_target, is_token, is_value};
+use types::{Fields, RequestHead, ResponseHead, Scheme, Version};
+
+use super::{Broken, Frame};
+
+/// What we offer and bear on HTTP/2 connections (properties 21 and 23).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct H2Settings {
+    /// Streams a peer may open at once.
+    pub(crate) streams_max: u32,
+    /// Window of one stream: what may be held of it.
+    pub(crate) stream_window: u32,
+    /// Window of the connection.
+    pub(crate) connection_window: u32,
+    /// Bytes of a decompressed head.
+    pub(crate) head_bytes_max: u32,
+}
+
+impl Default for H2Settings {
+    fn default() -> Self {
+        Self { streams_max: 1024, stream_window: 64 * 1024, connection_window: 1024 * 1024, head_bytes_max: 60 * 1024 }
+    }
+}
+
+/// A server's builder.
+pub(crate) fn server_builder(settings: &H2Settings) -> h2::server::Builder {
+    let mut builder = h2::server::Builder::new();
+    builder
+        .max_concurrent_streams(settings.streams_max)
+        .initial_window_size(settings.stream_window)
+        .initial_connection_window_size(settings.connection_window)
+        .max_header_list_size(settings.head_bytes_max)
+        .max_send_buffer_size(super::HELD_MAX)
+        .max_concurrent_reset_streams(50)
+        .max_pending_accept_reset_streams(20)
+        .max_local_error_reset_streams(Some(1024));
+    builder
+}
+
+/// A client's builder.
+pub(crate) fn client_builder(settings: &H2Settings) -> h2::client::Builder {
+    let mut builder = h2::client::Builder::new();
+    builder
+        .enable_push(false)
+        .initial_window_size(settings.stream_window)
+        .initial_connection_window_size(settings.connection_window)
+        .max_header_list_size(settings.head_bytes_max)
+        .max_send_buffer_size(super::HELD_MAX)
+        .max_concurrent_reset_streams(50);
+    builder
+}
+
+/// The receiving half of a stream.
+#[derive(Debug)]
+struct Receiving {
+    stream: RecvStream,
+    data_done: bool,
+    done: bool,
+}
+
+impl Receiving {
+    fn new(stream: RecvStream) -> Self {
+        let done = stream.is_end_stream();
+        Self { stream, data_done: done, done }
+    }
+
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Frame>, Broken>> {
+        if self.done {
+            return Poll::Ready(Ok(None));
+        }
+        while !self.data_done {
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(data)) if data.is_empty() => {
+                    if self.stream.is_end_stream() {
+                        self.done = true;
+                        return Poll::Ready(Ok(None));
+                    }
+                }
+                Some(Ok(data)) => {
+                    self.done = self.stream.is_end_stream();
+                    return Poll::Ready(Ok(Some(Frame::Data(data))));
+                }
+                Some(Err(error)) => {
+                    self.done = true;
+                    return Poll::Ready(Err(error.into()));
+                }
+                None => self.data_done = true,
+            }
+        }
+        let trailers = ready!(self.stream.poll_trailers(cx))?;
+        self.done = true;
+        let fields = trailers.map(|map| fields_from(&map, |name| !is_forbidden_trailer(name)));
+        Poll::Ready(Ok(fields.filter(|fields| !fields.is_empty()).map(Frame::Trailers)))
+    }
+
+    fn consumed(&mut self, n: usize) {
+        // an error here means the stream is gone, which the next read tells
+        if self.stream.flow_control().release_capacity(n).is_err() {
+            self.data_done = true;
+        }
+    }
+}
+
+/// The sending half of a stream.
+#[derive(Debug)]
+struct Sending {
+    stream: SendStream<Bytes>,
+    pending: Bytes,
+    end: Option<Option<Fields>>,
+    ended: bool,
+}
+
+impl Sending {
+    fn new(stream: SendStream<Bytes>, ended: bool) -> Self {
+        Self { stream, pending: Bytes::new(), end: None, ended }
+    }
+
+    fn push(&mut self, data: Bytes) -> Result<(), Broken> {
+        debug_assert!(self.pending.is_empty() && self.end.is_none(), "drained before more is pushed");
+        self.pending = data;
+        self.stream.reserve_capacity(self.pending.len());
+        self.step()
+    }
+
+    fn finish(&mut self, trailers: Option<&Fields>) -> Result<(), Broken> {
+        if self.ended || self.end.is_some() {
+            return Ok(());
+        }
+        self.end = Some(trailers.cloned());
+        self.step()
+    }
+
+    /// Hands over what the window takes.
+    fn step(&mut self) -> Result<(), Broken> {
+        while !self.pending.is_empty() {
+            let n = self.stream.capacity().min(self.pending.len());
+            if n == 0 {
+                return Ok(());
+            }
+            let piece = self.pending.split_to(n);
+            let last = self.pending.is_empty() && matches!(self.end, Some(None));
+            self.stream.send_data(piece, last)?;
+            if last {
+                self.ended = true;
+                self.end = None;
+            }
+        }
+        match self.end.take() {
+            Some(None) => {
+                self.stream.send_data(Bytes::new(), true)?;
+                self.ended = true;
+            }
+            Some(Some(trailers)) => {
+                self.stream.send_trailers(map_from(&trailers)?)?;
+                self.ended = true;
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        while !self.pending.is_empty() {
+            match ready!(self.stream.poll_capacity(cx)) {
+                Some(Ok(_)) => self.step()?,
+                Some(Err(error)) => return Poll::Ready(Err(error.into())),
+                None => return Poll::Ready(Err(Broken::Reset)),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// One request of an HTTP/2 client.
+#[derive(Debug)]
+pub(crate) struct H2Down {
+    respond: SendResponse<Bytes>,
+    receiving: Receiving,
+    sending: Option<Sending>,
+    head_request: bool,
+    reset: bool,
+}
+
+impl H2Down {
+    pub(crate) fn new(respond: SendResponse<Bytes>, body: RecvStream, head_request: bool) -> Self {
+        Self { respond, receiving: Receiving::new(body), sending: None, head_request, reset: false }
+    }
+
+    pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Frame>, Broken>> {
+        self.receiving.poll_frame(cx)
+    }
+
+    pub(crate) fn is_finished(&self) -> bool {
+        self.receiving.done
+    }
+
+    pub(crate) fn consumed(&mut self, n: usize) {
+        self.receiving.consumed(n);
+    }
+
+    pub(crate) fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut self.sending {
+            None => self.respond.poll_reset(cx).map(|_| ()),
+            Some(sending) if sending.ended => Poll::Pending,
+            Some(sending) => sending.stream.poll_reset(cx).map(|_| ()),
+        }
+    }
+
+    pub(crate) fn send_interim(&mut self, head: &ResponseHead) -> Result<(), Broken> {
+        if self.sending.is_some() {
+            return Ok(());
+        }
+        self.respond.send_informational(response_to(head)?)?;
+        Ok(())
+    }
+
+    pub(crate) fn send_head(&mut self, head: &ResponseHead, end: bool) -> Result<(), Broken> {
+        let end = end || self.head_request || matches!(head.status, 204 | 304);
+        let stream = self.respond.send_response(response_to(head)?, end)?;
+        self.sending = Some(Sending::new(stream, end));
+        Ok(())
+    }
+
+    pub(crate) fn head_sent(&self) -> bool {
+        self.sending.is_some()
+    }
+
+    pub(crate) fn send_data(&mut self, data: Bytes) -> Result<(), Broken> {
+        match &mut self.sending {
+            Some(sending) if sending.ended => Ok(()),
+            Some(sending) => sending.push(data),
+            None => Err(Broken::Protocol),
+        }
+    }
+
+    pub(crate) fn send_end(&mut self, trailers: Option<&Fields>) -> Result<(), Broken> {
+        self.sending.as_mut().map_or(Err(Broken::Protocol), |sending| sending.finish(trailers))
+    }
+
+    pub(crate) fn buffered(&self) -> usize {
+        self.sending.as_ref().map_or(0, |sending| sending.pending.len())
+    }
+
+    pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        self.sending.as_mut().map_or(Poll::Ready(Ok(())), |sending| sending.poll_drain(cx))
+    }
+
+    /// Ends the stream so that the client sees that it is not complete.
+    pub(crate) fn reset(&mut self, reason: Reason) {
+        if !self.reset {
+            self.reset = true;
+            match &mut self.sending {
+                Some(sending) => sending.stream.send_reset(reason),
+                None => self.respond.send_reset(reason),
+            }
+        }
+    }
+}
+
+/// One request to an HTTP/2 upstream.
+#[derive(Debug)]
+pub(crate) struct H2Up {
+    response: ResponseFuture,
+    receiving: Option<Receiving>,
+    sending: Sending,
+}
+
+impl H2Up {
+    pub(crate) fn new(response: ResponseFuture, stream: SendStream<Bytes>, end: bool) -> Self {
+        Self { response, receiving: None, sending: Sending::new(stream, end) }
+    }
+
+    /// Reads a head; `true` with it: it is an interim one.
+    pub(crate) fn poll_head(&mut self, cx: &mut Context<'_>, head: &mut ResponseHead) -> Poll<Result<bool, Broken>> {
+        if let Poll::Ready(Some(interim)) = self.response.poll_informational(cx) {
+            read_response(&interim?.into_parts().0, head)?;
+            return Poll::Ready(Ok(true));
+        }
+        let (parts, body) = ready!(std::pin::Pin::new(&mut self.response).poll(cx))?.into_parts();
+        self.receiving = Some(Receiving::new(body));
+        read_response(&parts, head)?;
+        Poll::Ready(Ok(false))
+    }
+
+    pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Frame>, Broken>> {
+        self.receiving.as_mut().map_or(Poll::Ready(Err(Broken::Protocol)), |receiving| receiving.poll_frame(cx))
+    }
+
+    pub(crate) fn is_finished(&self) -> bool {
+        self.receiving.as_ref().is_some_and(|receiving| receiving.done)
+    }
+
+    pub(crate) fn consumed(&mut self, n: usize) {
+        if let Some(receiving) = &mut self.receiving {
+            receiving.consumed(n);
+        }
+    }
+
+    pub(crate) fn send_data(&mut self, data: Bytes) -> Result<(), Broken> {
+        self.sending.push(data)
+    }
+
+    pub(crate) fn send_end(&mut self, trailers: Option<&Fields>) -> Result<(), Broken> {
+        self.sending.finish(trailers)
+    }
+
+    pub(crate) fn buffered(&self) -> usize {
+        self.sending.pending.len()
+    }
+
+    pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        self.sending.poll_drain(cx)
+    }
+
+    pub(crate) fn reset(&mut self, reason: Reason) {
+        self.sending.stream.send_reset(reason);
+    }
+
+    /// Whether both halves have ended, so that nothing has to be cancelled.
+    pub(crate) fn is_over(&self) -> bool {
+        self.sending.ended && self.is_finished()
+    }
+}
+
+fn fields_from(map: &HeaderMap, keep: impl Fn(&str) -> bool) -> Fields {
+    let bytes: usize = map.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    let mut fields = Fields::with_capacity(map.len() + 8, bytes + 512);
+    for (name, value) in map {
+        if keep(name.as_str()) {
+            fields.push(name.as_str(), value.as_bytes());
+        }
+    }
+    fields
+}
+
+fn map_from(fields: &Fields) -> Result<HeaderMap, Broken> {
+    let mut map = HeaderMap::with_capacity(fields.len());
+    for (name, value) in fields.iter() {
+        if is_hop_by_hop(name) || name == "host" {
+            continue;
+        }
+        let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| Broken::Unwritable)?;
+        map.append(name, HeaderValue::from_bytes(value).map_err(|_| Broken::Unwritable)?);
+    }
+    Ok(map)
+}
+
+/// Why an HTTP/2 request is refused before anything looks at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BadRequest {
+    NoAuthority,
+    Malformed,
+    TooManyFields,
+}
+
+/// Reads a request head; the grammar is HTTP/1's, so that it can be written either way
+/// (property 4). Cookies are joined (RFC 9113, section 8.2.3).
+pub(crate) fn read_request(
+    parts: &http::request::Parts,
+    fields_max: usize,
+    head: &mut RequestHead,
+) -> Result<(), BadRequest> {
+    head.clear();
+    head.version = Version::Http2;
+    if parts.headers.len() > fields_max {
+        return Err(BadRequest::TooManyFields);
+    }
+    let hosts = parts.headers.get_all("host");
+    let mut hosts = hosts.iter();
+    let host = hosts.next();
+    if hosts.next().is_some() || parts.headers.get_all("content-length").iter().count() > 1 {
+        return Err(BadRequest::Malformed);
+    }
+    head.fields = fields_from(&parts.headers, |name| name != "host" && name != "cookie");
+    let mut cookies: Vec<u8> = Vec::new();
+    for cookie in parts.headers.get_all("cookie") {
+        if !cookies.is_empty() {
+            cookies.extend_from_slice(b"; ");
+        }
+        cookies.extend_from_slice(cookie.as_bytes());
+    }
+    if !cookies.is_empty() {
+        head.fields.push("cookie", &cookies);
+    }
+    if head.fields.iter().any(|(name, value)| !is_token(name.as_bytes()) || !is_value(value)) {
+        return Err(BadRequest::Malformed);
+    }
+    let authority = parts.uri.authority().map(|authority| authority.as_str().as_bytes());
+    let Some(authority) = authority.or_else(|| host.map(HeaderValue::as_bytes)).filter(|bytes| !bytes.is_empty())
+    else {
+        return Err(BadRequest::NoAuthority);
+    };
+    if !is_authority(authority) {
+        return Err(BadRequest::Malformed);
+    }
+    if let Some(host) = host
+        && !host.as_bytes().eq_ignore_ascii_case(authority)
+    {
+        return Err(BadRequest::Malformed);
+    }
+    head.set_method(parts.method.as_str());
+    head.set_authority(authority);
+    head.scheme = match parts.uri.scheme_str() {
+        Some(scheme) if scheme.eq_ignore_ascii_case("https") => Scheme::Https,
+        _ => Scheme::Http,
+    };
+    let protocol = parts.extensions.get::<h2::ext::Protocol>();
+    head.set_protocol(protocol.map(|protocol| protocol.as_str().as_bytes()));
+    if parts.method == http::Method::CONNECT && protocol.is_none() {
+        return Ok(());
+    }
+    let path = parts.uri.path_and_query().map_or("", http::uri::PathAndQuery::as_str).as_bytes();
+    if !is_target(path) || (path[0] != b'/' && !(path == b"*" && parts.method == http::Method::OPTIONS)) {
+        return Err(BadRequest::Malformed);
+    }
+    head.set_path(path);
+    Ok(())
+}
+
+/// A request head for an HTTP/2 upstream.
+pub(crate) fn request_to(head: &RequestHead) -> Result<http::Request<()>, Broken> {
+    let mut request = http::Request::new(());
+    *request.version_mut() = http::Version::HTTP_2;
+    *request.headers_mut() = map_from(&head.fields)?;
+    let mut uri = http::uri::Parts::default();
+    uri.authority = Some(http::uri::Authority::try_from(head.authority()).map_err(|_| Broken::Unwritable)?);
+    let connect = head.method() == "CONNECT" && head.protocol().is_none();
+    if !connect {
+        uri.scheme = Some(match head.scheme {
+            Scheme::Http => http::uri::Scheme::HTTP,
+            Scheme::Https => http::uri::Scheme::HTTPS,
+        });
+        uri.path_and_query = Some(http::uri::PathAndQuery::try_from(head.path()).map_err(|_| Broken::Unwritable)?);
+    }
+    *request.uri_mut() = http::Uri::from_parts(uri).map_err(|_| Broken::Unwritable)?;
+    *request.method_mut() = http::Method::from_bytes(head.method().as_bytes()).map_err(|_| Broken::Unwritable)?;
+    if let Some(protocol) = head.protocol() {
+        *request.method_mut() = http::Method::CONNECT;
+        let protocol = std::str::from_utf8(protocol).map_err(|_| Broken::Unwritable)?;
+        request.extensions_mut().insert(h2::ext::Protocol::from(protocol));
+    }
+    Ok(request)
+}
+
+fn read_response(parts: &http::response::Parts, head: &mut ResponseHead) -> Result<(), Broken> {
+    head.version = Version::Http2;
+    head.status = parts.status.as_u16();
+    head.fields = fields_from(&parts.headers, |_| true);
+    let lengths = parts.headers.get_all("content-length").iter().count();
+    let fits = lengths <= 1 && !head.fields.iter().any(|(name, value)| !is_token(name.as_bytes()) || !is_value(value));
+    if fits { Ok(()) } else { Err(Broken::Protocol) }
+}
+
+fn response_to(head: &ResponseHead) -> Result<http::Response<()>, Broken> {
+    let mut response = http::Response::new(());
+    *response.version_mut() = http::Version::HTTP_2;
+    *response.status_mut() = http::StatusCode::from_u16(head.status).map_err(|_| Broken::Unwritable)?;
+    *response.headers_mut() = map_from(&head.fields)?;
+    Ok(response)
+}

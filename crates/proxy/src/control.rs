@@ -1,0 +1,579 @@
+//! The control side: one thread that turns resources into configurations and owns all that is not
+//! a connection.
+//!
+//! ```text
+//!  xDS event ─► lower (own thread) ─► received ─► warm ─► publish ─► sockets, workers ─► answer
+//!  identity  ─► secrets
+//!  signal, admin ─► drain ─► end
+//! ```
+//!
+//! *Received* is the last good version of every resource; *published* is what workers run. A
+//! cluster is published once its endpoints are known, a listener once its route tables are
+//! (make before break); until then its published version stays. An update is answered when every
+//! worker runs the generation it led to.
+
+pub(crate) mod lowering;
+pub(crate) mod secret;
+mod warming;
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use engine::RuntimeConfig;
+use engine::config::{Name, NodeFacts};
+use engine::lower::Raw;
+use identity::agent::Identities;
+use identity::workload::WorkloadIdentity;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+use types::wellknown::type_urls;
+use xds::client::{Dialed, Event, Handle, Names, Rejected, Update};
+
+use crate::dns::NameTable;
+use crate::listeners::{Listeners, Workers};
+use crate::options::{Options, Role, StaticResources, Termination};
+use crate::proxy::{Proxy, RunError, Shared, State};
+use crate::worker::{self, Command, DrainScope, WorkerHandle};
+use lowering::{Lowered, Lowering};
+use warming::Received;
+
+/// What others ask of the control side.
+pub(crate) enum Request {
+    /// A graceful end.
+    Terminate,
+    /// End at once.
+    Quit,
+    /// Drain without ending (`/drain_listeners`, `/drain`).
+    Drain(DrainScope),
+    /// `/healthcheck/fail` and `/healthcheck/ok`.
+    Health(bool),
+    /// What workers run, and what has been received.
+    Inspect(oneshot::Sender<Inspection>),
+}
+
+/// A look at the control side's state.
+pub(crate) struct Inspection {
+    pub(crate) config: Arc<RuntimeConfig>,
+    pub(crate) raw: Arc<lowering::RawTables>,
+    pub(crate) bound: Vec<(String, SocketAddr)>,
+    pub(crate) live: usize,
+    pub(crate) versions: Vec<(&'static str, String)>,
+}
+
+/// The control side.
+pub(crate) struct Control {
+    shared: Arc<Shared>,
+    role: Role,
+    termination: Termination,
+    workers: Vec<WorkerHandle>,
+    dispatch: Workers,
+    listeners: Listeners,
+    lowering: Lowering,
+    received: Received,
+    published: Arc<RuntimeConfig>,
+    generation: u64,
+    state: watch::Sender<State>,
+    bound: watch::Sender<Arc<Vec<(String, SocketAddr)>>>,
+    names: Arc<arc_swap::ArcSwap<NameTable>>,
+    xds: Option<Handle>,
+    raw: lowering::RawTables,
+    versions: std::collections::BTreeMap<&'static str, String>,
+    /// Types of which a first update has been applied.
+    first: BTreeSet<&'static str>,
+    started: Instant,
+    resolved: mpsc::UnboundedSender<warming::Resolved>,
+    resolvers: warming::Resolvers,
+}
+
+/// Events for the loop.
+enum Input {
+    Xds(Event),
+    Identity(Arc<WorkloadIdentity>),
+    Asked(Request),
+    Resolved(warming::Resolved),
+    Signal,
+    Tick,
+}
+
+/// Warming and ejection sweeps look again so often.
+const TICK: Duration = Duration::from_millis(500);
+
+impl Control {
+    /// Starts everything.
+    pub(crate) async fn start(options: Options, shared: Arc<Shared>) -> Result<Proxy, RunError> {
+        let concurrency = match options.concurrency {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            n => n,
+        };
+        let workers = (0..concurrency)
+            .map(|index| worker::start(index, Arc::clone(&shared)))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| RunError::Start("a worker", error))?;
+        let dispatch = Workers::new(&workers);
+        let (requests, asked) = mpsc::unbounded_channel();
+        let (state, watching) = watch::channel(State::default());
+        let (bound, addresses) = watch::channel(Arc::default());
+        let (resolved, resolutions) = mpsc::unbounded_channel();
+        let node = node_facts(&options);
+        let published = RuntimeConfig { node: Arc::new(node), ..RuntimeConfig::default() };
+        let names = Arc::new(arc_swap::ArcSwap::from_pointee(NameTable::default()));
+        let mut control = Self {
+            role: options.role,
+            termination: options.termination,
+            listeners: Listeners::new(dispatch.clone(), options.inherited),
+            dispatch,
+            workers,
+            lowering: Lowering::start().map_err(|error| RunError::Start("the lowering thread", error))?,
+            received: Received::default(),
+            published: Arc::new(published),
+            generation: 0,
+            state,
+            bound,
+            names: Arc::clone(&names),
+            xds: None,
+            raw: lowering::RawTables::default(),
+            versions: std::collections::BTreeMap::new(),
+            first: BTreeSet::new(),
+            started: Instant::now(),
+            resolved,
+            resolvers: warming::Resolvers::default(),
+            shared: Arc::clone(&shared),
+        };
+        if let Some([chain, key, roots]) = &options.identity_files {
+            let identity = secret::identity_from_files(chain, key, roots).map_err(RunError::Identity)?;
+            shared.secrets.set_identity(&Arc::new(identity));
+        }
+        let services = crate::admin::start(
+            &options.addresses,
+            &crate::admin::Context {
+                shared: Arc::clone(&shared),
+                requests: requests.clone(),
+                state: watching.clone(),
+                names,
+                node: options.node.clone(),
+                app_metrics: options.app_metrics.clone(),
+                dns_upstream: options.dns_upstream.clone(),
+            },
+        )
+        .await?;
+        control.load(options.resources).await?;
+        let mut identities = None;
+        let mut agent = None;
+        if let Some(ca) = options.ca {
+            let (made, receiver) = identity::agent::Agent::new(identity::agent::Options::new(ca));
+            agent = Some(tokio::spawn(made.run()));
+            identities = Some(receiver);
+        }
+        let mut events = None;
+        let mut driver = None;
+        if let Some(plane) = options.xds {
+            let (handle, receiver, run) = connect(plane, options.node, options.state_of_the_world, identities.clone());
+            control.xds = Some(handle);
+            driver = Some(tokio::spawn(run.run()));
+            events = Some(receiver);
+        } else {
+            control.configured();
+        }
+        let take_signals = options.take_signals;
+        let task = tokio::spawn(async move {
+            control.run(events, identities, asked, resolutions, take_signals).await;
+            // the agent and the stream end with the proxy
+            for task in [agent, driver].into_iter().flatten() {
+                task.abort();
+            }
+        });
+        Ok(Proxy::new(requests, watching, addresses, task, services))
+    }
+
+    /// Takes the resources of a bootstrap; here a refused one is the end.
+    async fn load(&mut self, resources: StaticResources) -> Result<(), RunError> {
+        let StaticResources { listeners, clusters, endpoints, routes, secrets } = resources;
+        let mut any = false;
+        for (url, kind, raws) in [
+            (type_urls::SECRET, "secret", secrets),
+            (type_urls::CLUSTER, "cluster", clusters),
+            (type_urls::ENDPOINT, "endpoints", endpoints),
+            (type_urls::ROUTE, "route table", routes),
+            (type_urls::LISTENER, "listener", listeners),
+        ] {
+            if raws.is_empty() {
+                continue;
+            }
+            any = true;
+            let rejected = self.apply(url, raws, Vec::new()).await;
+            if let Some(bad) = rejected.into_iter().next() {
+                return Err(RunError::Bootstrap { kind, name: bad.name, reason: bad.reason });
+            }
+        }
+        if any {
+            let failed = self.publish().await;
+            if let Some(bad) = failed.into_iter().next() {
+                return Err(RunError::Bootstrap { kind: "listener", name: bad.name, reason: bad.reason });
+            }
+        }
+        Ok(())
+    }
+
+    async fn run(
+        mut self,
+        mut events: Option<mpsc::Receiver<Event>>,
+        mut identities: Option<Identities>,
+        mut asked: mpsc::UnboundedReceiver<Request>,
+        mut resolutions: mpsc::UnboundedReceiver<warming::Resolved>,
+        take_signals: bool,
+    ) {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut signals = if take_signals { Signals::new() } else { Signals::default() };
+        let mut ending: Option<Ending> = None;
+        loop {
+            // requests and signals before configuration: an end must not wait behind a flood of updates
+            let input = tokio::select! {
+                biased;
+                () = signals.any() => Input::Signal,
+                Some(request) = asked.recv() => Input::Asked(request),
+                identity = next_identity(&mut identities) => Input::Identity(identity),
+                event = next_event(&mut events) => Input::Xds(event),
+                Some(resolved) = resolutions.recv() => Input::Resolved(resolved),
+                _ = tick.tick() => Input::Tick,
+            };
+            match input {
+                Input::Xds(Event::Update(update)) => self.update(update).await,
+                Input::Xds(Event::Connected) => tracing::info!("connected to the control plane"),
+                Input::Xds(Event::Disconnected { reason, attempt, retry_in }) => {
+                    tracing::info!(reason, attempt, ?retry_in, "no control plane; the configuration at hand stays");
+                }
+                Input::Identity(identity) => {
+                    self.shared.secrets.set_identity(&identity);
+                    self.publish_logged().await;
+                }
+                Input::Resolved(resolved) => {
+                    if self.received.take_resolved(resolved) {
+                        self.publish_logged().await;
+                    }
+                }
+                Input::Asked(Request::Quit) => break,
+                Input::Asked(Request::Terminate) | Input::Signal if ending.is_some() => break,
+                Input::Asked(Request::Terminate) | Input::Signal => {
+                    ending = Some(self.begin_end());
+                }
+                Input::Asked(Request::Drain(scope)) => self.drain(scope),
+                Input::Asked(Request::Health(ok)) => {
+                    self.state.send_modify(|state| state.failed = !ok);
+                }
+                Input::Asked(Request::Inspect(answer)) => {
+                    // who asked may be gone
+                    drop(answer.send(self.inspect()));
+                }
+                Input::Tick => self.tick().await,
+            }
+            if let Some(ending) = &ending
+                && ending.is_over(self.dispatch.live())
+            {
+                break;
+            }
+        }
+        self.end();
+    }
+
+    async fn tick(&mut self) {
+        if self.received.is_warming() {
+            self.publish_logged().await;
+        }
+        warming::sweep_outliers(&self.published, &self.shared);
+        if self.xds.is_some() && !self.state.borrow().configured {
+            self.check_configured();
+        }
+    }
+
+    /// Applies an update and answers it.
+    async fn update(&mut self, update: Update) {
+        let url = update.type_url().to_owned();
+        let Some(known) = known_type(&url) else {
+            if let Some(handle) = &self.xds {
+                handle.answer(&update.id, &[]);
+            }
+            return;
+        };
+        tracing::debug!(kind = type_urls::short(&url), added = update.added.len(), removed = update.removed.len(), "update");
+        self.versions.insert(known, update.version.clone());
+        let raws = update.added.into_iter().map(|(name, _, body)| Raw { name: name.into(), body }).collect();
+        let mut rejected = self.apply(known, raws, update.removed.into_iter().map(Name::from).collect()).await;
+        self.first.insert(known);
+        let failed = self.publish().await;
+        if known == type_urls::LISTENER {
+            rejected.extend(failed);
+        }
+        for bad in &rejected {
+            tracing::warn!(kind = type_urls::short(known), name = bad.name, reason = bad.reason, "resource refused; its last good version stays");
+        }
+        if let Some(handle) = &self.xds {
+            handle.answer(&update.id, &rejected);
+            self.subscribe(handle);
+        }
+        self.check_configured();
+    }
+
+    /// Asks for what the received resources refer to.
+    fn subscribe(&self, handle: &Handle) {
+        let wanted = self.received.wanted();
+        handle.subscribe(type_urls::ENDPOINT, Names::Only(wanted.endpoints));
+        handle.subscribe(type_urls::ROUTE, Names::Only(wanted.routes));
+        if !wanted.secrets.is_empty() {
+            handle.subscribe(type_urls::SECRET, Names::Only(wanted.secrets));
+        }
+    }
+
+    /// Lowers resources of one type into the received tables.
+    async fn apply(&mut self, url: &'static str, raws: Vec<Raw>, removed: Vec<Name>) -> Vec<Rejected> {
+        let rejected = match url {
+            type_urls::SECRET => secret::apply(&self.shared.secrets, &raws, &removed),
+            type_urls::NAME_TABLE => {
+                match raws.first().map(|raw| NameTable::parse(&raw.body)) {
+                    Some(Ok(table)) => self.names.store(Arc::new(table)),
+                    Some(Err(reason)) => return vec![Rejected { name: raws[0].name.to_string(), reason }],
+                    None => {}
+                }
+                Vec::new()
+            }
+            _ => {
+                let lowered = self.lowering.lower(url, self.received.tables.clone(), raws.clone(), removed.clone()).await;
+                let Lowered { tables, rejected } = lowered;
+                self.received.take(tables, url, &raws, &removed);
+                rejected.into_iter().map(|bad| Rejected { name: bad.name.to_string(), reason: bad.reason }).collect()
+            }
+        };
+        self.raw.note(url, raws, &removed, &rejected);
+        rejected
+    }
+
+    async fn publish_logged(&mut self) {
+        for bad in self.publish().await {
+            tracing::warn!(name = bad.name, reason = bad.reason, "a listener cannot listen");
+        }
+    }
+
+    /// Publishes what is warm, if anything changed, and waits until every worker runs it.
+    async fn publish(&mut self) -> Vec<Rejected> {
+        let waited = self.started.elapsed();
+        self.resolvers.sync(&self.received, &self.resolved);
+        let Some(mut next) = self.received.warm(&self.published, waited) else { return Vec::new() };
+        self.generation += 1;
+        next.generation = self.generation;
+        let next = Arc::new(next);
+        let failed = self.listeners.sync(&next);
+        self.bound.send_replace(Arc::new(self.listeners.addresses()));
+        let mut running = Vec::with_capacity(self.workers.len());
+        for worker in &self.workers {
+            let (done, waiting) = oneshot::channel();
+            if worker.inbox.send(Command::Config(Arc::clone(&next), done)).is_ok() {
+                running.push(waiting);
+            }
+        }
+        for waiting in running {
+            if waiting.await.is_err() {
+                tracing::error!("a worker has ended");
+            }
+        }
+        // the old tables are dropped here, not on a worker
+        self.published = next;
+        self.shared.hosts.reconcile(&self.published);
+        let generation = self.generation;
+        self.state.send_modify(|state| state.generation = generation);
+        failed
+            .into_iter()
+            .map(|(name, address, error)| Rejected {
+                name: name.to_string(),
+                reason: format!("cannot listen on {address}: {error}"),
+            })
+            .collect()
+    }
+
+    fn check_configured(&mut self) {
+        let first = [type_urls::CLUSTER, type_urls::LISTENER].iter().all(|url| self.first.contains(url));
+        if first && !self.received.is_warming() {
+            self.configured();
+        }
+    }
+
+    fn configured(&self) {
+        self.state.send_if_modified(|state| !std::mem::replace(&mut state.configured, true));
+    }
+
+    fn inspect(&self) -> Inspection {
+        Inspection {
+            config: Arc::clone(&self.published),
+            raw: Arc::new(self.raw.clone()),
+            bound: self.listeners.addresses(),
+            live: self.dispatch.live(),
+            versions: self.versions.iter().map(|(url, version)| (*url, version.clone())).collect(),
+        }
+    }
+
+    fn drain(&self, scope: DrainScope) {
+        self.state.send_modify(|state| state.draining = true);
+        for worker in &self.workers {
+            // a worker that has ended has nothing to drain
+            drop(worker.inbox.send(Command::Drain(scope)));
+        }
+    }
+
+    fn begin_end(&mut self) -> Ending {
+        let scope = if self.role == Role::Sidecar { DrainScope::Inbound } else { DrainScope::All };
+        self.drain(scope);
+        let now = Instant::now();
+        tracing::info!(?scope, connections = self.dispatch.live(), "draining before the end");
+        match self.termination {
+            Termination { exit_on_zero: true, minimum, .. } => Ending { not_before: now + minimum, until: None },
+            Termination { drain, .. } => Ending { not_before: now + drain, until: Some(now + drain) },
+        }
+    }
+
+    fn end(mut self) {
+        self.listeners.close(|_| true);
+        for worker in &self.workers {
+            // likewise
+            drop(worker.inbox.send(Command::Stop));
+        }
+        for worker in &mut self.workers {
+            if let Some(thread) = worker.thread.take()
+                && thread.join().is_err()
+            {
+                tracing::error!("a worker panicked");
+            }
+        }
+    }
+}
+
+/// When a draining proxy ends.
+struct Ending {
+    not_before: Instant,
+    /// Whatever is left then is cut; `None`: the end waits for the last connection.
+    until: Option<Instant>,
+}
+
+impl Ending {
+    fn is_over(&self, live: usize) -> bool {
+        let now = Instant::now();
+        self.until.is_some_and(|until| now >= until) || live == 0 && (now >= self.not_before || self.until.is_some())
+    }
+}
+
+async fn next_event(events: &mut Option<mpsc::Receiver<Event>>) -> Event {
+    if let Some(receiver) = events {
+        if let Some(event) = receiver.recv().await {
+            return event;
+        }
+        *events = None;
+    }
+    std::future::pending().await
+}
+
+async fn next_identity(identities: &mut Option<Identities>) -> Arc<WorkloadIdentity> {
+    if let Some(receiver) = identities {
+        while receiver.changed().await.is_ok() {
+            if let Some(identity) = receiver.borrow_and_update().clone() {
+                return identity;
+            }
+        }
+        *identities = None;
+    }
+    std::future::pending().await
+}
+
+/// SIGTERM and SIGINT.
+#[derive(Default)]
+struct Signals {
+    term: Option<tokio::signal::unix::Signal>,
+    int: Option<tokio::signal::unix::Signal>,
+}
+
+impl Signals {
+    fn new() -> Self {
+        use tokio::signal::unix::{SignalKind, signal};
+        let listen = |kind| match signal(kind) {
+            Ok(signal) => Some(signal),
+            Err(error) => {
+                tracing::warn!(%error, "signals are not heard");
+                None
+            }
+        };
+        Self { term: listen(SignalKind::terminate()), int: listen(SignalKind::interrupt()) }
+    }
+
+    async fn any(&mut self) {
+        async fn one(signal: &mut Option<tokio::signal::unix::Signal>) {
+            match signal {
+                Some(signal) => {
+                    if signal.recv().await.is_none() {
+                        std::future::pending().await
+                    }
+                }
+                None => std::future::pending().await,
+            }
+        }
+        // both mean the same
+        tokio::select! {
+            () = one(&mut self.term) => {}
+            () = one(&mut self.int) => {}
+        }
+    }
+}
+
+/// The type, if we know what to do with it.
+fn known_type(url: &str) -> Option<&'static str> {
+    type_urls::PUSH_ORDER.into_iter().find(|known| *known == url && *known != type_urls::EXTENSION_CONFIG)
+}
+
+fn node_facts(options: &Options) -> NodeFacts {
+    use base64::Engine as _;
+    use prost::Message as _;
+    let metadata = options.node.metadata.clone().unwrap_or_default();
+    NodeFacts {
+        id: options.node.id.clone().into(),
+        peer_metadata: base64::engine::general_purpose::STANDARD.encode(peer_metadata(metadata).encode_to_vec()).into(),
+    }
+}
+
+/// What peers are told about us.
+fn peer_metadata(
+    mut metadata: envoy_types::pb::google::protobuf::Struct,
+) -> envoy_types::pb::google::protobuf::Struct {
+    const TOLD: [&str; 8] =
+        ["NAME", "NAMESPACE", "OWNER", "WORKLOAD_NAME", "MESH_ID", "CLUSTER_ID", "LABELS", "INSTANCE_IPS"];
+    metadata.fields.retain(|name, _| TOLD.contains(&name.as_str()));
+    metadata
+}
+
+/// The stream to the control plane; it waits for the first certificate where there is a CA.
+fn connect(
+    plane: identity::channel::ControlPlane,
+    node: envoy_types::pb::envoy::config::core::v3::Node,
+    state_of_the_world: bool,
+    identities: Option<Identities>,
+) -> (Handle, mpsc::Receiver<Event>, xds::client::Driver) {
+    let options = xds::client::Options {
+        node,
+        protocol: if state_of_the_world { xds::client::Protocol::StateOfTheWorld } else { xds::client::Protocol::Delta },
+        subscriptions: vec![
+            (type_urls::CLUSTER.to_owned(), Names::All),
+            (type_urls::LISTENER.to_owned(), Names::All),
+            (type_urls::NAME_TABLE.to_owned(), Names::All),
+        ],
+        ..xds::client::Options::default()
+    };
+    xds::client::new(options, move || -> xds::client::Dialing {
+        let (plane, identities) = (plane.clone(), identities.clone());
+        Box::pin(async move {
+            let mut current = None;
+            if let Some(mut identities) = identities {
+                let waited = identities.wait_for(Option::is_some).await?;
+                current.clone_from(&*waited);
+            }
+            let channel = plane.connect(current.as_deref()).await?;
+            Ok(Dialed { channel, metadata: plane.metadata()? })
+        })
+    })
+}

@@ -1,0 +1,237 @@
+//! Make before break: what has been received becomes what is published once all it needs is there.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use engine::RuntimeConfig;
+use engine::cluster::{Cluster, Discovery, DnsSpec, EndpointSet};
+use engine::config::{Name, Table};
+use engine::lower::{Raw, resolved_endpoints};
+use tokio::sync::mpsc;
+use types::wellknown::type_urls;
+
+use super::lowering::Tables;
+use crate::proxy::Shared;
+
+/// The last good version of everything.
+#[derive(Default)]
+pub(crate) struct Received {
+    pub(crate) tables: Tables,
+    /// EDS names that have been answered, be it with nothing.
+    answered: BTreeSet<Name>,
+    /// Endpoints of names, by cluster.
+    resolved: BTreeMap<Name, Arc<EndpointSet>>,
+    dirty: bool,
+    warming: bool,
+    warming_since: Option<Duration>,
+}
+
+/// Names the received resources refer to.
+#[derive(Default)]
+pub(crate) struct Wanted {
+    pub(crate) endpoints: BTreeSet<String>,
+    pub(crate) routes: BTreeSet<String>,
+    pub(crate) secrets: BTreeSet<String>,
+}
+
+/// What an absent endpoint or route table may hold up; then its user is published without it
+/// (Envoy's `initial_fetch_timeout`).
+const WAIT_MAX: Duration = Duration::from_secs(15);
+
+impl Received {
+    /// Takes the outcome of lowering.
+    pub(crate) fn take(&mut self, tables: Tables, url: &str, raws: &[Raw], removed: &[Name]) {
+        self.tables = tables;
+        self.dirty = true;
+        if url == type_urls::ENDPOINT {
+            self.answered.extend(raws.iter().map(|raw| Name::clone(&raw.name)));
+            self.answered.extend(removed.iter().cloned());
+        }
+    }
+
+    /// Takes a resolver's answer; says whether it changes anything.
+    pub(crate) fn take_resolved(&mut self, resolved: Resolved) -> bool {
+        let same = self.resolved.get(&resolved.cluster).is_some_and(|old| **old == *resolved.endpoints);
+        if !same {
+            self.resolved.insert(resolved.cluster, resolved.endpoints);
+            self.dirty = true;
+        }
+        !same
+    }
+
+    /// Whether something received is not published yet.
+    pub(crate) fn is_warming(&self) -> bool {
+        self.warming
+    }
+
+    /// Names to subscribe to.
+    pub(crate) fn wanted(&self) -> Wanted {
+        let mut wanted = Wanted::default();
+        let mut secret = |name: &Name| {
+            let from_control_plane = name.starts_with("kubernetes://") || name.starts_with("file-") || name.starts_with("configmap://");
+            if from_control_plane {
+                wanted.secrets.insert(name.to_string());
+            }
+        };
+        for (_, cluster) in self.tables.clusters.iter() {
+            let needs = cluster.needs();
+            needs.secrets.iter().for_each(&mut secret);
+            if let Some(name) = needs.endpoints {
+                wanted.endpoints.insert(name.to_string());
+            }
+        }
+        for (_, listener) in self.tables.listeners.iter() {
+            listener.secrets().iter().for_each(&mut secret);
+            wanted.routes.extend(listener.route_tables().iter().map(ToString::to_string));
+        }
+        wanted
+    }
+
+    /// The next configuration, if it differs from the published one. `now` is the time since the start.
+    pub(crate) fn warm(&mut self, published: &RuntimeConfig, now: Duration) -> Option<RuntimeConfig> {
+        if !self.dirty && !self.warming {
+            return None;
+        }
+        let since = *self.warming_since.get_or_insert(now);
+        let patience = now.saturating_sub(since) < WAIT_MAX;
+        self.dirty = false;
+        self.warming = false;
+        let mut endpoints = Table::clone(&self.tables.endpoints);
+        for (name, set) in &self.resolved {
+            if self.tables.clusters.get(name).is_some_and(|cluster| matches!(cluster.discovery, Discovery::Dns(_))) {
+                endpoints.insert(Name::clone(name), Arc::clone(set));
+            }
+        }
+        let mut clusters = Table::default();
+        for (name, cluster) in self.tables.clusters.iter() {
+            let warm = !patience || self.is_warm(name, cluster);
+            self.warming |= !warm;
+            match (warm, published.clusters.get(name)) {
+                (true, _) => clusters.insert(Name::clone(name), Arc::clone(cluster)),
+                (false, Some(old)) => clusters.insert(Name::clone(name), Arc::clone(old)),
+                (false, None) => {}
+            }
+        }
+        let mut routes = Table::clone(&self.tables.routes);
+        let mut listeners = Table::default();
+        for (name, listener) in self.tables.listeners.iter() {
+            let warm = !patience || listener.route_tables().iter().all(|table| self.tables.routes.get(table).is_some());
+            self.warming |= !warm;
+            match (warm, published.listeners.get(name)) {
+                (true, _) => listeners.insert(Name::clone(name), Arc::clone(listener)),
+                (false, Some(old)) => {
+                    // what the old one uses stays with it
+                    for table in old.route_tables() {
+                        if let (None, Some(kept)) = (routes.get(&table), published.routes.get(&table)) {
+                            routes.insert(table, Arc::clone(kept));
+                        }
+                    }
+                    listeners.insert(Name::clone(name), Arc::clone(old));
+                }
+                (false, None) => {}
+            }
+        }
+        if !self.warming {
+            self.warming_since = None;
+        }
+        let same = same_table(&clusters, &published.clusters)
+            && same_table(&listeners, &published.listeners)
+            && same_table(&routes, &published.routes)
+            && same_table(&endpoints, &published.endpoints);
+        (!same).then(|| RuntimeConfig {
+            generation: 0,
+            listeners: Arc::new(listeners),
+            routes: Arc::new(routes),
+            clusters: Arc::new(clusters),
+            endpoints: Arc::new(endpoints),
+            node: Arc::clone(&published.node),
+            remote_keys: published.remote_keys.clone(),
+        })
+    }
+
+    fn is_warm(&self, name: &Name, cluster: &Cluster) -> bool {
+        let needs = cluster.needs();
+        let endpoints = needs
+            .endpoints
+            .is_none_or(|service| self.tables.endpoints.get(&service).is_some() || self.answered.contains(&service));
+        endpoints && (!needs.dns || self.resolved.contains_key(name))
+    }
+}
+
+fn same_table<T>(a: &Table<T>, b: &Table<T>) -> bool {
+    a.len() == b.len() && a.iter().all(|(name, value)| b.get(name).is_some_and(|other| Arc::ptr_eq(value, other)))
+}
+
+/// A resolver's answer for one cluster.
+pub(crate) struct Resolved {
+    cluster: Name,
+    endpoints: Arc<EndpointSet>,
+}
+
+/// Tasks that keep names of clusters resolved.
+#[derive(Default)]
+pub(crate) struct Resolvers {
+    running: BTreeMap<Name, (u64, Task)>,
+}
+
+struct Task(tokio::task::JoinHandle<()>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Resolvers {
+    /// Starts and stops resolvers so that each cluster of names has one.
+    pub(crate) fn sync(&mut self, received: &Received, to: &mpsc::UnboundedSender<Resolved>) {
+        let clusters = &received.tables.clusters;
+        self.running.retain(|name, (fingerprint, _)| {
+            clusters.get(name).is_some_and(|cluster| cluster.fingerprint == *fingerprint)
+        });
+        for (name, cluster) in clusters.iter() {
+            if let Discovery::Dns(spec) = &cluster.discovery
+                && !self.running.contains_key(name)
+            {
+                let task = tokio::spawn(resolve(Name::clone(name), Arc::clone(spec), to.clone()));
+                self.running.insert(Name::clone(name), (cluster.fingerprint, Task(task)));
+            }
+        }
+    }
+}
+
+async fn resolve(cluster: Name, spec: Arc<DnsSpec>, to: mpsc::UnboundedSender<Resolved>) {
+    let mut known: BTreeMap<Box<str>, Vec<IpAddr>> = BTreeMap::new();
+    loop {
+        for host in spec.template.iter().flat_map(|locality| &locality.hosts) {
+            if host.name.parse::<IpAddr>().is_ok() {
+                continue;
+            }
+            match tokio::net::lookup_host((&*host.name, host.port)).await {
+                Ok(found) => {
+                    let mut addresses: Vec<IpAddr> = found.map(|address| address.ip()).collect();
+                    addresses.sort_unstable();
+                    addresses.dedup();
+                    known.insert(host.name.clone(), addresses);
+                }
+                // the last answer stays
+                Err(error) => tracing::debug!(%error, host = &*host.name, "a name does not resolve"),
+            }
+        }
+        let endpoints = resolved_endpoints(&spec, |name| match name.parse() {
+            Ok(address) => vec![address],
+            Err(_) => known.get(name).cloned().unwrap_or_default(),
+        });
+        if to.send(Resolved { cluster: Name::clone(&cluster), endpoints: Arc::new(endpoints) }).is_err() {
+            return;
+        }
+        tokio::time::sleep(spec.refresh.max(Duration::from_millis(100))).await;
+    }
+}
+
+/// Looks at every cluster's hosts: who was ejected long enough comes back.
+pub(crate) fn sweep_outliers(config: &RuntimeConfig, shared: &Shared) {
+    let _ = (config, shared);
+}

@@ -1,0 +1,190 @@
+//! Sockets: TCP or, in tests, a pipe; plain or TLS; with bytes that were read to detect a protocol
+//! put back in front.
+//!
+//! All of the data path reads and writes through [`Io`], so that another driver can be tried.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, DuplexStream, ReadBuf};
+use tokio::net::TcpStream;
+
+/// A byte stream below TLS.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    stream: Stream,
+    /// Read before, to be read again.
+    front: Bytes,
+}
+
+#[derive(Debug)]
+enum Stream {
+    Tcp(TcpStream),
+    /// A pipe inside the process: tests, and listeners that speak to each other.
+    Pipe(DuplexStream),
+}
+
+impl Socket {
+    pub(crate) fn tcp(stream: TcpStream) -> Self {
+        Self { stream: Stream::Tcp(stream), front: Bytes::new() }
+    }
+
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests drive connections through pipes"))]
+    pub(crate) fn pipe(stream: DuplexStream) -> Self {
+        Self { stream: Stream::Pipe(stream), front: Bytes::new() }
+    }
+
+    /// Puts bytes back, to be read first. Only when nothing is in front already.
+    pub(crate) fn unread(&mut self, bytes: Bytes) {
+        debug_assert!(self.front.is_empty(), "bytes are put back once");
+        self.front = bytes;
+    }
+
+    pub(crate) fn tcp_stream(&self) -> Option<&TcpStream> {
+        match &self.stream {
+            Stream::Tcp(stream) => Some(stream),
+            Stream::Pipe(_) => None,
+        }
+    }
+
+    /// Ready when a read may give something; may be ready falsely.
+    fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        match &self.stream {
+            Stream::Tcp(stream) if self.front.is_empty() => stream.poll_read_ready(cx).map(|_| ()),
+            _ => Poll::Ready(()),
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if !self.front.is_empty() {
+            let n = self.front.len().min(buf.remaining());
+            buf.put_slice(&self.front[..n]);
+            self.front.advance(n);
+            return Poll::Ready(Ok(()));
+        }
+        match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Stream::Pipe(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Stream::Pipe(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Stream::Pipe(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        matches!(self.stream, Stream::Tcp(_))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Pipe(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+/// A byte stream as codecs see it.
+#[derive(Debug)]
+pub(crate) enum Io {
+    Plain(Socket),
+    ServerTls(Box<tokio_rustls::server::TlsStream<Socket>>),
+    ClientTls(Box<tokio_rustls::client::TlsStream<Socket>>),
+}
+
+impl Io {
+    pub(crate) fn socket(&self) -> &Socket {
+        match self {
+            Self::Plain(socket) => socket,
+            Self::ServerTls(stream) => stream.get_ref().0,
+            Self::ClientTls(stream) => stream.get_ref().0,
+        }
+    }
+
+    /// The TCP socket's own address.
+    pub(crate) fn local_addr(&self) -> Option<SocketAddr> {
+        self.socket().tcp_stream().and_then(|stream| stream.local_addr().ok())
+    }
+
+    /// Ready when a read may give something. Only right after a read said `Pending`.
+    pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.socket().poll_readable(cx)
+    }
+
+    /// Reads once into `buf`, which keeps what it holds. 0 is the end.
+    pub(crate) fn poll_read_buf(&mut self, cx: &mut Context<'_>, buf: &mut BytesMut) -> Poll<io::Result<usize>> {
+        debug_assert!(buf.capacity() > buf.len(), "a read needs room");
+        let read = self.read_buf(buf);
+        std::pin::pin!(read).poll(cx)
+    }
+}
+
+macro_rules! each {
+    ($self:expr, $stream:ident => $body:expr) => {
+        match $self.get_mut() {
+            Io::Plain($stream) => $body,
+            Io::ServerTls($stream) => $body,
+            Io::ClientTls($stream) => $body,
+        }
+    };
+}
+
+impl AsyncRead for Io {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        each!(self, stream => Pin::new(stream).poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        each!(self, stream => Pin::new(stream).poll_write(cx, buf))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        each!(self, stream => Pin::new(stream).poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Plain(socket) => socket.is_write_vectored(),
+            Self::ServerTls(_) | Self::ClientTls(_) => true,
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, stream => Pin::new(stream).poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, stream => Pin::new(stream).poll_shutdown(cx))
+    }
+}

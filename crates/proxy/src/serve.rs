@@ -1,0 +1,360 @@
+//! HTTP connections: requests one after the other, or streams side by side.
+
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use engine::exchange::StreamInfo;
+use engine::hcm::{Codec, Hcm};
+use engine::record::NoRecord;
+use telemetry::metrics::Counter;
+use tokio::time::Instant;
+use types::{Cause, RequestHead, ResponseHead, Version};
+
+use crate::accept::Conn;
+use crate::codec::h1::H1Server;
+use crate::codec::h2::{BadRequest, H2Down, H2Settings, read_request, server_builder};
+use crate::codec::{Broken, Down};
+use crate::detect::{self, Seen};
+use crate::exchange;
+use crate::io::Io;
+use crate::worker::Worker;
+
+/// Serves a connection of a chain that ends in HTTP.
+pub(crate) async fn http(worker: &Rc<Worker>, conn: Rc<Conn>, hcm: &Hcm, mut io: Io) {
+    let config = worker.config();
+    let mut info = StreamInfo::default();
+    let admitted =
+        engine::stream::admit(&worker.env(&config), &conn.chain, &conn.facts, &mut info, &mut NoRecord);
+    drop(config);
+    if let Err(cause) = admitted {
+        worker.recorder.count(Counter::RbacDenied);
+        worker.telemetry.connection_closed(worker, &conn, &info, cause);
+        return;
+    }
+    let http2 = match hcm.codec {
+        Codec::Http1 => false,
+        Codec::Http2 => true,
+        Codec::Auto => match is_http2(&conn, hcm, &mut io).await {
+            Some(http2) => http2,
+            None => return,
+        },
+    };
+    let serving = async {
+        if http2 {
+            serve_h2(worker, &conn, hcm, io).await;
+        } else {
+            serve_h1(worker, &conn, hcm, io).await;
+        }
+    };
+    match hcm.timeouts.connection_duration_max {
+        None => serving.await,
+        Some(max) => {
+            // the drain state ends it gracefully; what is left after that is cut
+            let mut serving = std::pin::pin!(serving);
+            if tokio::time::timeout(max, &mut serving).await.is_err() {
+                conn.state.drain();
+                if tokio::time::timeout(hcm.timeouts.drain.max(Duration::from_secs(1)), serving).await.is_err() {
+                    tracing::debug!("a connection beyond its longest life was cut");
+                }
+            }
+        }
+    }
+}
+
+/// ALPN tells, or the inspector told, or the preface does. `None`: the client is gone.
+async fn is_http2(conn: &Conn, hcm: &Hcm, io: &mut Io) -> Option<bool> {
+    if let Some(tls) = &conn.facts.tls {
+        return Some(matches!(tls.alpn.as_deref(), Some("h2" | "istio-h2")));
+    }
+    if let [only] = conn.facts.protocols.as_slice() {
+        return Some(&**only == "h2c");
+    }
+    let Io::Plain(socket) = io else { return Some(false) };
+    let mut seen = bytes::BytesMut::new();
+    let reading = async {
+        use tokio::io::AsyncReadExt as _;
+        loop {
+            match detect::http2(&seen) {
+                Seen::Yes(()) => return Some(true),
+                Seen::No => return Some(false),
+                Seen::NeedMore => {}
+            }
+            seen.reserve(1024);
+            match socket.read_buf(&mut seen).await {
+                Ok(0) | Err(_) => return None,
+                Ok(_) => {}
+            }
+        }
+    };
+    let result = match hcm.timeouts.idle {
+        None => reading.await,
+        Some(idle) => tokio::time::timeout(idle, reading).await.unwrap_or(None),
+    };
+    socket.unread(seen.freeze());
+    result
+}
+
+/// What came instead of, or with, the next head.
+enum Next {
+    Head(http1::RequestMeta),
+    /// Nothing more is to be read: the client closed, or has been idle too long, or we drain.
+    Over,
+    Bad(http1::InvalidMessage),
+    TooSlow,
+}
+
+/// An HTTP/1 client that dawdles over a head is let go after this, where the chain names no time.
+const HEAD_MAX: Duration = Duration::from_secs(60);
+
+async fn serve_h1(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
+    let limits = http1::Limits {
+        head_bytes_max: hcm.settings.header_bytes_max as usize,
+        fields_max: hcm.settings.headers_max as usize,
+        ..http1::Limits::default()
+    };
+    let mut server = H1Server::new(io, limits);
+    let mut head = RequestHead::default();
+    let mut served: u32 = 0;
+    loop {
+        match next_head(conn, hcm, &mut server, &mut head).await {
+            Next::Over => break,
+            Next::Bad(error) => {
+                worker.recorder.count(Counter::DownstreamProtocolErrors);
+                tracing::debug!(peer = %conn.facts.peer, %error, "refused a malformed request");
+                refuse(worker, conn, &mut server, error.cause()).await;
+                break;
+            }
+            Next::TooSlow => {
+                refuse(worker, conn, &mut server, Cause::RequestHeaderTimeout).await;
+                break;
+            }
+            Next::Head(_) => {}
+        }
+        if head.version == Version::Http10 {
+            if !hcm.settings.accept_http10 {
+                refuse(worker, conn, &mut server, Cause::UpgradeRequired).await;
+                break;
+            }
+            if head.authority().is_empty() {
+                if hcm.settings.default_host_http10.is_empty() {
+                    refuse(worker, conn, &mut server, Cause::MissingHost).await;
+                    break;
+                }
+                head.set_authority(hcm.settings.default_host_http10.as_bytes());
+            }
+        }
+        served = served.saturating_add(1);
+        let last = hcm.settings.requests_per_connection_max.is_some_and(|max| served >= max);
+        if last {
+            server.keep_alive = false;
+        }
+        head.scheme = if conn.facts.tls.is_some() { types::Scheme::Https } else { types::Scheme::Http };
+        exchange::serve(worker, conn, Down::H1(&mut server), &mut head).await;
+        if !server.may_continue() {
+            break;
+        }
+        server.rest();
+    }
+    close(&mut server).await;
+}
+
+async fn next_head(conn: &Conn, hcm: &Hcm, server: &mut H1Server, head: &mut RequestHead) -> Next {
+    let started = Instant::now();
+    let head_timeout = hcm.timeouts.request_headers.unwrap_or(HEAD_MAX);
+    let mut first_byte: Option<Instant> = (!server.is_quiet()).then_some(started);
+    loop {
+        let until = match first_byte {
+            Some(at) => Some(at + head_timeout),
+            None => hcm.timeouts.idle.map(|idle| started + idle),
+        };
+        let quiet = first_byte.is_none();
+        let reading = poll_fn(|cx| {
+            let polled = server.poll_head(cx, head);
+            // the head's time begins with its first byte
+            if polled.is_pending() && quiet && !server.is_quiet() {
+                return std::task::Poll::Ready(None);
+            }
+            polled.map(Some)
+        });
+        // a request that is here is served, even when it came at the last moment
+        let read = tokio::select! {
+            biased;
+            read = reading => read,
+            () = sleep_until(until) => {
+                return if first_byte.is_some() { Next::TooSlow } else { Next::Over };
+            }
+        };
+        match read {
+            None => first_byte = Some(Instant::now()),
+            Some(Ok(Some(meta))) => return Next::Head(meta),
+            Some(Ok(None)) => return Next::Over,
+            Some(Err(Broken::Message(error))) => return Next::Bad(error),
+            Some(Err(_)) => return Next::Over,
+        }
+        debug_assert!(!conn.facts.listener.is_empty(), "a connection has a listener");
+    }
+}
+
+async fn sleep_until(until: Option<Instant>) {
+    match until {
+        Some(until) => tokio::time::sleep_until(until).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Answers what never became a request, and records it.
+async fn refuse(worker: &Rc<Worker>, conn: &Rc<Conn>, server: &mut H1Server, cause: Cause) {
+    let surface = cause.surface();
+    let mut head = ResponseHead::new(surface.status);
+    if !surface.body.is_empty() {
+        head.fields.push("content-type", b"text/plain");
+        head.fields.push("content-length", surface.body.len().to_string().as_bytes());
+    }
+    let now = worker.now();
+    worker.with_date(now.wall_seconds(), |date| head.fields.push("date", date.as_bytes()));
+    server.keep_alive = false;
+    let mut down = Down::H1(server);
+    if down.send_head(&head, surface.body.is_empty()).is_ok() && !surface.body.is_empty() {
+        // what cannot be written any more is not written
+        drop(down.send_data(Bytes::from_static(surface.body.as_bytes())));
+        drop(down.send_end(None));
+    }
+    worker.telemetry.malformed(worker, conn, cause, surface.status);
+}
+
+/// How long a closing connection may take to read our last bytes.
+const LINGER_MAX: Duration = Duration::from_secs(1);
+
+/// Writes what is queued, closes our half, and reads on for a moment: a close with unread bytes
+/// would be a reset, and the client would lose the answer.
+async fn close(server: &mut H1Server) {
+    let mut limit = 256 * 1024;
+    let closing = async {
+        if poll_fn(|cx| server.wire.poll_shutdown(cx)).await.is_ok() && !server.was_aborted() {
+            poll_fn(|cx| server.wire.poll_linger(cx, &mut limit)).await;
+        }
+    };
+    if tokio::time::timeout(LINGER_MAX, closing).await.is_err() {
+        tracing::trace!("a client did not close in time");
+    }
+}
+
+async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
+    let defaults = H2Settings::default();
+    let settings = H2Settings {
+        streams_max: hcm.settings.concurrent_streams_max,
+        // what may be held of a stream is ours to bound, whatever the configuration offers (property 23)
+        stream_window: hcm.settings.stream_window.min(256 * 1024).max(defaults.stream_window),
+        connection_window: hcm.settings.connection_window.min(4 * 1024 * 1024).max(defaults.connection_window),
+        head_bytes_max: hcm.settings.header_bytes_max,
+    };
+    let mut builder = server_builder(&settings);
+    builder.enable_connect_protocol();
+    let handshake = builder.handshake::<_, Bytes>(io);
+    let Ok(Ok(mut connection)) = tokio::time::timeout(hcm.timeouts.request_headers.unwrap_or(HEAD_MAX), handshake).await else {
+        return;
+    };
+    let mut draining = false;
+    let mut drain_until: Option<Instant> = None;
+    let mut idle_since = Instant::now();
+    let mut served: u32 = 0;
+    let active: Rc<Cell<u32>> = Rc::default();
+    loop {
+        if conn.is_draining() && !draining {
+            draining = true;
+            connection.graceful_shutdown();
+            drain_until = Some(Instant::now() + hcm.timeouts.drain.max(worker.shared.drain_time));
+        }
+        let idle_until = hcm.timeouts.idle.filter(|_| !draining).map(|idle| idle_since + idle);
+        let quiet = active.get() == 0;
+        if !quiet {
+            idle_since = Instant::now();
+        }
+        let until = drain_until.or(if quiet { idle_until } else { idle_until.map(|_| Instant::now() + Duration::from_secs(5)) });
+        // accepting drives all streams of the connection, so it is looked at first
+        let accepted = tokio::select! {
+            biased;
+            accepted = poll_fn(|cx| connection.poll_accept(cx)) => accepted,
+            () = conn.state.drained.notified(), if !draining => continue,
+            () = sleep_until(until) => {
+                if drain_until.is_some() {
+                    connection.abrupt_shutdown(h2::Reason::NO_ERROR);
+                    drain_until = None;
+                    draining = true;
+                } else if quiet {
+                    connection.graceful_shutdown();
+                    draining = true;
+                    drain_until = Some(Instant::now() + LINGER_MAX);
+                }
+                continue;
+            }
+        };
+        let (request, respond) = match accepted {
+            None => return,
+            Some(Ok(accepted)) => accepted,
+            Some(Err(error)) => {
+                if error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM) {
+                    worker.recorder.count(Counter::DownstreamFloods);
+                } else if !error.is_io() {
+                    worker.recorder.count(Counter::DownstreamProtocolErrors);
+                }
+                tracing::debug!(peer = %conn.facts.peer, %error, "HTTP/2 connection ended");
+                return;
+            }
+        };
+        idle_since = Instant::now();
+        served = served.saturating_add(1);
+        if hcm.settings.requests_per_connection_max.is_some_and(|max| served >= max) {
+            conn.state.drain();
+        }
+        let on = Rc::clone(worker);
+        let stream_conn = Rc::clone(conn);
+        let fields_max = hcm.settings.headers_max as usize;
+        let stream = Stream::new(&active);
+        worker.spawn(async move {
+            let _stream = stream;
+            let (parts, body) = request.into_parts();
+            let mut head = RequestHead::default();
+            let head_request = parts.method == http::Method::HEAD;
+            let mut down = H2Down::new(respond, body, head_request);
+            match read_request(&parts, fields_max, &mut head) {
+                Ok(()) => {
+                    head.scheme = if stream_conn.facts.tls.is_some() { types::Scheme::Https } else { types::Scheme::Http };
+                    exchange::serve(&on, &stream_conn, Down::H2(Box::new(down)), &mut head).await;
+                }
+                Err(bad) => {
+                    on.recorder.count(Counter::DownstreamProtocolErrors);
+                    let cause = match bad {
+                        BadRequest::NoAuthority => Cause::MissingHost,
+                        BadRequest::Malformed => Cause::BadRequest,
+                        BadRequest::TooManyFields => Cause::HeadersTooLarge,
+                    };
+                    let status = cause.surface().status;
+                    if down.send_head(&ResponseHead::new(status), true).is_err() {
+                        down.reset(h2::Reason::PROTOCOL_ERROR);
+                    }
+                    on.telemetry.malformed(&on, &stream_conn, cause, status);
+                }
+            }
+        });
+    }
+}
+
+/// One stream under way, counted.
+struct Stream(Rc<Cell<u32>>);
+
+impl Stream {
+    fn new(active: &Rc<Cell<u32>>) -> Self {
+        active.set(active.get() + 1);
+        Self(Rc::clone(active))
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}

@@ -1,0 +1,270 @@
+//! Connections of bytes: performs the steps of the engine's stream, then relays.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use engine::exchange::Failure;
+use engine::record::NoRecord;
+use engine::shared::Resource;
+use engine::stream::{Stream, StreamAnswer, StreamStart, StreamStep, TcpAttempt};
+use telemetry::metrics::{Counter, Series};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Duration, Instant};
+use types::Cause;
+
+use crate::accept::Conn;
+use crate::exchange::ask;
+use crate::io::Io;
+use crate::record::{Counts, Ended};
+use crate::upstream::{self, Endpoints, Open};
+use crate::worker::Worker;
+
+/// Serves a connection of a chain that ends in TCP.
+pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Conn, mut down: Io) {
+    let started = worker.now();
+    let config = worker.config();
+    let start = StreamStart { chain: &conn.chain, conn: &conn.facts, seed: worker.seed(), recorder: &mut NoRecord };
+    let (mut stream, mut step) = Stream::start(&worker.env(&config), start);
+    let mut upstream: Option<(Io, Endpoints, Open)> = None;
+    let mut moved = Moved::default();
+    // the attempt holds its places in the limits while the bytes flow
+    let mut attempt_held: Option<Box<TcpAttempt>> = None;
+    loop {
+        let answer = match step {
+            StreamStep::Ask(question) => match shell(worker, conn) {
+                Some(conn) => StreamAnswer::Authorized(ask::authorize(worker, &conn, *question).await),
+                None => StreamAnswer::Authorized(Err(Cause::ExtAuthzError)),
+            },
+            StreamStep::Connect(attempt) => {
+                let answer = match connect(worker, conn, &attempt).await {
+                    Ok(made) => {
+                        upstream = Some(made);
+                        StreamAnswer::Connected
+                    }
+                    Err(failure) => {
+                        worker.recorder.count(Counter::UpstreamConnectFailed);
+                        StreamAnswer::Failed(failure.cause, failure.detail)
+                    }
+                };
+                attempt_held = Some(attempt);
+                answer
+            }
+            StreamStep::Relay { idle_timeout, duration_max } => {
+                let Some((up, ..)) = &mut upstream else { break };
+                let series = worker.telemetry.tcp_series(worker, conn, stream.info());
+                series.opened();
+                let limits = RelayLimits { idle: idle_timeout, until: duration_max.map(|max| Instant::now() + max) };
+                let ending = relay(conn, &mut down, up, &series, &limits, &mut moved).await;
+                series.closed();
+                if let Some(cause) = ending {
+                    stream.broke(cause);
+                }
+                break;
+            }
+            StreamStep::Close(cause) => {
+                if cause == Cause::RbacDeniedConnection {
+                    worker.recorder.count(Counter::RbacDenied);
+                }
+                let series = worker.telemetry.tcp_series(worker, conn, stream.info());
+                series.opened();
+                series.closed();
+                break;
+            }
+        };
+        let config = worker.config();
+        step = stream.resume(&worker.env(&config), answer, &mut NoRecord);
+    }
+    drop(attempt_held);
+    let endpoints = upstream.as_ref().map(|(_, endpoints, _)| endpoints.clone()).unwrap_or_default();
+    let ended = Ended { start: started, end: worker.now(), sent: None, head: None };
+    let counts = Counts { request_bytes: moved.received, response_bytes: moved.sent, ..Counts::default() };
+    if let engine::chain::Terminal::Tcp(tcp) = &conn.chain.terminal {
+        let line = crate::access::Line {
+            facts: &conn.facts,
+            head: None,
+            response: None,
+            trailers: None,
+            info: stream.info(),
+            counts: &counts,
+            ended: &ended,
+            upstream: &endpoints,
+            connection_id: conn.id,
+        };
+        crate::access::write(&worker.telemetry, &tcp.access_log, &line);
+    }
+}
+
+/// The connection's facts for a question that goes over HTTP.
+fn shell(worker: &Rc<Worker>, conn: &Conn) -> Option<Rc<Conn>> {
+    drop(Rc::downgrade(worker));
+    Some(Rc::new(Conn {
+        facts: Arc::clone(&conn.facts),
+        chain: Arc::clone(&conn.chain),
+        state: Rc::clone(&conn.state),
+        id: conn.id,
+    }))
+}
+
+async fn connect(worker: &Rc<Worker>, conn: &Conn, tcp: &TcpAttempt) -> Result<(Io, Endpoints, Open), Failure> {
+    if tcp.tunneling.is_some() {
+        return Err(Failure {
+            cause: Cause::ConnectFailed,
+            detail: "tunneling over HTTP is not built yet".into(),
+            request_sent: false,
+        });
+    }
+    let attempt = &tcp.attempt;
+    let held = attempt.shared.try_hold(Resource::Connection, attempt.cluster.limits.connections_max);
+    let Some(held) = held else {
+        worker.recorder.count(Counter::UpstreamOverflow);
+        return Err(Failure::unsent(Cause::UpstreamOverflow));
+    };
+    let open = Open::new(worker, held, Arc::clone(&attempt.picked.host));
+    let tls = match &attempt.transport.tls {
+        None => None,
+        Some(tls) => Some(worker.tls.client(tls, attempt).map_err(|error| Failure {
+            cause: Cause::UpstreamTlsFailed,
+            detail: format!("TLS_error:{error}:TLS_error_end").into(),
+            request_sent: false,
+        })?),
+    };
+    let (io, endpoints, _) = upstream::make(worker, attempt, &conn.facts, tls).await?;
+    worker.recorder.count(Counter::UpstreamConnections);
+    Ok((io, endpoints, open))
+}
+
+/// Bytes that passed: `received` from downstream, `sent` to it.
+#[derive(Default)]
+struct Moved {
+    received: u64,
+    sent: u64,
+}
+
+struct RelayLimits {
+    idle: Option<Duration>,
+    until: Option<Instant>,
+}
+
+/// What is held of one direction.
+const BUFFER: usize = 32 * 1024;
+
+/// One direction: read, write, then close the other half.
+#[derive(Default)]
+struct OneWay {
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+    read_done: bool,
+    done: bool,
+    dirty: bool,
+    passed: u64,
+}
+
+impl OneWay {
+    /// Moves what can be moved. Ready when the other half has been closed.
+    fn poll(&mut self, cx: &mut Context<'_>, from: &mut Io, to: &mut Io) -> Poll<std::io::Result<()>> {
+        loop {
+            if self.done {
+                return Poll::Ready(Ok(()));
+            }
+            while self.start < self.end {
+                let n = ready!(Pin::new(&mut *to).poll_write(cx, &self.buffer[self.start..self.end]))?;
+                if n == 0 {
+                    return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into()));
+                }
+                self.start += n;
+                self.passed += n as u64;
+                self.dirty = true;
+            }
+            if self.read_done {
+                ready!(Pin::new(&mut *to).poll_shutdown(cx))?;
+                self.done = true;
+                self.buffer = Vec::new();
+                continue;
+            }
+            if self.buffer.is_empty() {
+                // an idle connection holds no buffer
+                if self.dirty {
+                    ready!(Pin::new(&mut *to).poll_flush(cx))?;
+                    self.dirty = false;
+                }
+                self.buffer.resize(BUFFER, 0);
+            }
+            let mut read = ReadBuf::new(&mut self.buffer);
+            match Pin::new(&mut *from).poll_read(cx, &mut read) {
+                Poll::Pending => {
+                    if self.dirty {
+                        self.dirty = false;
+                        ready!(Pin::new(&mut *to).poll_flush(cx))?;
+                    }
+                    self.buffer = Vec::new();
+                    return Poll::Pending;
+                }
+                Poll::Ready(read_to) => {
+                    read_to?;
+                    self.start = 0;
+                    self.end = read.filled().len();
+                    self.read_done = self.end == 0;
+                }
+            }
+        }
+    }
+}
+
+/// Relays until both directions have ended, one failed, or a limit is reached.
+async fn relay(
+    conn: &Conn,
+    down: &mut Io,
+    up: &mut Io,
+    series: &Series,
+    limits: &RelayLimits,
+    moved: &mut Moved,
+) -> Option<Cause> {
+    let (mut there, mut back) = (OneWay::default(), OneWay::default());
+    let mut timer: Option<Pin<Box<tokio::time::Sleep>>> = None;
+    let mut last = Instant::now();
+    let mut drained = std::pin::pin!(conn.state.drained.notified());
+    let mut drain_until: Option<Instant> = None;
+    let cause = poll_fn(|cx| {
+        if conn.is_draining() || drained.as_mut().poll(cx).is_ready() {
+            drain_until.get_or_insert_with(|| Instant::now() + conn.state.drain_time);
+        }
+        let to = there.poll(cx, down, up);
+        let from = back.poll(cx, up, down);
+        if (there.passed, back.passed) != (moved.received, moved.sent) {
+            series.bytes(back.passed - moved.sent, there.passed - moved.received);
+            (moved.received, moved.sent) = (there.passed, back.passed);
+            last = Instant::now();
+        }
+        match (to, from) {
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(None),
+            (Poll::Ready(Err(_)), _) | (_, Poll::Ready(Err(_))) => return Poll::Ready(Some(Cause::UpstreamClosedMidResponse)),
+            _ => {}
+        }
+        loop {
+            let idle = limits.idle.map(|idle| last + idle);
+            let Some(next) = idle.into_iter().chain(limits.until).chain(drain_until).min() else { return Poll::Pending };
+            let sleep = timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(next)));
+            if sleep.deadline() != next {
+                sleep.as_mut().reset(next);
+            }
+            ready!(sleep.as_mut().poll(cx));
+            let now = Instant::now();
+            if idle.is_some_and(|at| at <= now) {
+                return Poll::Ready(Some(Cause::StreamIdleTimeout));
+            }
+            if limits.until.is_some_and(|at| at <= now) {
+                return Poll::Ready(Some(Cause::MaxStreamDuration));
+            }
+            if drain_until.is_some_and(|at| at <= now) {
+                return Poll::Ready(None);
+            }
+        }
+    })
+    .await;
+    // an end without a fault is nothing to mark
+    cause.filter(|cause| *cause != Cause::UpstreamClosedMidResponse)
+}

@@ -1,0 +1,288 @@
+//! TLS contexts: built from a chain's or cluster's settings and the secrets of the moment, cached
+//! per worker until either changes.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use base64::Engine as _;
+use engine::exchange::Attempt;
+use engine::facts::{PeerCertificate, TlsFacts};
+use engine::tls::{self as settings, CertificateSource, DownstreamTls, RootSource, UpstreamTls, Validation};
+use identity::peer::PeerFacts;
+use identity::tls::{Bounds, ClientAuth, ClientTls, NameForm, SanKind, SanMatch, SanRule, ServerConfigs, ServerTls, TlsVersion, Verify};
+use identity::workload::{KeyAndChain, TrustRoots};
+use rustls::ClientConfig;
+use rustls::pki_types::CertificateDer;
+use thiserror::Error;
+
+use crate::secrets::{ROOTS, SecretStore, Secrets};
+
+/// Why there is no TLS context.
+#[derive(Debug, Error)]
+pub(crate) enum NoContext {
+    #[error("secret {0} is not there")]
+    SecretMissing(String),
+    #[error("{0} cannot be read")]
+    File(String, #[source] std::io::Error),
+    #[error("certificate, key or roots are not usable: {0}")]
+    Unusable(#[from] identity::workload::InvalidIdentity),
+    #[error("TLS settings are not usable: {0}")]
+    Settings(#[from] identity::tls::InvalidTls),
+    #[error("a pin is not base64 of a SHA-256")]
+    Pin,
+}
+
+/// Contexts of one worker.
+#[derive(Debug)]
+pub(crate) struct Contexts {
+    secrets: Secrets,
+    servers: RefCell<HashMap<u64, (Parts, ServerConfigs)>>,
+    clients: RefCell<HashMap<ClientKey, (Parts, Arc<ClientConfig>)>>,
+}
+
+/// What a context was built from; while these are the same, so is the context.
+#[derive(Clone, Debug, Default)]
+struct Parts {
+    certificates: Vec<Arc<KeyAndChain>>,
+    roots: Option<Arc<TrustRoots>>,
+}
+
+impl Parts {
+    fn same(&self, other: &Self) -> bool {
+        let roots = match (&self.roots, &other.roots) {
+            (None, None) => true,
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        };
+        roots
+            && self.certificates.len() == other.certificates.len()
+            && self.certificates.iter().zip(&other.certificates).all(|(a, b)| Arc::ptr_eq(a, b))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct ClientKey {
+    fingerprint: u64,
+    alpn: Vec<Box<str>>,
+    san: Option<Arc<str>>,
+    named: bool,
+}
+
+/// Contexts kept before all are forgotten (they are rebuilt on use).
+const CACHED_MAX: usize = 4096;
+
+impl Contexts {
+    pub(crate) fn new(secrets: Secrets) -> Self {
+        Self { secrets, servers: RefCell::default(), clients: RefCell::default() }
+    }
+
+    /// The context of a filter chain, with the certificates of now.
+    pub(crate) fn server(&self, tls: &DownstreamTls) -> Result<ServerConfigs, NoContext> {
+        let store = self.secrets.load();
+        let cached = self.servers.borrow().get(&tls.fingerprint).cloned();
+        let parts = Parts {
+            certificates: tls
+                .certificates
+                .iter()
+                .enumerate()
+                .map(|(at, source)| certificate(&store, source, cached.as_ref().and_then(|(parts, _)| parts.certificates.get(at))))
+                .collect::<Result<_, _>>()?,
+            roots: roots_of(&store, tls.validation.as_ref(), cached.as_ref().map(|(parts, _)| parts))?,
+        };
+        if let Some((old, configs)) = cached
+            && old.same(&parts)
+        {
+            return Ok(configs);
+        }
+        let client_auth = match (&tls.validation, &parts.roots) {
+            (Some(validation), Some(roots)) => {
+                let verify = verify(validation, Arc::clone(roots), None)?;
+                if tls.require_client_certificate { ClientAuth::Required(verify) } else { ClientAuth::Optional(verify) }
+            }
+            // a certificate is wanted and nothing can verify it: nobody gets in
+            (_, None) if tls.require_client_certificate => return Err(NoContext::SecretMissing("of the client roots".into())),
+            _ => ClientAuth::None,
+        };
+        let configs = ServerTls {
+            certificates: parts.certificates.iter().map(|keys| KeyAndChain::clone(keys)).collect(),
+            client_auth,
+            alpn: tls.alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect(),
+            bounds: bounds(&tls.params),
+        }
+        .build()?;
+        let mut servers = self.servers.borrow_mut();
+        if servers.len() >= CACHED_MAX {
+            servers.clear();
+        }
+        servers.insert(tls.fingerprint, (parts, configs.clone()));
+        Ok(configs)
+    }
+
+    /// The context of an attempt, with the certificates of now. It is the same `Arc` while nothing
+    /// it depends on has changed, so that pools may compare it.
+    pub(crate) fn client(&self, tls: &UpstreamTls, attempt: &Attempt) -> Result<Arc<ClientConfig>, NoContext> {
+        let store = self.secrets.load();
+        let key = ClientKey {
+            fingerprint: tls.fingerprint,
+            alpn: attempt.alpn.list(&attempt.transport).to_vec(),
+            san: attempt.required_san.clone(),
+            named: attempt.sni.is_some(),
+        };
+        let cached = self.clients.borrow().get(&key).cloned();
+        let before = cached.as_ref().map(|(parts, _)| parts);
+        let own = tls
+            .certificate
+            .as_ref()
+            .map(|source| certificate(&store, source, before.and_then(|parts| parts.certificates.first())))
+            .transpose()?;
+        let parts = Parts {
+            certificates: own.into_iter().collect(),
+            roots: roots_of(&store, Some(&tls.validation), before)?,
+        };
+        if let Some((old, config)) = cached
+            && old.same(&parts)
+        {
+            return Ok(config);
+        }
+        let config = ClientTls {
+            certificate: parts.certificates.first().map(|keys| KeyAndChain::clone(keys)),
+            verify: match &parts.roots {
+                Some(roots) => Some(verify(&tls.validation, Arc::clone(roots), attempt.required_san.as_deref())?),
+                None => None,
+            },
+            alpn: key.alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect(),
+            bounds: bounds(&tls.params),
+            send_server_name: key.named,
+        }
+        .build()?;
+        let mut clients = self.clients.borrow_mut();
+        if clients.len() >= CACHED_MAX {
+            clients.clear();
+        }
+        clients.insert(key, (parts, Arc::clone(&config)));
+        Ok(config)
+    }
+}
+
+fn read(source: &settings::Source) -> Result<Vec<u8>, NoContext> {
+    match source {
+        settings::Source::Inline(bytes) => Ok(bytes.to_vec()),
+        settings::Source::File(path) => std::fs::read(&**path).map_err(|error| NoContext::File(path.to_string(), error)),
+        settings::Source::Environment(name) => {
+            std::env::var(&**name).map(String::into_bytes).map_err(|_| NoContext::SecretMissing(format!("in ${name}")))
+        }
+    }
+}
+
+/// A certificate by its source; static ones are read once (`before` is the one in use).
+fn certificate(
+    store: &SecretStore,
+    source: &CertificateSource,
+    before: Option<&Arc<KeyAndChain>>,
+) -> Result<Arc<KeyAndChain>, NoContext> {
+    match source {
+        CertificateSource::Secret(name) => {
+            store.certificate(name).cloned().ok_or_else(|| NoContext::SecretMissing(name.to_string()))
+        }
+        CertificateSource::Static { chain, key } => match before {
+            Some(before) => Ok(Arc::clone(before)),
+            None => Ok(Arc::new(KeyAndChain::from_pem(&read(chain)?, &read(key)?)?)),
+        },
+    }
+}
+
+fn roots_of(
+    store: &SecretStore,
+    validation: Option<&Validation>,
+    before: Option<&Parts>,
+) -> Result<Option<Arc<TrustRoots>>, NoContext> {
+    let Some(source) = validation.and_then(|validation| validation.roots.as_ref()) else { return Ok(None) };
+    let kept = || before.and_then(|parts| parts.roots.clone());
+    Ok(Some(match source {
+        RootSource::Secret(name) => {
+            store.roots(name).cloned().ok_or_else(|| NoContext::SecretMissing(name.to_string()))?
+        }
+        RootSource::Static(source) => match kept() {
+            Some(roots) => roots,
+            None => Arc::new(TrustRoots::from_pem(&read(source)?)?),
+        },
+        RootSource::System => match kept() {
+            Some(roots) => roots,
+            None => Arc::new(TrustRoots::system()?),
+        },
+    }))
+}
+
+/// Mesh roots vouch for SPIFFE IDs and nothing else (property 17); other roots for any chain.
+fn verify(validation: &Validation, roots: Arc<TrustRoots>, required: Option<&str>) -> Result<Verify, NoContext> {
+    let mesh = matches!(&validation.roots, Some(RootSource::Secret(name)) if &**name == ROOTS);
+    let mut sans: Vec<SanMatch> = validation.san_matchers.iter().map(san).collect();
+    if let (Some(required), true) = (required, sans.is_empty()) {
+        sans.push(SanMatch { kind: SanKind::Any, rule: SanRule::Exact(required.to_owned()) });
+        sans.push(SanMatch { kind: SanKind::Dns, rule: SanRule::Exact(required.to_owned()) });
+    }
+    Ok(Verify {
+        roots,
+        form: if mesh { NameForm::Spiffe } else { NameForm::Chain },
+        sans,
+        spki_pins: validation.spki.iter().map(|pin| spki(pin)).collect::<Result<_, _>>()?,
+        certificate_pins: validation.hashes.iter().map(|hash| hash.to_string()).collect(),
+    })
+}
+
+fn spki(pin: &str) -> Result<[u8; 32], NoContext> {
+    let bytes = base64::engine::general_purpose::STANDARD.decode(pin).map_err(|_| NoContext::Pin)?;
+    bytes.try_into().map_err(|_| NoContext::Pin)
+}
+
+fn san(matcher: &settings::SanMatcher) -> SanMatch {
+    let rule = matcher.matcher.clone();
+    SanMatch {
+        kind: match matcher.kind {
+            settings::SanKind::Any => SanKind::Any,
+            settings::SanKind::Dns => SanKind::Dns,
+            settings::SanKind::Uri => SanKind::Uri,
+            settings::SanKind::Email => SanKind::Email,
+            settings::SanKind::Ip => SanKind::Ip,
+        },
+        rule: SanRule::Test(Arc::new(move |name| rule.matches(name.as_bytes()))),
+    }
+}
+
+fn bounds(params: &settings::TlsParams) -> Bounds {
+    let version = |version| match version {
+        settings::TlsVersion::V12 => TlsVersion::V1_2,
+        settings::TlsVersion::V13 => TlsVersion::V1_3,
+    };
+    Bounds {
+        min: version(params.min),
+        max: version(params.max),
+        cipher_suites: params.cipher_suites.iter().map(ToString::to_string).collect(),
+        curves: params.curves.iter().map(ToString::to_string).collect(),
+    }
+}
+
+/// What a finished handshake says, for policies, headers and logs.
+pub(crate) fn facts(
+    connection: &rustls::CommonState,
+    peer: Option<&[CertificateDer<'static>]>,
+    store: &SecretStore,
+) -> TlsFacts {
+    let alpn = connection.alpn_protocol().map(|alpn| String::from_utf8_lossy(alpn).into());
+    let version = match connection.protocol_version() {
+        Some(rustls::ProtocolVersion::TLSv1_2) => "TLSv1.2",
+        _ => "TLSv1.3",
+    };
+    let cipher = connection.negotiated_cipher_suite().map_or("", |suite| suite.suite().as_str().unwrap_or(""));
+    let peer = peer.and_then(<[_]>::first).and_then(|leaf| PeerFacts::read(leaf).ok()).map(|facts| PeerCertificate {
+        url_encoded_pem: facts.url_encoded_pem().into(),
+        identity: facts.id,
+        uri_sans: facts.uris.into_iter().map(Into::into).collect(),
+        dns_sans: facts.dns_names.into_iter().map(Into::into).collect(),
+        subject: facts.subject.into(),
+        sha256: facts.sha256.into(),
+    });
+    let local_uri_san = store.workload.as_ref().map(|identity| identity.id.to_string().into());
+    TlsFacts { alpn, version, cipher, local_uri_san, peer }
+}
