@@ -217,11 +217,13 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         let listener = bind_unix(&path).map_err(|error| RunError::Socket(path, error))?;
         tasks.spawn(named("debug socket", Box::pin(listen::serve_unix(listener, pages))));
     }
-    tokio::select! {
+    let ended = tokio::select! {
         () = shutdown => Ok(()),
         Some(ended) = tasks.join_next() => Err(RunError::Ended(ended.unwrap_or("control plane"))),
-    }
-    // Dropping the set ends every task and connection.
+    };
+    // Listeners are closed when this returns, so that a successor can bind them.
+    tasks.shutdown().await;
+    ended
 }
 
 fn serving_config(ca: &Ca, names: &[String]) -> Result<ServerConfigs, RunError> {

@@ -1,5 +1,7 @@
 //! A whole control plane on loopback, and clients as proxies are.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -417,7 +419,7 @@ async fn changes_reach_the_others_while_one_is_stuck() {
         Proxy::connect(plane.client(Some(token)), None, node, Protocol::Delta, &[type_urls::CLUSTER])
     };
     let mut stuck = connect("stuck");
-    let _unanswered = stuck.update().await;
+    let unanswered = stuck.update().await;
     let mut lively = connect("lively");
     assert_eq!(lively.names().await.0, set(&["a"]));
     for step in 0..3 {
@@ -430,7 +432,7 @@ async fn changes_reach_the_others_while_one_is_stuck() {
     let body: Json = serde_json::from_str(&body).unwrap();
     assert_eq!((status, &body["laggards"]), (504, &json!(["stuck.shop"])));
     // Once it answers, it gets everything at once.
-    stuck.handle.answer(&_unanswered.id, &[]);
+    stuck.handle.answer(&unanswered.id, &[]);
     assert_eq!(stuck.names().await.0, set(&["c0", "c1", "c2"]));
     assert_eq!(plane.get("/debug/synced?timeout=20").await.0, 200);
 }

@@ -48,7 +48,7 @@ fn nothing_of_a_request_counts_but_its_key() {
     let keys = KeyAndChain::new(pem::certificates(issued.chain.concat().as_bytes()).unwrap(), key.into()).unwrap();
     let identity = WorkloadIdentity::new(keys, Arc::clone(ca.roots()), 1).unwrap();
     identity.verify_own_chain().unwrap();
-    let day = Duration::from_secs(86_400);
+    let day = Duration::from_hours(24);
     let life = facts.not_after.duration_since(facts.not_before).unwrap();
     assert!(life >= day && life <= day + 2 * SKEW, "{life:?}");
 }
@@ -58,7 +58,7 @@ fn lifetimes_are_bounded() {
     let dir = tempfile::tempdir().unwrap();
     let ca = ca(dir.path());
     let (csr, _) = csr(|_| {});
-    let day = Duration::from_secs(86_400);
+    let day = Duration::from_hours(24);
     let sign = |lifetime, now| ca.sign(&csr, &id(), lifetime, now);
     assert!(sign(90 * day, SystemTime::now()).is_ok());
     assert!(matches!(sign(91 * day, SystemTime::now()), Err(SignError::Lifetime { .. })));
