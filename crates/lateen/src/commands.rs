@@ -51,6 +51,13 @@ fn block_on<T>(task: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(task)
 }
 
+/// All of standard input.
+pub(crate) fn read_stdin() -> Result<String> {
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut std::io::stdin(), &mut text).context("cannot read standard input")?;
+    Ok(text)
+}
+
 /// Splits `kind/name`, or takes a pod's name.
 fn target(text: &str) -> (&str, &str) {
     text.split_once('/').unwrap_or(("pod", text))

@@ -1,11 +1,519 @@
-//! placeholder until the controllers land
-use clap::Args;
-/// x
-#[derive(Args, Debug)]
-pub(crate) struct UpArgs {}
-pub(crate) fn up(_: UpArgs) -> anyhow::Result<()> {
-    anyhow::bail!("wip")
+//! `lateen up` and `lateen demo`: a whole mesh on this machine.
+//!
+//! ```text
+//!  StateDir ─► Store ─► socket (commands, control plane)
+//!               │  ▲
+//!  files ───────┘  └── Controller ─► PodRuntime ─► istiod, gateways, applications
+//! ```
+
+use std::io::IsTerminal;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use node::controller::{Controller, ControllerOptions, Outputs};
+use node::env::ImageProgram;
+use node::files::{Files, Source};
+use node::logs::Logs;
+use node::server::{Api, Machine, Reviewed};
+use node::state::StateDir;
+use node::store::{Action, Store};
+use node::token::{TokenReview, Tokens};
+use node::{HostListener, PodRuntime, RuntimeEvent, RuntimeOptions};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use types::{Finding, Severity};
+
+use crate::cli::{ExitWith, MeshArgs, exit};
+use crate::{commands, output, roles};
+
+const SYSTEM: &str = include_str!("manifests/system.yaml");
+const DEMO: &str = include_str!("manifests/demo.yaml");
+
+/// How pods get their network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Capture {
+    /// Whatever works here.
+    Auto,
+    /// Linux namespaces, or a refusal that says what is missing.
+    Namespace,
 }
-pub(crate) fn demo(_: UpArgs) -> anyhow::Result<()> {
-    anyhow::bail!("wip")
+
+/// Options of `up` and `demo`.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct UpArgs {
+    #[command(flatten)]
+    mesh: MeshArgs,
+    /// File, folder, or `-`; followed for changes.
+    #[arg(short = 'f', long = "filename", value_name = "PATH")]
+    files: Vec<PathBuf>,
+    /// Where the ingress gateway takes HTTP; port 0 picks a free one.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    ingress_http: SocketAddr,
+    /// Where the ingress gateway takes HTTPS; port 0 picks a free one.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8443")]
+    ingress_https: SocketAddr,
+    /// How pods get their network.
+    #[arg(long, value_enum, default_value = "auto")]
+    capture: Capture,
+    /// A program of this machine that plays an image.
+    #[arg(long = "image", value_name = "IMAGE=COMMAND")]
+    images: Vec<String>,
+    /// Return when the mesh is ready; it goes on until `lateen down`.
+    #[arg(long)]
+    detach: bool,
+    /// Seconds until everything must be ready.
+    #[arg(long, default_value = "60")]
+    timeout: u64,
+}
+
+/// Starts a mesh with the sample application.
+pub(crate) fn demo(args: UpArgs) -> Result<()> {
+    if args.detach {
+        return detach(&args, "demo");
+    }
+    let credential = demo_credential()?;
+    let sources = vec![
+        Source::Text("demo.yaml".into(), DEMO.into()),
+        Source::Text("demo-credential.yaml".into(), credential.into()),
+    ];
+    start(&args, sources, true)
+}
+
+/// Starts a mesh from the user's manifests.
+pub(crate) fn up(args: UpArgs) -> Result<()> {
+    if args.detach {
+        return detach(&args, "up");
+    }
+    start(&args, Vec::new(), false)
+}
+
+/// A certificate for `*.localhost`, made for this run.
+fn demo_credential() -> Result<String> {
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned(), "*.localhost".to_owned()])?;
+    let indented = |pem: &str| pem.lines().map(|line| format!("    {line}\n")).collect::<String>();
+    Ok(format!(
+        "apiVersion: v1\nkind: Secret\nmetadata: {{name: demo-credential, namespace: istio-system}}\ntype: kubernetes.io/tls\nstringData:\n  tls.crt: |\n{}  tls.key: |\n{}",
+        indented(&made.cert.pem()),
+        indented(&made.signing_key.serialize_pem()),
+    ))
+}
+
+/// Starts ourselves in the background and waits until the mesh is ready.
+fn detach(args: &UpArgs, command: &str) -> Result<()> {
+    let state = commands::state_dir(&args.mesh)?;
+    std::fs::create_dir_all(&state).with_context(|| format!("cannot make {}", state.display()))?;
+    let log_path = state.join("up.log");
+    let log = std::fs::File::create(&log_path).with_context(|| format!("cannot write {}", log_path.display()))?;
+    let words = std::env::args_os().skip(1).filter(|word| word != "--detach");
+    let mut background = std::process::Command::new(node::SELF_EXE);
+    background.args(words).stdin(std::process::Stdio::inherit()).stdout(log.try_clone()?).stderr(log);
+    std::os::unix::process::CommandExt::process_group(&mut background, 0);
+    let mut child = background.spawn().with_context(|| format!("cannot start {command} in the background"))?;
+    let deadline = Instant::now() + Duration::from_secs(args.timeout + 5);
+    let client = node::client::Client::new(&commands::api_socket(&args.mesh)?);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            let said = std::fs::read_to_string(&log_path).unwrap_or_default();
+            let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::ERROR);
+            output::note(said.trim_end());
+            return Err(ExitWith { code, message: "the mesh did not start".into() }.into());
+        }
+        let status: Result<Value, _> = runtime.block_on(client.get("/status"));
+        if let Ok(status) = status
+            && status["pid"] == child.id()
+            && status["ready"] == true
+        {
+            commands::print_status(&status);
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("the mesh is not ready after {} s; see {}", args.timeout, log_path.display());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn image_programs(images: &[String]) -> Result<Vec<ImageProgram>> {
+    let parse = |text: &String| {
+        let usage = || ExitWith { code: exit::USAGE, message: format!("--image {text:?} is not IMAGE=COMMAND") };
+        let (image, command) = text.split_once('=').ok_or_else(usage)?;
+        let argv = node::env::words(command).map_err(|message| anyhow::anyhow!("--image {text:?}: {message}"))?;
+        Ok(ImageProgram { image: image.to_owned(), argv })
+    };
+    images.iter().map(parse).collect()
+}
+
+/// What the local socket asks of us.
+struct Mesh {
+    name: String,
+    store: Arc<Store>,
+    tokens: Arc<Tokens>,
+    files: Arc<Files>,
+    runtime: PodRuntime,
+    controller: OnceLock<Controller>,
+    shutdown: watch::Sender<bool>,
+}
+
+impl Machine for Mesh {
+    fn review(&self, token: &str, audience: &str) -> Option<Reviewed> {
+        let review = TokenReview { token: token.to_owned(), audience: audience.to_owned() };
+        let answer = self.tokens.review(&review, &self.store.objects(), jiff::Timestamp::now().as_second());
+        answer.authenticated.then_some(Reviewed {
+            namespace: answer.namespace,
+            service_account: answer.service_account,
+            pod: answer.pod,
+        })
+    }
+
+    fn status(&self) -> Value {
+        let pods = pods(&self.store);
+        let ready = !pods.is_empty() && pods.iter().all(|pod| pod["is_ready"] == true) && is_complete(&self.store);
+        let address = |port: u16| self.runtime.host_address(port).map(|address| address.to_string());
+        json!({
+            "name": self.name,
+            "pid": std::process::id(),
+            "version": env!("CARGO_PKG_VERSION"),
+            "ready": ready,
+            "resourceVersion": *self.store.version().borrow(),
+            "pods": pods,
+            "addresses": { "ingress-http": address(8080), "ingress-https": address(8443) },
+        })
+    }
+
+    fn exec(&self, namespace: &str, pod: &str, container: &str) -> Result<Value, String> {
+        let controller = self.controller.get().ok_or("the mesh is starting")?;
+        let target = controller.exec_target(namespace, pod, container)?;
+        serde_json::to_value(target).map_err(|error| error.to_string())
+    }
+
+    fn findings(&self) -> Vec<Finding> {
+        let mut all = self.files.findings();
+        all.extend(self.controller.get().map(Controller::findings).unwrap_or_default());
+        all
+    }
+
+    fn changed(&self) {}
+
+    fn shutdown(&self) {
+        self.shutdown.send_replace(true);
+    }
+}
+
+/// Whether every deployment has as many ready pods as it wants.
+fn is_complete(store: &Store) -> bool {
+    let objects = store.objects();
+    objects.of_kind(api::Kind::Deployment).all(|deployment| {
+        let wanted = deployment.raw["spec"]["replicas"].as_u64().unwrap_or(1);
+        deployment.raw["status"]["readyReplicas"].as_u64().unwrap_or(0) >= wanted
+    })
+}
+
+fn pods(store: &Store) -> Vec<Value> {
+    let objects = store.objects();
+    let row = |pod: &Arc<api::Object>| {
+        let raw = &pod.raw;
+        let statuses = raw["status"]["containerStatuses"].as_array();
+        let ready = statuses.into_iter().flatten().filter(|status| status["ready"] == true).count();
+        let all = raw["spec"]["containers"].as_array().map_or(0, Vec::len);
+        let waiting = raw["status"]["containerStatuses"].as_array().into_iter().flatten();
+        let reason = waiting.filter_map(|status| status["state"]["waiting"]["reason"].as_str()).next();
+        json!({
+            "namespace": pod.meta.namespace,
+            "name": pod.meta.name,
+            "ready": format!("{ready}/{all}"),
+            "is_ready": ready == all,
+            "status": reason.or_else(|| raw["status"]["phase"].as_str()).unwrap_or("Pending"),
+            "address": raw["status"]["podIP"],
+            "version": pod.meta.labels.get("version").map_or("-", String::as_str),
+        })
+    };
+    objects.of_kind(api::Kind::Pod).map(row).collect()
+}
+
+fn system_manifests(state: &Path, trust_domain: &str) -> String {
+    SYSTEM
+        .replace("@STATE@", &state.display().to_string())
+        .replace("@SWITCH@", &node::SWITCH_IP.to_string())
+        .replace("@TRUST_DOMAIN@", trust_domain)
+}
+
+fn start(args: &UpArgs, mut sources: Vec<Source>, is_demo: bool) -> Result<()> {
+    let began = Instant::now();
+    for path in &args.files {
+        if path.as_os_str() == "-" {
+            let text = commands::read_stdin()?;
+            sources.push(Source::Text("-".into(), text.into()));
+        } else {
+            sources.push(Source::Path(path.clone()));
+        }
+    }
+    if sources.is_empty() {
+        return Err(ExitWith {
+            code: exit::USAGE,
+            message: "nothing to run: give -f PATH, or try `lateen demo`".into(),
+        }
+        .into());
+    }
+    let images = image_programs(&args.images)?;
+    let state = commands::state_dir(&args.mesh)?;
+    let state_dir = StateDir::open(&state)?;
+    let (store, findings) = Store::open(state_dir)?;
+    output::findings(&findings);
+    let store = Arc::new(store);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(run(args, &state, store, sources, images, is_demo, began))
+}
+
+async fn run(
+    args: &UpArgs,
+    state: &Path,
+    store: Arc<Store>,
+    sources: Vec<Source>,
+    images: Vec<ImageProgram>,
+    is_demo: bool,
+    began: Instant,
+) -> Result<()> {
+    let logs = Arc::new(Logs::new());
+    let outputs = Outputs::new(Arc::clone(&logs));
+    let run_dir = state.join("run");
+    let plane_dir = state.join("istiod");
+    for dir in [&run_dir, &plane_dir] {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    }
+    progress("making the mesh's network");
+    let options = RuntimeOptions {
+        mesh: args.mesh.name.clone(),
+        run_dir,
+        host_listeners: vec![
+            HostListener { port: 8080, address: args.ingress_http },
+            HostListener { port: 8443, address: args.ingress_https },
+        ],
+        hidden: vec![state.to_owned()],
+        output: outputs.sink(),
+    };
+    let (pods, events) = PodRuntime::start(options).await?;
+    let files = Arc::new(Files::new(sources, Arc::clone(&store)));
+    admit_system(&store, state)?;
+    let outcomes = files.sync()?;
+    let refused = outcomes.iter().filter(|outcome| outcome.action == Action::Refused).count();
+    output::findings(&files.findings());
+    if refused > 0 {
+        output::note(&format!("{refused} objects are not admitted; the rest runs"));
+    }
+    let tokens = Arc::new(Tokens::new());
+    let (shutdown, mut stopping) = watch::channel(false);
+    let mesh = Arc::new(Mesh {
+        name: args.mesh.name.clone(),
+        store: Arc::clone(&store),
+        tokens: Arc::clone(&tokens),
+        files: Arc::clone(&files),
+        runtime: pods.clone(),
+        controller: OnceLock::new(),
+        shutdown,
+    });
+    let socket = commands::api_socket(&args.mesh)?;
+    let listener = node::server::bind(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
+    let api = Api { store: Arc::clone(&store), logs, machine: Arc::clone(&mesh) as Arc<dyn Machine> };
+    let serving = tokio::spawn(node::server::serve(listener, api));
+
+    let root_file = plane_dir.join("root-cert.pem");
+    // A root of an earlier run is not to be trusted before the control plane says so again.
+    _ = std::fs::remove_file(&root_file);
+    let (root_sender, root_cert) = watch::channel(None);
+    let reading = tokio::spawn(follow_root(root_file, root_sender));
+    let (events_out, controller_events) = tokio::sync::mpsc::channel(1024);
+    let (down, mut is_down) = watch::channel(false);
+    let forwarding = tokio::spawn(forward(events, events_out, down));
+    let controller = Controller::start(
+        ControllerOptions {
+            store: Arc::clone(&store),
+            runtime: pods.clone(),
+            outputs,
+            tokens,
+            images,
+            root_cert,
+            drain_lead: Duration::from_millis(300),
+        },
+        controller_events,
+    );
+    _ = mesh.controller.set(controller);
+
+    let ready = wait_ready(&mesh, Duration::from_secs(args.timeout));
+    let watching = files.watch(|round| match round {
+        Ok(outcomes) => report_round(&outcomes, &files),
+        Err(error) => output::error(&format!("{error}")),
+    });
+    tokio::pin!(watching);
+    let told = roles::told_to_stop();
+    tokio::pin!(told);
+    let mut lost = false;
+    tokio::select! {
+        is_ready = ready => {
+            announce(&mesh, is_ready, is_demo, began);
+            tokio::select! {
+                () = &mut told => {}
+                _ = stopping.wait_for(|stop| *stop) => {}
+                _ = is_down.wait_for(|down| *down) => lost = true,
+                () = &mut watching => {}
+            }
+        }
+        () = &mut told => {}
+        _ = stopping.wait_for(|stop| *stop) => {}
+        _ = is_down.wait_for(|down| *down) => lost = true,
+    }
+    output::note("stopping");
+    if let Some(controller) = mesh.controller.get() {
+        _ = tokio::time::timeout(Duration::from_secs(35), controller.stop()).await;
+    }
+    pods.shutdown().await;
+    for task in [serving, reading, forwarding] {
+        task.abort();
+    }
+    _ = std::fs::remove_file(&socket);
+    if lost {
+        bail!("the pod manager is gone, and all pods with it");
+    }
+    Ok(())
+}
+
+fn progress(text: &str) {
+    if std::io::stderr().is_terminal() {
+        output::note(&output::dim(&format!("  {text} …")));
+    }
+}
+
+fn admit_system(store: &Store, state: &Path) -> Result<()> {
+    let trust_domain = types::wellknown::DEFAULT_TRUST_DOMAIN;
+    let documents = api::parse_documents("system.yaml", &system_manifests(state, trust_domain));
+    for parsed in documents.objects {
+        // A user's object of the same name wins.
+        if store.file_of(parsed.object.kind, &parsed.object.key()).is_none() {
+            store.put(&parsed.object.raw).map_err(|findings| {
+                anyhow::anyhow!("{}", findings.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+            })?;
+        }
+    }
+    let errors: Vec<String> = documents
+        .findings
+        .iter()
+        .filter(|finding| finding.severity == Severity::Error)
+        .map(ToString::to_string)
+        .collect();
+    if !errors.is_empty() {
+        bail!("{}", errors.join("; "));
+    }
+    Ok(())
+}
+
+async fn follow_root(path: PathBuf, to: watch::Sender<Option<String>>) {
+    let mut every = tokio::time::interval(Duration::from_millis(20));
+    let mut slow = false;
+    loop {
+        every.tick().await;
+        if let Ok(text) = std::fs::read_to_string(&path)
+            && to.borrow().as_deref() != Some(text.as_str())
+        {
+            to.send_replace(Some(text));
+        }
+        if !slow && to.borrow().is_some() {
+            slow = true;
+            every = tokio::time::interval(Duration::from_secs(1));
+        }
+    }
+}
+
+async fn forward(
+    mut events: tokio::sync::mpsc::Receiver<RuntimeEvent>,
+    to: tokio::sync::mpsc::Sender<RuntimeEvent>,
+    down: watch::Sender<bool>,
+) {
+    while let Some(event) = events.recv().await {
+        if event == RuntimeEvent::Down {
+            down.send_replace(true);
+        }
+        if to.send(event).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Waits for changes until everything is ready; `false` when the time is up.
+async fn wait_ready(mesh: &Mesh, patience: Duration) -> bool {
+    let mut version = mesh.store.version();
+    let ready = async {
+        while mesh.status()["ready"] != true {
+            if version.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(patience, ready).await.is_ok()
+}
+
+fn report_round(outcomes: &[node::store::Outcome], files: &Files) {
+    for outcome in outcomes.iter().filter(|outcome| !matches!(outcome.action, Action::Unchanged | Action::Refused)) {
+        if let Some(object) = &outcome.object {
+            let word = match outcome.action {
+                Action::Created => "created",
+                Action::Deleted => "deleted",
+                _ => "configured",
+            };
+            output::line(&format!("{}/{} {word}", object.kind.to_lowercase(), object.name));
+        }
+    }
+    output::findings(&files.findings());
+}
+
+fn announce(mesh: &Mesh, is_ready: bool, is_demo: bool, began: Instant) {
+    let status = mesh.status();
+    output::line("");
+    commands::print_status(&status);
+    output::line("");
+    if is_ready {
+        output::line(&output::green(&format!("Ready after {:.1} s.", began.elapsed().as_secs_f64())));
+    } else {
+        output::error("not everything is ready; see STATUS above, `lateen logs`, and:");
+        output::findings(&mesh.findings());
+    }
+    let http = status["addresses"]["ingress-http"].as_str().unwrap_or("-");
+    let https = status["addresses"]["ingress-https"].as_str().unwrap_or("-");
+    if is_demo {
+        output::line(&format!("\n  Open {} in a browser.\n", output::bold(&format!("http://{http}/productpage"))));
+        output::line("Try next:");
+        let name = if mesh.name == "lateen" { String::new() } else { format!(" --name {}", mesh.name) };
+        for command in [
+            format!("curl -s http://{http}/productpage | grep 'served by'"),
+            format!("curl -sk https://{https}/api/v1/products/0/reviews"),
+            format!("curl -s -H 'Host: maildev.localhost' http://{http}/email"),
+            format!("lateen get pods -n bookinfo{name}"),
+            format!("lateen exec deploy/productpage-v1 -n bookinfo{name} -- curl -s reviews:9080/reviews/0"),
+        ] {
+            output::line(&format!("  {command}"));
+        }
+    }
+    output::line("\nCtrl-C stops everything.");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_own_manifests_are_admitted() {
+        let credential = demo_credential().unwrap();
+        for (name, text) in [
+            ("system", system_manifests(Path::new("/s"), "cluster.local")),
+            ("demo", DEMO.to_owned()),
+            ("credential", credential),
+        ] {
+            let documents = api::parse_documents(name, &text);
+            assert!(documents.findings.is_empty(), "{:#?}", documents.findings);
+            assert!(!documents.objects.is_empty());
+        }
+    }
 }

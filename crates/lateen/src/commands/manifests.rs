@@ -1,6 +1,5 @@
 //! `apply`, `delete`, `validate`.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -18,9 +17,7 @@ pub(crate) fn read_inputs(paths: &[PathBuf]) -> Result<Vec<(String, String)>> {
     let mut out = Vec::new();
     for path in paths {
         if path.as_os_str() == "-" {
-            let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
-            out.push(("-".to_owned(), text));
+            out.push(("-".to_owned(), super::read_stdin()?));
         } else {
             read_path(path, true, &mut out)?;
         }
