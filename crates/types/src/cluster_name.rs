@@ -46,11 +46,10 @@ impl ClusterName {
     }
 
     /// The SNI that mesh TLS towards this cluster carries:
-    /// `outbound_.<port>_.<subset or _>_.<fqdn>`. `None` for fixed and inbound clusters.
+    /// `outbound_.<port>_.<subset>_.<fqdn>`. `None` for fixed and inbound clusters.
     pub fn sni(&self) -> Option<String> {
         match self {
             Self::Outbound { port, subset, host } => {
-                let subset: &str = if subset.is_empty() { "_" } else { subset };
                 Some(format!("outbound_.{port}_.{subset}_.{host}"))
             }
             Self::Inbound { .. } | Self::BlackHole | Self::Passthrough | Self::InboundPassthrough => None,
@@ -123,5 +122,7 @@ mod tests {
     fn sni_of_a_subset() {
         let name: ClusterName = "outbound|9080|v1|reviews.shop.svc.cluster.local".parse().unwrap();
         assert_eq!(name.sni().unwrap(), "outbound_.9080_.v1_.reviews.shop.svc.cluster.local");
+        let whole: ClusterName = "outbound|9080||reviews.shop.svc.cluster.local".parse().unwrap();
+        assert_eq!(whole.sni().unwrap(), "outbound_.9080_._.reviews.shop.svc.cluster.local");
     }
 }
