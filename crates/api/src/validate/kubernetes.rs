@@ -59,7 +59,6 @@ pub(super) fn service(check: &mut Check<'_>, service: &Service) {
         ),
         "ExternalName" => {
             rules::host(check, "spec.externalName", &spec.external_name);
-            check.unbuilt("spec.externalName");
         }
         other => check.error("spec.type", format!("{other:?} is not a type of service"), "use ClusterIP"),
     }

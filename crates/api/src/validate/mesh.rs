@@ -65,8 +65,6 @@ fn mesh_config(check: &mut Check<'_>, at: &str, config: &MeshConfig) {
         config.outbound_mode() == OutboundMode::AllowAnyDynamicDns,
         format!("{at}.outboundTrafficPolicy.mode"),
     );
-    let egress_proxy = config.outbound_traffic_policy.as_ref().is_some_and(|policy| policy.egress_proxy.is_some());
-    check.unbuilt_if(egress_proxy, format!("{at}.outboundTrafficPolicy.egressProxy"));
     for (name, set) in [
         ("configSources", config.config_sources.is_some()),
         ("caCertificates", config.ca_certificates.is_some()),

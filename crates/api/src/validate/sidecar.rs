@@ -37,11 +37,9 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Sidecar) {
                 if port.number != 0 && earlier.into_iter().any(|other| other.number == port.number) {
                     check.error(&format!("{at}.port.number"), format!("port {} is listed twice", port.number), "");
                 }
-                check.unbuilt(&format!("{at}.port"));
             }
         }
-        check.unbuilt_if(!listener.bind.is_empty(), format!("{at}.bind"));
-        check.unbuilt_if(listener.capture_mode == CaptureMode::None, format!("{at}.captureMode"));
+        check.unbuilt_if(listener.bind.starts_with("unix:"), format!("{at}.bind"));
     }
     if without_port.is_some_and(|index| index + 1 != spec.egress.len()) {
         check.error("spec.egress", "the entry without port must be the last", "");
@@ -65,7 +63,6 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Sidecar) {
     }
     if let Some(pool) = &spec.inbound_connection_pool {
         connection_pool(check, "spec.inboundConnectionPool", pool);
-        check.unbuilt("spec.inboundConnectionPool");
     }
     if let Some(policy) = &spec.outbound_traffic_policy {
         let at = "spec.outboundTrafficPolicy";
@@ -76,7 +73,6 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Sidecar) {
             if policy.mode.unwrap_or_default() != OutboundMode::AllowAny || proxy.port.is_none() {
                 check.error(&format!("{at}.egressProxy"), "egressProxy needs mode ALLOW_ANY and a port", "");
             }
-            check.unbuilt(&format!("{at}.egressProxy"));
         }
     }
 }

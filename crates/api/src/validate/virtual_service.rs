@@ -165,7 +165,6 @@ fn http(check: &mut Check<'_>, at: &str, route: &HttpRoute, in_mesh: bool, is_de
         if is_delegate {
             check.error(&format!("{at}.delegate"), "a delegate cannot delegate again", "");
         }
-        check.unbuilt_if(true, format!("{at}.delegate"));
     }
     for (index, alternative) in route.matches.iter().enumerate() {
         http_match(check, &format!("{at}.match[{index}]"), alternative, in_mesh);
