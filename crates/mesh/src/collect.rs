@@ -37,10 +37,46 @@ fn all<T: Typed>(configs: &ConfigSet) -> Vec<Config<T>> {
         .collect()
 }
 
+/// `meshConfig` as an installed Istio keeps it: YAML under `mesh` of the ConfigMap `istio`.
+fn of_config_map(configs: &ConfigSet, findings: &mut Vec<Finding>) -> Option<MeshConfig> {
+    let (object, map) = configs.get::<k8s::ConfigMap>(types::wellknown::DEFAULT_ROOT_NAMESPACE, "istio")?;
+    let text = map.data.get("mesh")?;
+    let mut bad = |message: String| {
+        findings.push(Finding {
+            code: "LAT0231".into(),
+            severity: Severity::Error,
+            object: Some(object.reference()),
+            field: "data.mesh".into(),
+            position: None,
+            message: message.into(),
+            hint: "write meshConfig as YAML".into(),
+        });
+    };
+    let node = match api::yaml::read(text, api::yaml::Limits::default()).into_iter().next()? {
+        Ok(node) => node,
+        Err(invalid) => {
+            bad(format!("line {}: {}", invalid.line, invalid.message));
+            return None;
+        }
+    };
+    // Decoded and checked as the same section of an IstioOperator.
+    let operator = serde_json::json!({
+        "apiVersion": "install.istio.io/v1alpha1",
+        "kind": "IstioOperator",
+        "metadata": {"name": "istio", "namespace": types::wellknown::DEFAULT_ROOT_NAMESPACE},
+        "spec": {"meshConfig": node.to_json()},
+    });
+    let (read, said) = api::from_json(&operator);
+    for finding in said {
+        bad(format!("{}: {}", finding.field, finding.message));
+    }
+    read?.typed::<IstioOperator>()?.mesh_config.clone()
+}
+
 impl<'a> Collected<'a> {
     pub(crate) fn of(configs: &'a ConfigSet, findings: &mut Vec<Finding>) -> Self {
         let mesh_config = match configs.mesh_config() {
-            None => MeshConfig::default(),
+            None => of_config_map(configs, findings).unwrap_or_default(),
             Some((winner, config)) => {
                 let others = configs.all::<IstioOperator>().filter(|(object, operator)| {
                     operator.mesh_config.is_some() && object.reference() != winner.reference()

@@ -348,8 +348,6 @@ fn inbound_cluster(context: &Context<'_>, port: &InboundPort) -> Cluster {
     if let Some(rule) = rule {
         istio.push(("config", text(wire::config_path(rule.object()))));
         from.extend(rule.from.iter().map(|object| Provenance::new(object, "")));
-    } else if let Some(ingress) = &port.ingress {
-        istio.push(("config", text(wire::config_path(&ingress.from.object))));
     }
     from.extend(port.ingress.iter().map(|ingress| ingress.from.clone()));
     from.extend(port.services.iter().map(|(service, _)| Provenance::new(&service.object, "")));
