@@ -343,29 +343,22 @@ async fn run(
     );
     _ = mesh.controller.set(controller);
 
-    let ready = wait_ready(&mesh, Duration::from_secs(args.timeout));
-    let watching = files.watch(|round| match round {
-        Ok(outcomes) => report_round(&outcomes, &files),
-        Err(error) => output::error(&format!("{error}")),
-    });
-    tokio::pin!(watching);
-    let told = roles::told_to_stop();
-    tokio::pin!(told);
-    let mut lost = false;
-    tokio::select! {
-        is_ready = ready => {
-            announce(&mesh, is_ready, is_demo, began);
-            tokio::select! {
-                () = &mut told => {}
-                _ = stopping.wait_for(|stop| *stop) => {}
-                _ = is_down.wait_for(|down| *down) => lost = true,
-                () = &mut watching => {}
-            }
-        }
-        () = &mut told => {}
-        _ = stopping.wait_for(|stop| *stop) => {}
-        _ = is_down.wait_for(|down| *down) => lost = true,
-    }
+    let working = async {
+        announce(&mesh, wait_ready(&mesh, Duration::from_secs(args.timeout)).await, is_demo, began);
+        files
+            .watch(|round| match round {
+                Ok(outcomes) => report_round(&outcomes, &files),
+                Err(error) => output::error(&format!("{error}")),
+            })
+            .await;
+        std::future::pending::<()>().await;
+    };
+    let lost = tokio::select! {
+        () = working => false,
+        () = roles::told_to_stop() => false,
+        _ = stopping.wait_for(|stop| *stop) => false,
+        _ = is_down.wait_for(|down| *down) => true,
+    };
     output::note("stopping");
     if let Some(controller) = mesh.controller.get() {
         _ = tokio::time::timeout(Duration::from_secs(35), controller.stop()).await;
