@@ -105,10 +105,16 @@ pub fn inject(pod: &mut Value, workload: Workload<'_>, mesh: &Mesh) {
         json!([{"containerPort": wellknown::ports::PROXY_METRICS, "name": "http-envoy-prom", "protocol": "TCP"}]),
     );
     fields.insert("env".to_owned(), Value::Array(env));
-    fields.insert(
-        "readinessProbe".to_owned(),
-        json!({"httpGet": {"path": "/healthz/ready", "port": wellknown::ports::READINESS}, "periodSeconds": 1, "timeoutSeconds": 3, "failureThreshold": 4}),
-    );
+    let ready = |more: Value| {
+        let mut probe =
+            json!({"httpGet": {"path": "/healthz/ready", "port": wellknown::ports::READINESS}, "timeoutSeconds": 3});
+        if let (Some(probe), Value::Object(more)) = (probe.as_object_mut(), more) {
+            probe.extend(more);
+        }
+        probe
+    };
+    fields.insert("startupProbe".to_owned(), ready(json!({"periodSeconds": 1, "failureThreshold": 600})));
+    fields.insert("readinessProbe".to_owned(), ready(json!({"periodSeconds": 15, "failureThreshold": 4})));
     fields.insert(
         "volumeMounts".to_owned(),
         json!([
@@ -230,6 +236,9 @@ fn environment(
         env.push(value("ISTIO_META_APP_CONTAINERS", apps.join(",")));
         env.push(value("ISTIO_META_INTERCEPTION_MODE", "REDIRECT".to_owned()));
         env.push(value("ISTIO_META_DNS_CAPTURE", "true".to_owned()));
+        // A sidecar of one machine needs one worker unless told otherwise.
+        let workers = mesh.proxy_config["concurrency"].as_u64().unwrap_or(1);
+        env.push(value("ISTIO_META_CONCURRENCY", workers.to_string()));
     }
     env
 }

@@ -99,11 +99,13 @@ pub struct Subscription {
     pub events: broadcast::Receiver<StoreEvent>,
 }
 
+type Applied = BTreeMap<(Kind, NamespacedName), (Arc<Value>, Origin)>;
+
 #[derive(Clone, Default, Debug)]
 struct Inner {
     objects: ConfigSet,
     /// The last applied document of users' objects, and its origin.
-    applied: BTreeMap<(Kind, NamespacedName), (Value, Origin)>,
+    applied: Arc<Applied>,
     version: u64,
 }
 
@@ -137,7 +139,8 @@ impl Store {
                     Some(file) => Origin::File(file.into()),
                     None => Origin::Api,
                 };
-                inner.applied.insert((object.kind, object.key()), (entry["applied"].clone(), origin));
+                let applied = Arc::new(entry["applied"].clone());
+                Arc::make_mut(&mut inner.applied).insert((object.kind, object.key()), (applied, origin));
                 inner.objects.apply(&Change::Upsert(Arc::new(object)));
             }
         }
@@ -311,9 +314,17 @@ impl Draft {
             self.ensure_namespace(&key.namespace);
         }
         let live = self.next.objects.find(kind, &key).cloned();
-        let last = self.next.applied.get(&(kind, key.clone())).map(|(applied, _)| applied.clone());
+        let before = self.next.applied.get(&(kind, key.clone()));
+        if live.is_some()
+            && matches!(&origin, Origin::File(_))
+            && before.is_some_and(|(doc, from)| **doc == *object.raw && *from == origin)
+        {
+            // The file says what it said before: what was scaled or labelled since stays.
+            return Outcome { object: Some(reference), action: Action::Unchanged, findings };
+        }
+        let last = before.map(|(applied, _)| Arc::clone(applied));
         let mut next = match (&live, mode) {
-            (Some(live), Mode::Apply) => merge(last.as_ref().unwrap_or(&Value::Null), &object.raw, &live.raw),
+            (Some(live), Mode::Apply) => merge(last.as_deref().unwrap_or(&Value::Null), &object.raw, &live.raw),
             _ => (*object.raw).clone(),
         };
         if from_user {
@@ -325,10 +336,12 @@ impl Draft {
             return Outcome { object: Some(reference), action: Action::Refused, findings };
         }
         if from_user {
-            let entry = ((*object.raw).clone(), origin);
+            let entry = (Arc::clone(&object.raw), origin);
             let changed = self.next.applied.get(&(kind, key.clone())) != Some(&entry);
             self.is_saved |= changed;
-            self.next.applied.insert((kind, key), entry);
+            if changed {
+                Arc::make_mut(&mut self.next.applied).insert((kind, key), entry);
+            }
         }
         match self.admit(kind, live.as_deref(), next) {
             Ok(action) => Outcome { object: Some(reference), action, findings },
@@ -400,7 +413,7 @@ impl Draft {
         let document = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": {"kubernetes.io/metadata.name": name}}});
         if self.admit(Kind::Namespace, None, document.clone()).is_ok() {
             let key = (Kind::Namespace, NamespacedName::new("", name));
-            self.next.applied.insert(key, (document, Origin::Api));
+            Arc::make_mut(&mut self.next.applied).insert(key, (Arc::new(document), Origin::Api));
             self.is_saved = true;
         }
         let account =
@@ -479,7 +492,7 @@ impl Draft {
                 if !live.meta.deleted {
                     let mut document = (*live.raw).clone();
                     document["metadata"]["deletionTimestamp"] = now().into();
-                    self.is_saved |= self.next.applied.remove(&(kind, key.clone())).is_some();
+                    self.forget(kind, key);
                     self.patch(kind, key, document);
                 }
             }
@@ -501,8 +514,17 @@ impl Draft {
         Action::Deleted
     }
 
+    /// A user's object is no longer wanted.
+    fn forget(&mut self, kind: Kind, key: &NamespacedName) {
+        let entry = (kind, key.clone());
+        if self.next.applied.contains_key(&entry) {
+            Arc::make_mut(&mut self.next.applied).remove(&entry);
+            self.is_saved = true;
+        }
+    }
+
     fn remove(&mut self, kind: Kind, key: &NamespacedName) {
-        self.is_saved |= self.next.applied.remove(&(kind, key.clone())).is_some();
+        self.forget(kind, key);
         let Some(live) = self.next.objects.find(kind, key).cloned() else { return };
         self.next.version += 1;
         self.next.objects.apply(&Change::Delete(live.reference()));
@@ -643,6 +665,17 @@ mod tests {
         assert!(error.to_string().contains("nothing was changed"), "{error}");
         assert_eq!(service(&store.objects()), service(&before));
         std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_says_the_same_changes_nothing() {
+        let store = Store::in_memory();
+        let of_file = || vec![(documents(SERVICE).remove(0).0, Origin::File("a.yaml".into()))];
+        store.apply(of_file(), Mode::Apply, false).unwrap();
+        let key = NamespacedName::new("shop", "a");
+        store.patch(Kind::Service, &key, |service| service["spec"]["ports"][0]["port"] = 90.into()).unwrap();
+        assert_eq!(store.apply(of_file(), Mode::Apply, false).unwrap()[0].action, Action::Unchanged);
+        assert_eq!(store.objects().get::<api::k8s::Service>("shop", "a").unwrap().1.spec.ports[0].port, 90);
     }
 
     #[test]

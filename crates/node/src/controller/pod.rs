@@ -353,7 +353,6 @@ impl Worker {
         Ok(())
     }
 
-
     fn contents<'a>(&'a self, objects: &'a ConfigSet) -> Contents<'a> {
         Contents { objects, tokens: &self.shared.options.tokens, now: jiff::Timestamp::now().as_second() }
     }
@@ -767,7 +766,8 @@ fn is_proxy(container: &Container) -> bool {
 
 /// A token differs each time it is minted; nothing else of these files does.
 fn differ_in_tokens_only(before: &[VolumeFile], after: &[VolumeFile]) -> bool {
-    let is_token = |file: &VolumeFile| file.contents.starts_with(b"eyJ") && file.contents.split(|b| *b == b'.').count() == 3;
+    let is_token =
+        |file: &VolumeFile| file.contents.starts_with(b"eyJ") && file.contents.split(|b| *b == b'.').count() == 3;
     before.len() == after.len()
         && before
             .iter()
