@@ -84,7 +84,7 @@ enum Command {
     /// Run a proxy.
     Proxy(ProxyArgs),
     /// Run a sample application.
-    #[command(disable_help_flag = true)]
+    #[command(disable_help_flag = true, disable_version_flag = true)]
     Sample {
         /// Which.
         name: String,

@@ -28,12 +28,15 @@ mod host_sockets;
 mod io;
 mod listeners;
 mod options;
+mod plane;
 mod proxy;
 mod proxy_protocol;
 mod record;
 mod secrets;
 mod serve;
 mod tcp;
+#[cfg(test)]
+mod tests;
 mod tls;
 mod tracing_spans;
 mod upstream;

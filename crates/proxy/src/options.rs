@@ -10,7 +10,7 @@ use std::time::Duration;
 use engine::lower::Raw;
 use envoy_types::pb::envoy::config::core::v3::{Locality, Node};
 use envoy_types::pb::google::protobuf::{ListValue, Struct, Value, value::Kind};
-use identity::channel::{ControlPlane, PlainTcp, Source};
+use identity::channel::{ControlPlane, Source};
 use thiserror::Error;
 use types::wellknown::{DEFAULT_DOMAIN_SUFFIX, ports};
 
@@ -190,7 +190,7 @@ impl Options {
             roots: Some(Source::File(get("ROOT_CERT_FILE").unwrap_or("/var/run/secrets/istio/root-cert.pem").into())),
             token: Some(Source::File(get("TOKEN_FILE").unwrap_or("/var/run/secrets/tokens/istio-token").into())),
             cluster_id: get("ISTIO_META_CLUSTER_ID").unwrap_or("Kubernetes").to_owned(),
-            tcp: Arc::new(PlainTcp),
+            tcp: Arc::new(crate::plane::MarkedTcp),
         };
         let xds = get("PROXY_CONFIG_XDS_ADDRESS").unwrap_or("istiod.istio-system.svc:15012");
         options.xds = Some(plane(xds));
