@@ -81,6 +81,8 @@ pub enum Step {
 pub enum Question {
     /// External authorization.
     Authorize(Box<AuthorizeQuestion>),
+    /// The request's body, buffered, before anything else happens; answer with [`Answer::Body`].
+    Body(BodyWanted),
     /// Addresses of a host (dynamic forwarding).
     Resolve {
         /// Name without port.
@@ -105,8 +107,7 @@ pub struct AuthorizeQuestion {
     pub timeout: Option<Duration>,
     /// gRPC (then body and answer are length-prefixed messages) or plain HTTP.
     pub grpc: bool,
-    /// The downstream body must be buffered first, up to so many bytes, and handed over with
-    /// [`Answer::Body`]; `None` when this is the call itself.
+    /// Always `None`: a body is asked for with [`Question::Body`] before.
     pub body_wanted: Option<BodyWanted>,
 }
 
@@ -126,6 +127,13 @@ pub enum Answer<'a> {
     Elapsed,
     /// The authorizer's answer; `Err` if it could not be had.
     Authorized(Result<AuthorizeAnswer, Cause>),
+    /// What was buffered of the request's body.
+    Body {
+        /// The first bytes, at most as many as were wanted.
+        bytes: Bytes,
+        /// The body is no longer than that.
+        complete: bool,
+    },
     /// Addresses; empty or `Err` if there are none.
     Resolved(Result<Vec<IpAddr>, Cause>),
     /// The response head arrived. It is edited in place.

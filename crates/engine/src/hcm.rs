@@ -308,6 +308,8 @@ pub enum FilterKind {
     Stats(Stats),
     /// Policy: enforced and shadow rules.
     Rbac(Box<crate::authz::Rbac>),
+    /// An authorizer outside is asked.
+    ExtAuthz(Box<crate::ext_authz::ExtAuthz>),
     /// Tokens: who vouches for the caller.
     Jwt(Box<crate::jwt::JwtFilter>),
     /// Delays and aborts; routes carry the settings.

@@ -41,6 +41,8 @@ pub mod retry;
 pub mod route;
 pub mod shared;
 pub mod stream;
+#[cfg(test)]
+mod testing;
 pub mod tls;
 pub mod unsupported;
 pub mod worker;

@@ -387,6 +387,8 @@ pub enum Override {
     Rbac(Option<Box<crate::authz::Rbac>>),
     /// Tokens.
     Jwt(crate::jwt::PerRoute),
+    /// External authorization.
+    ExtAuthz(crate::ext_authz::PerRoute),
 }
 
 /// What a request found.

@@ -249,6 +249,15 @@ impl Driver<'_, '_> {
                 };
                 Ok(self.resume(Answer::Authorized(answer)))
             }
+            Question::Body(wanted) => {
+                // One byte more tells whether the body is longer.
+                let max = wanted.bytes_max as usize;
+                self.buffer(max + 1).await?;
+                let mut bytes = self.upload.kept();
+                let complete = self.upload.is_source_done() && bytes.len() <= max;
+                bytes.truncate(max);
+                Ok(self.resume(Answer::Body { bytes, complete }))
+            }
             Question::Resolve { host, port, .. } => {
                 let answer = ask::resolve(self.worker, &host, port).await;
                 Ok(self.resume(Answer::Resolved(answer)))
@@ -456,7 +465,7 @@ impl Driver<'_, '_> {
             let cause = if broken == Broken::Unwritable { Cause::UpstreamProtocolError } else { Cause::DownstreamGone };
             return self.abort(cause);
         }
-        let mut download = Download { ended: ended && !tunnel, ..Download::default() };
+        let mut download = Download::new(ended && !tunnel);
         if tunnel {
             self.upload = Upload::new(false);
         }

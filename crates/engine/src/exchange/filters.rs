@@ -2,15 +2,20 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use types::{Cause, RequestHead, ResponseHead};
 
 use super::machine::{Exchange, Phase};
 use super::reply::Spec;
-use super::{Answer, Details, Env, Step};
+use super::attempt::{self, Plan};
+use super::{Answer, AuthorizeAnswer, AuthorizeQuestion, BodyWanted, Details, Env, Question, Step};
 use crate::authz::Subject;
 use crate::cors::CorsPolicy;
+use crate::draw::Draw;
+use crate::ext_authz::{Input, OnError};
 use crate::fault::Fault;
 use crate::hcm::{FilterKind, Hcm};
+use crate::headers::Context;
 use crate::record::{Recorder, Stage, note};
 use crate::route::Override;
 
@@ -22,6 +27,8 @@ pub(super) struct Marks {
     peer_id_asked: bool,
     /// Origin to allow on the response.
     cors: Option<crate::cors::Allowed>,
+    /// What external authorizers want of the response.
+    allowances: Vec<Box<crate::ext_authz::Allowance>>,
     /// A fault's abort waits for its delay.
     abort_after_delay: Option<crate::fault::Abort>,
 }
@@ -101,6 +108,7 @@ impl Exchange {
                 Verdict::Continue
             }
             FilterKind::Rbac(rbac) => self.rbac(env, (rbac, &filter.name), head, recorder),
+            FilterKind::ExtAuthz(_) => self.ext_authz(env, hcm, index, head, recorder),
             FilterKind::Jwt(jwt) => self.jwt(env, (hcm, jwt, &filter.name), head, recorder),
             FilterKind::Cors => self.cors(env, &filter.name, head, recorder),
             FilterKind::Fault(fault) => self.fault(env, (fault, &filter.name, index), head, recorder),
@@ -139,9 +147,161 @@ impl Exchange {
         match denied {
             None => Verdict::Continue,
             Some(details) => {
+                let details = format!("{}[{details}]", Cause::RbacDenied.surface().details);
                 self.info.details = Details::Owned(details.into());
                 Verdict::End(self.reply(env, Cause::RbacDenied, Spec::default(), head, recorder))
             }
+        }
+    }
+
+    fn ext_authz(
+        &mut self,
+        env: &Env<'_>,
+        hcm: &Arc<Hcm>,
+        index: usize,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Verdict {
+        let filter = &hcm.filters[index];
+        let FilterKind::ExtAuthz(authz) = &filter.kind else { return Verdict::Continue };
+        let by_route = match self.setting(&filter.name) {
+            Some(Override::ExtAuthz(by_route)) => Some(by_route),
+            _ => None,
+        };
+        if !authz.wants(&self.info.metadata, by_route) {
+            return Verdict::Continue;
+        }
+        let wanted = authz.body_wanted(by_route);
+        if let Some(wanted) = wanted.filter(|_| !self.is_complete()) {
+            self.phase = Phase::Paused(index);
+            let wanted = BodyWanted { bytes_max: wanted.bytes_max, partial: wanted.partial };
+            return Verdict::End(Step::Ask(Question::Body(wanted)));
+        }
+        let body = wanted.map(|_| Bytes::new());
+        Verdict::End(self.ask_authorizer(env, (hcm, index), body.as_ref().map(|body| (body, true)), head, recorder))
+    }
+
+    /// Calls the authorizer of the filter at `index`, with what was buffered of the body.
+    fn ask_authorizer(
+        &mut self,
+        env: &Env<'_>,
+        (hcm, index): (&Arc<Hcm>, usize),
+        body: Option<(&Bytes, bool)>,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        let filter = &hcm.filters[index];
+        let FilterKind::ExtAuthz(authz) = &filter.kind else {
+            return self.reply(env, Cause::Internal, Spec::default(), head, recorder);
+        };
+        let by_route = match self.setting(&filter.name) {
+            Some(Override::ExtAuthz(by_route)) => Some(by_route),
+            _ => None,
+        };
+        let check = authz.check(&Input {
+            head,
+            context: Context::new(&self.conn, &self.info, env.now),
+            body: body.map(|(bytes, _)| &bytes[..]),
+            partial: body.is_some_and(|(_, complete)| !complete),
+            by_route,
+        });
+        self.phase = Phase::Paused(index);
+        let cluster = env.config.clusters.get(&authz.cluster).or_else(|| self.config.clusters.get(&authz.cluster));
+        let made = cluster.cloned().ok_or(Cause::ClusterNotFound).and_then(|cluster| {
+            let live = env.worker.live(env.config, &cluster, env.now.mono);
+            let plan = Plan {
+                conn: &self.conn,
+                draw: Draw::new(self.draw.numbered("ext_authz", index as u64)),
+                number: 1,
+                head: Some(&check.head),
+                hash: None,
+                avoid: &[],
+                repicks_max: 0,
+                avoid_priorities: &[],
+                resolved: None,
+                alpn: super::machine::alpn_overrides(hcm),
+                retry: None,
+                upgrade: false,
+            };
+            attempt::make(env, &live, plan, &mut crate::record::NoRecord).map(|(attempt, _)| attempt)
+        });
+        note(recorder, Stage::Filter, None, || {
+            let outcome = if made.is_ok() { "asks" } else { "cannot ask" };
+            (format!("{}: {outcome} {}", filter.name, authz.cluster), String::new())
+        });
+        match made {
+            Ok(attempt) => Step::Ask(Question::Authorize(Box::new(AuthorizeQuestion {
+                attempt: Box::new(attempt),
+                head: check.head,
+                body: check.body,
+                timeout: authz.timeout,
+                grpc: check.grpc,
+                body_wanted: None,
+            }))),
+            Err(cause) => self.authorized(env, (hcm, index), Err(cause), head, recorder),
+        }
+    }
+
+    fn authorized(
+        &mut self,
+        env: &Env<'_>,
+        (hcm, index): (&Arc<Hcm>, usize),
+        answer: Result<AuthorizeAnswer, Cause>,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        let filter = &hcm.filters[index];
+        let FilterKind::ExtAuthz(authz) = &filter.kind else {
+            return self.reply(env, Cause::Internal, Spec::default(), head, recorder);
+        };
+        let verdict = match &answer {
+            Ok(answer) => authz.answer(&answer.head, &answer.body, answer.trailers.as_ref()),
+            Err(_) => crate::ext_authz::Verdict::Error,
+        };
+        note(recorder, Stage::Filter, None, || {
+            let said = match &verdict {
+                crate::ext_authz::Verdict::Allow(_) => "allowed",
+                crate::ext_authz::Verdict::Deny(_) => "denied",
+                crate::ext_authz::Verdict::Error => "failed",
+            };
+            (format!("{}: {said}", filter.name), answer.as_ref().err().map(|c| c.name().to_owned()).unwrap_or_default())
+        });
+        match verdict {
+            crate::ext_authz::Verdict::Allow(allowance) => {
+                allowance.apply(head);
+                for (key, value) in &allowance.metadata {
+                    self.info.metadata.set("envoy.filters.http.ext_authz", key, Arc::new(value.clone()));
+                }
+                if allowance.clear_route_cache {
+                    self.choose_route(head, recorder);
+                    self.refresh_stream_limits(hcm, head);
+                }
+                if allowance.edits_response() {
+                    self.filters.allowances.push(allowance);
+                }
+                self.run_filters(env, index + 1, head, recorder)
+            }
+            crate::ext_authz::Verdict::Deny(denial) => {
+                let spec = Spec {
+                    status: Some(denial.status),
+                    body: Some(denial.body),
+                    fields: Some(denial.headers),
+                    ..Spec::default()
+                };
+                self.reply(env, Cause::ExtAuthzDenied, spec, head, recorder)
+            }
+            crate::ext_authz::Verdict::Error => match authz.on_error() {
+                OnError::Allow(mark) => {
+                    if mark {
+                        head.fields.set("x-envoy-auth-failure-mode-allowed", b"true");
+                    }
+                    self.run_filters(env, index + 1, head, recorder)
+                }
+                OnError::Deny(status) => {
+                    let spec = Spec { status: Some(status), ..Spec::default() };
+                    self.reply(env, Cause::ExtAuthzError, spec, head, recorder)
+                }
+            },
         }
     }
 
@@ -270,12 +430,23 @@ impl Exchange {
         head: &mut RequestHead,
         recorder: &mut dyn Recorder,
     ) -> Step {
-        match answer {
-            Answer::Elapsed => match self.filters.abort_after_delay.take() {
+        let hcm = self.hcm();
+        match (answer, hcm) {
+            (Answer::Authorized(answer), Some(hcm)) => self.authorized(env, (&hcm, index), answer, head, recorder),
+            (Answer::Body { bytes, complete }, Some(hcm)) => {
+                let FilterKind::ExtAuthz(authz) = &hcm.filters[index].kind else {
+                    return self.reply(env, Cause::Internal, Spec::default(), head, recorder);
+                };
+                if !complete && !authz.body.is_some_and(|body| body.partial) {
+                    return self.reply(env, Cause::PayloadTooLarge, Spec::default(), head, recorder);
+                }
+                self.ask_authorizer(env, (&hcm, index), Some((&bytes, complete)), head, recorder)
+            }
+            (Answer::Elapsed, _) => match self.filters.abort_after_delay.take() {
                 Some(abort) => self.abort_by_fault(env, abort, head, recorder),
                 None => self.run_filters(env, index + 1, head, recorder),
             },
-            Answer::Idle => self.reply(env, Cause::StreamIdleTimeout, Spec::default(), head, recorder),
+            (Answer::Idle, _) => self.reply(env, Cause::StreamIdleTimeout, Spec::default(), head, recorder),
             _ => self.reply(env, Cause::Internal, Spec::default(), head, recorder),
         }
     }
@@ -303,6 +474,9 @@ impl Exchange {
 
     /// What filters do to a response, in reverse order where order matters.
     pub(super) fn encode_filters(&mut self, env: &Env<'_>, _request: &RequestHead, response: &mut ResponseHead) {
+        for allowance in &self.filters.allowances {
+            allowance.apply_response(response);
+        }
         if let Some(allowed) = &self.filters.cors {
             allowed.apply(&mut response.fields);
         }

@@ -839,6 +839,11 @@ impl Exchange {
         self.completed.get_or_insert(now);
     }
 
+    /// Whether the whole request is in.
+    pub(super) fn is_complete(&self) -> bool {
+        self.completed.is_some()
+    }
+
     /// Says whether the retry buffer still holds the whole body; `true` until said otherwise.
     pub fn set_replayable(&mut self, replayable: bool) {
         self.replayable = replayable;
@@ -930,7 +935,7 @@ impl Exchange {
 
 }
 
-fn alpn_overrides(hcm: &Hcm) -> Option<&AlpnOverrides> {
+pub(super) fn alpn_overrides(hcm: &Hcm) -> Option<&AlpnOverrides> {
     hcm.filters.iter().find_map(|filter| match &filter.kind {
         FilterKind::Alpn(overrides) => Some(overrides),
         _ => None,

@@ -21,6 +21,8 @@ pub(super) struct Spec {
     pub(super) grpc: Option<GrpcCode>,
     /// Further headers.
     pub(super) headers: Vec<(&'static str, Vec<u8>)>,
+    /// Further headers of somebody else's making; they win.
+    pub(super) fields: Option<types::Fields>,
     /// Never turned into a gRPC reply (redirects, direct responses, preflights).
     pub(super) plain: bool,
     /// The connection must be closed.
@@ -59,6 +61,12 @@ pub(super) fn build(cause: Cause, spec: Spec, request: &RequestHead, is_grpc: bo
     }
     for (name, value) in &spec.headers {
         head.fields.set(name, value);
+    }
+    for (name, value) in spec.fields.iter().flat_map(types::Fields::iter) {
+        // Framing is ours alone.
+        if !matches!(name, "content-length" | "transfer-encoding" | "connection") {
+            if name == "content-type" { head.fields.set(name, value) } else { head.fields.push(name, value) }
+        }
     }
     let close = spec.close
         || matches!(

@@ -268,6 +268,9 @@ fn filter_kind(any: &Any) -> Result<FilterKind, Unsupported> {
         }
         "envoy.extensions.filters.http.cors.v3.Cors" => FilterKind::Cors,
         "envoy.extensions.filters.http.rbac.v3.RBAC" => FilterKind::Rbac(Box::new(Rbac::lower(&unpack(any, "")?)?)),
+        "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz" => {
+            FilterKind::ExtAuthz(Box::new(crate::ext_authz::ExtAuthz::lower(&unpack(any, "")?)?))
+        }
         "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication" => {
             FilterKind::Jwt(Box::new(crate::jwt::JwtFilter::lower(&unpack(any, "")?)?))
         }

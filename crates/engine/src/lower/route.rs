@@ -486,6 +486,9 @@ fn override_of(any: &Any) -> Result<Override, Unsupported> {
         "envoy.extensions.filters.http.jwt_authn.v3.PerRouteConfig" => {
             Override::Jwt(crate::jwt::PerRoute::lower(&unpack(any, "")?)?)
         }
+        "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute" => {
+            Override::ExtAuthz(crate::ext_authz::PerRoute::lower(&unpack(any, "")?)?)
+        }
         "envoy.extensions.filters.http.rbac.v3.RBACPerRoute" => {
             Override::Rbac(Rbac::lower_per_route(&unpack(any, "")?)?.map(Box::new))
         }

@@ -205,6 +205,7 @@ pub(super) fn admit(
         info.metadata = after;
         if let Some(details) = denied {
             info.causes.push(Cause::RbacDeniedConnection);
+            let details = format!("{}[{details}]", Cause::RbacDeniedConnection.surface().details);
             info.details = Details::Owned(details.into());
             return Err(Cause::RbacDeniedConnection);
         }
