@@ -69,10 +69,10 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Sidecar) {
         if policy.mode == Some(OutboundMode::AllowAnyDynamicDns) {
             check.error(&format!("{at}.mode"), "ALLOW_ANY_DYNAMIC_DNS is a setting of the mesh", "");
         }
-        if let Some(proxy) = &policy.egress_proxy {
-            if policy.mode.unwrap_or_default() != OutboundMode::AllowAny || proxy.port.is_none() {
-                check.error(&format!("{at}.egressProxy"), "egressProxy needs mode ALLOW_ANY and a port", "");
-            }
+        if let Some(proxy) = &policy.egress_proxy
+            && (policy.mode.unwrap_or_default() != OutboundMode::AllowAny || proxy.port.is_none())
+        {
+            check.error(&format!("{at}.egressProxy"), "egressProxy needs mode ALLOW_ANY and a port", "");
         }
     }
 }

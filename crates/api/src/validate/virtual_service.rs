@@ -161,10 +161,8 @@ fn http(check: &mut Check<'_>, at: &str, route: &HttpRoute, in_mesh: bool, is_de
             }
         }
     }
-    if route.delegate.is_some() {
-        if is_delegate {
-            check.error(&format!("{at}.delegate"), "a delegate cannot delegate again", "");
-        }
+    if route.delegate.is_some() && is_delegate {
+        check.error(&format!("{at}.delegate"), "a delegate cannot delegate again", "");
     }
     for (index, alternative) in route.matches.iter().enumerate() {
         http_match(check, &format!("{at}.match[{index}]"), alternative, in_mesh);
