@@ -250,8 +250,14 @@ impl Proxy {
         format!("{}.{}", self.view.name, self.view.namespace)
     }
 
+    /// An Envoy asks for listeners only when its clusters are warm: before that it is not there yet.
     fn is_synced(&self, push: u64) -> bool {
-        self.progress.settled && self.progress.refused.is_empty() && self.progress.generation >= push
+        let asked = |type_url: &str| self.types.contains_key(type_url);
+        asked(type_urls::CLUSTER)
+            && asked(type_urls::LISTENER)
+            && self.progress.settled
+            && self.progress.refused.is_empty()
+            && self.progress.generation >= push
     }
 
     fn status(&self) -> ProxyStatus {

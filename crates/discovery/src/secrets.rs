@@ -61,9 +61,9 @@ mod tests {
 
     use super::*;
 
-    fn bytes(of: &str) -> Option<DataSource> {
+    fn bytes(of: &str) -> DataSource {
         let specifier = Some(data_source::Specifier::InlineBytes(of.as_bytes().to_vec()));
-        Some(DataSource { specifier, ..DataSource::default() })
+        DataSource { specifier, ..DataSource::default() }
     }
 
     fn pair() -> (String, String) {
@@ -82,8 +82,11 @@ mod tests {
     }
 
     fn of_pair(chain: &str, key: &str, now: SystemTime) -> Option<String> {
-        let pair =
-            TlsCertificate { certificate_chain: bytes(chain), private_key: bytes(key), ..TlsCertificate::default() };
+        let pair = TlsCertificate {
+            certificate_chain: Some(bytes(chain)),
+            private_key: Some(bytes(key)),
+            ..TlsCertificate::default()
+        };
         found(secret::Type::TlsCertificate(pair), now)
     }
 
@@ -106,7 +109,7 @@ mod tests {
     #[test]
     fn roots() {
         let now = SystemTime::now();
-        let of = |text: &str| CertificateValidationContext { trusted_ca: bytes(text), ..Default::default() };
+        let of = |text: &str| CertificateValidationContext { trusted_ca: Some(bytes(text)), ..Default::default() };
         assert_eq!(found(secret::Type::ValidationContext(of(&pair().0)), now), None);
         assert!(found(secret::Type::ValidationContext(of("no PEM")), now).is_some());
     }

@@ -167,6 +167,8 @@ fn node(id: &str, metadata: &[(&str, &str)]) -> Node {
 
 const REVIEWS: &str = "sidecar~10.1.1.1~reviews-1.shop~shop.svc.cluster.local";
 
+const BOTH: [&str; 2] = [type_urls::CLUSTER, type_urls::LISTENER];
+
 struct Proxy {
     handle: Handle,
     events: mpsc::Receiver<Event>,
@@ -227,8 +229,13 @@ impl Proxy {
     }
 
     async fn names(&mut self) -> (BTreeSet<String>, Vec<String>) {
-        let update = self.update().await;
+        let mut update = self.update().await;
         self.handle.answer(&update.id, &[]);
+        // The toys have no listeners, and say so once.
+        while update.type_url() == type_urls::LISTENER {
+            update = self.update().await;
+            self.handle.answer(&update.id, &[]);
+        }
         (update.added.into_iter().map(|(name, ..)| name).collect(), update.removed)
     }
 }
@@ -262,8 +269,7 @@ async fn a_workload_gets_its_certificate_and_its_configuration() {
     // From here on the certificate alone must do.
     for protocol in [Protocol::Delta, Protocol::StateOfTheWorld] {
         let node = node(REVIEWS, &[("NAMESPACE", "shop"), ("SERVICE_ACCOUNT", "reviews")]);
-        let mut proxy =
-            Proxy::connect(plane.client(None), Some(identity.clone()), node, protocol, &[type_urls::CLUSTER]);
+        let mut proxy = Proxy::connect(plane.client(None), Some(identity.clone()), node, protocol, &BOTH);
         let mut names = proxy.names().await.0;
         while !names.contains("outbound|80||ratings.shop.svc.cluster.local") {
             names.extend(proxy.names().await.0);
@@ -416,7 +422,7 @@ async fn changes_reach_the_others_while_one_is_stuck() {
     let connect = |pod: &str| {
         let node = node(&format!("sidecar~10.1.1.1~{pod}.shop~shop.svc.cluster.local"), &[]);
         let token = minter.token("shop", "reviews", pod);
-        Proxy::connect(plane.client(Some(token)), None, node, Protocol::Delta, &[type_urls::CLUSTER])
+        Proxy::connect(plane.client(Some(token)), None, node, Protocol::Delta, &BOTH)
     };
     let mut stuck = connect("stuck");
     let unanswered = stuck.update().await;

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use envoy_types::pb::envoy::config::core::v3::{ControlPlane, Node};
 use envoy_types::pb::envoy::service::discovery::v3 as pb;
 use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryService;
+use envoy_types::pb::envoy::service::secret::v3::secret_discovery_service_server::SecretDiscoveryService;
 use envoy_types::pb::google::protobuf::Any;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt as _};
@@ -134,6 +135,32 @@ impl<A: Authority> AggregatedDiscoveryService for Ads<A> {
         request: Request<Streaming<pb::DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
         self.serve::<Delta>(request, Protocol::Delta).await
+    }
+}
+
+/// Secrets over a stream of their own, as an agent serves them to its Envoy (`sds-grpc`).
+#[tonic::async_trait]
+impl<A: Authority> SecretDiscoveryService for Ads<A> {
+    type StreamSecretsStream = BoxStream<'static, Result<pb::DiscoveryResponse, Status>>;
+
+    async fn stream_secrets(
+        &self,
+        request: Request<Streaming<pb::DiscoveryRequest>>,
+    ) -> Result<Response<Self::StreamSecretsStream>, Status> {
+        self.serve::<World>(request, Protocol::StateOfTheWorld).await
+    }
+
+    type DeltaSecretsStream = BoxStream<'static, Result<pb::DeltaDiscoveryResponse, Status>>;
+
+    async fn delta_secrets(
+        &self,
+        request: Request<Streaming<pb::DeltaDiscoveryRequest>>,
+    ) -> Result<Response<Self::DeltaSecretsStream>, Status> {
+        self.serve::<Delta>(request, Protocol::Delta).await
+    }
+
+    async fn fetch_secrets(&self, _: Request<pb::DiscoveryRequest>) -> Result<Response<pb::DiscoveryResponse>, Status> {
+        Err(Status::unimplemented("secrets are streamed"))
     }
 }
 

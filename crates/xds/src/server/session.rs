@@ -290,21 +290,36 @@ impl Session {
     fn send(&mut self, type_url: Box<str>, plan: Plan) -> Outgoing {
         self.nonces += 1;
         let nonce: Box<str> = format!("{}-{}", self.desired.generation, self.nonces).into();
-        let brings = plan.resources.iter().any(|resource| {
-            let watch = self.watches.get(&type_url);
-            watch.and_then(|watch| watch.held.get(&resource.name)).is_none_or(|held| held.version != resource.version)
-        });
-        if self.protocol == Protocol::StateOfTheWorld && brings {
-            // A changed cluster or listener warms, and waits for its endpoints or routes again;
-            // the question may come inside the ack of an earlier response.
-            let waits = match &*type_url {
-                type_urls::CLUSTER => Some(type_urls::ENDPOINT),
-                type_urls::LISTENER => Some(type_urls::ROUTE),
-                _ => None,
-            };
-            if let Some(later) = waits.and_then(|waits| self.watches.get_mut(waits)) {
-                later.resend_on_ack = later.is_waiting();
+        let is_changed = |resource: &Arc<Resource>| {
+            let held = self.watches.get(&type_url).and_then(|watch| watch.held.get(&resource.name));
+            held.map(|held| held.version != resource.version)
+        };
+        // A changed cluster or listener warms and waits for its endpoints or routes again, even
+        // when these did not change.
+        match self.protocol {
+            Protocol::Delta if *type_url == *type_urls::CLUSTER => {
+                // Envoy does not ask again for what it is subscribed to.
+                let changed = plan.resources.iter().filter(|resource| is_changed(resource) == Some(true));
+                let names: Vec<Box<str>> = changed.map(|resource| resource.name.clone()).collect();
+                if let Some(endpoints) = self.watches.get_mut(type_urls::ENDPOINT) {
+                    let wanted =
+                        names.into_iter().filter(|name| endpoints.wants(name) && endpoints.held.contains_key(name));
+                    let wanted: Vec<_> = wanted.collect();
+                    endpoints.asked.extend(wanted);
+                }
             }
+            Protocol::StateOfTheWorld if plan.resources.iter().any(|resource| is_changed(resource) != Some(false)) => {
+                // The question may come inside the ack of an earlier response.
+                let waits = match &*type_url {
+                    type_urls::CLUSTER => Some(type_urls::ENDPOINT),
+                    type_urls::LISTENER => Some(type_urls::ROUTE),
+                    _ => None,
+                };
+                if let Some(later) = waits.and_then(|waits| self.watches.get_mut(waits)) {
+                    later.resend_on_ack = later.is_waiting();
+                }
+            }
+            Protocol::Delta | Protocol::StateOfTheWorld => {}
         }
         let whole = self.protocol == Protocol::StateOfTheWorld && is_whole(&type_url);
         if let Some(watch) = self.watches.get_mut(&type_url) {

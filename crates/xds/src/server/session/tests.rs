@@ -196,6 +196,23 @@ fn only_changes_are_sent() {
 }
 
 #[test]
+fn a_changed_cluster_gets_its_endpoints_again() {
+    let with = |generation: u64, content: u32| {
+        let mut set = ResourceSet::clone(&set(generation, &[("a", 1), ("b", 1)]));
+        set.insert("a", toy(type_urls::CLUSTER, "a", content, &[]));
+        Arc::new(set)
+    };
+    let mut client = Client::new(Protocol::Delta);
+    client.session.update(with(1, 1));
+    client.settle();
+    client.trace.clear();
+    client.session.update(with(2, 2));
+    client.settle();
+    // An Envoy does not ask again for what it is subscribed to, and yet waits for it.
+    assert_eq!(client.trace, ["CDS +[\"a\"] -[]", "EDS +[\"a\"] -[]"]);
+}
+
+#[test]
 fn clusters_go_last() {
     both(|mut client| {
         client.session.update(set(1, &[("a", 1), ("b", 1)]));
