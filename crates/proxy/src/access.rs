@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use engine::access_log::AccessLog;
+use engine::access_log::{AccessLog, LogRecord};
 use engine::exchange::StreamInfo;
 use engine::facts::ConnFacts;
 use types::{Fields, RequestHead, ResponseHead};
@@ -26,8 +26,30 @@ pub(crate) struct Line<'a> {
 
 /// Writes a line to each log.
 pub(crate) fn write(telemetry: &Telemetry, logs: &[Arc<AccessLog>], line: &Line<'_>) {
-    for log in logs {
-        let _ = (telemetry, log, line);
+    if logs.is_empty() {
+        return;
+    }
+    let times = line.ended;
+    let since = |at: Option<std::time::Instant>| at.map(|at| at.saturating_duration_since(times.start.mono));
+    let record = LogRecord {
+        conn: line.facts,
+        request: line.head,
+        response: line.response,
+        trailers: line.trailers,
+        info: line.info,
+        start_nanos: times.start.wall_nanos,
+        duration: times.end.mono.saturating_duration_since(times.start.mono),
+        request_duration: since(times.sent),
+        response_duration: since(times.head),
+        bytes_received: line.counts.request_bytes,
+        bytes_sent: line.counts.response_bytes,
+        upstream_local: line.upstream.local,
+        upstream_protocol: None,
+        connection_id: line.connection_id,
+        termination_details: "",
+    };
+    for log in logs.iter().filter(|log| log.wants(&record)) {
+        telemetry.log(&log.path, |out| log.write(&record, out));
     }
 }
 

@@ -282,7 +282,7 @@ impl Control {
         if self.received.is_warming() {
             self.publish_logged().await;
         }
-        warming::sweep_outliers(&self.published, &self.shared);
+        self.shared.hosts.sweep(&self.published, Instant::now().into_std());
         if self.xds.is_some() && !self.state.borrow().configured {
             self.check_configured();
         }

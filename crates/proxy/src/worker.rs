@@ -217,6 +217,7 @@ impl Worker {
             conn.drain();
         }
         drop(conns);
+        self.engine.reconcile(&config);
         self.config.replace(config);
     }
 

@@ -207,6 +207,13 @@ pub(crate) struct Download {
     held: usize,
 }
 
+impl Download {
+    /// A response that has, or has not, ended with its head.
+    pub(crate) fn new(ended: bool) -> Self {
+        Self { ended, ..Self::default() }
+    }
+}
+
 /// Moves the response's body on. Ready when it has been passed on whole.
 pub(crate) fn poll_response(
     cx: &mut Context<'_>,

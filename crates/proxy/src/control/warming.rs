@@ -13,7 +13,6 @@ use tokio::sync::mpsc;
 use types::wellknown::type_urls;
 
 use super::lowering::Tables;
-use crate::proxy::Shared;
 
 /// The last good version of everything.
 #[derive(Default)]
@@ -229,9 +228,4 @@ async fn resolve(cluster: Name, spec: Arc<DnsSpec>, to: mpsc::UnboundedSender<Re
         }
         tokio::time::sleep(spec.refresh.max(Duration::from_millis(100))).await;
     }
-}
-
-/// Looks at every cluster's hosts: who was ejected long enough comes back.
-pub(crate) fn sweep_outliers(config: &RuntimeConfig, shared: &Shared) {
-    let _ = (config, shared);
 }

@@ -1,0 +1,261 @@
+//! A proxy, a backend, and configurations for them.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use engine::lower::Raw;
+use envoy_types::pb::envoy::config::cluster::v3 as cluster;
+use envoy_types::pb::envoy::config::core::v3 as core;
+use envoy_types::pb::envoy::config::endpoint::v3 as endpoint;
+use envoy_types::pb::envoy::config::listener::v3 as listener;
+use envoy_types::pb::envoy::config::route::v3 as route;
+use envoy_types::pb::envoy::extensions::filters::http::router::v3::Router;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
+use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
+use envoy_types::pb::envoy::extensions::upstreams::http::v3 as upstream;
+use envoy_types::pb::google::protobuf::Any;
+use prost::{Message, Name as _};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::options::{Options, Role, StaticResources};
+use crate::proxy::Proxy;
+
+/// Packs a message.
+pub(super) fn any<M: Message + prost::Name>(message: &M) -> Any {
+    Any { type_url: M::type_url(), value: message.encode_to_vec() }
+}
+
+fn url(name: &str) -> String {
+    format!("type.googleapis.com/{name}")
+}
+
+fn pack<M: Message>(name: &str, message: &M) -> Any {
+    Any { type_url: url(name), value: message.encode_to_vec() }
+}
+
+pub(super) fn address(at: SocketAddr) -> core::Address {
+    core::Address {
+        address: Some(core::address::Address::SocketAddress(core::SocketAddress {
+            address: at.ip().to_string(),
+            port_specifier: Some(core::socket_address::PortSpecifier::PortValue(at.port().into())),
+            ..Default::default()
+        })),
+    }
+}
+
+/// A static cluster of one endpoint.
+pub(super) fn cluster(name: &str, at: SocketAddr, http2: bool) -> cluster::Cluster {
+    let mut made = cluster::Cluster {
+        name: name.into(),
+        connect_timeout: Some(envoy_types::pb::google::protobuf::Duration { seconds: 2, nanos: 0 }),
+        load_assignment: Some(endpoint::ClusterLoadAssignment {
+            cluster_name: name.into(),
+            endpoints: vec![endpoint::LocalityLbEndpoints {
+                lb_endpoints: vec![endpoint::LbEndpoint {
+                    host_identifier: Some(endpoint::lb_endpoint::HostIdentifier::Endpoint(endpoint::Endpoint {
+                        address: Some(address(at)),
+                        ..Default::default()
+                    })),
+                    ..Default::default()
+                }],
+                ..Default::default()
+            }],
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    if http2 {
+        use upstream::http_protocol_options as options;
+        let explicit = options::ExplicitHttpConfig {
+            protocol_config: Some(options::explicit_http_config::ProtocolConfig::Http2ProtocolOptions(
+                core::Http2ProtocolOptions::default(),
+            )),
+        };
+        let options = upstream::HttpProtocolOptions {
+            upstream_protocol_options: Some(options::UpstreamProtocolOptions::ExplicitHttpConfig(explicit)),
+            ..Default::default()
+        };
+        made.typed_extension_protocol_options.insert(
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions".into(),
+            pack("envoy.extensions.upstreams.http.v3.HttpProtocolOptions", &options),
+        );
+    }
+    made
+}
+
+/// A route on a prefix to a cluster.
+pub(super) fn to_cluster(prefix: &str, cluster: &str) -> route::Route {
+    route::Route {
+        r#match: Some(route::RouteMatch {
+            path_specifier: Some(route::route_match::PathSpecifier::Prefix(prefix.into())),
+            ..Default::default()
+        }),
+        action: Some(route::route::Action::Route(route::RouteAction {
+            cluster_specifier: Some(route::route_action::ClusterSpecifier::Cluster(cluster.into())),
+            ..Default::default()
+        })),
+        ..Default::default()
+    }
+}
+
+/// A connection manager with these routes for every host.
+pub(super) fn manager(routes: Vec<route::Route>) -> hcm::HttpConnectionManager {
+    hcm::HttpConnectionManager {
+        stat_prefix: "test".into(),
+        route_specifier: Some(hcm::http_connection_manager::RouteSpecifier::RouteConfig(route::RouteConfiguration {
+            name: "routes".into(),
+            virtual_hosts: vec![route::VirtualHost {
+                name: "all".into(),
+                domains: vec!["*".into()],
+                routes,
+                ..Default::default()
+            }],
+            ..Default::default()
+        })),
+        http_filters: vec![hcm::HttpFilter {
+            name: "envoy.filters.http.router".into(),
+            config_type: Some(hcm::http_filter::ConfigType::TypedConfig(pack(
+                "envoy.extensions.filters.http.router.v3.Router",
+                &Router::default(),
+            ))),
+            ..Default::default()
+        }],
+        upgrade_configs: vec![hcm::http_connection_manager::UpgradeConfig {
+            upgrade_type: "websocket".into(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    }
+}
+
+/// A listener on a free port with one chain that ends in `filter`.
+pub(super) fn listener(name: &str, filter: listener::Filter) -> listener::Listener {
+    listener::Listener {
+        name: name.into(),
+        address: Some(address(([127, 0, 0, 1], 0).into())),
+        filter_chains: vec![listener::FilterChain { filters: vec![filter], ..Default::default() }],
+        ..Default::default()
+    }
+}
+
+pub(super) fn http_filter(manager: &hcm::HttpConnectionManager) -> listener::Filter {
+    let name = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
+    listener::Filter {
+        name: "envoy.filters.network.http_connection_manager".into(),
+        config_type: Some(listener::filter::ConfigType::TypedConfig(pack(name, manager))),
+    }
+}
+
+pub(super) fn tcp_filter(cluster: &str) -> listener::Filter {
+    let proxy = tcp_proxy::TcpProxy {
+        stat_prefix: "tcp".into(),
+        cluster_specifier: Some(tcp_proxy::tcp_proxy::ClusterSpecifier::Cluster(cluster.into())),
+        ..Default::default()
+    };
+    listener::Filter {
+        name: "envoy.filters.network.tcp_proxy".into(),
+        config_type: Some(listener::filter::ConfigType::TypedConfig(pack(
+            "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+            &proxy,
+        ))),
+    }
+}
+
+pub(super) fn raw<M: Message + prost::Name>(name: &str, message: &M) -> Raw {
+    Raw { name: name.into(), body: any(message) }
+}
+
+/// Starts a proxy with these resources; gives it and its listeners' addresses by name.
+pub(super) async fn start(listeners: Vec<listener::Listener>, clusters: Vec<cluster::Cluster>) -> Running {
+    let mut options = Options::new(Role::Standalone, core::Node { id: "test".into(), ..Default::default() });
+    options.addresses.admin = Some(([127, 0, 0, 1], 0).into());
+    options.termination.drain = Duration::from_secs(2);
+    options.resources = StaticResources {
+        listeners: listeners.iter().map(|l| raw(&l.name, l)).collect(),
+        clusters: clusters.iter().map(|c| raw(&c.name, c)).collect(),
+        ..StaticResources::default()
+    };
+    let proxy = Proxy::start(options).await.unwrap();
+    proxy.ready().await;
+    Running { proxy }
+}
+
+pub(super) struct Running {
+    pub(super) proxy: Proxy,
+}
+
+impl Running {
+    pub(super) fn at(&self, listener: &str) -> SocketAddr {
+        self.proxy.listeners().into_iter().find(|(name, _)| name == listener).expect("it listens").1
+    }
+
+    pub(super) fn admin(&self) -> SocketAddr {
+        self.proxy.services().iter().find(|(name, _)| *name == "admin").expect("it listens").1
+    }
+
+    pub(super) async fn end(self) {
+        self.proxy.quit();
+        self.proxy.ended().await;
+    }
+}
+
+/// Sends bytes and reads until the peer closes, or until `enough` holds.
+pub(super) async fn talk(at: SocketAddr, bytes: &[u8], enough: impl Fn(&str) -> bool) -> String {
+    let mut stream = TcpStream::connect(at).await.unwrap();
+    stream.write_all(bytes).await.unwrap();
+    let mut answer = Vec::new();
+    let reading = async {
+        let mut buffer = [0; 16 * 1024];
+        loop {
+            match stream.read(&mut buffer).await {
+                Ok(0) | Err(_) => return,
+                Ok(n) => answer.extend_from_slice(&buffer[..n]),
+            }
+            if enough(&String::from_utf8_lossy(&answer)) {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), reading).await.expect("an answer within ten seconds");
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// A server that answers each connection with `serve`.
+pub(super) async fn server<F, R>(serve: F) -> SocketAddr
+where
+    F: Fn(TcpStream) -> R + Send + 'static,
+    R: Future<Output = ()> + Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(serve(stream));
+        }
+    });
+    at
+}
+
+/// An HTTP/1 server that answers with the head it got, and with `Content-Length`.
+pub(super) async fn echo_heads() -> SocketAddr {
+    server(|mut stream| async move {
+        let mut seen = Vec::new();
+        let mut buffer = [0; 4096];
+        loop {
+            let Some(end) = seen.windows(4).position(|w| w == b"\r\n\r\n") else {
+                match stream.read(&mut buffer).await {
+                    Ok(0) | Err(_) => return,
+                    Ok(n) => seen.extend_from_slice(&buffer[..n]),
+                }
+                continue;
+            };
+            let head: Vec<u8> = seen.drain(..end + 4).collect();
+            let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nX-Up: 1\r\n\r\n", head.len());
+            if stream.write_all(answer.as_bytes()).await.is_err() || stream.write_all(&head).await.is_err() {
+                return;
+            }
+        }
+    })
+    .await
+}
