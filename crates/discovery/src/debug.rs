@@ -151,7 +151,7 @@ async fn synced(State(pages): State<Pages>, Query(query): Query<SyncedQuery>) ->
         changes.mark_unchanged();
         let current = meshes.borrow_and_update().clone();
         let (push, version) = current.as_ref().map_or((0, 0), |mesh| (mesh.push, mesh.version));
-        let laggards = pages.fleet.laggards(push);
+        let laggards = current.as_ref().map(|mesh| pages.fleet.laggards(mesh)).unwrap_or_default();
         let is_synced = current.is_some() && version >= query.resource_version && laggards.is_empty();
         let body = Json(json!({
             "synced": is_synced, "generation": push, "resourceVersion": version, "laggards": laggards,

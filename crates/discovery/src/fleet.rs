@@ -32,6 +32,8 @@ struct Proxy {
     protocol: Protocol,
     connected: jiff::Timestamp,
     resources: watch::Sender<Option<Arc<ResourceSet>>>,
+    /// Its pod was in the mesh once.
+    was_workload: bool,
     findings: Vec<Finding>,
     progress: Progress,
     types: BTreeMap<Box<str>, TypeState>,
@@ -139,6 +141,7 @@ impl Fleet {
             protocol,
             connected: jiff::Timestamp::now(),
             resources: sender,
+            was_workload: false,
             findings: Vec::new(),
             progress: Progress { generation: 0, settled: false, refused: Vec::new() },
             types: BTreeMap::new(),
@@ -189,10 +192,16 @@ impl Fleet {
         findings
     }
 
-    /// Names of those that do not run `push` yet, or refused a part of it.
-    pub fn laggards(&self, push: u64) -> Vec<String> {
+    /// Names of those that do not run `mesh` yet, or refused a part of it. A stream may hang
+    /// half-open for a while: nobody waits for one whose pod is gone, nor for an old one of a proxy
+    /// that came back.
+    pub fn laggards(&self, mesh: &Mesh) -> Vec<String> {
         let inner = self.inner();
-        let late = inner.proxies.values().filter(|proxy| !proxy.is_synced(push));
+        let is_gone = |proxy: &Proxy| {
+            proxy.was_workload && mesh.snapshot.workload(&proxy.view.namespace, &proxy.view.name).is_none()
+        };
+        let newest: BTreeMap<_, _> = inner.proxies.values().map(|proxy| ((&proxy.node_id, &proxy.id), proxy)).collect();
+        let late = newest.into_values().filter(|proxy| !proxy.is_synced(mesh.push) && !is_gone(proxy));
         late.map(Proxy::name).collect()
     }
 
@@ -216,13 +225,21 @@ impl Fleet {
         })
     }
 
-    fn publish(&self, number: u64, resources: Arc<ResourceSet>, findings: Vec<Finding>) {
+    fn publish(&self, number: u64, built: Built) {
         let mut inner = self.inner();
         if let Some(proxy) = inner.proxies.get_mut(&number) {
-            proxy.findings = findings;
-            proxy.resources.send_replace(Some(resources));
+            proxy.was_workload |= built.is_workload;
+            proxy.findings = built.findings;
+            proxy.resources.send_replace(Some(Arc::new(built.resources)));
         }
     }
+}
+
+struct Built {
+    resources: ResourceSet,
+    findings: Vec<Finding>,
+    /// Its pod is in the mesh.
+    is_workload: bool,
 }
 
 struct Job {
@@ -363,7 +380,7 @@ pub async fn run(fleet: Arc<Fleet>, meshes: watch::Receiver<Option<Arc<Mesh>>>, 
         let compiled = tokio::task::spawn_blocking(move || build(&*compiler, &mesh, &job)).await;
         fleet.metrics.observe("pilot_xds_push_time", &[], started.elapsed().as_secs_f64());
         match compiled {
-            Ok((resources, findings)) => fleet.publish(number, Arc::new(resources), findings),
+            Ok(built) => fleet.publish(number, built),
             Err(error) => {
                 // A bug of ours must not take the others down: this proxy keeps what it has.
                 tracing::error!(%error, proxy = number, "compiling failed; the proxy keeps what it has");
@@ -373,7 +390,7 @@ pub async fn run(fleet: Arc<Fleet>, meshes: watch::Receiver<Option<Arc<Mesh>>>, 
     }
 }
 
-fn build(compiler: &dyn Compiler, mesh: &Mesh, job: &Job) -> (ResourceSet, Vec<Finding>) {
+fn build(compiler: &dyn Compiler, mesh: &Mesh, job: &Job) -> Built {
     let mut compiled = compiler.compile(&mesh.snapshot, &job.view);
     let now = std::time::SystemTime::now();
     let mut set = ResourceSet::new(mesh.push, &mesh.label);
@@ -404,5 +421,6 @@ fn build(compiler: &dyn Compiler, mesh: &Mesh, job: &Job) -> (ResourceSet, Vec<F
             None => set.insert_shared(Arc::new(Resource { name: name.into(), version, any })),
         }
     }
-    (set, compiled.findings)
+    let is_workload = mesh.snapshot.workload(&job.view.namespace, &job.view.name).is_some();
+    Built { resources: set, findings: compiled.findings, is_workload }
 }
