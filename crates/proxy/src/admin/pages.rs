@@ -30,7 +30,7 @@ pub(super) fn stats(context: &Context, filter: Option<&str>) -> String {
         if let Some((name, value)) = line.rsplit_once(' ')
             && filter.is_none_or(|filter| name.contains(filter))
         {
-            _ = writeln!(out, "{name}: {value}");
+            _ = writeln!(out, "{}: {value}", name.strip_suffix("{}").unwrap_or(name));
         }
     }
     out
