@@ -20,6 +20,8 @@ mod encode;
 mod error;
 mod head;
 pub mod rules;
+#[cfg(test)]
+mod tests;
 
 pub use body::{BodyDecoder, Decoded};
 pub use decode::{RequestDecoder, ResponseDecoder};
