@@ -116,7 +116,9 @@ fn filter_refers(
             match &manager.route_specifier {
                 Some(hcm::RouteSpecifier::Rds(rds)) => {
                     if !tables.contains(rds.route_config_name.as_str()) {
-                        report.broken.push(format!("listener {listener} names the missing table {}", rds.route_config_name));
+                        report
+                            .broken
+                            .push(format!("listener {listener} names the missing table {}", rds.route_config_name));
                     }
                     used_tables.insert(rds.route_config_name.clone());
                 }
@@ -169,7 +171,9 @@ fn routes_refer(table: &RouteConfiguration, clusters: &BTreeSet<&str>, report: &
         }
         for of in &host.routes {
             let Some(action) = &of.action else {
-                report.broken.push(format!("a route of virtual host {} in table {} does nothing", host.name, table.name));
+                report
+                    .broken
+                    .push(format!("a route of virtual host {} in table {} does nothing", host.name, table.name));
                 continue;
             };
             let route::Action::Route(action) = action else {
@@ -179,13 +183,18 @@ fn routes_refer(table: &RouteConfiguration, clusters: &BTreeSet<&str>, report: &
                 Some(route_action::ClusterSpecifier::Cluster(name)) => refer(name, clusters, report),
                 Some(route_action::ClusterSpecifier::WeightedClusters(all)) => {
                     if all.clusters.is_empty() {
-                        report.broken.push(format!("a route of virtual host {} in table {} has no cluster", host.name, table.name));
+                        report.broken.push(format!(
+                            "a route of virtual host {} in table {} has no cluster",
+                            host.name, table.name
+                        ));
                     }
                     for weighted in &all.clusters {
                         refer(&weighted.name, clusters, report);
                     }
                 }
-                _ => report.broken.push(format!("a route of virtual host {} in table {} leads nowhere", host.name, table.name)),
+                _ => report
+                    .broken
+                    .push(format!("a route of virtual host {} in table {} leads nowhere", host.name, table.name)),
             }
             for mirror in &action.request_mirror_policies {
                 refer(&mirror.cluster, clusters, report);

@@ -21,7 +21,8 @@ use crate::wire::{self, text, uint};
 /// The endpoints of one cluster, by locality; `{cluster_name}` only when there are none.
 pub(crate) fn assignment(context: &Context<'_>, of: &Outbound<'_>) -> ClusterLoadAssignment {
     let set = context.snapshot.endpoints(&of.service.key());
-    let leaves_out_unhealthy = of.policy.outlier_detection.as_ref().is_some_and(|outlier| outlier.min_health_percent > 0);
+    let leaves_out_unhealthy =
+        of.policy.outlier_detection.as_ref().is_some_and(|outlier| outlier.min_health_percent > 0);
     let chosen: Vec<&Endpoint> = set
         .port(of.port.number)
         .iter()
@@ -73,7 +74,11 @@ fn lb_endpoint(context: &Context<'_>, of: &Outbound<'_>, endpoint: &Endpoint) ->
     let workload = match &endpoint.workload {
         Some(workload) => format!(
             "{};{};{};{};{}",
-            workload.workload_name, workload.namespace, workload.canonical_name, workload.canonical_revision, context.view.cluster_id
+            workload.workload_name,
+            workload.namespace,
+            workload.canonical_name,
+            workload.canonical_revision,
+            context.view.cluster_id
         ),
         None => format!(";;;;{}", context.view.cluster_id),
     };
@@ -93,7 +98,10 @@ fn lb_endpoint(context: &Context<'_>, of: &Outbound<'_>, endpoint: &Endpoint) ->
             ..WireEndpoint::default()
         })),
         health_status: health.into(),
-        metadata: wire::metadata(vec![("envoy.transport_socket_match", socket_match), ("istio", vec![("workload", text(workload))])]),
+        metadata: wire::metadata(vec![
+            ("envoy.transport_socket_match", socket_match),
+            ("istio", vec![("workload", text(workload))]),
+        ]),
         load_balancing_weight: uint(endpoint.weight),
     }
 }

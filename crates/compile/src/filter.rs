@@ -7,7 +7,9 @@ use envoy_types::pb::envoy::config::listener::v3::{Filter, filter};
 use envoy_types::pb::envoy::config::route::v3::RouteConfiguration;
 use envoy_types::pb::envoy::extensions::filters::http::cors::v3::Cors;
 use envoy_types::pb::envoy::extensions::filters::http::fault::v3::HttpFault;
-use envoy_types::pb::envoy::extensions::filters::http::grpc_stats::v3::{FilterConfig as GrpcStats, filter_config::PerMethodStatSpecifier};
+use envoy_types::pb::envoy::extensions::filters::http::grpc_stats::v3::{
+    FilterConfig as GrpcStats, filter_config::PerMethodStatSpecifier,
+};
 use envoy_types::pb::envoy::extensions::filters::http::grpc_web::v3::GrpcWeb;
 use envoy_types::pb::envoy::extensions::filters::http::router::v3::Router;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::{
@@ -79,9 +81,12 @@ pub(crate) fn metadata_exchange(context: &Context<'_>) -> Option<Any> {
         wire::typed_struct(
             "type.googleapis.com/envoy.tcp.metadataexchange.config.MetadataExchange",
             fields(vec![
-                ("enable_discovery", envoy_types::pb::google::protobuf::Value {
-                    kind: Some(envoy_types::pb::google::protobuf::value::Kind::BoolValue(true)),
-                }),
+                (
+                    "enable_discovery",
+                    envoy_types::pb::google::protobuf::Value {
+                        kind: Some(envoy_types::pb::google::protobuf::value::Kind::BoolValue(true)),
+                    },
+                ),
                 ("protocol", text("istio-peer-exchange")),
             ]),
         )
@@ -124,20 +129,36 @@ pub(crate) struct TcpOptions {
 }
 
 /// `istio.stats` and the TCP proxy.
-pub(crate) fn tcp(context: &Context<'_>, direction: Direction, stat_prefix: &str, target: TcpTarget, options: &TcpOptions) -> Vec<Filter> {
+pub(crate) fn tcp(
+    context: &Context<'_>,
+    direction: Direction,
+    stat_prefix: &str,
+    target: TcpTarget,
+    options: &TcpOptions,
+) -> Vec<Filter> {
     let logs = match &target {
-        TcpTarget::Cluster(name) if name == "BlackHoleCluster" && stat_prefix == "BlackHoleCluster" && !context.logs_black_hole() => Vec::new(),
+        TcpTarget::Cluster(name)
+            if name == "BlackHoleCluster" && stat_prefix == "BlackHoleCluster" && !context.logs_black_hole() =>
+        {
+            Vec::new()
+        }
         _ => context.telemetry.access_logs(),
     };
     let proxy = tcp_proxy(stat_prefix, target, options, logs);
-    stats_filter(context, direction).into_iter().chain([network("envoy.filters.network.tcp_proxy", pack(&proxy))]).collect()
+    stats_filter(context, direction)
+        .into_iter()
+        .chain([network("envoy.filters.network.tcp_proxy", pack(&proxy))])
+        .collect()
 }
 
 /// The same without an access log, for chains that only close connections.
 pub(crate) fn black_hole(context: &Context<'_>, direction: Direction) -> Vec<Filter> {
     let target = TcpTarget::Cluster("BlackHoleCluster".into());
     let proxy = tcp_proxy("BlackHoleCluster", target, &TcpOptions::default(), Vec::new());
-    stats_filter(context, direction).into_iter().chain([network("envoy.filters.network.tcp_proxy", pack(&proxy))]).collect()
+    stats_filter(context, direction)
+        .into_iter()
+        .chain([network("envoy.filters.network.tcp_proxy", pack(&proxy))])
+        .collect()
 }
 
 fn tcp_proxy(stat_prefix: &str, target: TcpTarget, options: &TcpOptions, access_log: Vec<AccessLog>) -> TcpProxy {
@@ -157,7 +178,9 @@ fn tcp_proxy(stat_prefix: &str, target: TcpTarget, options: &TcpOptions, access_
         idle_timeout: options.idle_timeout.and_then(wire::duration),
         max_downstream_connection_duration: options.max_connection_duration.and_then(wire::duration),
         hash_policy: if options.hashes_source_ip {
-            vec![HashPolicy { policy_specifier: Some(hash_policy::PolicySpecifier::SourceIp(hash_policy::SourceIp {})) }]
+            vec![HashPolicy {
+                policy_specifier: Some(hash_policy::PolicySpecifier::SourceIp(hash_policy::SourceIp {})),
+            }]
         } else {
             Vec::new()
         },
@@ -240,7 +263,7 @@ pub(crate) fn connection_manager(context: &Context<'_>, of: Http) -> Filter {
     let manager = HttpConnectionManager {
         stat_prefix: of.stat_prefix,
         http_filters,
-        tracing: telemetry::tracing(context, of.direction),
+        tracing: Some(telemetry::tracing(context, of.direction)),
         http_protocol_options: http1_options(context, is_gateway),
         http2_protocol_options: of.is_http2.then(Default::default),
         server_name: if of.direction == Direction::Outbound { String::new() } else { "istio-envoy".into() },
@@ -275,7 +298,9 @@ pub(crate) fn connection_manager(context: &Context<'_>, of: Http) -> Filter {
             })),
         }),
         route_specifier: Some(match of.routes {
-            Routes::Rds(name) => hcm::RouteSpecifier::Rds(Rds { config_source: Some(wire::ads()), route_config_name: name }),
+            Routes::Rds(name) => {
+                hcm::RouteSpecifier::Rds(Rds { config_source: Some(wire::ads()), route_config_name: name })
+            }
             Routes::Inline(table) => hcm::RouteSpecifier::RouteConfig(*table),
         }),
         ..HttpConnectionManager::default()
@@ -283,7 +308,10 @@ pub(crate) fn connection_manager(context: &Context<'_>, of: Http) -> Filter {
     network("envoy.filters.network.http_connection_manager", pack(&manager))
 }
 
-fn http1_options(context: &Context<'_>, is_gateway: bool) -> Option<envoy_types::pb::envoy::config::core::v3::Http1ProtocolOptions> {
+fn http1_options(
+    context: &Context<'_>,
+    is_gateway: bool,
+) -> Option<envoy_types::pb::envoy::config::core::v3::Http1ProtocolOptions> {
     use envoy_types::pb::envoy::config::core::v3::Http1ProtocolOptions;
     if context.view.accepts_http10 {
         return Some(Http1ProtocolOptions { accept_http_10: true, ..Http1ProtocolOptions::default() });

@@ -71,7 +71,9 @@ pub(crate) fn arrange<'a>(
             let keys: Vec<String> = keys.iter().map(ToString::to_string).collect();
             by_labels(context, &keys, by_locality)
         }
-        Some(Setting::Rule(setting) | Setting::Mesh(Some(setting))) if !own.is_empty() || !setting.failover_priority.is_empty() => {
+        Some(Setting::Rule(setting) | Setting::Mesh(Some(setting)))
+            if !own.is_empty() || !setting.failover_priority.is_empty() =>
+        {
             if !setting.distribute.is_empty() {
                 return match setting.distribute.iter().find(|entry| locality_matches(&entry.from, own)) {
                     Some(entry) => distribute(&entry.to, by_locality),
@@ -101,14 +103,11 @@ fn group<'a>(locality: &Locality, priority: u32, endpoints: Vec<&'a Endpoint>) -
 
 /// 0 same sub-zone, 1 same zone, 2 same region, 3 elsewhere.
 fn distance(own: &Locality, other: &Locality) -> u32 {
-    if own.region != other.region {
-        3
-    } else if own.zone != other.zone {
-        2
-    } else if own.sub_zone != other.sub_zone {
-        1
-    } else {
-        0
+    match (own.region == other.region, own.zone == other.zone, own.sub_zone == other.sub_zone) {
+        (false, _, _) => 3,
+        (true, false, _) => 2,
+        (true, true, false) => 1,
+        (true, true, true) => 0,
     }
 }
 
@@ -117,7 +116,9 @@ fn fail_over<'a>(
     setting: Option<&LocalityLbSetting>,
     by_locality: BTreeMap<&'a Locality, Vec<&'a Endpoint>>,
 ) -> Vec<Group<'a>> {
-    let target = setting.and_then(|setting| setting.failover.iter().find(|entry| *entry.from == *own.region)).map(|entry| entry.to.as_str());
+    let target = setting
+        .and_then(|setting| setting.failover.iter().find(|entry| *entry.from == *own.region))
+        .map(|entry| entry.to.as_str());
     let groups = by_locality
         .into_iter()
         .map(|(locality, endpoints)| {
@@ -190,8 +191,12 @@ fn locality_matches(pattern: &str, locality: &Locality) -> bool {
 }
 
 /// Shares by locality; what is not listed keeps its place and gets no endpoints.
-fn distribute<'a>(to: &BTreeMap<String, u32>, by_locality: BTreeMap<&'a Locality, Vec<&'a Endpoint>>) -> Vec<Group<'a>> {
-    let mut groups: Vec<Group<'a>> = by_locality.into_iter().map(|(locality, endpoints)| group(locality, 0, endpoints)).collect();
+fn distribute<'a>(
+    to: &BTreeMap<String, u32>,
+    by_locality: BTreeMap<&'a Locality, Vec<&'a Endpoint>>,
+) -> Vec<Group<'a>> {
+    let mut groups: Vec<Group<'a>> =
+        by_locality.into_iter().map(|(locality, endpoints)| group(locality, 0, endpoints)).collect();
     let mut is_listed = vec![false; groups.len()];
     // A narrower pattern comes first, so that a wider one only gets what is left.
     let mut patterns: Vec<_> = to.iter().collect();
@@ -222,7 +227,14 @@ mod tests {
     #[test]
     fn patterns() {
         let here = Locality::parse("east/east-1/rack-1");
-        for (pattern, expect) in [("east/*", true), ("east/east-1/*", true), ("east", true), ("*", true), ("west/*", false), ("east/east-2/*", false)] {
+        for (pattern, expect) in [
+            ("east/*", true),
+            ("east/east-1/*", true),
+            ("east", true),
+            ("*", true),
+            ("west/*", false),
+            ("east/east-2/*", false),
+        ] {
             assert_eq!(locality_matches(pattern, &here), expect, "{pattern}");
         }
     }

@@ -56,7 +56,9 @@ pub(crate) fn name_table(context: &Context<'_>) -> NameTable {
                 table.insert(format!("{hostname}.{}", service.host), info(ips, &shortname));
             }
         }
-        if ips.is_empty() || (service.resolution == Resolution::Original && !service.is_headless && service.addresses.is_empty()) {
+        if ips.is_empty()
+            || (service.resolution == Resolution::Original && !service.is_headless && service.addresses.is_empty())
+        {
             continue;
         }
         ips.sort();

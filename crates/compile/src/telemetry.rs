@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use api::mesh_config::{AccessLogEncoding, CustomTag as TagConfig, MeshConfig, ZipkinProvider};
-use envoy_types::pb::envoy::config::accesslog::v3::{AccessLog, AccessLogFilter, ResponseFlagFilter, access_log, access_log_filter};
+use envoy_types::pb::envoy::config::accesslog::v3::{
+    AccessLog, AccessLogFilter, ResponseFlagFilter, access_log, access_log_filter,
+};
 use envoy_types::pb::envoy::config::core::v3::{DataSource, HttpService, HttpUri, data_source, http_uri};
 use envoy_types::pb::envoy::config::trace::v3::{ZipkinConfig, tracing as trace, zipkin_config};
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager as hcm;
@@ -75,11 +77,13 @@ struct Zipkin {
 impl Telemetry {
     pub(crate) fn of(snapshot: &MeshSnapshot, view: &View, scope: &Scope, findings: &mut Vec<Finding>) -> Self {
         let mesh = snapshot.mesh_config();
-        let mut telemetry = Self { log: access_log(mesh), provider: None, sampling: mesh.trace_sampling(), tags: BTreeMap::new() };
+        let mut telemetry =
+            Self { log: access_log(mesh), provider: None, sampling: mesh.trace_sampling(), tags: BTreeMap::new() };
         if let Some(tracing) = mesh.default_config.as_ref().and_then(|config| config.tracing.as_ref()) {
             telemetry.tags.clone_from(&tracing.custom_tags);
         }
-        let mut providers: Vec<String> = mesh.default_providers.as_ref().map(|of| of.tracing.clone()).unwrap_or_default();
+        let mut providers: Vec<String> =
+            mesh.default_providers.as_ref().map(|of| of.tracing.clone()).unwrap_or_default();
         let mut is_reporting = mesh.enable_tracing();
         for config in closest_telemetries(snapshot, view) {
             for entry in &config.spec.tracing {
@@ -121,7 +125,10 @@ impl Telemetry {
 }
 
 /// The Telemetries that hold for a workload, outermost first: mesh, namespace, workload; the oldest of each.
-fn closest_telemetries<'a>(snapshot: &'a MeshSnapshot, view: &View) -> Vec<&'a mesh::Config<api::telemetry::Telemetry>> {
+fn closest_telemetries<'a>(
+    snapshot: &'a MeshSnapshot,
+    view: &View,
+) -> Vec<&'a mesh::Config<api::telemetry::Telemetry>> {
     let pairs = |config: &&mesh::Config<api::telemetry::Telemetry>| {
         config.spec.selector.as_ref().map(|selector| selector.match_labels.clone()).unwrap_or_default()
     };
@@ -159,7 +166,10 @@ fn text_format(written: Option<&str>) -> wire::SubstitutionFormat {
         Some(text) => format!("{text}\n"),
     };
     wire::SubstitutionFormat {
-        text_format_source: Some(DataSource { specifier: Some(data_source::Specifier::InlineString(text)), ..DataSource::default() }),
+        text_format_source: Some(DataSource {
+            specifier: Some(data_source::Specifier::InlineString(text)),
+            ..DataSource::default()
+        }),
         ..wire::SubstitutionFormat::default()
     }
 }
@@ -203,11 +213,17 @@ fn zipkin(mesh: &MeshConfig, names: &[String], scope: &Scope, findings: &mut Vec
     };
     let settings = if let Some(name) = names.first() {
         let Some(provider) = mesh.extension_provider(name) else {
-            findings.push(warn(format!("there is no extension provider {name:?}, so no spans are sent"), "add it to meshConfig.extensionProviders"));
+            findings.push(warn(
+                format!("there is no extension provider {name:?}, so no spans are sent"),
+                "add it to meshConfig.extensionProviders",
+            ));
             return None;
         };
         let Some(settings) = &provider.zipkin else {
-            findings.push(warn(format!("provider {name:?} is not of kind zipkin, the only tracing kind that has an effect yet"), "use a zipkin provider"));
+            findings.push(warn(
+                format!("provider {name:?} is not of kind zipkin, the only tracing kind that has an effect yet"),
+                "use a zipkin provider",
+            ));
             return None;
         };
         settings.clone()
@@ -221,8 +237,14 @@ fn zipkin(mesh: &MeshConfig, names: &[String], scope: &Scope, findings: &mut Vec
         None => (None, settings.service.as_str()),
     };
     let service = scope.services.iter().find(|service| {
-        let is_host = *service.host == *host || service.host.strip_prefix(host).is_some_and(|rest| rest.starts_with(".svc.") || rest == ".cluster.local");
-        is_host && namespace.is_none_or(|namespace| *service.namespace == *namespace) && service.port(settings.port).is_some()
+        let is_host = *service.host == *host
+            || service
+                .host
+                .strip_prefix(host)
+                .is_some_and(|rest| rest.starts_with(".svc.") || rest == ".cluster.local");
+        is_host
+            && namespace.is_none_or(|namespace| *service.namespace == *namespace)
+            && service.port(settings.port).is_some()
     });
     let Some(service) = service else {
         findings.push(warn(
@@ -235,19 +257,27 @@ fn zipkin(mesh: &MeshConfig, names: &[String], scope: &Scope, findings: &mut Vec
 }
 
 /// The tracing block of a connection manager.
-pub(crate) fn tracing(context: &Context<'_>, direction: Direction) -> Option<hcm::Tracing> {
+pub(crate) fn tracing(context: &Context<'_>, direction: Direction) -> hcm::Tracing {
     let telemetry = &context.telemetry;
     let percent = |value: f64| Some(Percent { value });
-    Some(hcm::Tracing {
+    hcm::Tracing {
         client_sampling: percent(100.0),
         random_sampling: percent(telemetry.sampling),
         overall_sampling: percent(100.0),
         custom_tags: custom_tags(context),
         provider: telemetry.provider.as_ref().map(provider),
-        spawn_upstream_span: if direction == Direction::Gateway && telemetry.provider.is_some() { boolean(true) } else { None },
-        max_path_tag_length: telemetry.provider.as_ref().and_then(|zipkin| zipkin.settings.max_tag_length).and_then(uint),
+        spawn_upstream_span: if direction == Direction::Gateway && telemetry.provider.is_some() {
+            boolean(true)
+        } else {
+            None
+        },
+        max_path_tag_length: telemetry
+            .provider
+            .as_ref()
+            .and_then(|zipkin| zipkin.settings.max_tag_length)
+            .and_then(uint),
         ..hcm::Tracing::default()
-    })
+    }
 }
 
 fn provider(zipkin: &Zipkin) -> trace::Http {
@@ -276,7 +306,10 @@ fn provider(zipkin: &Zipkin) -> trace::Http {
         },
         ..ZipkinConfig::default()
     };
-    trace::Http { name: "envoy.tracers.zipkin".into(), config_type: Some(trace::http::ConfigType::TypedConfig(pack(&config))) }
+    trace::Http {
+        name: "envoy.tracers.zipkin".into(),
+        config_type: Some(trace::http::ConfigType::TypedConfig(pack(&config))),
+    }
 }
 
 fn custom_tags(context: &Context<'_>) -> Vec<CustomTag> {
@@ -304,9 +337,15 @@ fn custom_tags(context: &Context<'_>) -> Vec<CustomTag> {
         let kind = if let Some(of) = &tag.literal {
             literal(&of.value)
         } else if let Some(of) = &tag.environment {
-            custom_tag::Type::Environment(custom_tag::Environment { name: of.name.clone(), default_value: of.default_value.clone() })
+            custom_tag::Type::Environment(custom_tag::Environment {
+                name: of.name.clone(),
+                default_value: of.default_value.clone(),
+            })
         } else if let Some(of) = &tag.header {
-            custom_tag::Type::RequestHeader(custom_tag::Header { name: of.name.clone(), default_value: of.default_value.clone() })
+            custom_tag::Type::RequestHeader(custom_tag::Header {
+                name: of.name.clone(),
+                default_value: of.default_value.clone(),
+            })
         } else {
             continue;
         };

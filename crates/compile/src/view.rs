@@ -169,7 +169,8 @@ impl View {
                 ips.push(ip);
             }
         }
-        let or = |key: &str, default: &str| Box::from(metadata.text(key).filter(|text| !text.is_empty()).unwrap_or(default));
+        let or =
+            |key: &str, default: &str| Box::from(metadata.text(key).filter(|text| !text.is_empty()).unwrap_or(default));
         let namespace = metadata.text("NAMESPACE").filter(|text| !text.is_empty()).unwrap_or(namespace);
         let labels = metadata.labels("LABELS");
         let locality = match &node.locality {

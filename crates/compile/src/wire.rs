@@ -4,11 +4,13 @@
 //! small ones whose order is that of their keys; larger ones are written by messages of our own
 //! (`security::wire`, [`NameTable`]).
 
+#![expect(clippy::unnecessary_wraps, reason = "messages hold wrapped values in options, and so do the builders")]
+
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration as StdDuration;
 
 use envoy_types::pb::envoy::config::core::v3::{
-    AggregatedConfigSource, Address, ApiVersion, ConfigSource, Metadata, SocketAddress, TransportSocket, address,
+    Address, AggregatedConfigSource, ApiVersion, ConfigSource, Metadata, SocketAddress, TransportSocket, address,
     config_source, socket_address, transport_socket,
 };
 use envoy_types::pb::google::protobuf::{Any, BoolValue, Duration, ListValue, Struct, UInt32Value, Value, value::Kind};
@@ -238,7 +240,8 @@ mod tests {
     #[test]
     fn small_maps_are_in_order_and_stay_so() {
         for _ in 0..20 {
-            let map = stable_map(vec![("b".into(), 1), ("d".into(), 2), ("a".into(), 3), ("c".into(), 4), ("e".into(), 5)]);
+            let map =
+                stable_map(vec![("b".into(), 1), ("d".into(), 2), ("a".into(), 3), ("c".into(), 4), ("e".into(), 5)]);
             assert_eq!(map.keys().map(String::as_str).collect::<Vec<_>>(), ["a", "b", "c", "d", "e"]);
             assert_eq!(map.clone().keys().map(String::as_str).collect::<Vec<_>>(), ["a", "b", "c", "d", "e"]);
         }

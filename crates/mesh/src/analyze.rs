@@ -27,7 +27,14 @@ const NO_WORKLOADS: &str = "IST0127";
 /// Weights of a route.
 const SHADOWED_ROUTE: &str = "IST0130";
 
-fn finding(code: &str, severity: Severity, object: &ObjectRef, field: impl Into<Box<str>>, message: String, hint: &str) -> Finding {
+fn finding(
+    code: &str,
+    severity: Severity,
+    object: &ObjectRef,
+    field: impl Into<Box<str>>,
+    message: String,
+    hint: &str,
+) -> Finding {
     Finding {
         code: code.into(),
         severity,
@@ -61,7 +68,8 @@ fn gateways_exist(snapshot: &MeshSnapshot, vs: &VirtualService, findings: &mut V
         if &**gateway == MESH_GATEWAY {
             continue;
         }
-        let exists = snapshot.gateways().iter().any(|config| format!("{}/{}", config.namespace(), config.name()) == **gateway);
+        let exists =
+            snapshot.gateways().iter().any(|config| format!("{}/{}", config.namespace(), config.name()) == **gateway);
         if !exists {
             findings.push(finding(
                 REFERENCED_NOT_FOUND,
@@ -129,7 +137,14 @@ fn destinations_exist(snapshot: &MeshSnapshot, vs: &VirtualService, findings: &m
             continue;
         };
         let mut check = |path: String, destination: &net::Destination| {
-            destination_exists(snapshot, vs, &source.object, format!("{}.{path}", source.field), destination, findings);
+            destination_exists(
+                snapshot,
+                vs,
+                &source.object,
+                &format!("{}.{path}", source.field),
+                destination,
+                findings,
+            );
         };
         for (index, weighted) in entry.route.route.iter().enumerate() {
             check(format!("route[{index}].destination"), &weighted.destination);
@@ -144,13 +159,13 @@ fn destinations_exist(snapshot: &MeshSnapshot, vs: &VirtualService, findings: &m
     for (index, route) in vs.tcp.iter().enumerate() {
         for (at, weighted) in route.route.iter().enumerate() {
             let field = format!("spec.tcp[{index}].route[{at}].destination");
-            destination_exists(snapshot, vs, &vs.object, field, &weighted.destination, findings);
+            destination_exists(snapshot, vs, &vs.object, &field, &weighted.destination, findings);
         }
     }
     for (index, route) in vs.tls.iter().enumerate() {
         for (at, weighted) in route.route.iter().enumerate() {
             let field = format!("spec.tls[{index}].route[{at}].destination");
-            destination_exists(snapshot, vs, &vs.object, field, &weighted.destination, findings);
+            destination_exists(snapshot, vs, &vs.object, &field, &weighted.destination, findings);
         }
     }
 }
@@ -159,7 +174,7 @@ fn destination_exists(
     snapshot: &MeshSnapshot,
     vs: &VirtualService,
     object: &ObjectRef,
-    field: String,
+    field: &str,
     destination: &net::Destination,
     findings: &mut Vec<Finding>,
 ) {
@@ -198,22 +213,28 @@ fn destination_exists(
     }
     let labels = Labels::new();
     let client = if vs.binds_to(MESH_GATEWAY) { &*vs.object.namespace } else { &*service.namespace };
-    let rule = snapshot.destination_rule(client, &labels, service).or_else(|| snapshot.destination_rule(&service.namespace, &labels, service));
+    let rule = snapshot
+        .destination_rule(client, &labels, service)
+        .or_else(|| snapshot.destination_rule(&service.namespace, &labels, service));
     match rule {
         Some(rule) if rule.subset(&destination.subset).is_some() => {
             let subset = rule.subset(&destination.subset);
             let pairs = subset.map(|subset| &subset.spec.labels);
             let endpoints = snapshot.endpoints(&service.key());
-            let some = endpoints.by_port.values().flatten().any(|endpoint| {
-                pairs.is_none_or(|pairs| pairs.iter().all(|(k, v)| endpoint.labels.get(k) == Some(v)))
-            });
+            let some =
+                endpoints.by_port.values().flatten().any(|endpoint| {
+                    pairs.is_none_or(|pairs| pairs.iter().all(|(k, v)| endpoint.labels.get(k) == Some(v)))
+                });
             if !some && !endpoints.by_port.is_empty() {
                 findings.push(finding(
                     "LAT0206",
                     Severity::Warning,
                     object,
                     format!("{field}.subset"),
-                    format!("no endpoint of {} carries the labels of subset {}; such requests get 503 (UH)", service.host, destination.subset),
+                    format!(
+                        "no endpoint of {} carries the labels of subset {}; such requests get 503 (UH)",
+                        service.host, destination.subset
+                    ),
                     "correct the subset's labels, or start such a workload",
                 ));
             }
@@ -223,7 +244,10 @@ fn destination_exists(
             Severity::Error,
             object,
             format!("{field}.subset"),
-            format!("no DestinationRule defines subset {} of host {}; such requests get 503 (NC)", destination.subset, service.host),
+            format!(
+                "no DestinationRule defines subset {} of host {}; such requests get 503 (NC)",
+                destination.subset, service.host
+            ),
             "add the subset to the host's DestinationRule",
         )),
     }
@@ -231,11 +255,9 @@ fn destination_exists(
 
 fn find_service<'a>(snapshot: &'a MeshSnapshot, namespace: &str, host: &str) -> Option<&'a Arc<Service>> {
     let exact = snapshot.services_of_host(host);
-    exact
-        .iter()
-        .find(|service| service.visibility.is_visible_to(namespace))
-        .or_else(|| exact.first())
-        .or_else(|| snapshot.services().iter().find(|service| host::is_wildcard(&service.host) && host::covers(&service.host, host)))
+    exact.iter().find(|service| service.visibility.is_visible_to(namespace)).or_else(|| exact.first()).or_else(|| {
+        snapshot.services().iter().find(|service| host::is_wildcard(&service.host) && host::covers(&service.host, host))
+    })
 }
 
 /// In the mesh the oldest VirtualService of a host wins whole.
@@ -268,7 +290,9 @@ fn visibilities_meet(a: &VirtualService, b: &VirtualService) -> bool {
     use crate::visibility::Visibility;
     match (&a.visibility, &b.visibility) {
         (Visibility::Public, Visibility::Public) => true,
-        (Visibility::Public, Visibility::Namespaces(names)) | (Visibility::Namespaces(names), Visibility::Public) => !names.is_empty(),
+        (Visibility::Public, Visibility::Namespaces(names)) | (Visibility::Namespaces(names), Visibility::Public) => {
+            !names.is_empty()
+        }
         (Visibility::Namespaces(a), Visibility::Namespaces(b)) => a.intersection(b).next().is_some(),
     }
 }
@@ -296,7 +320,10 @@ fn sidecar_conflicts(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
 
 fn rules_have_hosts(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
     for rule in snapshot.destination_rules().all() {
-        let known = snapshot.services().iter().any(|service| host::covers(&rule.host, &service.host) || host::covers(&service.host, &rule.host));
+        let known = snapshot
+            .services()
+            .iter()
+            .any(|service| host::covers(&rule.host, &service.host) || host::covers(&service.host, &rule.host));
         if known {
             continue;
         }
@@ -336,7 +363,11 @@ fn gateways_have_workloads(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>)
 }
 
 /// A selector that selects nobody protects nobody, which is seldom what was meant.
-fn policies_have_workloads<T: Selects>(snapshot: &MeshSnapshot, policies: &ByNamespace<T>, findings: &mut Vec<Finding>) {
+fn policies_have_workloads<T: Selects>(
+    snapshot: &MeshSnapshot,
+    policies: &ByNamespace<T>,
+    findings: &mut Vec<Finding>,
+) {
     if snapshot.workloads().is_empty() {
         return;
     }
@@ -410,7 +441,9 @@ fn winner_of(snapshot: &MeshSnapshot, loser: &ObjectRef, _field: &str) -> Object
     let all = snapshot.virtual_services().all();
     let mine = all.iter().find(|vs| vs.object == *loser);
     let winner = mine.and_then(|mine| {
-        all.iter().find(|vs| vs.object != *loser && vs.age < mine.age && vs.hosts.iter().any(|host| mine.hosts.contains(host)))
+        all.iter().find(|vs| {
+            vs.object != *loser && vs.age < mine.age && vs.hosts.iter().any(|host| mine.hosts.contains(host))
+        })
     });
     winner.map_or_else(|| loser.clone(), |vs| vs.object.clone())
 }
@@ -435,7 +468,9 @@ status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}]}
 ";
 
     fn policy(kind: &str, namespace: &str, app: &str, rest: &str) -> String {
-        format!("---\napiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{name: p, namespace: {namespace}}}\nspec: {{selector: {{matchLabels: {{app: {app}}}}}{rest}}}\n")
+        format!(
+            "---\napiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{name: p, namespace: {namespace}}}\nspec: {{selector: {{matchLabels: {{app: {app}}}}}{rest}}}\n"
+        )
     }
 
     #[test]
@@ -447,11 +482,14 @@ status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}]}
         ] {
             assert_eq!(codes(&format!("{POD}{}", policy(kind, "shop", "a", rest))), Vec::<String>::new(), "{kind}");
             let expect = format!("IST0127 {kind} shop/p");
-            assert_eq!(codes(&format!("{POD}{}", policy(kind, "shop", "b", rest))), [expect.clone()]);
+            assert_eq!(codes(&format!("{POD}{}", policy(kind, "shop", "b", rest))), std::slice::from_ref(&expect));
             // Before any pod is known nothing is said.
             assert_eq!(codes(&policy(kind, "shop", "b", rest)), Vec::<String>::new());
             assert_eq!(codes(&format!("{POD}{}", policy(kind, "other", "a", rest))), [expect.replace("shop", "other")]);
         }
-        assert_eq!(codes(&format!("{POD}{}", policy("AuthorizationPolicy", "istio-system", "a", ""))), Vec::<String>::new());
+        assert_eq!(
+            codes(&format!("{POD}{}", policy("AuthorizationPolicy", "istio-system", "a", ""))),
+            Vec::<String>::new()
+        );
     }
 }

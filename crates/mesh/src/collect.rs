@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use api::{ConfigSet, MeshConfig, Metadata, Typed, k8s, networking as net, operator::IstioOperator, security, telemetry};
+use api::{
+    ConfigSet, MeshConfig, Metadata, Typed, k8s, networking as net, operator::IstioOperator, security, telemetry,
+};
 use types::{Finding, Severity};
 
 use crate::config::Config;
@@ -81,14 +83,20 @@ impl<'a> Collected<'a> {
                 let others = configs.all::<IstioOperator>().filter(|(object, operator)| {
                     operator.mesh_config.is_some() && object.reference() != winner.reference()
                 });
-                findings.extend(others.map(|(object, _)| Finding {
-                    code: "LAT0230".into(),
-                    severity: Severity::Warning,
-                    object: Some(object.reference()),
-                    field: "spec.meshConfig".into(),
-                    position: None,
-                    message: format!("{} is older and its meshConfig holds, so this one changes nothing", winner.reference()).into(),
-                    hint: "keep meshConfig in one IstioOperator".into(),
+                findings.extend(others.map(|(object, _)| {
+                    Finding {
+                        code: "LAT0230".into(),
+                        severity: Severity::Warning,
+                        object: Some(object.reference()),
+                        field: "spec.meshConfig".into(),
+                        position: None,
+                        message: format!(
+                            "{} is older and its meshConfig holds, so this one changes nothing",
+                            winner.reference()
+                        )
+                        .into(),
+                        hint: "keep meshConfig in one IstioOperator".into(),
+                    }
                 }));
                 config.clone()
             }
@@ -96,7 +104,8 @@ impl<'a> Collected<'a> {
         let namespaces = configs
             .all::<k8s::Namespace>()
             .map(|(object, _)| {
-                let facts = Namespace { labels: object.meta.labels.clone(), annotations: object.meta.annotations.clone() };
+                let facts =
+                    Namespace { labels: object.meta.labels.clone(), annotations: object.meta.annotations.clone() };
                 (object.meta.name.clone(), facts)
             })
             .collect();

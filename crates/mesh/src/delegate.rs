@@ -4,8 +4,8 @@
 
 use std::collections::BTreeMap;
 
-use api::scalar::StringMatch;
 use api::networking::{HttpMatchRequest, HttpRoute};
+use api::scalar::StringMatch;
 
 /// The delegate's entry under the root's: `None` if one of its matches is compatible with no match
 /// of the root, which drops the whole entry.
@@ -61,7 +61,10 @@ fn merge_match(root: &HttpMatchRequest, delegate: &HttpMatchRequest) -> Option<H
     let conflicts = root.ignore_uri_case != delegate.ignore_uri_case
         || (root.port != 0 && delegate.port != 0 && root.port != delegate.port)
         || (!root.source_namespace.is_empty() && root.source_namespace != delegate.source_namespace)
-        || root.source_labels.iter().any(|(key, value)| delegate.source_labels.get(key).is_some_and(|other| other != value))
+        || root
+            .source_labels
+            .iter()
+            .any(|(key, value)| delegate.source_labels.get(key).is_some_and(|other| other != value))
         || !delegate.gateways.iter().all(|gateway| root.gateways.is_empty() || root.gateways.contains(gateway));
     if conflicts {
         return None;
@@ -86,7 +89,11 @@ fn merge_match(root: &HttpMatchRequest, delegate: &HttpMatchRequest) -> Option<H
         } else {
             delegate.source_namespace.clone()
         },
-        stat_prefix: if delegate.stat_prefix.is_empty() { root.stat_prefix.clone() } else { delegate.stat_prefix.clone() },
+        stat_prefix: if delegate.stat_prefix.is_empty() {
+            root.stat_prefix.clone()
+        } else {
+            delegate.stat_prefix.clone()
+        },
     })
 }
 
@@ -98,7 +105,9 @@ fn merge_string(root: Option<&StringMatch>, delegate: Option<&StringMatch>) -> O
     };
     let fits = match (outer, inner) {
         (StringMatch::Exact(outer), StringMatch::Exact(inner)) => outer == inner,
-        (StringMatch::Prefix(outer), StringMatch::Exact(inner) | StringMatch::Prefix(inner)) => inner.starts_with(outer.as_str()),
+        (StringMatch::Prefix(outer), StringMatch::Exact(inner) | StringMatch::Prefix(inner)) => {
+            inner.starts_with(outer.as_str())
+        }
         _ => false,
     };
     fits.then(|| Some(inner.clone()))

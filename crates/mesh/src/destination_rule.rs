@@ -56,7 +56,12 @@ impl DestinationRule {
     }
 
     /// What holds for a port, and for a subset of it: the layers of `traffic.md` 3.2 flattened.
-    pub fn policy_for(&self, mesh: Option<&api::mesh_config::DefaultTrafficPolicy>, port: u16, subset: Option<&str>) -> EffectivePolicy {
+    pub fn policy_for(
+        &self,
+        mesh: Option<&api::mesh_config::DefaultTrafficPolicy>,
+        port: u16,
+        subset: Option<&str>,
+    ) -> EffectivePolicy {
         let subset = subset.and_then(|name| self.subset(name)).and_then(|subset| subset.spec.traffic_policy.as_ref());
         EffectivePolicy::layered(mesh, self.traffic_policy.as_deref(), subset, port)
     }
@@ -115,18 +120,18 @@ impl EffectivePolicy {
 
     /// Block by block: what is present replaces.
     fn overlay(&mut self, other: &net::TrafficPolicy) {
-        fn replace<T: Clone>(mine: &mut Option<T>, theirs: &Option<T>) {
-            if theirs.is_some() {
-                mine.clone_from(theirs);
+        fn replace<T: Clone>(mine: &mut Option<T>, theirs: Option<&T>) {
+            if let Some(theirs) = theirs {
+                *mine = Some(theirs.clone());
             }
         }
-        replace(&mut self.load_balancer, &other.load_balancer);
-        replace(&mut self.connection_pool, &other.connection_pool);
-        replace(&mut self.outlier_detection, &other.outlier_detection);
-        replace(&mut self.tls, &other.tls);
-        replace(&mut self.tunnel, &other.tunnel);
-        replace(&mut self.proxy_protocol, &other.proxy_protocol);
-        replace(&mut self.retry_budget, &other.retry_budget);
+        replace(&mut self.load_balancer, other.load_balancer.as_ref());
+        replace(&mut self.connection_pool, other.connection_pool.as_ref());
+        replace(&mut self.outlier_detection, other.outlier_detection.as_ref());
+        replace(&mut self.tls, other.tls.as_ref());
+        replace(&mut self.tunnel, other.tunnel.as_ref());
+        replace(&mut self.proxy_protocol, other.proxy_protocol.as_ref());
+        replace(&mut self.retry_budget, other.retry_budget.as_ref());
     }
 
     /// A port's entry sets its four blocks, absent ones too.
@@ -150,7 +155,11 @@ pub struct DestinationRuleIndex {
 
 impl DestinationRuleIndex {
     /// Merges and indexes `configs` (any order).
-    pub fn build(configs: &[Config<net::DestinationRule>], settings: &NameSettings<'_>, findings: &mut Vec<Finding>) -> Self {
+    pub fn build(
+        configs: &[Config<net::DestinationRule>],
+        settings: &NameSettings<'_>,
+        findings: &mut Vec<Finding>,
+    ) -> Self {
         let mut sorted: Vec<_> = configs.iter().collect();
         sorted.sort_by(|a, b| a.age.cmp(&b.age));
         let mut by_namespace: BTreeMap<Box<str>, Vec<DestinationRule>> = BTreeMap::new();
@@ -158,7 +167,9 @@ impl DestinationRuleIndex {
             let rule = single(config, settings);
             let rules = by_namespace.entry(rule.namespace.clone()).or_default();
             let same = rules.iter_mut().find(|other| {
-                other.host == rule.host && other.visibility == rule.visibility && other.workload_selector == rule.workload_selector
+                other.host == rule.host
+                    && other.visibility == rule.visibility
+                    && other.workload_selector == rule.workload_selector
             });
             match same {
                 Some(older) => absorb(older, rule, findings),
@@ -180,7 +191,12 @@ impl DestinationRuleIndex {
 
     /// The rule that a client uses for a service: client's namespace, then the service's, then
     /// the root namespace; the first level with a match wins alone.
-    pub fn lookup(&self, client: &RuleClient<'_>, service_host: &str, service_namespace: &str) -> Option<&Arc<DestinationRule>> {
+    pub fn lookup(
+        &self,
+        client: &RuleClient<'_>,
+        service_host: &str,
+        service_namespace: &str,
+    ) -> Option<&Arc<DestinationRule>> {
         if client.namespace != client.root_namespace {
             if let Some(rule) = self.best(client.namespace, service_host, |rule| {
                 rule.workload_selector.as_ref().is_none_or(|selector| selector.matches(client.labels))
@@ -195,14 +211,21 @@ impl DestinationRuleIndex {
         }
         let exported = |rule: &DestinationRule| {
             rule.visibility.is_visible_to(client.namespace)
-                && rule.workload_selector.as_ref().is_none_or(|selector| {
-                    *rule.namespace == *client.namespace && selector.matches(client.labels)
-                })
+                && rule
+                    .workload_selector
+                    .as_ref()
+                    .is_none_or(|selector| *rule.namespace == *client.namespace && selector.matches(client.labels))
         };
-        self.best(service_namespace, service_host, exported).or_else(|| self.best(client.root_namespace, service_host, exported))
+        self.best(service_namespace, service_host, exported)
+            .or_else(|| self.best(client.root_namespace, service_host, exported))
     }
 
-    fn best(&self, namespace: &str, host: &str, fits: impl Fn(&DestinationRule) -> bool) -> Option<&Arc<DestinationRule>> {
+    fn best(
+        &self,
+        namespace: &str,
+        host: &str,
+        fits: impl Fn(&DestinationRule) -> bool,
+    ) -> Option<&Arc<DestinationRule>> {
         self.by_namespace
             .get(namespace)?
             .iter()
@@ -235,7 +258,11 @@ fn single(config: &Config<net::DestinationRule>, settings: &NameSettings<'_>) ->
         visibility: settings.visibility(&spec.export_to, config.namespace()),
         workload_selector: selector.map(|selector| Selector(selector.match_labels.clone())),
         traffic_policy: spec.traffic_policy.clone().map(Arc::new),
-        subsets: spec.subsets.iter().map(|subset| Subset { spec: subset.clone(), from: config.object.clone() }).collect(),
+        subsets: spec
+            .subsets
+            .iter()
+            .map(|subset| Subset { spec: subset.clone(), from: config.object.clone() })
+            .collect(),
     }
 }
 
@@ -275,39 +302,38 @@ fn absorb(older: &mut DestinationRule, younger: DestinationRule, findings: &mut 
 mod tests {
     use super::*;
 
-    fn lb(simple: net::SimpleLb) -> Option<net::LoadBalancerSettings> {
-        Some(net::LoadBalancerSettings { simple: Some(simple), ..Default::default() })
-    }
-
-    fn outlier() -> Option<net::OutlierDetection> {
-        Some(net::OutlierDetection::default())
+    fn balancer(simple: net::SimpleLb) -> net::LoadBalancerSettings {
+        net::LoadBalancerSettings { simple: Some(simple), ..Default::default() }
     }
 
     #[test]
     fn a_port_entry_replaces_all_four_blocks_and_loses_the_rest() {
         let top = net::TrafficPolicy {
-            load_balancer: lb(net::SimpleLb::Random),
-            outlier_detection: outlier(),
+            load_balancer: Some(balancer(net::SimpleLb::Random)),
+            outlier_detection: Some(net::OutlierDetection::default()),
             retry_budget: Some(net::RetryBudget::default()),
             port_level_settings: vec![net::PortTrafficPolicy {
                 port: Some(net::PortSelector { number: 80 }),
-                load_balancer: lb(net::SimpleLb::RoundRobin),
+                load_balancer: Some(balancer(net::SimpleLb::RoundRobin)),
                 ..Default::default()
             }],
             ..Default::default()
         };
         let on_port = EffectivePolicy::layered(None, Some(&top), None, 80);
-        assert_eq!(on_port.load_balancer, lb(net::SimpleLb::RoundRobin));
+        assert_eq!(on_port.load_balancer, Some(balancer(net::SimpleLb::RoundRobin)));
         assert_eq!(on_port.outlier_detection, None);
         assert_eq!(on_port.retry_budget, None);
         let elsewhere = EffectivePolicy::layered(None, Some(&top), None, 81);
-        assert_eq!(elsewhere.load_balancer, lb(net::SimpleLb::Random));
+        assert_eq!(elsewhere.load_balancer, Some(balancer(net::SimpleLb::Random)));
         assert!(elsewhere.outlier_detection.is_some() && elsewhere.retry_budget.is_some());
     }
 
     #[test]
     fn the_mesh_default_fills_gaps_but_not_a_subset_port() {
-        let mesh = api::mesh_config::DefaultTrafficPolicy { outlier_detection: outlier(), ..Default::default() };
+        let mesh = api::mesh_config::DefaultTrafficPolicy {
+            outlier_detection: Some(net::OutlierDetection::default()),
+            ..Default::default()
+        };
         let subset = net::TrafficPolicy {
             port_level_settings: vec![net::PortTrafficPolicy {
                 port: Some(net::PortSelector { number: 80 }),
@@ -344,9 +370,10 @@ mod tests {
     fn found(index: &DestinationRuleIndex, client: &str) -> String {
         let labels = Labels::new();
         let client = RuleClient { namespace: client, labels: &labels, root_namespace: "istio-system" };
-        index
-            .lookup(&client, "reviews.shop.svc.cluster.local", "shop")
-            .map_or_else(|| "-".to_owned(), |rule| rule.subsets.iter().map(|s| s.spec.name.clone()).collect::<Vec<_>>().join(","))
+        index.lookup(&client, "reviews.shop.svc.cluster.local", "shop").map_or_else(
+            || "-".to_owned(),
+            |rule| rule.subsets.iter().map(|s| s.spec.name.clone()).collect::<Vec<_>>().join(","),
+        )
     }
 
     #[test]
@@ -368,7 +395,11 @@ mod tests {
 
     #[test]
     fn a_private_rule_of_the_service_is_not_for_others() {
-        let index = DestinationRuleIndex::build(&[config("a", "shop", 1, rule("reviews", "a", &["."]))], &NAMES, &mut Vec::new());
+        let index = DestinationRuleIndex::build(
+            &[config("a", "shop", 1, rule("reviews", "a", &["."]))],
+            &NAMES,
+            &mut Vec::new(),
+        );
         assert_eq!(found(&index, "shop"), "a");
         assert_eq!(found(&index, "other"), "-");
     }

@@ -38,8 +38,8 @@ pub use protocol::Protocol;
 pub use registry::target_number;
 pub use scope::{EgressScope, Scope};
 pub use service::{
-    Age, Endpoint, EndpointAddress, EndpointSet, Health, Registry, Resolution, Service, ServiceAddress, ServiceKey, ServicePort,
-    TargetPort, TrafficDistribution, Workload,
+    Age, Endpoint, EndpointAddress, EndpointSet, Health, Registry, Resolution, Service, ServiceAddress, ServiceKey,
+    ServicePort, TargetPort, TrafficDistribution, Workload,
 };
 pub use snapshot::{MeshSnapshot, Namespace};
 pub use virtual_service::{HttpEntry, MESH_GATEWAY, VirtualService, VirtualServiceIndex, gateway_key};

@@ -86,7 +86,12 @@ fn has_selector<T: Selects>(config: &Config<T>) -> bool {
 impl<T: Selects> ByNamespace<T> {
     /// Those that hold for a workload: of the root namespace, then of its own, whose selector (if
     /// any) matches; each oldest first. `targetRef` is not looked at.
-    pub fn matching<'a>(&'a self, root_namespace: &str, namespace: &str, labels: &'a Labels) -> impl Iterator<Item = &'a Config<T>> {
+    pub fn matching<'a>(
+        &'a self,
+        root_namespace: &str,
+        namespace: &str,
+        labels: &'a Labels,
+    ) -> impl Iterator<Item = &'a Config<T>> {
         let root = self.of(root_namespace);
         let own = if namespace == root_namespace { &[][..] } else { self.of(namespace) };
         root.iter().chain(own).filter(move |config| selects(config, labels))
@@ -113,7 +118,12 @@ impl MtlsPolicy {
 
 /// The policy of a workload: port over workload over namespace over mesh; `UNSET` inherits;
 /// PERMISSIVE when nothing is said. The oldest wins at each level.
-pub(crate) fn mtls_policy(index: &ByNamespace<PeerAuthentication>, root_namespace: &str, namespace: &str, labels: &Labels) -> MtlsPolicy {
+pub(crate) fn mtls_policy(
+    index: &ByNamespace<PeerAuthentication>,
+    root_namespace: &str,
+    namespace: &str,
+    labels: &Labels,
+) -> MtlsPolicy {
     let mut policy = namespace_mtls(index, root_namespace, namespace);
     // Policies with a selector hold in their own namespace only; in the root namespace they do not
     // compose as workload policies (PA-2).
@@ -135,7 +145,11 @@ pub(crate) fn mtls_policy(index: &ByNamespace<PeerAuthentication>, root_namespac
 }
 
 /// The policy of a namespace without any workload's own.
-pub(crate) fn namespace_mtls(index: &ByNamespace<PeerAuthentication>, root_namespace: &str, namespace: &str) -> MtlsPolicy {
+pub(crate) fn namespace_mtls(
+    index: &ByNamespace<PeerAuthentication>,
+    root_namespace: &str,
+    namespace: &str,
+) -> MtlsPolicy {
     let mut policy = MtlsPolicy { mode: MtlsMode::Permissive, ports: BTreeMap::new(), from: Vec::new() };
     let levels = if namespace == root_namespace { vec![root_namespace] } else { vec![root_namespace, namespace] };
     for level in levels {
@@ -155,7 +169,11 @@ fn set_mode(mtls: Option<&api::security::MutualTls>) -> Option<MtlsMode> {
 }
 
 /// Conflicts between PeerAuthentications: the younger of two at one level changes nothing.
-pub(crate) fn peer_conflicts(index: &ByNamespace<PeerAuthentication>, root_namespace: &str, findings: &mut Vec<Finding>) {
+pub(crate) fn peer_conflicts(
+    index: &ByNamespace<PeerAuthentication>,
+    root_namespace: &str,
+    findings: &mut Vec<Finding>,
+) {
     for (namespace, configs) in &index.by_namespace {
         let mut wide: Option<&Config<PeerAuthentication>> = None;
         let mut selected: Vec<&Config<PeerAuthentication>> = Vec::new();
@@ -195,7 +213,8 @@ fn shadowed(config: &Config<PeerAuthentication>, winner: &Config<PeerAuthenticat
         object: Some(config.object.clone()),
         field: "".into(),
         position: None,
-        message: format!("{} is older and holds for the same workloads, so this one changes nothing", winner.object).into(),
+        message: format!("{} is older and holds for the same workloads, so this one changes nothing", winner.object)
+            .into(),
         hint: "keep one of the two".into(),
     }
 }
@@ -207,8 +226,16 @@ mod tests {
     use super::*;
     use crate::service::Age;
 
-    fn peer(namespace: &str, name: &str, created: i64, selector: &[(&str, &str)], mode: MtlsMode, ports: &[(u16, MtlsMode)]) -> Config<PeerAuthentication> {
-        let labels: BTreeMap<String, String> = selector.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+    fn peer(
+        namespace: &str,
+        name: &str,
+        created: i64,
+        selector: &[(&str, &str)],
+        mode: MtlsMode,
+        ports: &[(u16, MtlsMode)],
+    ) -> Config<PeerAuthentication> {
+        let labels: BTreeMap<String, String> =
+            selector.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         Config {
             object: ObjectRef::new("PeerAuthentication", namespace, name),
             age: Age { created, name: name.into(), namespace: namespace.into() },
@@ -217,7 +244,10 @@ mod tests {
             spec: Arc::new(PeerAuthentication {
                 selector: (!labels.is_empty()).then_some(api::networking::LabelSelector { match_labels: labels }),
                 mtls: Some(api::security::MutualTls { mode }),
-                port_level_mtls: ports.iter().map(|(port, mode)| (*port, api::security::MutualTls { mode: *mode })).collect(),
+                port_level_mtls: ports
+                    .iter()
+                    .map(|(port, mode)| (*port, api::security::MutualTls { mode: *mode }))
+                    .collect(),
             }),
         }
     }
@@ -246,7 +276,12 @@ mod tests {
     #[test]
     fn the_oldest_wins_at_one_level() {
         use MtlsMode::{Disable, Strict};
-        check(vec![peer("shop", "b", 2, &[], Strict, &[]), peer("shop", "a", 1, &[], Disable, &[])], "shop", 80, Disable);
+        check(
+            vec![peer("shop", "b", 2, &[], Strict, &[]), peer("shop", "a", 1, &[], Disable, &[])],
+            "shop",
+            80,
+            Disable,
+        );
     }
 
     #[test]

@@ -156,7 +156,11 @@ mod tests {
             (80, "mongo", "TCP", None, Protocol::Mongo),
             (80, "udp-x", "TCP", None, Protocol::Auto),
         ] {
-            assert_eq!(Protocol::of_service_port(port, name, transport, app), expect, "{port} {name} {transport} {app:?}");
+            assert_eq!(
+                Protocol::of_service_port(port, name, transport, app),
+                expect,
+                "{port} {name} {transport} {app:?}"
+            );
         }
     }
 }

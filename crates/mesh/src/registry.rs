@@ -78,7 +78,11 @@ pub(crate) fn build(inputs: &Inputs<'_>, findings: &mut Vec<Finding>) -> Built {
                     object: Some(config.object.clone()),
                     field: "spec.hosts".into(),
                     position: None,
-                    message: format!("host {} is already declared in namespace {} by an older object", service.host, service.namespace).into(),
+                    message: format!(
+                        "host {} is already declared in namespace {} by an older object",
+                        service.host, service.namespace
+                    )
+                    .into(),
                     hint: "declare each host once".into(),
                 });
                 continue;
@@ -101,7 +105,8 @@ fn of_kubernetes(config: &Config<k8s::Service>, inputs: &Inputs<'_>) -> Service 
         .ports
         .iter()
         .filter_map(|port| {
-            let protocol = Protocol::of_service_port(port.port, &port.name, &port.protocol, port.app_protocol.as_deref());
+            let protocol =
+                Protocol::of_service_port(port.port, &port.name, &port.protocol, port.app_protocol.as_deref());
             (protocol != Protocol::Udp).then(|| ServicePort {
                 number: port.port,
                 name: port.name.as_str().into(),
@@ -318,7 +323,11 @@ fn of_entry(config: &Config<net::ServiceEntry>, inputs: &Inputs<'_>, findings: &
                 visibility: inputs.names.visibility(&spec.export_to, namespace),
                 subject_alt_names: spec.subject_alt_names.clone(),
                 aliases: Vec::new(),
-                traffic_distribution: distribution(None, &config.annotations, inputs.namespace_annotations.get(namespace)),
+                traffic_distribution: distribution(
+                    None,
+                    &config.annotations,
+                    inputs.namespace_annotations.get(namespace),
+                ),
                 publishes_not_ready: false,
                 is_internal_traffic_local: false,
                 host,
@@ -346,7 +355,8 @@ fn entry_endpoints(config: &Config<net::ServiceEntry>, service: &Service, inputs
         return set;
     }
     for (index, entry) in spec.endpoints.iter().enumerate() {
-        let workload = crate::workload::of_entry(&format!("{}-{index}", config.name()), config.namespace(), entry, &Labels::new());
+        let workload =
+            crate::workload::of_entry(&format!("{}-{index}", config.name()), config.namespace(), entry, &Labels::new());
         add_entry(&mut set, service, entry, &Arc::new(workload), Health::Unchecked);
     }
     if let Some(selector) = &service.selector {
@@ -357,7 +367,11 @@ fn entry_endpoints(config: &Config<net::ServiceEntry>, service: &Service, inputs
             }
             for port in &service.ports {
                 if let (Some(ip), Some(number)) = (workload.ips.first(), target_number(&port.target, workload)) {
-                    push(&mut set, port.number, pod_endpoint(*ip, number, workload.is_ready, Some(Arc::clone(workload))));
+                    push(
+                        &mut set,
+                        port.number,
+                        pod_endpoint(*ip, number, workload.is_ready, Some(Arc::clone(workload))),
+                    );
                 }
             }
         }
@@ -377,7 +391,13 @@ fn entry_endpoints(config: &Config<net::ServiceEntry>, service: &Service, inputs
     set
 }
 
-fn add_workload_entries(set: &mut EndpointSet, service: &Service, selector: &Labels, health: Health, inputs: &Inputs<'_>) {
+fn add_workload_entries(
+    set: &mut EndpointSet,
+    service: &Service,
+    selector: &Labels,
+    health: Health,
+    inputs: &Inputs<'_>,
+) {
     for config in inputs.workload_entries {
         if *config.object.namespace != *service.namespace {
             continue;
@@ -389,14 +409,22 @@ fn add_workload_entries(set: &mut EndpointSet, service: &Service, selector: &Lab
     }
 }
 
-fn add_entry(set: &mut EndpointSet, service: &Service, entry: &net::WorkloadEntry, workload: &Arc<Workload>, health: Health) {
+fn add_entry(
+    set: &mut EndpointSet,
+    service: &Service,
+    entry: &net::WorkloadEntry,
+    workload: &Arc<Workload>,
+    health: Health,
+) {
     let unix = entry.address.strip_prefix("unix://");
     let address = match (unix, entry.address.parse::<IpAddr>()) {
         (Some(path), _) => EndpointAddress::Unix(path.into()),
         (None, Ok(ip)) => EndpointAddress::Ip(ip),
         (None, Err(_)) => EndpointAddress::Name(entry.address.to_ascii_lowercase().into()),
     };
-    if matches!(address, EndpointAddress::Name(_)) && !matches!(service.resolution, Resolution::Dns | Resolution::DnsRoundRobin) {
+    if matches!(address, EndpointAddress::Name(_))
+        && !matches!(service.resolution, Resolution::Dns | Resolution::DnsRoundRobin)
+    {
         return;
     }
     for port in &service.ports {

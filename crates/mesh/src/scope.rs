@@ -158,7 +158,9 @@ fn cut(
     let filters: Vec<_> = listener.hosts.iter().filter_map(|text| HostFilter::parse(text, namespace)).collect();
     let admits = |object_namespace: &str, hits: &dyn Fn(&str) -> bool| {
         let hit = |excludes: bool| {
-            filters.iter().any(|filter| filter.excludes == excludes && filter.has_namespace(object_namespace) && hits(&filter.host))
+            filters.iter().any(|filter| {
+                filter.excludes == excludes && filter.has_namespace(object_namespace) && hits(&filter.host)
+            })
         };
         hit(false) && !hit(true)
     };
@@ -203,13 +205,18 @@ fn with_only_port(service: &Arc<Service>, number: u16) -> Option<Arc<Service>> {
 }
 
 /// Every host once; a service that listeners see with different ports has all of them.
-fn unite(egress: &[EgressScope], visible: &[Arc<Service>], egress_proxy: Option<&net::Destination>) -> Vec<Arc<Service>> {
+fn unite(
+    egress: &[EgressScope],
+    visible: &[Arc<Service>],
+    egress_proxy: Option<&net::Destination>,
+) -> Vec<Arc<Service>> {
     let mut by_host: BTreeMap<&str, Arc<Service>> = BTreeMap::new();
     for service in egress.iter().flat_map(|listener| &listener.services) {
         by_host
             .entry(&*service.host)
             .and_modify(|known| {
-                let missing: Vec<_> = service.ports.iter().filter(|port| known.port(port.number).is_none()).cloned().collect();
+                let missing: Vec<_> =
+                    service.ports.iter().filter(|port| known.port(port.number).is_none()).cloned().collect();
                 if !missing.is_empty() {
                     Arc::make_mut(known).ports.extend(missing);
                 }

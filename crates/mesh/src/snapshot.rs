@@ -88,7 +88,8 @@ impl MeshSnapshot {
             },
             &mut findings,
         );
-        let services: Vec<Arc<Service>> = built.services.into_iter().map(|service| share_service(prev, service)).collect();
+        let services: Vec<Arc<Service>> =
+            built.services.into_iter().map(|service| share_service(prev, service)).collect();
         let endpoints = built.endpoints.into_iter().map(|(key, set)| {
             let shared = share_endpoints(prev, &key, set);
             (key, shared)
@@ -98,10 +99,8 @@ impl MeshSnapshot {
         for service in &services {
             by_host.entry(service.host.clone()).or_default().push(Arc::clone(service));
         }
-        let by_ip = workloads
-            .values()
-            .flat_map(|workload| workload.ips.iter().map(|ip| (*ip, Arc::clone(workload))))
-            .collect();
+        let by_ip =
+            workloads.values().flat_map(|workload| workload.ips.iter().map(|ip| (*ip, Arc::clone(workload)))).collect();
         let mut gateways = collected.gateways;
         gateways.sort_by(|a, b| a.age.cmp(&b.age));
 
@@ -137,7 +136,6 @@ impl MeshSnapshot {
     }
 
     /// DNS domain of services.
-    #[expect(clippy::unused_self, reason = "it becomes a setting")]
     pub fn domain(&self) -> &'static str {
         wellknown::DEFAULT_DOMAIN_SUFFIX
     }
@@ -215,7 +213,12 @@ impl MeshSnapshot {
     }
 
     /// The rule that a client of `namespace` with `labels` uses for a service.
-    pub fn destination_rule(&self, namespace: &str, labels: &Labels, service: &Service) -> Option<&Arc<DestinationRule>> {
+    pub fn destination_rule(
+        &self,
+        namespace: &str,
+        labels: &Labels,
+        service: &Service,
+    ) -> Option<&Arc<DestinationRule>> {
         let client = RuleClient { namespace, labels, root_namespace: self.root_namespace() };
         self.destination_rules.lookup(&client, &service.host, &service.namespace)
     }
@@ -227,7 +230,9 @@ impl MeshSnapshot {
 
     /// Gateways whose selector picks a pod with these labels, oldest first.
     pub fn gateways_for(&self, labels: &Labels) -> impl Iterator<Item = &Config<net::Gateway>> {
-        self.gateways.iter().filter(move |gateway| gateway.spec.selector.iter().all(|(key, value)| labels.get(key) == Some(value)))
+        self.gateways
+            .iter()
+            .filter(move |gateway| gateway.spec.selector.iter().all(|(key, value)| labels.get(key) == Some(value)))
     }
 
     /// Sidecar objects.
@@ -299,4 +304,172 @@ fn share_service(prev: Option<&MeshSnapshot>, service: Service) -> Arc<Service> 
 fn share_endpoints(prev: Option<&MeshSnapshot>, key: &ServiceKey, set: EndpointSet) -> Arc<EndpointSet> {
     let known = prev.and_then(|prev| prev.endpoints.get(key)).filter(|other| ***other == set);
     known.map_or_else(|| Arc::new(set), Arc::clone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(prev: Option<&MeshSnapshot>, yaml: &str) -> (MeshSnapshot, Vec<String>) {
+        let documents = api::parse_documents("case.yaml", yaml);
+        assert!(documents.refused.is_empty(), "{:?}", documents.findings);
+        let mut set = api::ConfigSet::default();
+        for (created, parsed) in documents.objects.into_iter().enumerate() {
+            let mut object = parsed.object;
+            object.meta.created = i64::try_from(created).unwrap_or_default();
+            set.apply(&api::Change::Upsert(Arc::new(object)));
+        }
+        let (next, findings) = MeshSnapshot::next(prev, &set, &[]);
+        (next, findings.iter().map(|found| format!("{} {}", found.code, found.field)).collect())
+    }
+
+    const SERVICE: &str = r"
+apiVersion: v1
+kind: Service
+metadata: {name: a, namespace: shop}
+spec: {clusterIP: 10.0.0.1, selector: {app: a}, ports: [{name: http, port: 80, targetPort: web}]}
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: a-6b7-x1
+  namespace: shop
+  labels: {app: a, pod-template-hash: 6b7, security.istio.io/tlsMode: istio}
+  ownerReferences: [{apiVersion: apps/v1, kind: ReplicaSet, name: a-6b7, uid: u, controller: true}]
+spec: {serviceAccountName: sa, containers: [{name: c, image: i, ports: [{name: web, containerPort: 8080}]}]}
+status: {phase: Running, podIP: 10.1.0.1, conditions: [{type: Ready, status: 'True'}]}
+---
+";
+
+    #[test]
+    fn a_named_target_port_is_found_in_the_pod() {
+        let (mesh, findings) = snapshot(None, SERVICE);
+        assert_eq!(findings, Vec::<String>::new());
+        let service = &mesh.services()[0];
+        let endpoints = mesh.endpoints(&service.key());
+        let [endpoint] = endpoints.port(80) else { panic!("one endpoint") };
+        assert_eq!((endpoint.port, endpoint.is_tls_capable()), (8080, true));
+        let workload = endpoint.workload.as_ref().unwrap();
+        assert_eq!((&*workload.workload_name, &*workload.canonical_name, &*workload.service_account), ("a", "a", "sa"));
+        assert_eq!(endpoints.service_accounts(), [("shop".into(), "sa".into())]);
+    }
+
+    #[test]
+    fn slices_win_over_selectors_and_terminating_ones_are_left_out() {
+        let slice = r"
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: a-1, namespace: shop, labels: {kubernetes.io/service-name: a}}
+addressType: IPv4
+ports: [{name: http, port: 8080}]
+endpoints:
+- {addresses: [10.1.0.7], conditions: {ready: false}}
+- {addresses: [10.1.0.8], conditions: {ready: true}}
+- {addresses: [10.1.0.9], conditions: {ready: true, terminating: true}}
+";
+        let (mesh, _) = snapshot(None, &format!("{SERVICE}{slice}"));
+        let endpoints = mesh.endpoints(&mesh.services()[0].key());
+        let found: Vec<_> = endpoints.port(80).iter().map(|of| (of.address.to_string(), of.health)).collect();
+        assert_eq!(
+            found,
+            [("10.1.0.7".to_owned(), crate::Health::NotReady), ("10.1.0.8".to_owned(), crate::Health::Ready)]
+        );
+    }
+
+    #[test]
+    fn what_did_not_change_is_shared_with_the_previous_snapshot() {
+        let (first, _) = snapshot(None, SERVICE);
+        let entry = r"
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: e, namespace: shop}
+spec: {hosts: [e.example.com], resolution: DNS, ports: [{number: 80, name: http, protocol: HTTP}]}
+";
+        let (second, _) = snapshot(Some(&first), &format!("{SERVICE}{entry}"));
+        let (scratch, _) = snapshot(None, &format!("{SERVICE}{entry}"));
+        let key = first.services()[0].key();
+        assert!(Arc::ptr_eq(&first.services()[0], &second.services_of_host(&key.host)[0]));
+        assert!(Arc::ptr_eq(&first.endpoints(&key), &second.endpoints(&key)));
+        assert_eq!(second.services(), scratch.services());
+    }
+
+    #[test]
+    fn own_namespace_then_kubernetes_then_the_oldest() {
+        let yaml = format!(
+            "{SERVICE}{}",
+            r"
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: e, namespace: mine}
+spec: {hosts: [a.shop.svc.cluster.local], resolution: STATIC, ports: [{number: 80, name: http, protocol: HTTP}]}
+---
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: hidden, namespace: shop}
+spec: {hosts: [hidden.example.com], exportTo: ['.'], resolution: DNS, ports: [{number: 80, name: http, protocol: HTTP}]}
+"
+        );
+        let (mesh, _) = snapshot(None, &yaml);
+        let seen = |namespace: &str| -> Vec<String> {
+            mesh.visible_services(namespace).iter().map(|of| format!("{}/{}", of.namespace, of.host)).collect()
+        };
+        assert_eq!(seen("mine"), ["mine/a.shop.svc.cluster.local"]);
+        assert_eq!(seen("third"), ["shop/a.shop.svc.cluster.local"]);
+        assert_eq!(seen("shop"), ["shop/a.shop.svc.cluster.local", "shop/hidden.example.com"]);
+    }
+
+    #[test]
+    fn references_that_lead_nowhere_and_effects() {
+        let yaml = format!(
+            "{SERVICE}{}",
+            r"
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: old, namespace: shop}
+spec:
+  hosts: [a]
+  http:
+  - route: [{destination: {host: a, subset: v9}, weight: 1}, {destination: {host: nobody}, weight: 1}]
+  - route: [{destination: {host: a, port: {number: 81}}}]
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: young, namespace: shop}
+spec: {hosts: [a], gateways: [mesh, none], http: [{route: [{destination: {host: a}}]}]}
+"
+        );
+        let (mesh, mut findings) = snapshot(None, &yaml);
+        findings.sort();
+        assert_eq!(
+            findings,
+            [
+                "IST0101 spec.gateways[1]",
+                "IST0101 spec.http[0].route[0].destination.subset",
+                "IST0101 spec.http[0].route[1].destination.host",
+                "IST0109 spec.hosts[0]",
+                "IST0112 spec.http[1].route[0].destination.port",
+                "IST0130 spec.http[1]",
+            ]
+        );
+        let young = ObjectRef::new("VirtualService", "shop", "young");
+        let old = ObjectRef::new("VirtualService", "shop", "old");
+        assert_eq!(mesh.effects()[&young], Effect::PartlyShadowed { by: old });
+    }
+
+    #[test]
+    fn mesh_config_of_an_installed_istio() {
+        let yaml = r"
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: istio, namespace: istio-system}
+data:
+  mesh: |
+    outboundTrafficPolicy: {mode: REGISTRY_ONLY}
+    accessLogFile: /dev/stdout
+";
+        let (mesh, findings) = snapshot(None, yaml);
+        assert_eq!(findings, Vec::<String>::new());
+        assert_eq!(mesh.mesh_config().outbound_mode(), net::OutboundMode::RegistryOnly);
+        assert_eq!(mesh.mesh_config().access_log_file(), Some("/dev/stdout"));
+    }
 }

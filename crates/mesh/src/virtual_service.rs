@@ -57,7 +57,11 @@ impl VirtualService {
 
     /// The narrowest of its hosts that covers `host`.
     pub fn best_host_for(&self, host: &str) -> Option<&str> {
-        self.hosts.iter().map(|mine| &**mine).filter(|mine| host::covers(mine, host)).max_by_key(|mine| host::specificity(mine))
+        self.hosts
+            .iter()
+            .map(|mine| &**mine)
+            .filter(|mine| host::covers(mine, host))
+            .max_by_key(|mine| host::specificity(mine))
     }
 
     /// Every destination host it names, in order, with repetitions.
@@ -85,7 +89,11 @@ pub struct VirtualServiceIndex {
 
 impl VirtualServiceIndex {
     /// Indexes `configs` (any order).
-    pub fn build(configs: &[Config<net::VirtualService>], settings: &NameSettings<'_>, findings: &mut Vec<Finding>) -> Self {
+    pub fn build(
+        configs: &[Config<net::VirtualService>],
+        settings: &NameSettings<'_>,
+        findings: &mut Vec<Finding>,
+    ) -> Self {
         let by_key: BTreeMap<_, _> = configs.iter().map(|config| (config.key(), config)).collect();
         let mut used_delegates = std::collections::BTreeSet::new();
         let mut all: Vec<_> = configs
@@ -130,7 +138,8 @@ impl VirtualServiceIndex {
             let target_namespace = if target.namespace.is_empty() { namespace } else { &target.namespace };
             let key = types::NamespacedName::new(target_namespace, &target.name);
             let delegate = by_key.get(&key).filter(|delegate| {
-                delegate.spec.hosts.is_empty() && settings.visibility(&delegate.spec.export_to, target_namespace).is_visible_to(namespace)
+                delegate.spec.hosts.is_empty()
+                    && settings.visibility(&delegate.spec.export_to, target_namespace).is_visible_to(namespace)
             });
             let Some(delegate) = delegate else {
                 findings.push(Finding {
@@ -166,7 +175,11 @@ impl VirtualServiceIndex {
                         object: Some(delegate.object.clone()),
                         field: format!("{inner_field}.match").into(),
                         position: None,
-                        message: format!("cannot hold together with the match of {} {field}, so the entry is left out there", config.object).into(),
+                        message: format!(
+                            "cannot hold together with the match of {} {field}, so the entry is left out there",
+                            config.object
+                        )
+                        .into(),
                         hint: "a delegate's match must narrow its root's match".into(),
                     }),
                 }
@@ -198,14 +211,20 @@ impl VirtualServiceIndex {
 
     /// Those that sidecars of `namespace` may see, oldest first.
     pub fn for_mesh<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a Arc<VirtualService>> {
-        self.all.iter().filter(move |vs| vs.visibility.is_visible_to(namespace) && vs.gateways.iter().any(|g| &**g == MESH_GATEWAY) || Self::has_mesh_match(vs, namespace))
+        self.all.iter().filter(move |vs| {
+            vs.visibility.is_visible_to(namespace) && vs.gateways.iter().any(|g| &**g == MESH_GATEWAY)
+                || Self::has_mesh_match(vs, namespace)
+        })
     }
 
     fn has_mesh_match(vs: &VirtualService, namespace: &str) -> bool {
         // An entry's own `gateways` replaces the top level for that entry (`traffic.md` 2.2).
         vs.visibility.is_visible_to(namespace)
             && !vs.binds_to(MESH_GATEWAY)
-            && vs.http.iter().any(|entry| entry.route.matches.iter().any(|m| m.gateways.iter().any(|g| g == MESH_GATEWAY)))
+            && vs
+                .http
+                .iter()
+                .any(|entry| entry.route.matches.iter().any(|m| m.gateways.iter().any(|g| g == MESH_GATEWAY)))
     }
 
     /// Those bound to `gateway` (`namespace/name`) that a gateway pod of `namespace` may see:

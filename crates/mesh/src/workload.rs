@@ -57,7 +57,9 @@ pub(crate) fn of_pod(meta: &api::Metadata, pod: &k8s::Pod) -> Option<Workload> {
     let mut ips: Vec<IpAddr> = Vec::new();
     let texts = std::iter::once(pod.status.pod_ip.as_str()).chain(pod.status.pod_ips.iter().map(|ip| ip.ip.as_str()));
     for text in texts {
-        if let Ok(ip) = text.parse() && !ips.contains(&ip) {
+        if let Ok(ip) = text.parse()
+            && !ips.contains(&ip)
+        {
             ips.push(ip);
         }
     }

@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use api::networking as net;
 use envoy_types::pb::envoy::config::cluster::v3::{Cluster, Filter, cluster};
-use envoy_types::pb::envoy::config::core::v3::{BindConfig, SocketAddress, TypedExtensionConfig, socket_address};
+use envoy_types::pb::envoy::config::core::v3::{
+    BindConfig, Http1ProtocolOptions, Http2ProtocolOptions, SocketAddress, TypedExtensionConfig, socket_address,
+};
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use envoy_types::pb::envoy::extensions::clusters::dynamic_forward_proxy::v3::ClusterConfig as DynamicForwardProxy;
 use envoy_types::pb::envoy::extensions::common::dynamic_forward_proxy::v3::DnsCacheConfig;
@@ -20,8 +22,8 @@ use mesh::{DestinationRule, EffectivePolicy, Provenance, Resolution, Service, Se
 
 use crate::context::Context;
 use crate::endpoint;
-use crate::security::inbound::InboundPort;
 use crate::names;
+use crate::security::inbound::InboundPort;
 use crate::view::Interception;
 use crate::wire::{self, list, object, pack, seconds, text};
 
@@ -69,7 +71,9 @@ impl<'a> Outbound<'a> {
         match self.service.resolution {
             // A router has no original destination: it balances over the known endpoints.
             Resolution::Original if !context.is_sidecar() => Resolution::Endpoints,
-            Resolution::Endpoints if simple == Some(net::SimpleLb::Passthrough) && context.is_sidecar() => Resolution::Original,
+            Resolution::Endpoints if simple == Some(net::SimpleLb::Passthrough) && context.is_sidecar() => {
+                Resolution::Original
+            }
             other => other,
         }
     }
@@ -116,7 +120,7 @@ fn outbound_cluster(context: &Context<'_>, of: &Outbound<'_>) -> Option<Cluster>
         Resolution::Endpoints => {
             set_type(&mut cluster, cluster::DiscoveryType::Eds);
             cluster.eds_cluster_config =
-                Some(cluster::EdsClusterConfig { eds_config: Some(wire::ads()), service_name: name.clone() });
+                Some(cluster::EdsClusterConfig { eds_config: Some(wire::ads()), service_name: name });
         }
         Resolution::Original => {
             set_type(&mut cluster, cluster::DiscoveryType::OriginalDst);
@@ -127,7 +131,11 @@ fn outbound_cluster(context: &Context<'_>, of: &Outbound<'_>) -> Option<Cluster>
             if assignment.endpoints.iter().all(|locality| locality.lb_endpoints.is_empty()) {
                 return None;
             }
-            let kind = if resolution == Resolution::Dns { cluster::DiscoveryType::StrictDns } else { cluster::DiscoveryType::LogicalDns };
+            let kind = if resolution == Resolution::Dns {
+                cluster::DiscoveryType::StrictDns
+            } else {
+                cluster::DiscoveryType::LogicalDns
+            };
             set_type(&mut cluster, kind);
             set_dns(context, &mut cluster);
             cluster.load_assignment = Some(assignment);
@@ -176,7 +184,9 @@ fn metadata(of: &Outbound<'_>, choice: &TlsChoice) -> Option<envoy_types::pb::en
 
 /// `true` or `false` as a value.
 pub(crate) fn wire_bool(value: bool) -> envoy_types::pb::google::protobuf::Value {
-    envoy_types::pb::google::protobuf::Value { kind: Some(envoy_types::pb::google::protobuf::value::Kind::BoolValue(value)) }
+    envoy_types::pb::google::protobuf::Value {
+        kind: Some(envoy_types::pb::google::protobuf::value::Kind::BoolValue(value)),
+    }
 }
 
 fn service_value(service: &Service) -> envoy_types::pb::google::protobuf::Value {
@@ -205,7 +215,11 @@ fn base(context: &Context<'_>, name: &str) -> Cluster {
 fn upstream_filters(context: &Context<'_>) -> Vec<Filter> {
     crate::filter::metadata_exchange(context)
         .into_iter()
-        .map(|config| Filter { name: "istio.metadata_exchange".into(), typed_config: Some(config), config_discovery: None })
+        .map(|config| Filter {
+            name: "istio.metadata_exchange".into(),
+            typed_config: Some(config),
+            config_discovery: None,
+        })
         .collect()
 }
 
@@ -217,7 +231,10 @@ fn set_dns(context: &Context<'_>, cluster: &mut Cluster) {
     cluster.dns_lookup_family = cluster::DnsLookupFamily::V4Only.into();
     cluster.typed_dns_resolver_config = Some(TypedExtensionConfig {
         name: "envoy.network.dns_resolver.cares".into(),
-        typed_config: Some(pack(&CaresDnsResolverConfig { udp_max_queries: wire::uint(100), ..CaresDnsResolverConfig::default() })),
+        typed_config: Some(pack(&CaresDnsResolverConfig {
+            udp_max_queries: wire::uint(100),
+            ..CaresDnsResolverConfig::default()
+        })),
     });
 }
 
@@ -285,8 +302,8 @@ fn passthrough(context: &Context<'_>, name: &str) -> Cluster {
 /// The client's protocol decides.
 fn client_protocol() -> http::UpstreamProtocolOptions {
     http::UpstreamProtocolOptions::UseDownstreamProtocolConfig(http::UseDownstreamHttpConfig {
-        http_protocol_options: Some(Default::default()),
-        http2_protocol_options: Some(Default::default()),
+        http_protocol_options: Some(Http1ProtocolOptions::default()),
+        http2_protocol_options: Some(Http2ProtocolOptions::default()),
         ..Default::default()
     })
 }
@@ -369,7 +386,11 @@ fn inbound_cluster(context: &Context<'_>, port: &InboundPort) -> Cluster {
 }
 
 /// Where the application listens, if not where the client dialled: address (or socket path) and port.
-fn endpoint_of(context: &Context<'_>, ingress: Option<&net::IstioIngressListener>, number: u16) -> Option<(String, u16)> {
+fn endpoint_of(
+    context: &Context<'_>,
+    ingress: Option<&net::IstioIngressListener>,
+    number: u16,
+) -> Option<(String, u16)> {
     let written = ingress.map(|listener| listener.default_endpoint.as_str()).filter(|text| !text.is_empty());
     let Some(written) = written else {
         let is_local = context.snapshot.mesh_config().inbound_mode() == api::mesh_config::InboundMode::Localhost;

@@ -7,7 +7,8 @@ use envoy_types::pb::envoy::config::cluster::v3::{
     CircuitBreakers, Cluster, OutlierDetection, UpstreamConnectionOptions, circuit_breakers, cluster,
 };
 use envoy_types::pb::envoy::config::core::v3::{
-    Http2ProtocolOptions, HttpProtocolOptions as CommonOptions, KeepaliveSettings, RoutingPriority, RuntimeDouble,
+    Http1ProtocolOptions, Http2ProtocolOptions, HttpProtocolOptions as CommonOptions, KeepaliveSettings,
+    RoutingPriority, RuntimeDouble,
 };
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::{HttpProtocolOptions, http_protocol_options as http};
 use envoy_types::pb::envoy::r#type::v3::Percent;
@@ -27,7 +28,10 @@ fn limit(value: u32) -> u32 {
 }
 
 /// One threshold with all four limits.
-pub(super) fn circuit_breakers(pool: Option<&net::ConnectionPoolSettings>, budget: Option<&net::RetryBudget>) -> CircuitBreakers {
+pub(super) fn circuit_breakers(
+    pool: Option<&net::ConnectionPoolSettings>,
+    budget: Option<&net::RetryBudget>,
+) -> CircuitBreakers {
     let tcp = pool.and_then(|pool| pool.tcp.as_ref());
     let http = pool.and_then(|pool| pool.http.as_ref());
     let of_http = |pick: fn(&net::HttpPoolSettings) -> u32| uint(limit(http.map_or(0, pick)));
@@ -40,7 +44,11 @@ pub(super) fn circuit_breakers(pool: Option<&net::ConnectionPoolSettings>, budge
             max_retries: of_http(|http| http.max_retries),
             retry_budget: budget.map(|budget| circuit_breakers::thresholds::RetryBudget {
                 budget_percent: Some(Percent { value: budget.percent.unwrap_or(20.0) }),
-                min_retry_concurrency: uint(if budget.min_retry_concurrency == 0 { 3 } else { budget.min_retry_concurrency }),
+                min_retry_concurrency: uint(if budget.min_retry_concurrency == 0 {
+                    3
+                } else {
+                    budget.min_retry_concurrency
+                }),
                 budget_interval: budget.budget_interval.and_then(|of| wire::duration(of.0)),
             }),
             ..circuit_breakers::Thresholds::default()
@@ -73,9 +81,10 @@ pub(super) fn apply(context: &Context<'_>, of: &Outbound<'_>, cluster: &mut Clus
         if locality::weighs_localities(context, of)
             && let Some(common) = &mut cluster.common_lb_config
         {
-            common.locality_config_specifier = Some(cluster::common_lb_config::LocalityConfigSpecifier::LocalityWeightedLbConfig(
-                cluster::common_lb_config::LocalityWeightedLbConfig {},
-            ));
+            common.locality_config_specifier =
+                Some(cluster::common_lb_config::LocalityConfigSpecifier::LocalityWeightedLbConfig(
+                    cluster::common_lb_config::LocalityWeightedLbConfig {},
+                ));
         }
     }
 }
@@ -124,7 +133,8 @@ fn outliers(settings: &net::OutlierDetection) -> OutlierDetection {
             .and_then(uint),
         ..OutlierDetection::default()
     };
-    let count_5xx = settings.consecutive_5xx_errors.or_else(|| settings.consecutive_errors.and_then(|n| u32::try_from(n).ok()));
+    let count_5xx =
+        settings.consecutive_5xx_errors.or_else(|| settings.consecutive_errors.and_then(|n| u32::try_from(n).ok()));
     if let Some(count) = count_5xx {
         of.consecutive_5xx = uint(if count > 0 { count } else { 5 });
         // 0 switches this counter off.
@@ -153,10 +163,17 @@ fn balance(settings: Option<&net::LoadBalancerSettings>, cluster: &mut Cluster) 
         if let Some(maglev) = &hash.maglev {
             cluster.lb_policy = cluster::LbPolicy::Maglev.into();
             cluster.lb_config = maglev.table_size.map(|size| {
-                cluster::LbConfig::MaglevLbConfig(cluster::MaglevLbConfig { table_size: Some(UInt64Value { value: size }) })
+                cluster::LbConfig::MaglevLbConfig(cluster::MaglevLbConfig {
+                    table_size: Some(UInt64Value { value: size }),
+                })
             });
         } else {
-            let size = hash.ring_hash.as_ref().and_then(|ring| ring.minimum_ring_size).or(hash.minimum_ring_size).unwrap_or(1024);
+            let size = hash
+                .ring_hash
+                .as_ref()
+                .and_then(|ring| ring.minimum_ring_size)
+                .or(hash.minimum_ring_size)
+                .unwrap_or(1024);
             cluster.lb_policy = cluster::LbPolicy::RingHash.into();
             cluster.lb_config = Some(cluster::LbConfig::RingHashLbConfig(cluster::RingHashLbConfig {
                 minimum_ring_size: Some(UInt64Value { value: size }),
@@ -177,7 +194,10 @@ fn balance(settings: Option<&net::LoadBalancerSettings>, cluster: &mut Cluster) 
                 })
             });
         }
-        net::SimpleLb::Unspecified | net::SimpleLb::LeastConn | net::SimpleLb::LeastRequest | net::SimpleLb::Passthrough => {
+        net::SimpleLb::Unspecified
+        | net::SimpleLb::LeastConn
+        | net::SimpleLb::LeastRequest
+        | net::SimpleLb::Passthrough => {
             cluster.lb_policy = cluster::LbPolicy::LeastRequest.into();
             cluster.lb_config = warmup.map(|slow_start| {
                 cluster::LbConfig::LeastRequestLbConfig(cluster::LeastRequestLbConfig {
@@ -198,7 +218,10 @@ fn slow_start(lb: &net::LoadBalancerSettings) -> Option<cluster::SlowStartConfig
         });
     }
     let window = lb.warmup_duration_secs?;
-    Some(cluster::SlowStartConfig { slow_start_window: wire::duration(window.0), ..cluster::SlowStartConfig::default() })
+    Some(cluster::SlowStartConfig {
+        slow_start_window: wire::duration(window.0),
+        ..cluster::SlowStartConfig::default()
+    })
 }
 
 /// What upstream connections of an outbound cluster speak; `None`: HTTP/1.1 with nothing special.
@@ -217,7 +240,8 @@ pub(super) fn http_options(context: &Context<'_>, of: &Outbound<'_>) -> Option<H
             net::H2UpgradePolicy::DoNotUpgrade => false,
             net::H2UpgradePolicy::Upgrade => true,
         };
-    let follows_client = http.is_some_and(|http| http.use_client_protocol) || (protocol.is_auto() && context.is_sidecar());
+    let follows_client =
+        http.is_some_and(|http| http.use_client_protocol) || (protocol.is_auto() && context.is_sidecar());
     let speaks_http2 = protocol.is_http2() || upgrades;
     options(speaks_http2, follows_client && !speaks_http2, pool)
 }
@@ -227,11 +251,18 @@ fn common_only(pool: Option<&net::ConnectionPoolSettings>) -> Option<HttpProtoco
 }
 
 /// The same for the local workload: HTTP/2 where declared, the client's protocol where found out.
-pub(super) fn inbound_http_options(protocol: Protocol, pool: Option<&net::ConnectionPoolSettings>) -> Option<HttpProtocolOptions> {
+pub(super) fn inbound_http_options(
+    protocol: Protocol,
+    pool: Option<&net::ConnectionPoolSettings>,
+) -> Option<HttpProtocolOptions> {
     options(protocol.is_http2(), protocol.is_auto(), pool)
 }
 
-fn options(speaks_http2: bool, follows_client: bool, pool: Option<&net::ConnectionPoolSettings>) -> Option<HttpProtocolOptions> {
+fn options(
+    speaks_http2: bool,
+    follows_client: bool,
+    pool: Option<&net::ConnectionPoolSettings>,
+) -> Option<HttpProtocolOptions> {
     let http = pool.and_then(|pool| pool.http.as_ref());
     let common = pool.and_then(common_options);
     if !speaks_http2 && !follows_client && common.is_none() {
@@ -257,7 +288,7 @@ fn explicit(config: http::explicit_http_config::ProtocolConfig) -> http::Upstrea
 
 /// HTTP/1.1, said explicitly.
 pub(super) fn explicit_http1() -> http::UpstreamProtocolOptions {
-    explicit(http::explicit_http_config::ProtocolConfig::HttpProtocolOptions(Default::default()))
+    explicit(http::explicit_http_config::ProtocolConfig::HttpProtocolOptions(Http1ProtocolOptions::default()))
 }
 
 fn http2(http: Option<&net::HttpPoolSettings>) -> Http2ProtocolOptions {

@@ -5,12 +5,14 @@
 use api::networking::{self as net, ClientTlsMode};
 use api::security::MtlsMode;
 use envoy_types::pb::envoy::config::cluster::v3::{Cluster, cluster};
-use envoy_types::pb::envoy::config::core::v3::{ProxyProtocolConfig, TransportSocket, UpstreamHttpProtocolOptions, proxy_protocol_config};
+use envoy_types::pb::envoy::config::core::v3::{
+    ProxyProtocolConfig, TransportSocket, UpstreamHttpProtocolOptions, proxy_protocol_config,
+};
 use envoy_types::pb::envoy::extensions::transport_sockets::proxy_protocol::v3::ProxyProtocolUpstreamTransport;
 use envoy_types::pb::envoy::extensions::transport_sockets::raw_buffer::v3::RawBuffer;
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
-    CertificateValidationContext, CommonTlsContext, SdsSecretConfig, TlsParameters, UpstreamTlsContext, common_tls_context,
-    tls_parameters,
+    CertificateValidationContext, CommonTlsContext, SdsSecretConfig, TlsParameters, UpstreamTlsContext,
+    common_tls_context, tls_parameters,
 };
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::{HttpProtocolOptions, http_protocol_options as http};
 use mesh::Resolution;
@@ -82,11 +84,17 @@ pub(super) fn apply(
             }
         }
         TlsChoice::Mesh(settings) => {
-            let socket = wire::transport_socket("envoy.transport_sockets.tls", &mesh_context(context, of, Some(settings), options.as_ref()));
+            let socket = wire::transport_socket(
+                "envoy.transport_sockets.tls",
+                &mesh_context(context, of, Some(settings), options.as_ref()),
+            );
             cluster.transport_socket = Some(wrap(proxy_protocol, socket));
         }
         TlsChoice::Auto => {
-            let socket = wire::transport_socket("envoy.transport_sockets.tls", &mesh_context(context, of, None, options.as_ref()));
+            let socket = wire::transport_socket(
+                "envoy.transport_sockets.tls",
+                &mesh_context(context, of, None, options.as_ref()),
+            );
             cluster.transport_socket_matches = vec![
                 cluster::TransportSocketMatch {
                     name: "tlsMode-istio".into(),
@@ -102,7 +110,8 @@ pub(super) fn apply(
         }
         TlsChoice::Origination(settings) => {
             if let Some(tls) = originate(context, of, settings, options) {
-                cluster.transport_socket = Some(wrap(proxy_protocol, wire::transport_socket("envoy.transport_sockets.tls", &tls)));
+                cluster.transport_socket =
+                    Some(wrap(proxy_protocol, wire::transport_socket("envoy.transport_sockets.tls", &tls)));
             }
         }
     }
@@ -128,12 +137,12 @@ fn wrap(settings: Option<&net::ProxyProtocol>, inner: TransportSocket) -> Transp
     wire::transport_socket("envoy.transport_sockets.upstream_proxy_protocol", &config)
 }
 
-fn params() -> Option<TlsParameters> {
-    Some(TlsParameters {
+fn params() -> TlsParameters {
+    TlsParameters {
         tls_minimum_protocol_version: tls_parameters::TlsProtocol::TlSv12.into(),
         tls_maximum_protocol_version: tls_parameters::TlsProtocol::TlSv13.into(),
         ..TlsParameters::default()
-    })
+    }
 }
 
 // --- mesh TLS ---
@@ -154,7 +163,7 @@ fn mesh_context(
     };
     UpstreamTlsContext {
         common_tls_context: Some(CommonTlsContext {
-            tls_params: params(),
+            tls_params: Some(params()),
             tls_certificate_sds_secret_configs: vec![server_tls::agent_secret(server_tls::WORKLOAD_CERT)],
             validation_context_type: Some(server_tls::validation(
                 names.iter().map(|name| matchers::exact(name)).collect(),
@@ -175,7 +184,9 @@ fn server_names(context: &Context<'_>, of: &Outbound<'_>) -> Vec<String> {
     let mut names: Vec<String> = context
         .trust_domains
         .iter()
-        .flat_map(|domain| accounts.iter().map(move |(namespace, account)| format!("spiffe://{domain}/ns/{namespace}/sa/{account}")))
+        .flat_map(|domain| {
+            accounts.iter().map(move |(namespace, account)| format!("spiffe://{domain}/ns/{namespace}/sa/{account}"))
+        })
         .chain(of.service.subject_alt_names.iter().cloned())
         .collect();
     names.sort();
@@ -229,7 +240,10 @@ fn originate(
                 "LAT0310",
                 rule.object(),
                 "spec.trafficPolicy.tls.credentialName",
-                format!("has no effect on sidecars without workloadSelector: traffic to {} is sent in plaintext", of.service.host),
+                format!(
+                    "has no effect on sidecars without workloadSelector: traffic to {} is sent in plaintext",
+                    of.service.host
+                ),
                 "add workloadSelector, or use files",
             );
         }
@@ -271,13 +285,13 @@ fn originate(
         (false, false) => &[],
     };
     let mut tls_params = params();
-    if let (Some(of), Some(defaults)) = (&mut tls_params, &context.snapshot.mesh_config().tls_defaults) {
-        of.cipher_suites.clone_from(&defaults.cipher_suites);
-        of.ecdh_curves.clone_from(&defaults.ecdh_curves);
+    if let Some(defaults) = &context.snapshot.mesh_config().tls_defaults {
+        tls_params.cipher_suites.clone_from(&defaults.cipher_suites);
+        tls_params.ecdh_curves.clone_from(&defaults.ecdh_curves);
     }
     Some(UpstreamTlsContext {
         common_tls_context: Some(CommonTlsContext {
-            tls_params,
+            tls_params: Some(tls_params),
             tls_certificate_sds_secret_configs: certificates,
             validation_context_type: Some(validation),
             alpn_protocols: server_tls::strings(alpn),

@@ -100,7 +100,8 @@ fn write(context: &Context<'_>, of: &Planned) -> Listener {
     let mut listener = Listener {
         name: format!("{}_{}", of.address, of.port),
         address: Some(wire::socket_address(&of.address, of.port)),
-        listener_filters_timeout: wire::duration(context.snapshot.mesh_config().protocol_detection_timeout()).or_else(zero),
+        listener_filters_timeout: wire::duration(context.snapshot.mesh_config().protocol_detection_timeout())
+            .or_else(zero),
         continue_on_listener_filters_timeout: true,
         traffic_direction: TrafficDirection::Outbound.into(),
         bind_to_port: if is_captured { boolean(false) } else { None },
@@ -114,14 +115,17 @@ fn write(context: &Context<'_>, of: &Planned) -> Listener {
     let sniffs = is_captured;
     let mut needs_tls = false;
     if let Some(http) = &of.http {
-        let manager = filter::connection_manager(context, Http {
-            direction: Direction::Outbound,
-            stat_prefix: format!("outbound_{}_{};", of.address, of.port),
-            routes: Routes::Rds(http.table.clone()),
-            policies: Vec::new(),
-            has_grpc_web: http.has_grpc_web,
-            is_http2: false,
-        });
+        let manager = filter::connection_manager(
+            context,
+            Http {
+                direction: Direction::Outbound,
+                stat_prefix: format!("outbound_{}_{};", of.address, of.port),
+                routes: Routes::Rds(http.table.clone()),
+                policies: Vec::new(),
+                has_grpc_web: http.has_grpc_web,
+                is_http2: false,
+            },
+        );
         listener.filter_chains.push(FilterChain {
             filter_chain_match: sniffs.then(|| FilterChainMatch {
                 transport_protocol: "raw_buffer".into(),
@@ -150,10 +154,9 @@ fn write(context: &Context<'_>, of: &Planned) -> Listener {
         }
     }
     if needs_tls {
-        listener.listener_filters.insert(
-            0,
-            listener_filter("envoy.filters.listener.tls_inspector", tls_inspector(), None),
-        );
+        listener
+            .listener_filters
+            .insert(0, listener_filter("envoy.filters.listener.tls_inspector", tls_inspector(), None));
     }
     // A listener without any other chain needs no second way out.
     if of.is_wildcard && listener.filter_chains.is_empty() {

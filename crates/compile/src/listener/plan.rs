@@ -108,7 +108,14 @@ impl Plan {
         }
     }
 
-    fn service_port(&mut self, context: &Context<'_>, egress: usize, of: &EgressScope, service: &Arc<Service>, port: &ServicePort) {
+    fn service_port(
+        &mut self,
+        context: &Context<'_>,
+        egress: usize,
+        of: &EgressScope,
+        service: &Arc<Service>,
+        port: &ServicePort,
+    ) {
         let is_bound = context.view.interception == Interception::None;
         let binding = if is_bound { Binding::Bound } else { Binding::Captured };
         let any = if is_bound { "127.0.0.1" } else { "0.0.0.0" };
@@ -152,14 +159,24 @@ impl Plan {
     }
 
     /// A listener on an address of one service.
-    fn add_own(&mut self, context: &Context<'_>, at: &Place, of: &EgressScope, service: &Arc<Service>, port: &ServicePort) {
+    fn add_own(
+        &mut self,
+        context: &Context<'_>,
+        at: &Place,
+        of: &EgressScope,
+        service: &Arc<Service>,
+        port: &ServicePort,
+    ) {
         let key = (at.address.clone(), port.number);
         if self.listeners.contains_key(&key) {
             context.warn(
                 "LAT0320",
                 &service.object,
                 "spec.ports",
-                format!("an older service already has {}:{}, so this one gets no listener there", at.address, port.number),
+                format!(
+                    "an older service already has {}:{}, so this one gets no listener there",
+                    at.address, port.number
+                ),
                 "give it another address",
             );
             return;
@@ -169,16 +186,19 @@ impl Plan {
             private: Some((Arc::clone(service), port.clone())),
             has_grpc_web: false,
         });
-        self.listeners.insert(key, Planned {
-            http,
-            tcp: tcp::chains(context, of, service, port, &[], true),
-            ..at.planned(port.number)
-        });
+        self.listeners.insert(
+            key,
+            Planned { http, tcp: tcp::chains(context, of, service, port, &[], true), ..at.planned(port.number) },
+        );
     }
 
     fn add_http(&mut self, at: &Place, port: u16, protocol: Protocol) {
         let planned = self.listeners.entry((at.address.clone(), port)).or_insert_with(|| at.planned(port));
-        let http = planned.http.get_or_insert_with(|| HttpPart { table: port.to_string(), private: None, has_grpc_web: false });
+        let http = planned.http.get_or_insert_with(|| HttpPart {
+            table: port.to_string(),
+            private: None,
+            has_grpc_web: false,
+        });
         http.has_grpc_web |= protocol == Protocol::GrpcWeb;
     }
 

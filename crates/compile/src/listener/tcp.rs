@@ -115,8 +115,11 @@ struct Fits<'a> {
 /// Whether a match can hold for this proxy; here all conditions must.
 fn fits(context: &Context<'_>, vs: &VirtualService, of: &Fits<'_>, port: u16) -> bool {
     let view = context.view;
-    let gateways_fit =
-        if of.gateways.is_empty() { vs.binds_to(MESH_GATEWAY) } else { of.gateways.iter().any(|gateway| gateway == MESH_GATEWAY) };
+    let gateways_fit = if of.gateways.is_empty() {
+        vs.binds_to(MESH_GATEWAY)
+    } else {
+        of.gateways.iter().any(|gateway| gateway == MESH_GATEWAY)
+    };
     gateways_fit
         && (of.port == 0 || of.port == port)
         && of.source_labels.iter().all(|(key, value)| view.labels.get(key) == Some(value))
@@ -126,7 +129,9 @@ fn fits(context: &Context<'_>, vs: &VirtualService, of: &Fits<'_>, port: u16) ->
 fn subnets(texts: &[String]) -> Vec<IpNet> {
     texts
         .iter()
-        .filter_map(|text| text.parse::<IpNet>().ok().or_else(|| text.parse::<std::net::IpAddr>().ok().map(IpNet::from)))
+        .filter_map(|text| {
+            text.parse::<IpNet>().ok().or_else(|| text.parse::<std::net::IpAddr>().ok().map(IpNet::from))
+        })
         .collect()
 }
 
@@ -147,16 +152,14 @@ fn tls_routes(context: &Context<'_>, vs: &Arc<VirtualService>, port: &ServicePor
             let chain_ranges = if own.is_empty() { ranges.to_vec() } else { own };
             let mut server_names = entry.sni_hosts.clone();
             // Each SNI once: the first match wins.
-            server_names.retain(|name| !out.iter().any(|chain| chain.ranges == chain_ranges && chain.server_names.contains(name)));
+            server_names.retain(|name| {
+                !out.iter().any(|chain| chain.ranges == chain_ranges && chain.server_names.contains(name))
+            });
             if server_names.is_empty() {
                 continue;
             }
             let field = format!("spec.tls[{index}]");
-            out.push(TcpChain {
-                server_names,
-                ranges: chain_ranges,
-                ..routed(context, vs, &route.route, port, field)
-            });
+            out.push(TcpChain { server_names, ranges: chain_ranges, ..routed(context, vs, &route.route, port, field) });
         }
     }
     out

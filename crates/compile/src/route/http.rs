@@ -8,8 +8,8 @@ use envoy_types::pb::envoy::config::core::v3::{
     DataSource, HeaderValue, HeaderValueOption, RuntimeFractionalPercent, data_source, header_value_option,
 };
 use envoy_types::pb::envoy::config::route::v3::{
-    Decorator, DirectResponseAction, RedirectAction, Route, RouteAction, RouteMatch, WeightedCluster, redirect_action, route,
-    route_action, route_match, weighted_cluster,
+    Decorator, DirectResponseAction, RedirectAction, Route, RouteAction, RouteMatch, WeightedCluster, redirect_action,
+    route, route_action, route_match, weighted_cluster,
 };
 use envoy_types::pb::envoy::extensions::filters::common::fault::v3::{FaultDelay, fault_delay};
 use envoy_types::pb::envoy::extensions::filters::http::cors::v3::CorsPolicy;
@@ -204,8 +204,10 @@ fn forward(
         action.cluster_specifier = Some(route_action::ClusterSpecifier::Cluster(cluster_of(of, &only.destination)));
     } else {
         let clusters = live.iter().map(|weighted| weighted_cluster(of, weighted)).collect();
-        action.cluster_specifier =
-            Some(route_action::ClusterSpecifier::WeightedClusters(WeightedCluster { clusters, ..WeightedCluster::default() }));
+        action.cluster_specifier = Some(route_action::ClusterSpecifier::WeightedClusters(WeightedCluster {
+            clusters,
+            ..WeightedCluster::default()
+        }));
     }
     action.hash_policy = live.iter().flat_map(|weighted| hash_of_destination(of, &weighted.destination)).collect();
     action.retry_policy =
@@ -244,7 +246,8 @@ fn weighted_cluster(of: &Inputs<'_>, weighted: &net::HttpRouteDestination) -> we
         &mut out.response_headers_to_remove,
     );
     if let Some(host) = edits.authority {
-        out.host_rewrite_specifier = Some(weighted_cluster::cluster_weight::HostRewriteSpecifier::HostRewriteLiteral(host));
+        out.host_rewrite_specifier =
+            Some(weighted_cluster::cluster_weight::HostRewriteSpecifier::HostRewriteLiteral(host));
     }
     out
 }
@@ -255,7 +258,10 @@ fn mirrors(of: &Inputs<'_>, spec: &net::HttpRoute) -> Vec<route_action::RequestM
         if let Some(fraction) = fraction {
             out.push(route_action::RequestMirrorPolicy {
                 cluster: cluster_of(of, destination),
-                runtime_fraction: Some(RuntimeFractionalPercent { default_value: Some(fraction), runtime_key: String::new() }),
+                runtime_fraction: Some(RuntimeFractionalPercent {
+                    default_value: Some(fraction),
+                    runtime_key: String::new(),
+                }),
                 trace_sampled: boolean(false),
                 disable_shadow_host_suffix_append: true,
                 ..route_action::RequestMirrorPolicy::default()
@@ -271,7 +277,10 @@ fn mirrors(of: &Inputs<'_>, spec: &net::HttpRoute) -> Vec<route_action::RequestM
         push(mirror, fraction);
     }
     for mirror in &spec.mirrors {
-        push(&mirror.destination, mirror.percentage.map_or_else(|| Some(hundredths(100)), |percent| mirrored(percent.millionths())));
+        push(
+            &mirror.destination,
+            mirror.percentage.map_or_else(|| Some(hundredths(100)), |percent| mirrored(percent.millionths())),
+        );
     }
     out
 }
@@ -313,7 +322,8 @@ pub(crate) fn hash_policy(
     };
     let subset = rule.subset(subset).and_then(|subset| subset.spec.traffic_policy.as_ref());
     let at_port = |policy: &net::TrafficPolicy| {
-        let entry = policy.port_level_settings.iter().find(|entry| entry.port.as_ref().is_some_and(|of| of.number == port));
+        let entry =
+            policy.port_level_settings.iter().find(|entry| entry.port.as_ref().is_some_and(|of| of.number == port));
         entry.and_then(|entry| entry.load_balancer.clone())
     };
     let top = rule.traffic_policy.as_deref();
@@ -325,7 +335,9 @@ pub(crate) fn hash_policy(
 }
 
 fn consistent_hash(hash: &net::ConsistentHashLb) -> Vec<route_action::HashPolicy> {
-    use route_action::hash_policy::{ConnectionProperties, Cookie, CookieAttribute, Header, PolicySpecifier, QueryParameter};
+    use route_action::hash_policy::{
+        ConnectionProperties, Cookie, CookieAttribute, Header, PolicySpecifier, QueryParameter,
+    };
     let specifier = if let Some(name) = &hash.http_header_name {
         PolicySpecifier::Header(Header { header_name: name.clone(), ..Header::default() })
     } else if let Some(cookie) = &hash.http_cookie {
@@ -375,7 +387,8 @@ fn redirect_action(of: &net::HttpRedirect, inputs: &Inputs<'_>) -> RedirectActio
     RedirectAction {
         host_redirect: of.authority.clone(),
         port_redirect: port,
-        scheme_rewrite_specifier: (!of.scheme.is_empty()).then(|| SchemeRewriteSpecifier::SchemeRedirect(of.scheme.clone())),
+        scheme_rewrite_specifier: (!of.scheme.is_empty())
+            .then(|| SchemeRewriteSpecifier::SchemeRedirect(of.scheme.clone())),
         path_rewrite_specifier: Some(if of.prefix_rewrite.is_empty() {
             PathRewriteSpecifier::PathRedirect(of.uri.clone())
         } else {
@@ -497,7 +510,6 @@ fn fault_config(of: &net::HttpFaultInjection) -> HttpFault {
                 .fixed_delay
                 .and_then(|delay| wire::duration(delay.0))
                 .map(fault_delay::FaultDelaySecifier::FixedDelay),
-            ..FaultDelay::default()
         }),
         abort: of.abort.as_ref().and_then(|abort| {
             let error = match (abort.http_status, abort.grpc_status.as_deref()) {
@@ -518,9 +530,23 @@ fn fault_config(of: &net::HttpFaultInjection) -> HttpFault {
 /// gRPC's status codes by name. Source: gRPC's `statuscodes.md`.
 pub(crate) fn grpc_code(name: &str) -> Option<u32> {
     const NAMES: [&str; 17] = [
-        "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
-        "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
-        "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
+        "OK",
+        "CANCELLED",
+        "UNKNOWN",
+        "INVALID_ARGUMENT",
+        "DEADLINE_EXCEEDED",
+        "NOT_FOUND",
+        "ALREADY_EXISTS",
+        "PERMISSION_DENIED",
+        "RESOURCE_EXHAUSTED",
+        "FAILED_PRECONDITION",
+        "ABORTED",
+        "OUT_OF_RANGE",
+        "UNIMPLEMENTED",
+        "INTERNAL",
+        "UNAVAILABLE",
+        "DATA_LOSS",
+        "UNAUTHENTICATED",
     ];
     let position = NAMES.iter().position(|known| known.eq_ignore_ascii_case(name))?;
     u32::try_from(position).ok()
@@ -549,7 +575,10 @@ fn cors_config(of: &net::CorsPolicy) -> CorsPolicy {
         expose_headers: of.expose_headers.join(","),
         max_age: of.max_age.map(|age| age.0.as_secs().to_string()).unwrap_or_default(),
         allow_credentials: of.allow_credentials.and_then(boolean),
-        filter_enabled: Some(RuntimeFractionalPercent { default_value: Some(hundredths(100)), runtime_key: String::new() }),
+        filter_enabled: Some(RuntimeFractionalPercent {
+            default_value: Some(hundredths(100)),
+            runtime_key: String::new(),
+        }),
         forward_not_matching_preflights: boolean(forwards),
         ..CorsPolicy::default()
     }
@@ -600,7 +629,9 @@ mod base64_free {
 
         #[test]
         fn decodes() {
-            for (text, expect) in [("", &b""[..]), ("Zg==", b"f"), ("Zm8=", b"fo"), ("Zm9v", b"foo"), ("Zm9vYg", b"foob")] {
+            for (text, expect) in
+                [("", &b""[..]), ("Zg==", b"f"), ("Zm8=", b"fo"), ("Zm9v", b"foo"), ("Zm9vYg", b"foob")]
+            {
                 assert_eq!(decode_base64(text).as_deref(), Some(expect), "{text}");
             }
             assert_eq!(decode_base64("Z"), None);

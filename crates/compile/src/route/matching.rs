@@ -10,7 +10,9 @@ use envoy_types::pb::envoy::config::route::v3::{
     HeaderMatcher, QueryParameterMatcher, RouteMatch, header_matcher::HeaderMatchSpecifier, query_parameter_matcher,
     route_match,
 };
-use envoy_types::pb::envoy::r#type::matcher::v3::{MetadataMatcher, RegexMatcher, StringMatcher, ValueMatcher, value_matcher};
+use envoy_types::pb::envoy::r#type::matcher::v3::{
+    MetadataMatcher, RegexMatcher, StringMatcher, ValueMatcher, value_matcher,
+};
 use types::Labels;
 
 use crate::security::matchers;
@@ -124,7 +126,8 @@ fn query(name: &str, value: &StringMatch) -> QueryParameterMatcher {
     QueryParameterMatcher {
         name: name.to_owned(),
         query_parameter_match_specifier: Some(
-            string(value).map_or(QueryParameterMatchSpecifier::PresentMatch(true), QueryParameterMatchSpecifier::StringMatch),
+            string(value)
+                .map_or(QueryParameterMatchSpecifier::PresentMatch(true), QueryParameterMatchSpecifier::StringMatch),
         ),
     }
 }
@@ -175,7 +178,8 @@ mod tests {
     fn gateways_of_an_entry_replace_the_rest() {
         let labels = Labels::new();
         let source = Source { labels: &labels, namespace: "shop", gateways: &["mesh"], port: 80 };
-        let mut entry = HttpMatchRequest { source_labels: [("app".to_owned(), "x".to_owned())].into(), ..Default::default() };
+        let mut entry =
+            HttpMatchRequest { source_labels: [("app".to_owned(), "x".to_owned())].into(), ..Default::default() };
         assert!(!fits_source(&entry, true, &source));
         entry.gateways = vec!["mesh".into()];
         assert!(fits_source(&entry, false, &source));

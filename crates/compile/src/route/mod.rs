@@ -24,10 +24,7 @@ pub(crate) use retry::default_policy;
 
 /// A match of everything.
 pub(crate) fn match_all() -> RouteMatch {
-    RouteMatch {
-        path_specifier: Some(route_match::PathSpecifier::Prefix("/".into())),
-        ..RouteMatch::default()
-    }
+    RouteMatch { path_specifier: Some(route_match::PathSpecifier::Prefix("/".into())), ..RouteMatch::default() }
 }
 
 /// An action towards one cluster, with both time-outs set.
@@ -38,7 +35,12 @@ pub(crate) fn action(timeout: Option<Duration>) -> RouteAction {
 }
 
 /// The route of a service that no VirtualService routes.
-pub(crate) fn default_route(context: &Context<'_>, cluster: &str, operation: String, hash: Vec<route_action::HashPolicy>) -> Route {
+pub(crate) fn default_route(
+    context: &Context<'_>,
+    cluster: &str,
+    operation: String,
+    hash: Vec<route_action::HashPolicy>,
+) -> Route {
     let mut to = action(None);
     to.cluster_specifier = Some(route_action::ClusterSpecifier::Cluster(cluster.to_owned()));
     to.retry_policy = default_policy(context.snapshot.mesh_config());

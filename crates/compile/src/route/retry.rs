@@ -27,7 +27,9 @@ fn product_default() -> RetryPolicy {
 fn previous_hosts() -> retry_policy::RetryHostPredicate {
     retry_policy::RetryHostPredicate {
         name: "envoy.retry_host_predicates.previous_hosts".into(),
-        config_type: Some(retry_policy::retry_host_predicate::ConfigType::TypedConfig(pack(&PreviousHostsPredicate {}))),
+        config_type: Some(retry_policy::retry_host_predicate::ConfigType::TypedConfig(pack(
+            &PreviousHostsPredicate {},
+        ))),
     }
 }
 
@@ -71,7 +73,8 @@ fn convert(of: &HttpRetry) -> Option<RetryPolicy> {
         });
     }
     if let Some(backoff) = of.backoff {
-        policy.retry_back_off = Some(retry_policy::RetryBackOff { base_interval: wire::duration(backoff.0), max_interval: None });
+        policy.retry_back_off =
+            Some(retry_policy::RetryBackOff { base_interval: wire::duration(backoff.0), max_interval: None });
     }
     Some(policy)
 }

@@ -32,7 +32,12 @@ pub(crate) struct Sources<'a> {
 }
 
 /// Builds a table of a sidecar.
-pub(crate) fn build(context: &Context<'_>, name: String, table: &Table<'_>, sources: &Sources<'_>) -> RouteConfiguration {
+pub(crate) fn build(
+    context: &Context<'_>,
+    name: String,
+    table: &Table<'_>,
+    sources: &Sources<'_>,
+) -> RouteConfiguration {
     let virtual_hosts = match table {
         Table::Shared(port) => shared(context, *port, sources),
         Table::Private(service, port) => vec![virtual_host(
@@ -56,7 +61,10 @@ fn virtual_host(name: String, domains: Vec<String>, routes: Vec<Route>) -> Virtu
 }
 
 /// The VirtualService that routes a host: the narrowest of its hosts decides, then the oldest.
-pub(crate) fn routing<'a>(virtual_services: &'a [Arc<VirtualService>], service_host: &str) -> Option<&'a Arc<VirtualService>> {
+pub(crate) fn routing<'a>(
+    virtual_services: &'a [Arc<VirtualService>],
+    service_host: &str,
+) -> Option<&'a Arc<VirtualService>> {
     virtual_services
         .iter()
         .filter(|vs| !vs.http.is_empty() && vs.best_host_for(service_host).is_some())
@@ -69,7 +77,12 @@ fn translated(context: &Context<'_>, vs: &VirtualService, port: u16) -> Vec<Rout
 }
 
 /// The routes of one service port: its VirtualService's, or the default.
-fn service_routes(context: &Context<'_>, service: &Arc<Service>, port: &ServicePort, sources: &Sources<'_>) -> Vec<Route> {
+fn service_routes(
+    context: &Context<'_>,
+    service: &Arc<Service>,
+    port: &ServicePort,
+    sources: &Sources<'_>,
+) -> Vec<Route> {
     if let Some(vs) = routing(sources.virtual_services, &service.host) {
         let routes = translated(context, vs, port.number);
         if !routes.is_empty() {
@@ -89,17 +102,15 @@ fn shared(context: &Context<'_>, port: u16, sources: &Sources<'_>) -> Vec<Virtua
         .collect();
     let mut hosts = Hosts::default();
     for (service, service_port) in &in_table {
-        hosts.add(
-            format!("{}:{port}", service.host),
-            domains(context, service),
-            || service_routes(context, service, service_port, sources),
-        );
+        hosts.add(format!("{}:{port}", service.host), domains(context, service), || {
+            service_routes(context, service, service_port, sources)
+        });
     }
     // Hosts of a VirtualService that no service of this table carries: beside a sister host, and on 80.
     for vs in sources.virtual_services.iter().filter(|vs| !vs.http.is_empty()) {
-        let serves = in_table
-            .iter()
-            .any(|(service, _)| routing(sources.virtual_services, &service.host).is_some_and(|best| Arc::ptr_eq(best, vs)));
+        let serves = in_table.iter().any(|(service, _)| {
+            routing(sources.virtual_services, &service.host).is_some_and(|best| Arc::ptr_eq(best, vs))
+        });
         if !serves && port != 80 {
             continue;
         }
@@ -135,7 +146,8 @@ impl Hosts {
         if self.names.contains(&name) {
             return;
         }
-        let free: Vec<String> = domains.into_iter().filter(|domain| self.domains.insert(domain.to_ascii_lowercase())).collect();
+        let free: Vec<String> =
+            domains.into_iter().filter(|domain| self.domains.insert(domain.to_ascii_lowercase())).collect();
         if free.is_empty() {
             return;
         }
@@ -152,8 +164,10 @@ pub(crate) fn domains(context: &Context<'_>, service: &Service) -> Vec<String> {
     let push = |host: &str, out: &mut Vec<String>| {
         out.push(host.to_owned());
         out.push(format!("{host}."));
-        let Some((short, own_namespace)) =
-            host.strip_suffix(&suffix).and_then(|head| head.rsplit_once('.')).filter(|_| service.registry == Registry::Kubernetes)
+        let Some((short, own_namespace)) = host
+            .strip_suffix(&suffix)
+            .and_then(|head| head.rsplit_once('.'))
+            .filter(|_| service.registry == Registry::Kubernetes)
         else {
             return;
         };
@@ -189,7 +203,10 @@ fn catch_all(context: &Context<'_>) -> VirtualHost {
         let refuse = Route {
             name: "block_all".into(),
             r#match: Some(match_all()),
-            action: Some(route::Action::DirectResponse(DirectResponseAction { status: 502, ..DirectResponseAction::default() })),
+            action: Some(route::Action::DirectResponse(DirectResponseAction {
+                status: 502,
+                ..DirectResponseAction::default()
+            })),
             ..Route::default()
         };
         return virtual_host("block_all".into(), vec!["*".into()], vec![refuse]);
