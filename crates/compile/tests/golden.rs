@@ -1,5 +1,7 @@
 //! What a sidecar is told, as short text: one mesh, one proxy, one rendering per case.
 
+#![expect(clippy::unwrap_used, reason = "a test may fail here")]
+
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -94,9 +96,9 @@ fn compiled(yaml: &str) -> Resources {
 fn routes(of: &RouteConfiguration) -> String {
     let mut out = format!("table {}\n", of.name);
     for host in &of.virtual_hosts {
-        let _ = writeln!(out, "  {} [{}]", host.name, host.domains.join(" "));
+        writeln!(out, "  {} [{}]", host.name, host.domains.join(" ")).unwrap();
         for route in &host.routes {
-            let _ = writeln!(out, "    {}", one_route(route));
+            writeln!(out, "    {}", one_route(route)).unwrap();
         }
     }
     out
@@ -111,17 +113,17 @@ fn one_route(of: &Route) -> String {
         _ => "?".into(),
     };
     for header in &found.headers {
-        let _ = write!(out, " {}{}", if header.invert_match { "!" } else { "" }, header.name);
+        write!(out, " {}{}", if header.invert_match { "!" } else { "" }, header.name).unwrap();
     }
     match &of.action {
         Some(route::Action::Route(action)) => {
             match &action.cluster_specifier {
                 Some(route_action::ClusterSpecifier::Cluster(name)) => {
-                    let _ = write!(out, " -> {name}");
+                    write!(out, " -> {name}").unwrap();
                 }
                 Some(route_action::ClusterSpecifier::WeightedClusters(all)) => {
                     for of in &all.clusters {
-                        let _ = write!(out, " -> {}% {}", of.weight.map_or(0, |weight| weight.value), of.name);
+                        write!(out, " -> {}% {}", of.weight.map_or(0, |weight| weight.value), of.name).unwrap();
                     }
                 }
                 _ => out.push_str(" -> nowhere"),
@@ -129,21 +131,21 @@ fn one_route(of: &Route) -> String {
             let timeout = action.timeout.map_or(-1, |timeout| timeout.seconds);
             let retries =
                 action.retry_policy.as_ref().map_or(0, |policy| policy.num_retries.map_or(1, |count| count.value));
-            let _ = write!(out, " timeout={timeout}s retries={retries}");
+            write!(out, " timeout={timeout}s retries={retries}").unwrap();
             for mirror in &action.request_mirror_policies {
-                let _ = write!(out, " mirror={}", mirror.cluster);
+                write!(out, " mirror={}", mirror.cluster).unwrap();
             }
         }
         Some(route::Action::Redirect(_)) => out.push_str(" -> redirect"),
         Some(route::Action::DirectResponse(direct)) => {
-            let _ = write!(out, " -> {}", direct.status);
+            write!(out, " -> {}", direct.status).unwrap();
         }
         _ => out.push_str(" -> nothing"),
     }
     let mut filters: Vec<&str> = of.typed_per_filter_config.keys().map(String::as_str).collect();
     filters.sort_unstable();
     for name in filters {
-        let _ = write!(out, " {}", name.trim_start_matches("envoy.filters.http."));
+        write!(out, " {}", name.trim_start_matches("envoy.filters.http.")).unwrap();
     }
     out
 }
@@ -152,29 +154,29 @@ fn chain(of: &FilterChain) -> String {
     let found = of.filter_chain_match.clone().unwrap_or_default();
     let mut out = String::new();
     if let Some(port) = found.destination_port {
-        let _ = write!(out, ":{} ", port.value);
+        write!(out, ":{} ", port.value).unwrap();
     }
     for range in &found.prefix_ranges {
-        let _ = write!(out, "{}/{} ", range.address_prefix, range.prefix_len.map_or(0, |len| len.value));
+        write!(out, "{}/{} ", range.address_prefix, range.prefix_len.map_or(0, |len| len.value)).unwrap();
     }
-    let _ = write!(out, "{} {}", found.transport_protocol, found.server_names.join(","));
+    write!(out, "{} {}", found.transport_protocol, found.server_names.join(",")).unwrap();
     let Some(last) = of.filters.last() else { return out };
     let Some(filter::ConfigType::TypedConfig(any)) = &last.config_type else { return out };
     if last.name == "envoy.filters.network.tcp_proxy" {
         let proxy = TcpProxy::decode(any.value.as_slice()).unwrap();
         match proxy.cluster_specifier {
-            Some(tcp_proxy::ClusterSpecifier::Cluster(name)) => out += &format!(" -> {name}"),
+            Some(tcp_proxy::ClusterSpecifier::Cluster(name)) => write!(out, " -> {name}").unwrap(),
             Some(tcp_proxy::ClusterSpecifier::WeightedClusters(all)) => {
                 for of in all.clusters {
-                    out += &format!(" -> {}% {}", of.weight, of.name);
+                    write!(out, " -> {}% {}", of.weight, of.name).unwrap();
                 }
             }
-            None => out += " -> nowhere",
+            None => out.push_str(" -> nowhere"),
         }
     } else {
         let manager = HttpConnectionManager::decode(any.value.as_slice()).unwrap();
         if let Some(hcm::RouteSpecifier::Rds(rds)) = manager.route_specifier {
-            out += &format!(" -> table {}", rds.route_config_name);
+            write!(out, " -> table {}", rds.route_config_name).unwrap();
         }
     }
     out.trim().to_owned()
@@ -183,10 +185,10 @@ fn chain(of: &FilterChain) -> String {
 fn listener(of: &Listener) -> String {
     let mut out = format!("{}\n", of.name);
     for one in &of.filter_chains {
-        let _ = writeln!(out, "  {}", chain(one));
+        writeln!(out, "  {}", chain(one)).unwrap();
     }
     if let Some(one) = &of.default_filter_chain {
-        let _ = writeln!(out, "  default {}", chain(one));
+        writeln!(out, "  default {}", chain(one)).unwrap();
     }
     out
 }
