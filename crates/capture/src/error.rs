@@ -152,15 +152,22 @@ const APPARMOR_REMEDY: &str = "load an AppArmor profile for this binary with `fl
 fn reason(step: Step, errno: Errno, facts: &KernelFacts) -> (String, String) {
     let say = |reason: &str, remedy: &str| (reason.to_owned(), remedy.to_owned());
     match (step, errno) {
-        _ if !facts.linux => {
-            say("pods are Linux namespaces and this is not Linux", "run the local mesh on Linux, in a virtual machine if need be")
-        }
+        _ if !facts.linux => say(
+            "pods are Linux namespaces and this is not Linux",
+            "run the local mesh on Linux, in a virtual machine if need be",
+        ),
         (Step::UserNamespace, Errno::NOSPC) => (
-            format!("the limit of user namespaces (user.max_user_namespaces = {}) is used up", shown(facts.max_user_namespaces)),
+            format!(
+                "the limit of user namespaces (user.max_user_namespaces = {}) is used up",
+                shown(facts.max_user_namespaces)
+            ),
             "raise the sysctl user.max_user_namespaces, or run as root".into(),
         ),
         (Step::NetNamespace, Errno::NOSPC) => (
-            format!("the limit of network namespaces (user.max_net_namespaces = {}) is used up", shown(facts.max_net_namespaces)),
+            format!(
+                "the limit of network namespaces (user.max_net_namespaces = {}) is used up",
+                shown(facts.max_net_namespaces)
+            ),
             "raise the sysctl user.max_net_namespaces".into(),
         ),
         (Step::UserNamespace, Errno::PERM) if facts.unprivileged_userns_clone == Some(0) => say(
@@ -182,14 +189,26 @@ fn reason(step: Step, errno: Errno, facts: &KernelFacts) -> (String, String) {
             say("this kernel is built without user namespaces", "use a kernel with CONFIG_USER_NS, or run as root")
         }
         (
-            Step::SetGroups | Step::IdMap | Step::PrivateMounts | Step::Capabilities | Step::Loopback | Step::Address | Step::Bridge,
+            Step::SetGroups
+            | Step::IdMap
+            | Step::PrivateMounts
+            | Step::Capabilities
+            | Step::Loopback
+            | Step::Address
+            | Step::Bridge,
             Errno::PERM | Errno::ACCESS,
         ) if facts.apparmor_restricts_userns => say(
             "kernel.apparmor_restrict_unprivileged_userns is 1: the user namespace is made but gives no capabilities",
             APPARMOR_REMEDY,
         ),
         (
-            Step::SetGroups | Step::IdMap | Step::PrivateMounts | Step::Capabilities | Step::Loopback | Step::Address | Step::Bridge,
+            Step::SetGroups
+            | Step::IdMap
+            | Step::PrivateMounts
+            | Step::Capabilities
+            | Step::Loopback
+            | Step::Address
+            | Step::Bridge,
             Errno::PERM | Errno::ACCESS,
         ) => say("a security module takes the capabilities of a new user namespace away", APPARMOR_REMEDY),
         (Step::NetNamespace | Step::OtherNamespaces, Errno::PERM) if facts.root => say(
@@ -243,14 +262,14 @@ mod tests {
             assert!(error.reason.contains(reason), "{error}");
             assert!(error.remedy.contains(remedy), "{error}");
         };
-        let limit = KernelFacts { max_user_namespaces: Some(0), ..plain.clone() };
+        let limit = KernelFacts { max_user_namespaces: Some(0), ..plain };
         check(Step::UserNamespace, Errno::NOSPC, &limit, "user.max_user_namespaces = 0", "raise the sysctl");
-        let debian = KernelFacts { unprivileged_userns_clone: Some(0), ..plain.clone() };
+        let debian = KernelFacts { unprivileged_userns_clone: Some(0), ..plain };
         check(Step::UserNamespace, Errno::PERM, &debian, "unprivileged_userns_clone", "to 1");
-        let filter = KernelFacts { seccomp_filter: true, ..plain.clone() };
+        let filter = KernelFacts { seccomp_filter: true, ..plain };
         check(Step::UserNamespace, Errno::PERM, &filter, "seccomp", "--security-opt");
         check(Step::UserNamespace, Errno::PERM, &plain, "chroot", "CAP_SYS_ADMIN");
-        let ubuntu = KernelFacts { apparmor_restricts_userns: true, ..plain.clone() };
+        let ubuntu = KernelFacts { apparmor_restricts_userns: true, ..plain };
         for step in [Step::SetGroups, Step::IdMap, Step::PrivateMounts, Step::Loopback] {
             check(step, Errno::PERM, &ubuntu, "apparmor_restrict_unprivileged_userns", "userns,");
         }

@@ -132,7 +132,8 @@ impl Switch {
         // translated before the switch routes, and a frame never leaves by the port it came in.
         let bridged_rules = std::path::Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables").exists();
         let hairpin = bridged_rules
-            && !(sysctl("net/bridge/bridge-nf-call-iptables", "0") && sysctl("net/bridge/bridge-nf-call-ip6tables", "0"));
+            && !(sysctl("net/bridge/bridge-nf-call-iptables", "0")
+                && sysctl("net/bridge/bridge-nf-call-ip6tables", "0"));
         link_up(&socket, LO).map_err(failed(Step::Loopback))?;
         let mut messages = Messages::new();
         messages
@@ -144,7 +145,8 @@ impl Switch {
             });
         socket.one(&mut messages).map_err(failed(Step::Bridge))?;
         let bridge = index_of(name).map_err(failed(Step::Bridge))?;
-        devconf(&socket, bridge, &[(DEVCONF_FORWARDING, 1), (DEVCONF_SEND_REDIRECTS, 0)]).map_err(failed(Step::Bridge))?;
+        devconf(&socket, bridge, &[(DEVCONF_FORWARDING, 1), (DEVCONF_SEND_REDIRECTS, 0)])
+            .map_err(failed(Step::Bridge))?;
         address(&socket, bridge, network.switch.into(), network.pods.1).map_err(failed(Step::Address))?;
         address(&socket, bridge, network.dns.into(), 32).map_err(failed(Step::Address))?;
         let ipv6 = forwarding6 && address(&socket, bridge, network.switch6.into(), 64).is_ok();

@@ -144,12 +144,7 @@ impl Socket {
     }
 
     fn open(protocol: Option<rustix::net::Protocol>) -> Result<Self, Errno> {
-        let socket = rustix::net::socket_with(
-            AddressFamily::NETLINK,
-            SocketType::RAW,
-            SocketFlags::CLOEXEC,
-            protocol,
-        )?;
+        let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, protocol)?;
         // Room for a whole batch of rules; the kernel caps it, and batches are cut accordingly.
         sockopt::set_socket_send_buffer_size(&socket, 1 << 20)?;
         sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(ANSWER_TIMEOUT))?;

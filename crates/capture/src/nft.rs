@@ -246,12 +246,12 @@ impl Rule<'_> {
     }
 
     /// Arrived on this interface.
-    pub(crate) fn from_interface(&mut self, index: u32) -> &mut Self {
+    pub(crate) fn arriving_by(&mut self, index: u32) -> &mut Self {
         self.meta(4, REG).compare(true, &index.to_ne_bytes())
     }
 
     /// Leaves by this interface.
-    pub(crate) fn to_interface(&mut self, index: u32) -> &mut Self {
+    pub(crate) fn leaving_by(&mut self, index: u32) -> &mut Self {
         self.meta(5, REG).compare(true, &index.to_ne_bytes())
     }
 
@@ -266,7 +266,7 @@ impl Rule<'_> {
     }
 
     /// Transport destination port; after [`Self::protocol`].
-    pub(crate) fn to_port(&mut self, port: u16) -> &mut Self {
+    pub(crate) fn port(&mut self, port: u16) -> &mut Self {
         self.payload(2, 2, 2, REG).compare(true, &port.to_be_bytes())
     }
 
@@ -276,7 +276,7 @@ impl Rule<'_> {
     }
 
     /// Destination address inside (or outside of) a range; after [`Self::family`].
-    pub(crate) fn to_range(&mut self, net: std::net::IpAddr, length: u8, inside: bool) -> &mut Self {
+    pub(crate) fn destined(&mut self, net: std::net::IpAddr, length: u8, inside: bool) -> &mut Self {
         let (offset, bytes, mask) = match net {
             std::net::IpAddr::V4(v4) => {
                 let mask = u32::MAX.checked_shl(32 - u32::from(length)).unwrap_or(0);

@@ -65,7 +65,10 @@ fn write(path: &str, text: &str) -> Result<(), Errno> {
     std::fs::write(path, text).map_err(|error| errno_of(&error))
 }
 
-#[expect(unsafe_code, reason = "unshare has no safe form: sharing descriptors or memory differently could break others")]
+#[expect(
+    unsafe_code,
+    reason = "unshare has no safe form: sharing descriptors or memory differently could break others"
+)]
 fn unshare(flags: UnshareFlags) -> Result<(), Errno> {
     // SAFETY: only namespaces are unshared, never the descriptor table or memory.
     unsafe { rustix::thread::unshare_unsafe(flags) }
@@ -81,7 +84,8 @@ pub fn run(user_namespace: bool) -> Result<(), CaptureError> {
     let switch = Switch::create("lateen-probe", network)?;
     let switch_listener = listen(SocketAddr::from((network.switch, 1)), Step::BridgeConnect)
         .or_else(|_| listen(SocketAddr::from((network.switch, 15999)), Step::BridgeConnect))?;
-    let switch_at = switch_listener.local_addr().map_err(|error| CaptureError::explain(Step::BridgeConnect, errno_of(&error)))?;
+    let switch_at =
+        switch_listener.local_addr().map_err(|error| CaptureError::explain(Step::BridgeConnect, errno_of(&error)))?;
 
     // From here on in a second network namespace, as a pod would be.
     unshare(UnshareFlags::NEWNET).map_err(|errno| CaptureError::explain(Step::NetNamespace, errno))?;
@@ -98,7 +102,10 @@ pub fn run(user_namespace: bool) -> Result<(), CaptureError> {
     match original.map(|address| address.as_socket()) {
         Ok(Some(address)) if address == service => {}
         Ok(other) => {
-            return Err(CaptureError::wrong(Step::OriginalDestination, format!("the kernel named {other:?} instead of {service}")));
+            return Err(CaptureError::wrong(
+                Step::OriginalDestination,
+                format!("the kernel named {other:?} instead of {service}"),
+            ));
         }
         Err(error) => return Err(CaptureError::explain(Step::OriginalDestination, errno_of(&error))),
     }
@@ -123,9 +130,15 @@ fn listen(at: SocketAddr, step: Step) -> Result<TcpListener, CaptureError> {
 }
 
 /// Connects to `to` and takes the connection from `listener`, both within the time limit.
-fn pair(listener: &TcpListener, to: SocketAddr, mark: Option<u32>, step: Step) -> Result<(TcpStream, TcpStream), CaptureError> {
+fn pair(
+    listener: &TcpListener,
+    to: SocketAddr,
+    mark: Option<u32>,
+    step: Step,
+) -> Result<(TcpStream, TcpStream), CaptureError> {
     let explain = |error: std::io::Error| CaptureError::explain(step, errno_of(&error));
-    let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None).map_err(explain)?;
+    let socket =
+        socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None).map_err(explain)?;
     if let Some(mark) = mark {
         socket.set_mark(mark).map_err(|error| CaptureError::explain(Step::Mark, errno_of(&error)))?;
     }

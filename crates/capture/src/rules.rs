@@ -92,7 +92,7 @@ impl Redirect {
         for v6 in [false, true] {
             let (loopback, length) = loopback(v6);
             batch.rule("output", |rule| {
-                rule.mark(marks::PROXY).to_interface(LO).family(v6).protocol(TCP).to_range(loopback, length, false);
+                rule.mark(marks::PROXY).leaving_by(LO).family(v6).protocol(TCP).destined(loopback, length, false);
                 rule.redirect(ports::INBOUND);
             });
         }
@@ -102,31 +102,31 @@ impl Redirect {
         if self.dns {
             for protocol in [UDP, TCP] {
                 batch.rule("output", |rule| {
-                    rule.protocol(protocol).to_port(53).redirect(ports::DNS);
+                    rule.protocol(protocol).port(53).redirect(ports::DNS);
                 });
             }
         }
         batch.rule("output", |rule| {
-            rule.to_interface(LO).verdict(Verdict::Accept);
+            rule.leaving_by(LO).verdict(Verdict::Accept);
         });
         for &port in &self.exclude_outbound_ports {
             batch.rule("output", |rule| {
-                rule.protocol(TCP).to_port(port).verdict(Verdict::Accept);
+                rule.protocol(TCP).port(port).verdict(Verdict::Accept);
             });
         }
         for &port in &self.include_outbound_ports {
             batch.rule("output", |rule| {
-                rule.protocol(TCP).to_port(port).redirect(ports::OUTBOUND);
+                rule.protocol(TCP).port(port).redirect(ports::OUTBOUND);
             });
         }
         for &(net, length) in &self.exclude_outbound_ranges {
             batch.rule("output", |rule| {
-                rule.family(net.is_ipv6()).to_range(net, length, true).verdict(Verdict::Accept);
+                rule.family(net.is_ipv6()).destined(net, length, true).verdict(Verdict::Accept);
             });
         }
         for &(net, length) in &self.include_outbound_ranges {
             batch.rule("output", |rule| {
-                rule.family(net.is_ipv6()).protocol(TCP).to_range(net, length, true).redirect(ports::OUTBOUND);
+                rule.family(net.is_ipv6()).protocol(TCP).destined(net, length, true).redirect(ports::OUTBOUND);
             });
         }
         if self.include_outbound_ranges.is_empty() {
@@ -139,12 +139,12 @@ impl Redirect {
     fn prerouting(&self, batch: &mut Batch) {
         batch.hooked_chain("prerouting", "nat", Hook::Prerouting, PRIORITY);
         batch.rule("prerouting", |rule| {
-            rule.from_interface(LO).verdict(Verdict::Accept);
+            rule.arriving_by(LO).verdict(Verdict::Accept);
         });
         let own = [ports::HBONE, ports::MERGED_METRICS, ports::READINESS, ports::PROXY_METRICS];
         for port in own.into_iter().chain(self.exclude_inbound_ports.iter().copied()) {
             batch.rule("prerouting", |rule| {
-                rule.protocol(TCP).to_port(port).verdict(Verdict::Accept);
+                rule.protocol(TCP).port(port).verdict(Verdict::Accept);
             });
         }
         match &self.inbound {
@@ -156,7 +156,7 @@ impl Redirect {
             Inbound::Only(included) => {
                 for &port in included {
                     batch.rule("prerouting", |rule| {
-                        rule.protocol(TCP).to_port(port).redirect(ports::INBOUND);
+                        rule.protocol(TCP).port(port).redirect(ports::INBOUND);
                     });
                 }
             }

@@ -61,13 +61,15 @@ pub struct ServicePort {
 }
 
 type Key = (IpAddr, Protocol, u16);
+/// Number of the chain, and endpoints.
+type Known = (u32, Vec<SocketAddr>);
 
 /// The switch's table; made in the calling thread's network namespace, usable from any thread.
 #[derive(Debug)]
 pub struct Services {
     socket: Socket,
     /// Chain number and endpoints of each service port in the kernel.
-    known: BTreeMap<Key, (u32, Vec<SocketAddr>)>,
+    known: BTreeMap<Key, Known>,
     chains_made: u32,
 }
 
@@ -83,7 +85,7 @@ impl Services {
         batch.hooked_chain("output", "nat", Hook::Output, NAT);
         batch.hooked_chain("prerouting", "nat", Hook::Prerouting, NAT);
         batch.rule("output", |rule| {
-            rule.family(false).to_range(Ipv4Addr::new(127, 0, 0, 0).into(), 8, true).verdict(Verdict::Accept);
+            rule.family(false).destined(Ipv4Addr::new(127, 0, 0, 0).into(), 8, true).verdict(Verdict::Accept);
         });
         for chain in ["prerouting", "output"] {
             for v6 in [false, true] {
@@ -122,12 +124,13 @@ impl Services {
                 endpoints.extend(port.endpoints.iter().filter(|to| to.is_ipv6() == service.ip.is_ipv6()));
             }
         }
-        wanted.values_mut().for_each(|endpoints| {
+        for endpoints in wanted.values_mut() {
             endpoints.sort_unstable();
             endpoints.dedup();
-        });
+        }
         let gone: Vec<Key> = self.known.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
-        let changes = gone.into_iter().map(|key| (key, None)).chain(wanted.into_iter().map(|(key, to)| (key, Some(to))));
+        let changes =
+            gone.into_iter().map(|key| (key, None)).chain(wanted.into_iter().map(|(key, to)| (key, Some(to))));
         let mut batch = Batch::new(TABLE);
         let mut after = Vec::new();
         for (key, endpoints) in changes {
@@ -153,7 +156,7 @@ impl Services {
         if after.is_empty() { Ok(()) } else { self.commit(batch, &mut after) }
     }
 
-    fn commit(&mut self, batch: Batch, after: &mut Vec<(Key, Option<(u32, Vec<SocketAddr>)>)>) -> Result<(), CaptureError> {
+    fn commit(&mut self, batch: Batch, after: &mut Vec<(Key, Option<Known>)>) -> Result<(), CaptureError> {
         batch.commit(&self.socket).map_err(|errno| CaptureError::explain(Step::Rules, errno))?;
         for (key, value) in after.drain(..) {
             match value {
@@ -233,7 +236,7 @@ fn change(batch: &mut Batch, key: Key, number: u32, known: bool, endpoints: Opti
 fn refusals(batch: &mut Batch, network: &Network) {
     batch.chain("refuse");
     batch.rule("refuse", |rule| {
-        rule.family(false).to_range(network.dns.into(), 32, true).verdict(Verdict::Accept);
+        rule.family(false).destined(network.dns.into(), 32, true).verdict(Verdict::Accept);
     });
     batch.rule("refuse", |rule| {
         rule.protocol(TCP).reset();
@@ -251,15 +254,15 @@ fn refusals(batch: &mut Batch, network: &Network) {
         });
     }
     batch.rule("refuse_in", |rule| {
-        rule.from_interface(LO).verdict(Verdict::Accept);
+        rule.arriving_by(LO).verdict(Verdict::Accept);
     });
     batch.rule("refuse_out", |rule| {
-        rule.family(false).to_range(Ipv4Addr::new(127, 0, 0, 0).into(), 8, true).verdict(Verdict::Accept);
+        rule.family(false).destined(Ipv4Addr::new(127, 0, 0, 0).into(), 8, true).verdict(Verdict::Accept);
     });
     for chain in ["refuse_in", "refuse_out"] {
         let (net, length) = network.services;
         batch.rule(chain, |rule| {
-            rule.family(false).to_range(net.into(), length, true).verdict(Verdict::Jump("refuse"));
+            rule.family(false).destined(net.into(), length, true).verdict(Verdict::Jump("refuse"));
         });
         batch.rule(chain, |rule| {
             outside(rule.family(false).protocol(UDP), network, false).unreachable();
@@ -275,17 +278,17 @@ fn outside<'a, 'b>(rule: &'a mut Rule<'b>, network: &Network, v6: bool) -> &'a m
         let unicast_local = "fe80::".parse().expect("an address");
         let multicast = "ff00::".parse().expect("an address");
         let (net, length) = network.mesh6;
-        rule.to_range(net.into(), length, false)
-            .to_range(unicast_local, 10, false)
-            .to_range(multicast, 8, false)
-            .to_range(std::net::Ipv6Addr::LOCALHOST.into(), 128, false)
+        rule.destined(net.into(), length, false)
+            .destined(unicast_local, 10, false)
+            .destined(multicast, 8, false)
+            .destined(std::net::Ipv6Addr::LOCALHOST.into(), 128, false)
     } else {
         let (pods, pods_length) = network.pods;
         let (services, services_length) = network.services;
-        rule.to_range(pods.into(), pods_length, false)
-            .to_range(services.into(), services_length, false)
-            .to_range(Ipv4Addr::new(127, 0, 0, 0).into(), 8, false)
-            .to_range(Ipv4Addr::new(224, 0, 0, 0).into(), 4, false)
+        rule.destined(pods.into(), pods_length, false)
+            .destined(services.into(), services_length, false)
+            .destined(Ipv4Addr::new(127, 0, 0, 0).into(), 8, false)
+            .destined(Ipv4Addr::new(224, 0, 0, 0).into(), 4, false)
     }
 }
 

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -79,10 +79,10 @@ impl Builder {
     }
 
     /// Does a call; the descriptors of the answer, if it has some.
-    pub(crate) fn answer(&mut self, call: Call, fds: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, Refusal> {
+    pub(crate) fn answer(&mut self, call: Call, fds: &[OwnedFd]) -> Result<Vec<OwnedFd>, Refusal> {
         match call {
             Call::CreatePod(plan) => self.create(*plan).map(|()| Vec::new()),
-            Call::Start(plan) => self.start(*plan, &fds).map(|pidfd| vec![pidfd]),
+            Call::Start(plan) => self.start(&plan, fds).map(|pidfd| vec![pidfd]),
             Call::Signal { pod, container, signal } => self.signal(pod, &container, signal).map(|()| Vec::new()),
             Call::DeletePod { pod } => self.delete(pod).map(|()| Vec::new()),
             Call::UpdateVolume { pod, volume, files } => {
@@ -150,13 +150,13 @@ impl Builder {
         Ok((net, namespace("uts")?))
     }
 
-    fn start(&mut self, plan: ContainerPlan, fds: &[OwnedFd]) -> Result<OwnedFd, Refusal> {
-        let started = self.start_away(&plan, fds);
+    fn start(&mut self, plan: &ContainerPlan, fds: &[OwnedFd]) -> Result<OwnedFd, Refusal> {
+        let started = self.start_away(plan, fds);
         self.go_home()?;
         let (pid, pidfd) = started?;
         let answer = pidfd.try_clone().map_err(Refusal::io("keeping a process descriptor"))?;
         let pod = self.pods.get_mut(&plan.pod).ok_or(Refusal::NoSuchPod)?;
-        pod.containers.insert(plan.request.name, Running { pid, pidfd });
+        pod.containers.insert(plan.request.name.clone(), Running { pid, pidfd });
         Ok(answer)
     }
 
@@ -183,7 +183,7 @@ impl Builder {
             unshare(UnshareFlags::NEWPID).map_err(Refusal::step("making a pid namespace"))?;
             spawn::Entry::First { own_proc: self.facts.own_proc }
         };
-        let (mut command, inherit) = self.command(plan, fds)?;
+        let (mut command, inherit) = Self::command(plan, fds)?;
         let keep = spawn::capabilities(plan.request.rights, self.facts.low_ports_by_sysctl);
         spawn::prepare(&mut command, entry, keep, inherit);
         let mut known = programs.lock();
@@ -199,7 +199,7 @@ impl Builder {
     }
 
     /// The program with its environment; and the descriptors it inherits.
-    fn command(&self, plan: &ContainerPlan, fds: &[OwnedFd]) -> Result<(Command, Vec<RawFd>), Refusal> {
+    fn command(plan: &ContainerPlan, fds: &[OwnedFd]) -> Result<(Command, Vec<RawFd>), Refusal> {
         let invalid = |step: &str| Refusal::Step { step: step.into(), errno: libc::EINVAL };
         let request = &plan.request;
         let (program, arguments) =
@@ -244,7 +244,7 @@ impl Builder {
         if !listeners.is_empty() {
             command.env(variables::LISTEN_FDS, listeners.join(","));
         }
-        Ok((command, passed.iter().map(|fd| fd.as_raw_fd()).collect()))
+        Ok((command, passed.iter().map(AsRawFd::as_raw_fd).collect()))
     }
 
     fn signal(&mut self, pod: PodId, container: &str, signal: Signal) -> Result<(), Refusal> {
@@ -271,7 +271,7 @@ impl Builder {
         let pod = self.pods.remove(&pod).ok_or(Refusal::NoSuchPod)?;
         for running in pod.containers.values() {
             // Ended already is as good. The first process of a pid namespace takes all others along.
-            if rustix::process::pidfd_send_signal(running.pidfd.as_fd(), rustix::process::Signal::KILL).is_err() {}
+            crate::tolerate(rustix::process::pidfd_send_signal(running.pidfd.as_fd(), rustix::process::Signal::KILL));
         }
         pod.files.remove();
         Ok(())

@@ -32,7 +32,7 @@ fn hosts(request: &PodRequest, name: &str, ip: Ipv4Addr, ip6: Option<Ipv6Addr>) 
         .map(|subdomain| format!("{name}.{subdomain}.{}.svc.{DEFAULT_DOMAIN_SUFFIX}\t", request.namespace))
         .unwrap_or_default();
     for address in [Some(IpAddr::V4(ip)), ip6.map(IpAddr::V6)].into_iter().flatten() {
-        write!(text, "{address}\t{full}{name}\n").expect("writing to a String cannot fail");
+        writeln!(text, "{address}\t{full}{name}").expect("writing to a String cannot fail");
     }
     for (address, names) in &request.host_aliases {
         writeln!(text, "{address}\t{}", names.join("\t")).expect("writing to a String cannot fail");

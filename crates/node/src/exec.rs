@@ -99,7 +99,7 @@ fn enter(target: &ExecTarget) -> Result<(), rustix::io::Errno> {
 fn complain(text: &str, code: u8) -> ExitCode {
     use std::io::Write as _;
     // Nowhere else to say it.
-    if writeln!(std::io::stderr(), "lateen exec: {text}").is_err() {}
+    crate::tolerate(writeln!(std::io::stderr(), "lateen exec: {text}"));
     ExitCode::from(code)
 }
 

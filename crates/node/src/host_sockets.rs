@@ -133,7 +133,8 @@ mod tests {
 
     #[test]
     fn requests_are_checked() {
-        let count = |request: &[u8]| make(request).map(|sockets| sockets.len()).map_err(|errno| errno.raw_os_error());
+        let count =
+            |request: &[u8]| make(request).map(|sockets| sockets.len()).map_err(rustix::io::Errno::raw_os_error);
         assert_eq!(count(&[1, 1, 4, 3]), Ok(3));
         assert_eq!(count(&[1, 2, 4, 1]), Ok(1));
         assert_eq!(count(&[2, 1, 4, 1]), Err(libc::EINVAL), "another version");

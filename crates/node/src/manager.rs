@@ -132,7 +132,7 @@ fn bridge_name(mesh: &str) -> String {
 
 fn build(mut builder: Builder, calls: &mpsc::Receiver<(Numbered, Vec<OwnedFd>)>, sender: &Sender) {
     for (Numbered { id, call }, fds) in calls {
-        let (result, fds) = match builder.answer(call, fds) {
+        let (result, fds) = match builder.answer(call, &fds) {
             Ok(fds) => (Ok(()), fds),
             Err(refusal) => (Err(refusal), Vec::new()),
         };

@@ -76,7 +76,7 @@ impl PodFiles {
     /// Removes everything from memory.
     pub(crate) fn remove(self) {
         // Only memory of a tmpfs that ends with the mesh; mounts in dying namespaces hold no lock on it.
-        if fs::remove_dir_all(&self.dir).is_err() {}
+        crate::tolerate(fs::remove_dir_all(&self.dir));
     }
 
     fn volume_dir(&self, name: &str) -> Result<PathBuf, Refusal> {
@@ -145,7 +145,7 @@ impl PodFiles {
             view.bind(&source, &mount.path, mount.read_only)?;
         }
         for path in hidden {
-            view.hide(path)?;
+            View::hide(path)?;
         }
         Ok(())
     }
@@ -340,12 +340,12 @@ impl View {
                 write_file(&place, b"", 0o600).map_err(failed())?;
             }
             // What cannot be bound (gone meanwhile, locked) shows as an empty placeholder.
-            if rustix::mount::mount_bind_recursive(entry.path(), &place).is_err() {}
+            crate::tolerate(rustix::mount::mount_bind_recursive(entry.path(), &place));
         }
         Ok(copy)
     }
 
-    fn hide(&mut self, path: &Path) -> Result<(), Refusal> {
+    fn hide(path: &Path) -> Result<(), Refusal> {
         if !path.is_dir() {
             return Ok(());
         }

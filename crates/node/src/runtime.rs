@@ -256,7 +256,7 @@ impl PodRuntime {
         let reader = Reader { state: Arc::clone(&state), ready: Some(ready_to), events: events_to };
         std::thread::Builder::new()
             .name("pod-reports".into())
-            .spawn(move || reader.run(started.control))
+            .spawn(move || reader.run(&started.control))
             .map_err(StartError::Spawn)?;
         let ready = async {
             match tokio::time::timeout(READY_TIMEOUT, ready).await {
@@ -268,7 +268,9 @@ impl PodRuntime {
         // The manager says which step failed; the probe finds what only shows when packets flow.
         let outcome = match tokio::join!(ready, probe) {
             (Ok(facts), Ok(())) => Ok(facts),
-            (Err(error @ StartError::Capture(_)), _) | (Ok(_), Err(error)) | (Err(error), _) => Err(error),
+            (Err(error), Ok(())) => Err(error),
+            (Err(error @ StartError::Capture(_)), Err(_)) => Err(error),
+            (_, Err(error)) => Err(error),
         };
         let facts = match outcome {
             Ok(facts) => facts,
@@ -617,7 +619,7 @@ struct Reader {
 }
 
 impl Reader {
-    fn run(mut self, control: OwnedFd) {
+    fn run(mut self, control: &OwnedFd) {
         while let Ok(Some((report, fds))) = wire::receive::<Report>(control.as_fd()) {
             self.take(report, fds);
         }

@@ -276,7 +276,9 @@ fn delete(api: &Api, kind: Kind, key: &NamespacedName) -> Answer {
 
 async fn body(request: Request<Incoming>) -> Result<Bytes, Answer> {
     let collected = Limited::new(request.into_body(), BODY_MAX).collect().await;
-    collected.map(|body| body.to_bytes()).map_err(|error| failed(StatusCode::BAD_REQUEST, format!("the body: {error}")))
+    collected
+        .map(http_body_util::Collected::to_bytes)
+        .map_err(|error| failed(StatusCode::BAD_REQUEST, format!("the body: {error}")))
 }
 
 async fn apply(api: &Api, request: Request<Incoming>) -> Answer {

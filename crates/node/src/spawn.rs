@@ -41,11 +41,13 @@ pub(crate) fn prepare(command: &mut Command, entry: Entry, keep: CapabilitySet, 
     let hook = move || {
         if entry != Entry::FromTerminal {
             // Fails only for a session leader, which is as good.
-            if rustix::process::setsid().is_err() {}
+            crate::tolerate(rustix::process::setsid());
         }
         if let Entry::First { own_proc } = entry {
             // Without an own one the manager's /proc stays: foreign pids show, nothing else breaks.
-            if own_proc && mount_proc().is_err() {}
+            if own_proc {
+                crate::tolerate(mount_proc());
+            }
             become_child_of_init()?;
         } else {
             // `lateen exec` that is killed takes its program along.

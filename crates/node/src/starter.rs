@@ -86,7 +86,7 @@ pub(crate) fn start(options: &RuntimeOptions) -> io::Result<Started> {
             Err(error) => drop(spawned_to.send(Err(error))),
         }
         // Nobody listens any more when the runtime is gone.
-        if down_to.send(true).is_err() {}
+        crate::tolerate(down_to.send(true));
     })?;
     spawned.recv().map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))??;
     Ok(Started { control, down })
@@ -152,7 +152,7 @@ fn make_namespaces(argument: &str) -> Result<ExitCode, CaptureError> {
     };
     let config: Config = serde_json::from_str(argument).map_err(|error| spawn_failed(error.into()))?;
     // Out of the terminal's reach: Ctrl-C is for the parent, which ends the mesh in good order.
-    if rustix::process::setsid().is_err() {}
+    crate::tolerate(rustix::process::setsid());
     capture::probe::enter_namespaces(config.user_namespace)?;
     die_with_parent();
     if rustix::process::getppid() != Pid::from_raw(config.parent) {
@@ -168,5 +168,5 @@ fn make_namespaces(argument: &str) -> Result<ExitCode, CaptureError> {
 /// Killed when the parent's spawning thread ends.
 pub(crate) fn die_with_parent() {
     // Refused by no kernel; the socket to the parent ends us as well.
-    if rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).is_err() {}
+    crate::tolerate(rustix::process::set_parent_process_death_signal(Some(Signal::KILL)));
 }

@@ -148,7 +148,7 @@ impl Sender {
     pub(crate) fn close(&self) {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         // It fails only when the other side is gone already.
-        if rustix::net::shutdown(&*socket, rustix::net::Shutdown::Both).is_err() {}
+        crate::tolerate(rustix::net::shutdown(&*socket, rustix::net::Shutdown::Both));
     }
 }
 

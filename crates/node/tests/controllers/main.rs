@@ -3,6 +3,8 @@
 //! The binary plays every part (see the test `pods`): the node's hidden roles, the program in the
 //! pods, and the tests.
 
+#![expect(clippy::unwrap_used, reason = "a test without the usual harness; elsewhere tests may unwrap")]
+
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -301,7 +303,7 @@ async fn rollout_under_load(mesh: &Arc<Mesh>) {
     let key = NamespacedName::new("shop", "web");
     mesh.store
         .patch(Kind::Deployment, &key, |d| {
-            d["spec"]["template"]["spec"]["containers"][0]["env"][0]["value"] = "2".into()
+            d["spec"]["template"]["spec"]["containers"][0]["env"][0]["value"] = "2".into();
         })
         .unwrap();
     mesh.until("the rollout is through", |o| {

@@ -15,6 +15,9 @@ use node::{
 };
 use tokio::sync::mpsc;
 
+/// What each container wrote.
+type Written = Arc<Mutex<BTreeMap<(PodId, String), Vec<u8>>>>;
+
 type Case = (&'static str, fn(&tokio::runtime::Runtime));
 
 const CASES: &[Case] = &[
@@ -48,7 +51,7 @@ pub(crate) fn run(filter: Option<&str>) -> bool {
 struct Mesh {
     runtime: PodRuntime,
     events: mpsc::Receiver<RuntimeEvent>,
-    output: Arc<Mutex<BTreeMap<(PodId, String), Vec<u8>>>>,
+    output: Written,
     written: Arc<tokio::sync::Notify>,
     dir: tempfile::TempDir,
 }
@@ -59,7 +62,7 @@ impl Mesh {
         std::fs::create_dir(dir.path().join("run")).unwrap();
         std::fs::create_dir(dir.path().join("state")).unwrap();
         std::fs::write(dir.path().join("state/key"), "secret").unwrap();
-        let output: Arc<Mutex<BTreeMap<(PodId, String), Vec<u8>>>> = Arc::default();
+        let output: Written = Arc::default();
         let written = Arc::new(tokio::sync::Notify::new());
         let (sink, bell) = (Arc::clone(&output), Arc::clone(&written));
         let options = RuntimeOptions {
@@ -420,7 +423,12 @@ async fn programs_start_and_end() {
     // What a container leaves behind ends with it.
     mesh.runtime.start_container(a.id, container("orphans", &["orphans"])).await.unwrap();
     mesh.await_output(&a, "orphans", "left").await;
-    assert!(processes("orphan").len() >= 2);
+    let began = Instant::now();
+    // A program's words show a moment after its start is reported.
+    while processes("orphan").len() < 2 {
+        assert!(began.elapsed() < Duration::from_secs(5), "the orphan runs");
+        tokio::task::yield_now().await;
+    }
     mesh.runtime.signal(a.id, "orphans", Signal::Term).await.unwrap();
     assert_eq!(mesh.exit_of("orphans").await, 143);
     await_no_process("orphan");

@@ -4,6 +4,8 @@
 //! node, the programs inside pods ([`roles`]), a mesh that gets killed, and the tests. As root every
 //! test runs twice, the second time in a process of an ordinary user.
 
+#![expect(clippy::unwrap_used, reason = "a test without the usual harness; elsewhere tests may unwrap")]
+
 mod cases;
 mod roles;
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 pub(crate) fn play(role: &str, words: &[String]) -> Option<ExitCode> {
     let word = |index: usize| words.get(index).map_or("", String::as_str);
     let outcome = match role {
-        "serve" => serve(TcpListener::bind(word(0)).unwrap(), word(1)),
+        "serve" => serve(&TcpListener::bind(word(0)).unwrap(), word(1)),
         "serve-inherited" => serve_inherited(word(0)),
         "fake-proxy" => fake_proxy(),
         "dial" => dial(word(0)),
@@ -20,7 +20,7 @@ pub(crate) fn play(role: &str, words: &[String]) -> Option<ExitCode> {
         "exit" => return Some(ExitCode::from(word(0).parse::<u8>().unwrap())),
         "wait" => {
             println!("waiting");
-            std::thread::sleep(Duration::from_secs(600));
+            std::thread::sleep(Duration::from_mins(10));
             Ok(())
         }
         "orphans" => orphans(),
@@ -38,7 +38,7 @@ pub(crate) fn play(role: &str, words: &[String]) -> Option<ExitCode> {
 
 type Outcome = Result<(), std::io::Error>;
 
-fn serve(listener: TcpListener, name: &str) -> Outcome {
+fn serve(listener: &TcpListener, name: &str) -> Outcome {
     println!("serving");
     loop {
         let (mut client, peer) = listener.accept()?;
@@ -56,7 +56,7 @@ fn serve_inherited(port: &str) -> Outcome {
     #[expect(unsafe_code, reason = "adopting an inherited descriptor")]
     let listener = TcpListener::from(unsafe { OwnedFd::from_raw_fd(fd.parse().unwrap()) });
     listener.set_nonblocking(false)?;
-    serve(listener, "gateway")
+    serve(&listener, "gateway")
 }
 
 /// Says what the rules did to a connection, then passes it on as a proxy would.
@@ -167,6 +167,6 @@ fn orphans() -> Outcome {
         .stdout(std::process::Stdio::null())
         .spawn()?;
     println!("left");
-    std::thread::sleep(Duration::from_secs(600));
+    std::thread::sleep(Duration::from_mins(10));
     Ok(())
 }
