@@ -216,6 +216,11 @@ pub fn join(network: &Network, ip: Ipv4Addr, ip6: Option<Ipv6Addr>) -> Result<Ex
     }
     let socket = Socket::route().map_err(failed(Step::Netlink))?;
     let eth0 = index_of("eth0").map_err(failed(Step::Veth))?;
+    // The only neighbour is a few microseconds away: ask again soon when the first question got lost
+    // because the port was not up yet.
+    for family in ["ipv4", "ipv6"] {
+        sysctl(&format!("net/{family}/neigh/eth0/retrans_time_ms"), "50");
+    }
     link_up(&socket, LO).map_err(failed(Step::Loopback))?;
     link_up(&socket, eth0).map_err(failed(Step::Veth))?;
     address(&socket, eth0, ip.into(), 32).map_err(failed(Step::Address))?;

@@ -18,8 +18,9 @@ use crate::link::{Network, Switch, join};
 use crate::netlink::errno_of;
 use crate::rules::Redirect;
 
-/// Connections of the probe stay on this machine; one that takes longer is lost.
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+/// Connections of the probe stay on this machine. A first packet may be lost while an interface comes
+/// up on a busy machine; then the next one, a second later, must do.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Enters the namespaces that pods live in, in the order that works for every kind of user.
 ///

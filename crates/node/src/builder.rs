@@ -156,6 +156,8 @@ impl Builder {
         let (pid, pidfd) = started?;
         let answer = pidfd.try_clone().map_err(Refusal::io("keeping a process descriptor"))?;
         let pod = self.pods.get_mut(&plan.pod).ok_or(Refusal::NoSuchPod)?;
+        // Programs run inside containers (probes) come and go; keep no descriptor of those that ended.
+        pod.containers.retain(|_, running| !has_ended(&running.pidfd));
         pod.containers.insert(plan.request.name.clone(), Running { pid, pidfd });
         Ok(answer)
     }
@@ -179,7 +181,7 @@ impl Builder {
             mounts::make_private()?;
             let mut hidden = self.config.hidden.clone();
             hidden.push(self.config.run_dir.clone());
-            pod.files.mount(&plan.request.mounts, &hidden)?;
+            pod.files.mount(&plan.request.name, &plan.request.mounts, &hidden)?;
             unshare(UnshareFlags::NEWPID).map_err(Refusal::step("making a pid namespace"))?;
             spawn::Entry::First { own_proc: self.facts.own_proc }
         };
@@ -283,6 +285,13 @@ impl Builder {
         enter(&self.home.uts, LinkNameSpaceType::HostNameAndNISDomainName)?;
         enter(&self.home.pid, LinkNameSpaceType::ProcessID)
     }
+}
+
+/// The descriptor of a process becomes readable when it ends.
+fn has_ended(process: &OwnedFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&at_once)).is_ok_and(|ready| ready > 0)
 }
 
 fn enter(namespace: &OwnedFd, kind: LinkNameSpaceType) -> Result<(), Refusal> {

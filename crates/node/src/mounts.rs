@@ -34,13 +34,12 @@ pub(crate) struct PodFiles {
     volumes: Vec<Volume>,
     etc: Vec<(String, String)>,
     generation: u64,
-    containers: u64,
 }
 
 impl PodFiles {
     /// Writes the volumes of a pod.
     pub(crate) fn create(dir: PathBuf, volumes: Vec<Volume>, etc: Vec<(String, String)>) -> Result<Self, Refusal> {
-        let mut files = Self { dir, volumes: Vec::new(), etc, generation: 0, containers: 0 };
+        let mut files = Self { dir, volumes: Vec::new(), etc, generation: 0 };
         make_dir(&files.dir)?;
         for volume in volumes {
             let path = files.volume_dir(&volume.name)?;
@@ -125,9 +124,13 @@ impl PodFiles {
     }
 
     /// Sets up the mounts of one container in the calling thread's own, fresh mount namespace.
-    pub(crate) fn mount(&mut self, mounts: &[Mount], hidden: &[PathBuf]) -> Result<(), Refusal> {
-        self.containers += 1;
-        let dir = self.dir.join(format!("container{}", self.containers));
+    pub(crate) fn mount(&self, container: &str, mounts: &[Mount], hidden: &[PathBuf]) -> Result<(), Refusal> {
+        let dir = self.dir.join("containers").join(inside(container)?);
+        // What an earlier run of the container left. Its mounts were in its own namespace only: here
+        // the folder holds nothing but memory of ours.
+        if dir.exists() {
+            fs::remove_dir_all(&dir).map_err(Refusal::io("clearing the container's folder"))?;
+        }
         make_dir(&dir)?;
         let scratch_device = fs::metadata(&dir).map_err(Refusal::io("reading the scratch folder"))?.dev();
         let mut view = View { dir, own_devices: vec![scratch_device], mimics: 0 };
