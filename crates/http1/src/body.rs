@@ -193,7 +193,7 @@ fn parse_trailers(section: &[u8], limits: &Limits) -> Result<Option<Fields>, Inv
         Ok(httparse::Status::Complete((n, fields))) if n == section.len() => fields,
         _ => return Err(InvalidMessage::Trailers),
     };
-    if fields.len() > limits.fields_max || section.iter().filter(|b| **b == b'\r').count() != fields.len() + 1 {
+    if fields.len() > limits.fields_max || crate::head::count_cr(section) != fields.len() + 1 {
         return Err(InvalidMessage::Trailers);
     }
     let mut trailers = Fields::with_capacity(fields.len(), section.len());

@@ -76,6 +76,12 @@ fn tokeniser_error(error: httparse::Error) -> InvalidMessage {
     }
 }
 
+/// How often CR occurs.
+#[expect(clippy::naive_bytecount, reason = "heads are short, and the compiler makes vectors of it")]
+pub(crate) fn count_cr(bytes: &[u8]) -> usize {
+    bytes.iter().filter(|b| **b == b'\r').count()
+}
+
 fn room() -> [MaybeUninit<httparse::Header<'static>>; FIELDS_ROOM] {
     [const { MaybeUninit::uninit() }; FIELDS_ROOM]
 }
@@ -149,7 +155,7 @@ pub fn parse_request(buf: &[u8], limits: &Limits, head: &mut RequestHead) -> Res
         Err(error) => return Err(tokeniser_error(error)),
     }
     let lines = request.headers.len() + 2;
-    if buf.iter().filter(|b| **b == b'\r').count() != lines {
+    if count_cr(buf) != lines {
         return Err(InvalidMessage::LineEnd);
     }
     if request.headers.len() > limits.fields_max {
@@ -292,7 +298,7 @@ pub fn parse_response(
         Ok(_) => return Err(InvalidMessage::StartLine),
         Err(error) => return Err(tokeniser_error(error)),
     }
-    if buf.iter().filter(|b| **b == b'\r').count() != response.headers.len() + 2 {
+    if count_cr(buf) != response.headers.len() + 2 {
         return Err(InvalidMessage::LineEnd);
     }
     if response.headers.len() > limits.fields_max {

@@ -232,7 +232,7 @@ fn direction(worker: &Worker, listener: &Listener) -> Direction {
 }
 
 /// A handshake that never ends without a time-out of the chain's own.
-const HANDSHAKE_MAX: Duration = Duration::from_secs(60);
+const HANDSHAKE_MAX: Duration = Duration::from_mins(1);
 
 async fn handshake(
     worker: &Rc<Worker>,

@@ -77,12 +77,9 @@ pub(crate) async fn start(
 
 async fn serve(listener: TcpListener, service: Service, context: Context) {
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(_) => {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-                continue;
-            }
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            continue;
         };
         let context = context.clone();
         tokio::spawn(async move {

@@ -12,6 +12,7 @@
 //! (make before break); until then its published version stays. An update is answered when every
 //! worker runs the generation it led to.
 
+mod files;
 pub(crate) mod lowering;
 pub(crate) mod secret;
 mod warming;
@@ -58,6 +59,7 @@ pub(crate) struct Inspection {
     pub(crate) config: Arc<RuntimeConfig>,
     pub(crate) raw: Arc<lowering::RawTables>,
     pub(crate) bound: Vec<(String, SocketAddr)>,
+    /// Connections that are open.
     pub(crate) live: usize,
     pub(crate) versions: Vec<(&'static str, String)>,
 }
@@ -85,6 +87,7 @@ pub(crate) struct Control {
     started: Instant,
     resolved: mpsc::UnboundedSender<warming::Resolved>,
     resolvers: warming::Resolvers,
+    files: files::Files,
 }
 
 /// Events for the loop.
@@ -139,6 +142,7 @@ impl Control {
             started: Instant::now(),
             resolved,
             resolvers: warming::Resolvers::default(),
+            files: files::Files::new(options.files),
             shared: Arc::clone(&shared),
         };
         if let Some([chain, key, roots]) = &options.identity_files {
@@ -159,6 +163,7 @@ impl Control {
         )
         .await?;
         control.load(options.resources).await?;
+        control.look_at_files().await;
         let mut identities = None;
         let mut agent = None;
         if let Some(ca) = options.ca {
@@ -176,11 +181,15 @@ impl Control {
         } else {
             control.configured();
         }
+        let exporter = shared.spans.take().map(|spans| {
+            let (config, recorder) = (Arc::clone(&shared.published), shared.metrics.recorder());
+            tokio::spawn(crate::tracing_spans::export(spans, Arc::clone(&shared), config, recorder))
+        });
         let take_signals = options.take_signals;
         let task = tokio::spawn(async move {
             control.run(events, identities, asked, resolutions, take_signals).await;
             // the agent and the stream end with the proxy
-            for task in [agent, driver].into_iter().flatten() {
+            for task in [agent, driver, exporter].into_iter().flatten() {
                 task.abort();
             }
         });
@@ -278,7 +287,20 @@ impl Control {
         self.end();
     }
 
+    /// Applies what changed in watched files.
+    async fn look_at_files(&mut self) {
+        for (url, raws, removed) in self.files.look() {
+            for bad in self.apply(url, raws, removed).await {
+                tracing::warn!(kind = type_urls::short(url), name = bad.name, reason = bad.reason, "resource of a file refused; its last good version stays");
+            }
+        }
+        self.publish_logged().await;
+    }
+
     async fn tick(&mut self) {
+        if !self.files.is_empty() {
+            self.look_at_files().await;
+        }
         if self.received.is_warming() {
             self.publish_logged().await;
         }
@@ -379,6 +401,7 @@ impl Control {
         }
         // the old tables are dropped here, not on a worker
         self.published = next;
+        self.shared.published.store(Arc::clone(&self.published));
         self.shared.hosts.reconcile(&self.published);
         let generation = self.generation;
         self.state.send_modify(|state| state.generation = generation);
@@ -508,7 +531,7 @@ impl Signals {
             match signal {
                 Some(signal) => {
                     if signal.recv().await.is_none() {
-                        std::future::pending().await
+                        std::future::pending::<()>().await;
                     }
                 }
                 None => std::future::pending().await,

@@ -31,7 +31,7 @@ use crate::accept::Conn;
 use crate::codec::relay::{Download, Fault, Upload, Watch, poll_response};
 use crate::codec::{Broken, Down, Frame};
 use crate::record::{Ending, RequestLog};
-use crate::upstream::{self, Endpoints, Running};
+use crate::upstream::{self, Running};
 use crate::worker::Worker;
 use mirror::Mirrors;
 
@@ -43,9 +43,10 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Rc<Conn>, down: Down<'_>, 
     let seed = worker.seed();
     worker.recorder.count(Counter::DownstreamRequests);
     worker.recorder.gauge(Gauge::RequestsActive, 1);
-    let log = RequestLog::start(worker, conn, &chain, head, seed);
     let start = Start { chain: &chain, conn: &conn.facts, ended, seed, recorder: &mut NoRecord };
+    let received = worker.now();
     let (mut exchange, step) = Exchange::start(&worker.env(&config), start, head);
+    let log = RequestLog::start(received, &chain, head, exchange.info(), seed);
     if ended {
         exchange.request_complete(worker.now().mono);
     }
@@ -193,11 +194,11 @@ impl Driver<'_, '_> {
             step = match step {
                 Step::Wait(time) => match self.wait(time).await {
                     Ok(()) => self.resume(Answer::Elapsed),
-                    Err(interrupt) => return self.give_up(interrupt),
+                    Err(interrupt) => return self.give_up(&interrupt),
                 },
                 Step::Ask(question) => match self.ask(question).await {
                     Ok(step) => step,
-                    Err(interrupt) => return self.give_up(interrupt),
+                    Err(interrupt) => return self.give_up(&interrupt),
                 },
                 Step::Forward(attempt) => match self.forward(attempt).await {
                     Some(step) => step,
@@ -235,10 +236,6 @@ impl Driver<'_, '_> {
             Question::Authorize(question) => {
                 let answer = {
                     let (worker, conn) = (self.worker, self.conn);
-                    let wanted = question.body_wanted;
-                    if let Some(wanted) = wanted {
-                        self.buffer(wanted.bytes_max as usize).await?;
-                    }
                     let down = &mut self.down;
                     // the client first: nobody wants the verdict when it is gone
                     tokio::select! {
@@ -253,6 +250,7 @@ impl Driver<'_, '_> {
                 // One byte more tells whether the body is longer.
                 let max = wanted.bytes_max as usize;
                 self.buffer(max + 1).await?;
+                self.note_progress();
                 let mut bytes = self.upload.kept();
                 let complete = self.upload.is_source_done() && bytes.len() <= max;
                 bytes.truncate(max);
@@ -297,12 +295,12 @@ impl Driver<'_, '_> {
         }
         let endpoints = leased.endpoints.clone();
         let over_http2 = leased.is_http2();
-        self.log.sent(&endpoints, self.head, attempt.number, self.worker);
+        self.log.sent(&endpoints, self.worker);
         let mut running = match leased.start(self.head, self.upload.ended) {
             Ok(running) => running,
             Err(broken) => return Some(self.failed(failure_of(broken, false))),
         };
-        match self.await_head(&mut running, &attempt, &endpoints).await {
+        match self.await_head(&mut running).await {
             Awaited::Head { ended } => {
                 self.log.head_arrived(self.worker);
                 let mut head = std::mem::take(&mut self.response);
@@ -339,7 +337,7 @@ impl Driver<'_, '_> {
             }
             Interrupt::Idle => Some(self.resume(Answer::Idle)),
             other => {
-                self.give_up(other);
+                self.give_up(&other);
                 None
             }
         }
@@ -359,7 +357,7 @@ impl Driver<'_, '_> {
     }
 
     /// Sends the request and waits for a response head; interim heads pass through.
-    async fn await_head(&mut self, running: &mut Running, attempt: &Attempt, _endpoints: &Endpoints) -> Awaited {
+    async fn await_head(&mut self, running: &mut Running) -> Awaited {
         let mut sent = false;
         let mut stopped = false;
         let grpc = self.exchange.info().is_grpc;
@@ -404,7 +402,6 @@ impl Driver<'_, '_> {
             }
         })
         .await
-        .with(attempt)
     }
 
     /// The request's completeness, retry buffer and idle clock, after frames may have moved.
@@ -597,7 +594,7 @@ impl Driver<'_, '_> {
                     self.down.stop_reading();
                 }
             }
-            Err(_) => self.give_up(Interrupt::Gone),
+            Err(_) => self.give_up(&Interrupt::Gone),
         }
     }
 
@@ -614,8 +611,9 @@ impl Driver<'_, '_> {
         self.down.abort(reason);
     }
 
-    fn give_up(&mut self, interrupt: Interrupt) {
-        let cause = match interrupt {
+    fn give_up(&mut self, interrupt: &Interrupt) {
+        let garbled = matches!(interrupt, Interrupt::Garbled(_));
+        let cause = match *interrupt {
             Interrupt::Gone => gone(&self.down),
             Interrupt::Garbled(cause) => {
                 self.worker.recorder.count(Counter::DownstreamProtocolErrors);
@@ -623,7 +621,7 @@ impl Driver<'_, '_> {
             }
             Interrupt::Elapsed | Interrupt::Idle => Cause::StreamIdleTimeout,
         };
-        if matches!(interrupt, Interrupt::Garbled(_)) && !self.down.head_sent() {
+        if garbled && !self.down.head_sent() {
             let mut head = ResponseHead::new(400);
             head.fields.push("content-type", b"text/plain");
             head.fields.push("content-length", b"11");
@@ -657,14 +655,7 @@ impl Driver<'_, '_> {
 }
 
 /// How long a client may take to read an answer of ours.
-const REPLY_MAX: Duration = Duration::from_secs(60);
-
-impl Awaited {
-    /// Ties an idle upstream to its attempt; nothing to add so far.
-    fn with(self, _: &Attempt) -> Self {
-        self
-    }
-}
+const REPLY_MAX: Duration = Duration::from_mins(1);
 
 async fn until(deadline: Option<Instant>) {
     match deadline {

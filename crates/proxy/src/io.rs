@@ -4,7 +4,6 @@
 //! All of the data path reads and writes through [`Io`], so that another driver can be tried.
 
 use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -23,7 +22,7 @@ pub(crate) struct Socket {
 #[derive(Debug)]
 enum Stream {
     Tcp(TcpStream),
-    /// A pipe inside the process: tests, and listeners that speak to each other.
+    /// A pipe inside the process.
     Pipe(DuplexStream),
 }
 
@@ -126,11 +125,6 @@ impl Io {
         }
     }
 
-    /// The TCP socket's own address.
-    pub(crate) fn local_addr(&self) -> Option<SocketAddr> {
-        self.socket().tcp_stream().and_then(|stream| stream.local_addr().ok())
-    }
-
     /// Ready when a read may give something. Only right after a read said `Pending`.
     pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.socket().poll_readable(cx)
@@ -186,5 +180,23 @@ impl AsyncWrite for Io {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         each!(self, stream => Pin::new(stream).poll_shutdown(cx))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt as _;
+
+    #[tokio::test]
+    async fn what_was_put_back_is_read_first() {
+        let (mut far, near) = tokio::io::duplex(64);
+        let mut socket = Socket::pipe(near);
+        socket.unread(Bytes::from_static(b"ab"));
+        far.write_all(b"cd").await.unwrap();
+        drop(far);
+        let mut all = Vec::new();
+        Io::Plain(socket).read_to_end(&mut all).await.unwrap();
+        assert_eq!(all, b"abcd");
     }
 }

@@ -19,8 +19,10 @@
 mod accept;
 mod access;
 mod admin;
+pub mod bootstrap;
 mod codec;
 mod control;
+mod descriptors;
 mod detect;
 mod dns;
 mod exchange;

@@ -13,7 +13,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use engine::RuntimeConfig;
-use engine::chain::Listener;
 use engine::config::Name;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::mpsc;
@@ -184,9 +183,4 @@ async fn accept(socket: tokio::net::TcpListener, listener: Arc<Mutex<Name>>, wor
             }
         }
     }
-}
-
-/// Whether a listener's connections count as traffic when the proxy waits for its end.
-pub(crate) fn is_inbound(listener: &Listener, gateway: bool) -> bool {
-    gateway || listener.direction == engine::chain::Direction::Inbound
 }

@@ -71,6 +71,8 @@ pub struct Options {
     pub identity_files: Option<[PathBuf; 3]>,
     /// State-of-the-world in place of delta.
     pub state_of_the_world: bool,
+    /// Files of resources, watched.
+    pub files: Vec<PathBuf>,
     /// Resources of a bootstrap file.
     pub resources: StaticResources,
     /// Workers; 0: one a core.
@@ -136,6 +138,7 @@ impl Options {
             ca: None,
             identity_files: None,
             state_of_the_world: false,
+            files: Vec::new(),
             resources: StaticResources::default(),
             concurrency: 1,
             addresses: Addresses::default(),

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,8 @@ pub(crate) struct Shared {
     pub(crate) connection_ids: AtomicU64,
     pub(crate) spans: crate::tracing_spans::Spans,
     pub(crate) service_name: Arc<str>,
+    /// What workers run, for those who are not workers.
+    pub(crate) published: Arc<arc_swap::ArcSwap<engine::RuntimeConfig>>,
 }
 
 impl Shared {
@@ -173,8 +175,9 @@ impl Proxy {
             connection_ids: AtomicU64::new(1),
             spans: crate::tracing_spans::Spans::default(),
             service_name,
+            published: Arc::default(),
         });
-        Control::start(options, shared).await
+        Box::pin(Control::start(options, shared)).await
     }
 
     pub(crate) fn new(
@@ -236,20 +239,6 @@ pub fn run(options: Options) -> Result<(), RunError> {
         proxy.ended().await;
         Ok(())
     })
-}
-
-/// A switch that several threads look at.
-#[derive(Debug, Default)]
-pub(crate) struct Switch(AtomicBool);
-
-impl Switch {
-    pub(crate) fn set(&self, on: bool) {
-        self.0.store(on, Relaxed);
-    }
-
-    pub(crate) fn get(&self) -> bool {
-        self.0.load(Relaxed)
-    }
 }
 
 impl fmt::Debug for Shared {

@@ -5,7 +5,6 @@ mod peers;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +19,7 @@ use types::{Cause, Fields, RequestHead, ResponseHead};
 
 use crate::accept::Conn;
 use crate::proxy::Shared;
+use crate::tracing_spans::{Finishing, RequestTrace};
 use crate::upstream::Endpoints;
 use crate::worker::Worker;
 use peers::Peers;
@@ -283,6 +283,11 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
+    /// From start to end.
+    pub(crate) fn duration(&self) -> Duration {
+        self.end.mono.saturating_duration_since(self.start.mono)
+    }
+
     fn now(worker: &Worker) -> Self {
         let now = worker.now();
         Self { start: now, end: now, sent: None, head: None }
@@ -298,34 +303,32 @@ pub(crate) struct RequestLog {
     head: Option<std::time::Instant>,
     status: u16,
     ending: Option<Ending>,
-    tracing: crate::tracing_spans::RequestTrace,
+    tracing: RequestTrace,
 }
 
 impl RequestLog {
-    pub(crate) fn start(
-        worker: &Rc<Worker>,
-        conn: &Conn,
-        chain: &Arc<FilterChain>,
-        head: &mut RequestHead,
-        seed: u64,
-    ) -> Self {
+    /// Begins with what the engine knows after its first step.
+    pub(crate) fn start(start: Now, chain: &Arc<FilterChain>, head: &mut RequestHead, info: &StreamInfo, seed: u64) -> Self {
+        let tracing = match &chain.terminal {
+            Terminal::Http(hcm) => RequestTrace::start(hcm, head, info, seed),
+            Terminal::Tcp(_) => RequestTrace::default(),
+        };
         Self {
-            start: worker.now(),
+            start,
             chain: Arc::clone(chain),
             upstream: Endpoints::default(),
             sent: None,
             head: None,
             status: 0,
             ending: None,
-            tracing: crate::tracing_spans::RequestTrace::start(worker, conn, chain, head, seed),
+            tracing,
         }
     }
 
     /// The request goes to an upstream.
-    pub(crate) fn sent(&mut self, upstream: &Endpoints, head: &mut RequestHead, number: u32, worker: &Worker) {
+    pub(crate) fn sent(&mut self, upstream: &Endpoints, worker: &Worker) {
         self.upstream = upstream.clone();
         self.sent = Some(worker.now().mono);
-        self.tracing.attempt(head, number, worker);
     }
 
     pub(crate) fn head_arrived(&mut self, worker: &Worker) {
@@ -394,13 +397,8 @@ impl RequestLog {
             };
             crate::access::write(telemetry, &hcm.access_log, &line);
         }
-        self.tracing.finish(worker, conn, hcm, head, status, info, &ended, &self.upstream, counts);
+        self.tracing.finish(worker, conn, &Finishing { head, status, info, ended: &ended, counts });
     }
-}
-
-/// A peer's address, where something needs one.
-pub(crate) fn peer_address(conn: &Conn, info: &StreamInfo) -> SocketAddr {
-    info.client_address.unwrap_or(conn.facts.peer)
 }
 
 /// Ourselves as metrics name us, by our node metadata.

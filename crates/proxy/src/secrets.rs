@@ -48,10 +48,6 @@ impl SecretStore {
         }
     }
 
-    pub(crate) fn has(&self, name: &str) -> bool {
-        self.by_name.contains_key(name)
-    }
-
     /// Names with their secrets, sorted.
     pub(crate) fn sorted(&self) -> Vec<(&Name, &Secret)> {
         #[expect(clippy::iter_over_hash_type, reason = "sorted below")]

@@ -99,7 +99,7 @@ async fn is_http2(conn: &Conn, hcm: &Hcm, io: &mut Io) -> Option<bool> {
 
 /// What came instead of, or with, the next head.
 enum Next {
-    Head(http1::RequestMeta),
+    Head,
     /// Nothing more is to be read: the client closed, or has been idle too long, or we drain.
     Over,
     Bad(http1::InvalidMessage),
@@ -107,7 +107,7 @@ enum Next {
 }
 
 /// An HTTP/1 client that dawdles over a head is let go after this, where the chain names no time.
-const HEAD_MAX: Duration = Duration::from_secs(60);
+const HEAD_MAX: Duration = Duration::from_mins(1);
 
 async fn serve_h1(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
     let limits = http1::Limits {
@@ -124,23 +124,23 @@ async fn serve_h1(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
             Next::Bad(error) => {
                 worker.recorder.count(Counter::DownstreamProtocolErrors);
                 tracing::debug!(peer = %conn.facts.peer, %error, "refused a malformed request");
-                refuse(worker, conn, &mut server, error.cause()).await;
+                refuse(worker, conn, &mut server, error.cause());
                 break;
             }
             Next::TooSlow => {
-                refuse(worker, conn, &mut server, Cause::RequestHeaderTimeout).await;
+                refuse(worker, conn, &mut server, Cause::RequestHeaderTimeout);
                 break;
             }
-            Next::Head(_) => {}
+            Next::Head => {}
         }
         if head.version == Version::Http10 {
             if !hcm.settings.accept_http10 {
-                refuse(worker, conn, &mut server, Cause::UpgradeRequired).await;
+                refuse(worker, conn, &mut server, Cause::UpgradeRequired);
                 break;
             }
             if head.authority().is_empty() {
                 if hcm.settings.default_host_http10.is_empty() {
-                    refuse(worker, conn, &mut server, Cause::MissingHost).await;
+                    refuse(worker, conn, &mut server, Cause::MissingHost);
                     break;
                 }
                 head.set_authority(hcm.settings.default_host_http10.as_bytes());
@@ -189,7 +189,7 @@ async fn next_head(conn: &Conn, hcm: &Hcm, server: &mut H1Server, head: &mut Req
         };
         match read {
             None => first_byte = Some(Instant::now()),
-            Some(Ok(Some(meta))) => return Next::Head(meta),
+            Some(Ok(Some(_))) => return Next::Head,
             Some(Ok(None)) => return Next::Over,
             Some(Err(Broken::Message(error))) => return Next::Bad(error),
             Some(Err(_)) => return Next::Over,
@@ -206,7 +206,7 @@ async fn sleep_until(until: Option<Instant>) {
 }
 
 /// Answers what never became a request, and records it.
-async fn refuse(worker: &Rc<Worker>, conn: &Rc<Conn>, server: &mut H1Server, cause: Cause) {
+fn refuse(worker: &Rc<Worker>, conn: &Rc<Conn>, server: &mut H1Server, cause: Cause) {
     let surface = cause.surface();
     let mut head = ResponseHead::new(surface.status);
     if !surface.body.is_empty() {
@@ -217,10 +217,10 @@ async fn refuse(worker: &Rc<Worker>, conn: &Rc<Conn>, server: &mut H1Server, cau
     worker.with_date(now.wall_seconds(), |date| head.fields.push("date", date.as_bytes()));
     server.keep_alive = false;
     let mut down = Down::H1(server);
-    if down.send_head(&head, surface.body.is_empty()).is_ok() && !surface.body.is_empty() {
-        // what cannot be written any more is not written
-        drop(down.send_data(Bytes::from_static(surface.body.as_bytes())));
-        drop(down.send_end(None));
+    let body = Bytes::from_static(surface.body.as_bytes());
+    let written = down.send_head(&head, body.is_empty()).and_then(|()| down.send_data(body)).and_then(|()| down.send_end(None));
+    if let Err(error) = written {
+        tracing::debug!(%error, "a refusal could not be written");
     }
     worker.telemetry.malformed(worker, conn, cause, surface.status);
 }

@@ -34,10 +34,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Conn, mut down: Io) {
     let mut attempt_held: Option<Box<TcpAttempt>> = None;
     loop {
         let answer = match step {
-            StreamStep::Ask(question) => match shell(worker, conn) {
-                Some(conn) => StreamAnswer::Authorized(ask::authorize(worker, &conn, *question).await),
-                None => StreamAnswer::Authorized(Err(Cause::ExtAuthzError)),
-            },
+            StreamStep::Ask(question) => StreamAnswer::Authorized(ask::authorize(worker, conn, *question).await),
             StreamStep::Connect(attempt) => {
                 let answer = match connect(worker, conn, &attempt).await {
                     Ok(made) => {
@@ -95,17 +92,6 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Conn, mut down: Io) {
         };
         crate::access::write(&worker.telemetry, &tcp.access_log, &line);
     }
-}
-
-/// The connection's facts for a question that goes over HTTP.
-fn shell(worker: &Rc<Worker>, conn: &Conn) -> Option<Rc<Conn>> {
-    drop(Rc::downgrade(worker));
-    Some(Rc::new(Conn {
-        facts: Arc::clone(&conn.facts),
-        chain: Arc::clone(&conn.chain),
-        state: Rc::clone(&conn.state),
-        id: conn.id,
-    }))
 }
 
 async fn connect(worker: &Rc<Worker>, conn: &Conn, tcp: &TcpAttempt) -> Result<(Io, Endpoints, Open), Failure> {

@@ -1,5 +1,6 @@
 //! The whole proxy over real sockets of the loopback interface.
 
-mod bed;
+pub(crate) mod bed;
 mod bytes;
 mod http;
+mod mesh;

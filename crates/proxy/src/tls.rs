@@ -227,7 +227,7 @@ fn verify(validation: &Validation, roots: Arc<TrustRoots>, required: Option<&str
         form: if mesh { NameForm::Spiffe } else { NameForm::Chain },
         sans,
         spki_pins: validation.spki.iter().map(|pin| spki(pin)).collect::<Result<_, _>>()?,
-        certificate_pins: validation.hashes.iter().map(|hash| hash.to_string()).collect(),
+        certificate_pins: validation.hashes.iter().map(ToString::to_string).collect(),
     })
 }
 

@@ -1,45 +1,274 @@
-//! Spans of requests.
+//! Spans of requests: contexts read and written on the way, finished spans sent in batches.
+//!
+//! The engine decides whether a request is traced ([`StreamInfo::traced`]); here it gets a span of
+//! this proxy, child of the caller's, and the upstream is told about it. Spans never hold a request
+//! up: a full queue drops them, counted.
 
-use std::rc::Rc;
-use std::sync::Arc;
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use engine::chain::FilterChain;
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use engine::RuntimeConfig;
+use engine::chain::Direction;
 use engine::exchange::StreamInfo;
-use engine::hcm::Hcm;
-use types::RequestHead;
+use engine::hcm::{Hcm, TagSource, TraceProvider, Tracing};
+use http_body_util::{BodyExt as _, Full};
+use hyper_util::rt::TokioIo;
+use telemetry::metrics::{Counter, Recorder};
+use telemetry::trace::{Extracted, Propagation, TraceContext, extract, inject};
+use telemetry::zipkin::{Span, SpanKind, encode};
+use tokio::sync::mpsc;
+use types::{RequestHead, wellknown::marks};
 
 use crate::accept::Conn;
-use crate::record::{Counts, Ended};
-use crate::upstream::Endpoints;
+use crate::proxy::Shared;
+use crate::record::{Counts, Ended, flags};
+use crate::upstream::dial::How;
 use crate::worker::Worker;
 
+/// Spans that may wait for the exporter.
+const WAITING_MAX: usize = 4096;
+/// Spans of one call.
+const BATCH_MAX: usize = 100;
+/// A collector gets so long.
+const CALL_MAX: Duration = Duration::from_secs(5);
+/// A batch is not held longer.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// A finished span and where it goes.
+type Finished = (Arc<Tracing>, Span);
+
 /// Finished spans on their way to their collectors.
-#[derive(Default)]
-pub(crate) struct Spans {}
+pub(crate) struct Spans {
+    to: mpsc::Sender<Finished>,
+    from: Mutex<Option<mpsc::Receiver<Finished>>>,
+}
+
+impl Default for Spans {
+    fn default() -> Self {
+        let (to, from) = mpsc::channel(WAITING_MAX);
+        Self { to, from: Mutex::new(Some(from)) }
+    }
+}
+
+impl Spans {
+    /// The exporter's end; once.
+    pub(crate) fn take(&self) -> Option<mpsc::Receiver<Finished>> {
+        self.from.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
 
 /// A request's span while it runs.
 #[derive(Default)]
-pub(crate) struct RequestTrace {}
+pub(crate) struct RequestTrace {
+    running: Option<Running>,
+}
+
+struct Running {
+    tracing: Arc<Tracing>,
+    context: TraceContext,
+    parent: Option<u64>,
+}
+
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (z ^ (z >> 31)).max(1)
+}
 
 impl RequestTrace {
-    pub(crate) fn start(_: &Rc<Worker>, _: &Conn, _: &Arc<FilterChain>, _: &mut RequestHead, _: u64) -> Self {
-        Self {}
+    /// Continues the caller's trace, or begins one, and tells the upstream.
+    pub(crate) fn start(hcm: &Hcm, head: &mut RequestHead, info: &StreamInfo, seed: u64) -> Self {
+        let Some(tracing) = &hcm.tracing else { return Self::default() };
+        let long = !matches!(tracing.provider, Some(TraceProvider::Zipkin { long_ids: false, .. }));
+        let span_id = mix(seed ^ 0x7370_616e);
+        let fresh = || {
+            let low = u128::from(mix(seed ^ 0x7472_6163));
+            if long { u128::from(mix(seed ^ 0x6869_6768)) << 64 | low } else { low }
+        };
+        let (trace_id, parent, sampled) = match extract(&head.fields) {
+            Extracted::Context(context) => {
+                (context.trace_id, Some(context.span_id), context.sampled.unwrap_or(info.traced))
+            }
+            Extracted::Decision(sampled) => (fresh(), None, sampled),
+            Extracted::None => (fresh(), None, info.traced),
+        };
+        let context = TraceContext { trace_id, span_id, parent_id: parent, sampled: Some(sampled), debug: false };
+        let propagation = match tracing.provider {
+            Some(TraceProvider::OpenTelemetry { .. }) => Propagation::W3c,
+            _ => Propagation::B3,
+        };
+        inject(&mut head.fields, propagation, &context, parent);
+        let running = (sampled && tracing.provider.is_some())
+            .then(|| Running { tracing: Arc::clone(tracing), context, parent });
+        Self { running }
     }
 
-    pub(crate) fn attempt(&mut self, _: &mut RequestHead, _: u32, _: &Worker) {}
+    /// Sends the span off.
+    pub(crate) fn finish(self, worker: &Worker, conn: &Conn, line: &Finishing<'_>) {
+        let Some(Running { tracing, context, parent }) = self.running else { return };
+        let span = Span {
+            trace_id: context.trace_id,
+            id: context.span_id,
+            parent_id: parent,
+            kind: if conn.state.direction == Direction::Inbound && !conn.state.is_gateway { SpanKind::Server } else { SpanKind::Client },
+            name: line.operation(),
+            timestamp_us: line.ended.start.wall_nanos / 1000,
+            duration_us: u64::try_from(line.ended.duration().as_micros()).unwrap_or(u64::MAX).max(1),
+            service_name: Arc::clone(&worker.shared.service_name),
+            local: Some(conn.facts.local),
+            tags: line.tags(worker, conn, &tracing),
+        };
+        match worker.shared.spans.to.try_send((tracing, span)) {
+            Ok(()) => worker.recorder.count(Counter::SpansSent),
+            Err(_) => worker.recorder.count(Counter::SpansDropped),
+        }
+    }
+}
 
-    #[expect(clippy::too_many_arguments, reason = "all that is known of a request, once")]
-    pub(crate) fn finish(
-        self,
-        _: &Rc<Worker>,
-        _: &Conn,
-        _: &Hcm,
-        _: &RequestHead,
-        _: u16,
-        _: &StreamInfo,
-        _: &Ended,
-        _: &Endpoints,
-        _: &Counts,
-    ) {
+/// What a finished request tells its span.
+pub(crate) struct Finishing<'a> {
+    pub(crate) head: &'a RequestHead,
+    pub(crate) status: u16,
+    pub(crate) info: &'a StreamInfo,
+    pub(crate) ended: &'a Ended,
+    pub(crate) counts: &'a Counts,
+}
+
+impl Finishing<'_> {
+    fn operation(&self) -> Box<str> {
+        match &self.info.operation {
+            Some(operation) => operation.as_ref().into(),
+            None => self.head.authority_str().into(),
+        }
+    }
+
+    /// *Source*: Envoy's `HttpTracerUtility`.
+    fn tags(&self, worker: &Worker, conn: &Conn, tracing: &Tracing) -> Vec<(std::borrow::Cow<'static, str>, Box<str>)> {
+        let header = |name: &str| self.head.header(name).map(|value| String::from_utf8_lossy(&value).into_owned());
+        let cluster = self.info.cluster.as_ref().map(|cluster| &*cluster.name).or(self.info.cluster_name.as_deref());
+        let path = String::from_utf8_lossy(self.head.path());
+        let path: String = path.chars().take(tracing.path_tag_max as usize).collect();
+        let mut url = String::new();
+        _ = write!(url, "{}://{}{path}", self.head.scheme.as_str(), self.head.authority_str());
+        let mut tags: Vec<(std::borrow::Cow<'static, str>, Box<str>)> = vec![
+            ("component".into(), "proxy".into()),
+            ("node_id".into(), worker.config().node.id.clone()),
+            ("guid:x-request-id".into(), header("x-request-id").unwrap_or_default().into()),
+            ("http.url".into(), url.into()),
+            ("http.method".into(), self.head.method().into()),
+            ("downstream_cluster".into(), header("x-envoy-downstream-service-cluster").unwrap_or_else(|| "-".into()).into()),
+            ("user_agent".into(), header("user-agent").unwrap_or_else(|| "-".into()).into()),
+            ("http.protocol".into(), self.head.version.as_str().into()),
+            ("peer.address".into(), conn.facts.peer.ip().to_string().into()),
+            ("request_size".into(), self.counts.request_bytes.to_string().into()),
+            ("response_size".into(), self.counts.response_bytes.to_string().into()),
+            ("http.status_code".into(), self.status.to_string().into()),
+            ("response_flags".into(), flags(self.info).as_str().into()),
+        ];
+        if let Some(cluster) = cluster {
+            tags.push(("upstream_cluster".into(), cluster.into()));
+            tags.push(("upstream_cluster.name".into(), cluster.into()));
+        }
+        if let Some(status) = self.counts.grpc_status.filter(|_| self.info.is_grpc) {
+            tags.push(("grpc.status_code".into(), status.to_string().into()));
+        }
+        if self.status >= 500 || self.status == 0 {
+            tags.push(("error".into(), "true".into()));
+        }
+        let own = &worker.shared.own_peer;
+        for (name, value) in [
+            ("istio.canonical_service", &own.canonical_service),
+            ("istio.canonical_revision", &own.canonical_revision),
+            ("istio.namespace", &own.namespace),
+        ] {
+            if !tracing.tags.iter().any(|(tag, _)| &**tag == name) {
+                tags.push((name.into(), value.clone()));
+            }
+        }
+        for (name, source) in &tracing.tags {
+            let value = match source {
+                TagSource::Literal(text) => text.to_string(),
+                TagSource::Environment(variable, other) => std::env::var(&**variable).unwrap_or_else(|_| other.to_string()),
+                TagSource::Header(field, other) => header(field).unwrap_or_else(|| other.to_string()),
+                TagSource::Metadata(filter, path, other) => match self.info.metadata.at(filter, path) {
+                    Some(serde_json::Value::String(text)) => text.clone(),
+                    Some(value) => value.to_string(),
+                    None => other.to_string(),
+                },
+            };
+            tags.push((name.to_string().into(), value.into()));
+        }
+        tags
+    }
+}
+
+/// Sends spans to their collectors until the proxy ends.
+pub(crate) async fn export(
+    mut spans: mpsc::Receiver<Finished>,
+    shared: Arc<Shared>,
+    config: Arc<ArcSwap<RuntimeConfig>>,
+    recorder: Recorder,
+) {
+    while let Some((tracing, first)) = spans.recv().await {
+        let mut batch = vec![first];
+        let until = tokio::time::Instant::now() + PATIENCE;
+        let mut next = None;
+        while batch.len() < BATCH_MAX {
+            match tokio::time::timeout_at(until, spans.recv()).await {
+                Ok(Some((other, span))) if Arc::ptr_eq(&other, &tracing) || other.provider == tracing.provider => batch.push(span),
+                Ok(Some(other)) => {
+                    next = Some(other);
+                    break;
+                }
+                Ok(None) | Err(_) => break,
+            }
+        }
+        for (tracing, batch) in std::iter::once((tracing, batch)).chain(next.map(|(tracing, span)| (tracing, vec![span]))) {
+            let now = config.load_full();
+            let sending = send(&shared, &now, &tracing, &batch);
+            let sent = tokio::time::timeout(CALL_MAX, sending).await.unwrap_or_else(|_| Err("it takes too long".into()));
+            if let Err(reason) = sent {
+                recorder.add(Counter::SpansDropped, batch.len() as u64);
+                tracing::debug!(reason, "spans were not taken by their collector");
+            }
+        }
+    }
+}
+
+async fn send(shared: &Shared, config: &RuntimeConfig, tracing: &Tracing, spans: &[Span]) -> Result<(), String> {
+    let Some(TraceProvider::Zipkin { cluster, host, path, long_ids }) = &tracing.provider else {
+        return Err("only Zipkin is built".into());
+    };
+    let found = config.clusters.get(cluster).ok_or("the collector's cluster is unknown")?;
+    let set = config.endpoints_of(found).ok_or("the collector has no endpoint")?;
+    let endpoint = set.iter().find(|endpoint| endpoint.health == engine::cluster::Health::Healthy).ok_or("the collector has no endpoint")?;
+    if found.transport_for(Some(endpoint)).is_some_and(|transport| transport.tls.is_some()) {
+        return Err("a collector behind TLS is not built".into());
+    }
+    let address = endpoint.address.ip().ok_or("the collector has no TCP address")?;
+    let how = How { mark: marks::PROXY, bind: None, keepalive: None };
+    let stream = shared.dialer.connect(address, &how).await.map_err(|error| error.to_string())?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
+    let body = Full::new(Bytes::from(encode(spans, !long_ids)));
+    let request = hyper::Request::post(&**path)
+        .header("host", &**host)
+        .header("content-type", "application/json")
+        .body(body)
+        .map_err(|error| error.to_string())?;
+    let calling = async {
+        let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
+        let status = response.status();
+        response.into_body().collect().await.map_err(|error| error.to_string())?;
+        if status.is_success() { Ok(()) } else { Err(format!("it answers {status}")) }
+    };
+    // the connection moves the call along; it never ends first unless it failed
+    tokio::select! {
+        biased;
+        answered = calling => answered,
+        ended = connection => Err(ended.err().map_or_else(|| "it closed".to_owned(), |error| error.to_string())),
     }
 }

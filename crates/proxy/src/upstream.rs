@@ -102,7 +102,6 @@ impl Drop for Open {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Endpoints {
     pub(crate) local: Option<SocketAddr>,
-    pub(crate) remote: Option<SocketAddr>,
 }
 
 /// An HTTP/1 connection that is not in use.
@@ -113,7 +112,8 @@ struct Idle {
 
 /// What belongs to an HTTP/1 connection beside its codec.
 struct Kept {
-    open: Open,
+    /// Counts until the connection is dropped.
+    _open: Open,
     endpoints: Endpoints,
     born: Instant,
     used: Instant,
@@ -465,7 +465,7 @@ async fn connect(
     };
     if !http2 {
         let limits = http1::Limits { head_bytes_max: 64 * 1024, ..http1::Limits::default() };
-        let kept = Kept { open, endpoints: endpoints.clone(), born: now, used: now, requests: 0 };
+        let kept = Kept { _open: open, endpoints: endpoints.clone(), born: now, used: now, requests: 0 };
         let kind = LeasedKind::H1(Box::new(H1Client::new(io, limits)), kept);
         return Ok(Leased { kind, pool: Rc::clone(pool), endpoints });
     }
@@ -515,7 +515,6 @@ pub(crate) async fn make(
         let socket = dial::tcp(worker, attempt, conn).await?;
         let endpoints = Endpoints {
             local: socket.tcp_stream().and_then(|stream| stream.local_addr().ok()),
-            remote: attempt.picked.host.address.ip(),
         };
         let Some(tls) = tls else { return Ok((crate::io::Io::Plain(socket), endpoints, false)) };
         let (stream, http2) = dial::tls(socket, tls, attempt).await?;

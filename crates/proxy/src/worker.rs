@@ -142,6 +142,7 @@ impl Worker {
     }
 
     /// Both clocks.
+    #[expect(clippy::unused_self, reason = "the moment is asked of whoever acts")]
     pub(crate) fn now(&self) -> Now {
         Now { mono: tokio::time::Instant::now().into_std(), wall_nanos: wall_nanos() }
     }
@@ -209,8 +210,8 @@ impl Worker {
         state
     }
 
-    fn take_config(&self, config: Arc<RuntimeConfig>) {
-        let config = Rc::new(RuntimeConfig::clone(&config));
+    fn take_config(&self, config: &RuntimeConfig) {
+        let config = Rc::new(config.clone());
         let mut conns = self.conns.borrow_mut();
         conns.retain(|conn| Rc::strong_count(conn) > 1);
         for conn in conns.iter().filter(|conn| !conn.still_stands(&config)) {
@@ -279,9 +280,11 @@ async fn run(shared: Arc<Shared>, live: Arc<AtomicUsize>, mut commands: mpsc::Un
                 }
                 Some(Command::Config(config, done)) => {
                     let generation = config.generation;
-                    worker.take_config(config);
+                    worker.take_config(&config);
                     // nobody listens when the control side has given up: nothing to tell then
-                    drop(done.send(generation));
+                    if done.send(generation).is_err() {
+                        tracing::trace!("nobody waits for the new generation");
+                    }
                 }
                 Some(Command::Drain(scope)) => worker.drain(scope),
                 Some(Command::Stop) | None => break,

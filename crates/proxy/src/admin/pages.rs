@@ -192,6 +192,7 @@ pub(super) fn clusters_json(context: &Context, inspection: &Inspection) -> Strin
 }
 
 pub(super) fn listeners(inspection: &Inspection) -> String {
+    tracing::trace!(connections = inspection.live, "listeners shown");
     inspection.bound.iter().fold(String::new(), |mut out, (name, address)| {
         _ = writeln!(out, "{name}::{address}");
         out

@@ -29,6 +29,8 @@ pub(crate) struct Wire {
     io: Io,
     read: BytesMut,
     read_size: usize,
+    /// The last read said that there is nothing more; TLS holds no plaintext back then.
+    drained: bool,
     eof: bool,
     queue: VecDeque<Bytes>,
     tail: BytesMut,
@@ -43,6 +45,7 @@ impl Wire {
             io,
             read: BytesMut::new(),
             read_size: READ_MIN,
+            drained: false,
             eof: false,
             queue: VecDeque::new(),
             tail: BytesMut::new(),
@@ -51,26 +54,19 @@ impl Wire {
         }
     }
 
-    pub(crate) fn io(&self) -> &Io {
-        &self.io
-    }
-
-    /// Gives the socket back, with what was read beyond the last message.
-    pub(crate) fn into_parts(self) -> (Io, Bytes) {
-        (self.io, self.read.freeze())
-    }
-
     /// Reads once. 0 is the end of input. An idle connection holds no buffer while it waits.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         if self.eof {
             return Poll::Ready(Ok(0));
         }
-        if self.read.is_empty() && self.read.capacity() == 0 {
+        if self.drained && self.read.capacity() == 0 {
             ready!(self.io.poll_readable(cx));
         }
         self.read.reserve(self.read_size);
         let room = self.read.capacity() - self.read.len();
-        match self.io.poll_read_buf(cx, &mut self.read) {
+        let polled = self.io.poll_read_buf(cx, &mut self.read);
+        self.drained = polled.is_pending();
+        match polled {
             Poll::Pending => {
                 if self.read.is_empty() {
                     self.read = BytesMut::new();
@@ -205,12 +201,13 @@ impl Wire {
     }
 }
 
-fn body_step(decoded: Decoded) -> Option<Option<Frame>> {
+/// A frame, or the end; `Pending` when more bytes are needed.
+fn body_step(decoded: Decoded) -> Poll<Option<Frame>> {
     match decoded {
-        Decoded::NeedMore => None,
-        Decoded::Data(data) => Some(Some(Frame::Data(data))),
-        Decoded::End(Some(trailers)) => Some(Some(Frame::Trailers(trailers))),
-        Decoded::End(None) => Some(None),
+        Decoded::NeedMore => Poll::Pending,
+        Decoded::Data(data) => Poll::Ready(Some(Frame::Data(data))),
+        Decoded::End(Some(trailers)) => Poll::Ready(Some(Frame::Trailers(trailers))),
+        Decoded::End(None) => Poll::Ready(None),
     }
 }
 
@@ -299,7 +296,7 @@ impl H1Server {
                 if !self.wire.read.is_empty() {
                     return Poll::Ready(Ok(Some(Frame::Data(self.wire.read.split().freeze()))));
                 }
-            } else if let Some(frame) = body_step(self.decoder.decode_body(&mut self.wire.read)?) {
+            } else if let Poll::Ready(frame) = body_step(self.decoder.decode_body(&mut self.wire.read)?) {
                 return Poll::Ready(Ok(frame));
             }
             match ready!(self.wire.poll_fill(cx)) {
@@ -499,10 +496,6 @@ impl H1Client {
         self.wire.poll_flush(cx).map_err(Broken::from)
     }
 
-    pub(crate) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        self.wire.poll_shutdown(cx).map_err(Broken::from)
-    }
-
     /// Reads a head, perhaps an interim one.
     pub(crate) fn poll_head(
         &mut self,
@@ -530,7 +523,7 @@ impl H1Client {
 
     pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Frame>, Broken>> {
         loop {
-            if let Some(frame) = body_step(self.decoder.decode_body(&mut self.wire.read)?) {
+            if let Poll::Ready(frame) = body_step(self.decoder.decode_body(&mut self.wire.read)?) {
                 return Poll::Ready(Ok(frame));
             }
             match ready!(self.wire.poll_fill(cx)) {

@@ -110,32 +110,41 @@ impl Receiving {
     }
 }
 
+/// How a stream is to end.
+#[derive(Debug, Default)]
+enum End {
+    #[default]
+    NotYet,
+    Plain,
+    Trailers(Fields),
+}
+
 /// The sending half of a stream.
 #[derive(Debug)]
 struct Sending {
     stream: SendStream<Bytes>,
     pending: Bytes,
-    end: Option<Option<Fields>>,
+    end: End,
     ended: bool,
 }
 
 impl Sending {
     fn new(stream: SendStream<Bytes>, ended: bool) -> Self {
-        Self { stream, pending: Bytes::new(), end: None, ended }
+        Self { stream, pending: Bytes::new(), end: End::NotYet, ended }
     }
 
     fn push(&mut self, data: Bytes) -> Result<(), Broken> {
-        debug_assert!(self.pending.is_empty() && self.end.is_none(), "drained before more is pushed");
+        debug_assert!(self.pending.is_empty() && matches!(self.end, End::NotYet), "drained before more is pushed");
         self.pending = data;
         self.stream.reserve_capacity(self.pending.len());
         self.step()
     }
 
     fn finish(&mut self, trailers: Option<&Fields>) -> Result<(), Broken> {
-        if self.ended || self.end.is_some() {
+        if self.ended || !matches!(self.end, End::NotYet) {
             return Ok(());
         }
-        self.end = Some(trailers.cloned());
+        self.end = trailers.cloned().map_or(End::Plain, End::Trailers);
         self.step()
     }
 
@@ -147,23 +156,23 @@ impl Sending {
                 return Ok(());
             }
             let piece = self.pending.split_to(n);
-            let last = self.pending.is_empty() && matches!(self.end, Some(None));
+            let last = self.pending.is_empty() && matches!(self.end, End::Plain);
             self.stream.send_data(piece, last)?;
             if last {
                 self.ended = true;
-                self.end = None;
+                self.end = End::NotYet;
             }
         }
-        match self.end.take() {
-            Some(None) => {
+        match std::mem::take(&mut self.end) {
+            End::Plain => {
                 self.stream.send_data(Bytes::new(), true)?;
                 self.ended = true;
             }
-            Some(Some(trailers)) => {
+            End::Trailers(trailers) => {
                 self.stream.send_trailers(map_from(&trailers)?)?;
                 self.ended = true;
             }
-            None => {}
+            End::NotYet => {}
         }
         Ok(())
     }

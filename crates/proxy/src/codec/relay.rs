@@ -91,6 +91,9 @@ impl Upload {
                 self.held -= data.len();
             }
         }
+        // whatever was pulled is sent from the start
+        self.cursor = 0;
+        self.ended = self.source_done && self.kept.is_empty();
         Poll::Ready(Ok(()))
     }
 

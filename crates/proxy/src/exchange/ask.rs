@@ -17,12 +17,12 @@ use crate::worker::Worker;
 /// An authorizer's answer is no longer than this.
 const ANSWER_MAX: usize = 256 * 1024;
 /// An authorizer without a time-out of its own.
-const WAIT_MAX: Duration = Duration::from_secs(600);
+const WAIT_MAX: Duration = Duration::from_mins(10);
 
 /// Calls the authorizer. Every failure is one cause: the filter decides whether that lets through.
 pub(crate) async fn authorize(
     worker: &Rc<Worker>,
-    conn: &Rc<Conn>,
+    conn: &Conn,
     question: AuthorizeQuestion,
 ) -> Result<AuthorizeAnswer, Cause> {
     let timeout = question.timeout.unwrap_or(WAIT_MAX);
@@ -30,7 +30,7 @@ pub(crate) async fn authorize(
     tokio::time::timeout(timeout, calling).await.unwrap_or(Err(Cause::ExtAuthzError))
 }
 
-async fn call(worker: &Rc<Worker>, conn: &Rc<Conn>, question: AuthorizeQuestion) -> Result<AuthorizeAnswer, Cause> {
+async fn call(worker: &Rc<Worker>, conn: &Conn, question: AuthorizeQuestion) -> Result<AuthorizeAnswer, Cause> {
     let failed = |_| Cause::ExtAuthzError;
     let leased = upstream::lease(worker, &question.attempt, &conn.facts).await.map_err(|failure| {
         tracing::debug!(cause = failure.cause.name(), detail = &*failure.detail, "the authorizer cannot be reached");

@@ -18,7 +18,7 @@ use crate::worker::Worker;
 /// Frames a mirror may be behind.
 const BEHIND_MAX: usize = 64;
 /// A mirror without a time-out of its own.
-const WAIT_MAX: Duration = Duration::from_secs(60);
+const WAIT_MAX: Duration = Duration::from_mins(1);
 
 /// The mirrors of one request.
 #[derive(Default)]

@@ -117,6 +117,7 @@ pub(crate) fn from_struct(metadata: &Struct, principal: &str) -> Peer {
     };
     let mut labels = Labels::new();
     if let Some(Kind::StructValue(map)) = metadata.fields.get("LABELS").and_then(|value| value.kind.as_ref()) {
+        #[expect(clippy::iter_over_hash_type, reason = "into a sorted map")]
         for (name, value) in &map.fields {
             if let Some(Kind::StringValue(text)) = &value.kind {
                 labels.insert(name.clone(), text.clone());

@@ -14,7 +14,7 @@ use envoy_types::pb::envoy::extensions::filters::network::http_connection_manage
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
 use envoy_types::pb::envoy::extensions::upstreams::http::v3 as upstream;
 use envoy_types::pb::google::protobuf::Any;
-use prost::{Message, Name as _};
+use prost::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -22,7 +22,7 @@ use crate::options::{Options, Role, StaticResources};
 use crate::proxy::Proxy;
 
 /// Packs a message.
-pub(super) fn any<M: Message + prost::Name>(message: &M) -> Any {
+pub(crate) fn any<M: Message + prost::Name>(message: &M) -> Any {
     Any { type_url: M::type_url(), value: message.encode_to_vec() }
 }
 
@@ -34,7 +34,7 @@ fn pack<M: Message>(name: &str, message: &M) -> Any {
     Any { type_url: url(name), value: message.encode_to_vec() }
 }
 
-pub(super) fn address(at: SocketAddr) -> core::Address {
+pub(crate) fn address(at: SocketAddr) -> core::Address {
     core::Address {
         address: Some(core::address::Address::SocketAddress(core::SocketAddress {
             address: at.ip().to_string(),
@@ -45,7 +45,7 @@ pub(super) fn address(at: SocketAddr) -> core::Address {
 }
 
 /// A static cluster of one endpoint.
-pub(super) fn cluster(name: &str, at: SocketAddr, http2: bool) -> cluster::Cluster {
+pub(crate) fn cluster(name: &str, at: SocketAddr, http2: bool) -> cluster::Cluster {
     let mut made = cluster::Cluster {
         name: name.into(),
         connect_timeout: Some(envoy_types::pb::google::protobuf::Duration { seconds: 2, nanos: 0 }),
@@ -85,7 +85,7 @@ pub(super) fn cluster(name: &str, at: SocketAddr, http2: bool) -> cluster::Clust
 }
 
 /// A route on a prefix to a cluster.
-pub(super) fn to_cluster(prefix: &str, cluster: &str) -> route::Route {
+pub(crate) fn to_cluster(prefix: &str, cluster: &str) -> route::Route {
     route::Route {
         r#match: Some(route::RouteMatch {
             path_specifier: Some(route::route_match::PathSpecifier::Prefix(prefix.into())),
@@ -100,7 +100,7 @@ pub(super) fn to_cluster(prefix: &str, cluster: &str) -> route::Route {
 }
 
 /// A connection manager with these routes for every host.
-pub(super) fn manager(routes: Vec<route::Route>) -> hcm::HttpConnectionManager {
+pub(crate) fn manager(routes: Vec<route::Route>) -> hcm::HttpConnectionManager {
     hcm::HttpConnectionManager {
         stat_prefix: "test".into(),
         route_specifier: Some(hcm::http_connection_manager::RouteSpecifier::RouteConfig(route::RouteConfiguration {
@@ -130,7 +130,7 @@ pub(super) fn manager(routes: Vec<route::Route>) -> hcm::HttpConnectionManager {
 }
 
 /// A listener on a free port with one chain that ends in `filter`.
-pub(super) fn listener(name: &str, filter: listener::Filter) -> listener::Listener {
+pub(crate) fn listener(name: &str, filter: listener::Filter) -> listener::Listener {
     listener::Listener {
         name: name.into(),
         address: Some(address(([127, 0, 0, 1], 0).into())),
@@ -139,7 +139,7 @@ pub(super) fn listener(name: &str, filter: listener::Filter) -> listener::Listen
     }
 }
 
-pub(super) fn http_filter(manager: &hcm::HttpConnectionManager) -> listener::Filter {
+pub(crate) fn http_filter(manager: &hcm::HttpConnectionManager) -> listener::Filter {
     let name = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
     listener::Filter {
         name: "envoy.filters.network.http_connection_manager".into(),
@@ -147,7 +147,7 @@ pub(super) fn http_filter(manager: &hcm::HttpConnectionManager) -> listener::Fil
     }
 }
 
-pub(super) fn tcp_filter(cluster: &str) -> listener::Filter {
+pub(crate) fn tcp_filter(cluster: &str) -> listener::Filter {
     let proxy = tcp_proxy::TcpProxy {
         stat_prefix: "tcp".into(),
         cluster_specifier: Some(tcp_proxy::tcp_proxy::ClusterSpecifier::Cluster(cluster.into())),
@@ -162,12 +162,12 @@ pub(super) fn tcp_filter(cluster: &str) -> listener::Filter {
     }
 }
 
-pub(super) fn raw<M: Message + prost::Name>(name: &str, message: &M) -> Raw {
+pub(crate) fn raw<M: Message + prost::Name>(name: &str, message: &M) -> Raw {
     Raw { name: name.into(), body: any(message) }
 }
 
 /// Starts a proxy with these resources; gives it and its listeners' addresses by name.
-pub(super) async fn start(listeners: Vec<listener::Listener>, clusters: Vec<cluster::Cluster>) -> Running {
+pub(crate) async fn start(listeners: Vec<listener::Listener>, clusters: Vec<cluster::Cluster>) -> Running {
     let mut options = Options::new(Role::Standalone, core::Node { id: "test".into(), ..Default::default() });
     options.addresses.admin = Some(([127, 0, 0, 1], 0).into());
     options.termination.drain = Duration::from_secs(2);
@@ -176,37 +176,37 @@ pub(super) async fn start(listeners: Vec<listener::Listener>, clusters: Vec<clus
         clusters: clusters.iter().map(|c| raw(&c.name, c)).collect(),
         ..StaticResources::default()
     };
-    let proxy = Proxy::start(options).await.unwrap();
+    let proxy = Box::pin(Proxy::start(options)).await.unwrap();
     proxy.ready().await;
     Running { proxy }
 }
 
-pub(super) struct Running {
-    pub(super) proxy: Proxy,
+pub(crate) struct Running {
+    pub(crate) proxy: Proxy,
 }
 
 impl Running {
-    pub(super) fn at(&self, listener: &str) -> SocketAddr {
+    pub(crate) fn at(&self, listener: &str) -> SocketAddr {
         self.proxy.listeners().into_iter().find(|(name, _)| name == listener).expect("it listens").1
     }
 
-    pub(super) fn admin(&self) -> SocketAddr {
+    pub(crate) fn admin(&self) -> SocketAddr {
         self.proxy.services().iter().find(|(name, _)| *name == "admin").expect("it listens").1
     }
 
-    pub(super) async fn end(self) {
+    pub(crate) async fn end(self) {
         self.proxy.quit();
         self.proxy.ended().await;
     }
 }
 
 /// Sends bytes and reads until the peer closes, or until `enough` holds.
-pub(super) async fn talk(at: SocketAddr, bytes: &[u8], enough: impl Fn(&str) -> bool) -> String {
+pub(crate) async fn talk(at: SocketAddr, bytes: &[u8], enough: impl Fn(&str) -> bool) -> String {
     let mut stream = TcpStream::connect(at).await.unwrap();
     stream.write_all(bytes).await.unwrap();
     let mut answer = Vec::new();
     let reading = async {
-        let mut buffer = [0; 16 * 1024];
+        let mut buffer = vec![0; 16 * 1024];
         loop {
             match stream.read(&mut buffer).await {
                 Ok(0) | Err(_) => return,
@@ -222,7 +222,7 @@ pub(super) async fn talk(at: SocketAddr, bytes: &[u8], enough: impl Fn(&str) -> 
 }
 
 /// A server that answers each connection with `serve`.
-pub(super) async fn server<F, R>(serve: F) -> SocketAddr
+pub(crate) async fn server<F, R>(serve: F) -> SocketAddr
 where
     F: Fn(TcpStream) -> R + Send + 'static,
     R: Future<Output = ()> + Send + 'static,
@@ -238,7 +238,7 @@ where
 }
 
 /// An HTTP/1 server that answers with the head it got, and with `Content-Length`.
-pub(super) async fn echo_heads() -> SocketAddr {
+pub(crate) async fn echo_heads() -> SocketAddr {
     server(|mut stream| async move {
         let mut seen = Vec::new();
         let mut buffer = [0; 4096];

@@ -35,6 +35,6 @@ async fn a_server_may_speak_first() {
     })
     .await;
     let running = bed::start(vec![bed::listener("in", bed::tcp_filter("up"))], vec![bed::cluster("up", up, false)]).await;
-    assert_eq!(bed::talk(running.at("in"), b"", |text| text.ends_with('\n')).await, "220 hello\r\n");
+    assert_eq!(Box::pin(bed::talk(running.at("in"), b"", |text| text.ends_with('\n'))).await, "220 hello\r\n");
     running.end().await;
 }

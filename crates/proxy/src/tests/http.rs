@@ -237,9 +237,9 @@ async fn a_client_that_leaves_cancels_upstream() {
             while let Some(Ok((_, mut respond))) = connection.accept().await {
                 let told = told.clone();
                 tokio::spawn(async move {
-                    drop(told.send("begun"));
+                    told.send("begun").unwrap();
                     if poll_fn(|cx| respond.poll_reset(cx)).await.is_ok() {
-                        drop(told.send("cancelled"));
+                        told.send("cancelled").unwrap();
                     }
                 });
             }
