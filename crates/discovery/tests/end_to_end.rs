@@ -533,18 +533,20 @@ async fn nobody_waits_for_a_pod_that_is_gone() {
     let dir = tempfile::tempdir().unwrap();
     let minter = Minter::new();
     let toy = Arc::new(Toy { clusters: Mutex::new(vec!["a".to_owned()]) });
-    let plane = Plane::start(dir.path(), &minter, toy, None).await;
     let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: reviews-1, namespace: shop}\nspec: {containers: [{name: app, image: x}]}\nstatus: {phase: Running, podIP: 10.1.1.1}\n";
-    let file = plane.objects.join("pod.yaml");
+    // There before the first reading, so that its removal is the second.
+    let file = dir.path().join("objects").join("pod.yaml");
+    std::fs::create_dir_all(dir.path().join("objects")).unwrap();
     std::fs::write(&file, pod).unwrap();
+    let plane = Plane::start(dir.path(), &minter, toy, None).await;
     let token = minter.token("shop", "reviews", "reviews-1");
-    while plane.get("/debug/synced?resourceVersion=2&timeout=1").await.0 != 200 {}
+    assert_eq!(plane.get("/debug/synced?resourceVersion=1&timeout=15").await.0, 200);
     // It never answers, as one whose namespace was taken away.
     let mut proxy = Proxy::connect(plane.client(Some(token)), None, node(REVIEWS, &[]), Protocol::Delta, &BOTH);
     proxy.update().await;
     let (status, body) = plane.get("/debug/synced?timeout=0.1").await;
     assert_eq!((status, body.contains("reviews-1.shop")), (504, true), "{body}");
     std::fs::remove_file(&file).unwrap();
-    let (status, body) = plane.get("/debug/synced?resourceVersion=3&timeout=15").await;
+    let (status, body) = plane.get("/debug/synced?resourceVersion=2&timeout=15").await;
     assert_eq!(status, 200, "{body}");
 }

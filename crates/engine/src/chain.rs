@@ -239,8 +239,7 @@ impl Listener {
 /// at exactly that address, else the one at the wildcard address with that port.
 pub fn listener_for<'a>(config: &'a RuntimeConfig, destination: SocketAddr) -> Option<&'a Arc<Listener>> {
     let fits = |listener: &Listener, wanted: SocketAddr| {
-        !listener.use_original_dst
-            && (listener.address == wanted || listener.additional_addresses.contains(&wanted))
+        !listener.use_original_dst && (listener.address == wanted || listener.additional_addresses.contains(&wanted))
     };
     let find = |wanted: SocketAddr| config.listeners.iter().map(|(_, listener)| listener).find(|l| fits(l, wanted));
     let any: IpAddr = match destination {

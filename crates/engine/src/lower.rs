@@ -66,10 +66,8 @@ fn apply<T>(
             continue;
         }
         match lower(&raw.body) {
-            Ok((name, _)) if !raw.name.is_empty() && name != raw.name => rejected.push(Rejected {
-                name: raw.name.clone(),
-                reason: format!("the resource is called {name:?} inside"),
-            }),
+            Ok((name, _)) if !raw.name.is_empty() && name != raw.name => rejected
+                .push(Rejected { name: raw.name.clone(), reason: format!("the resource is called {name:?} inside") }),
             Ok((name, value)) => next.insert(name, Arc::new(value)),
             Err(bad) => rejected.push(Rejected { name: raw.name.clone(), reason: bad.to_string() }),
         }

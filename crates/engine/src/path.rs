@@ -161,7 +161,8 @@ fn canonical(path: &[u8]) -> Option<Vec<u8>> {
                 Some(0) => return None,
                 Some(plain) => {
                     // Would it complete an escape that was none?
-                    let joins = bare.is_some_and(|bare| out.get(bare) == Some(&b'%') && out.len() - bare <= 2) && plain.is_ascii_hexdigit();
+                    let joins = bare.is_some_and(|bare| out.get(bare) == Some(&b'%') && out.len() - bare <= 2)
+                        && plain.is_ascii_hexdigit();
                     if is_unreserved(plain) && !joins {
                         out.push(plain);
                     } else {

@@ -158,8 +158,7 @@ impl Http {
     pub(crate) fn build(mut self) -> World {
         self.filters.push(http_filter("envoy.filters.http.router", pack(&Router::default())));
         self.hcm.http_filters = self.filters;
-        self.hcm.route_specifier =
-            Some(hcm::http_connection_manager::RouteSpecifier::RouteConfig(self.table));
+        self.hcm.route_specifier = Some(hcm::http_connection_manager::RouteSpecifier::RouteConfig(self.table));
         let listener = listener::Listener {
             name: "listener".to_owned(),
             address: Some(address("0.0.0.0", 80)),

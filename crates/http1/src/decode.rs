@@ -96,12 +96,7 @@ pub struct ResponseDecoder {
 impl ResponseDecoder {
     /// A decoder for a fresh connection.
     pub fn new(limits: Limits) -> Self {
-        Self {
-            limits,
-            scanner: HeadScanner::default(),
-            body: BodyDecoder::new(Framing::None, limits),
-            broken: None,
-        }
+        Self { limits, scanner: HeadScanner::default(), body: BodyDecoder::new(Framing::None, limits), broken: None }
     }
 
     /// Reads a head once it is complete; `kind` is the request it answers. An interim head is

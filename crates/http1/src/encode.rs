@@ -124,7 +124,9 @@ pub fn encode_response(
         out.put_slice(b"connection: close\r\n");
     }
     match (framing, head.fields.get("content-length")) {
-        (Framing::None, Some(length)) if !matches!(head.status, 100..=199 | 204) && length.iter().all(u8::is_ascii_digit) => {
+        (Framing::None, Some(length))
+            if !matches!(head.status, 100..=199 | 204) && length.iter().all(u8::is_ascii_digit) =>
+        {
             out.put_slice(b"content-length: ");
             out.put_slice(length);
             out.put_slice(b"\r\n");

@@ -254,7 +254,8 @@ fn set_target(head: &mut RequestHead, target: &[u8], host: Option<&[u8]>) -> Res
         head.set_path(target);
         return Ok(());
     }
-    let has_scheme = |scheme: &str| target.len() > scheme.len() && target[..scheme.len()].eq_ignore_ascii_case(scheme.as_bytes());
+    let has_scheme =
+        |scheme: &str| target.len() > scheme.len() && target[..scheme.len()].eq_ignore_ascii_case(scheme.as_bytes());
     let rest = if has_scheme("http://") {
         &target[7..]
     } else if has_scheme("https://") {

@@ -80,7 +80,10 @@ pub fn tokens(value: &[u8]) -> impl Iterator<Item = &[u8]> {
 
 /// Fields that concern one connection only and are never forwarded.
 pub fn is_hop_by_hop(name: &str) -> bool {
-    matches!(name, "connection" | "keep-alive" | "proxy-connection" | "transfer-encoding" | "upgrade" | "http2-settings")
+    matches!(
+        name,
+        "connection" | "keep-alive" | "proxy-connection" | "transfer-encoding" | "upgrade" | "http2-settings"
+    )
 }
 
 /// Whether a client may take `name` out of a request by naming it in `Connection` (property 7).
@@ -88,15 +91,29 @@ pub fn is_hop_by_hop(name: &str) -> bool {
 /// Fields that carry trust, routing or framing stay: whoever added them upstream of us relies on
 /// them arriving.
 fn may_be_nominated(name: &[u8]) -> bool {
-    let starts = |prefix: &str| name.len() >= prefix.len() && name[..prefix.len()].eq_ignore_ascii_case(prefix.as_bytes());
+    let starts =
+        |prefix: &str| name.len() >= prefix.len() && name[..prefix.len()].eq_ignore_ascii_case(prefix.as_bytes());
     let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
     let protected = starts("x-")
         || starts("content-")
         || starts("grpc-")
-        || ["host", "authorization", "cookie", "forwarded", "b3", "traceparent", "tracestate", "baggage", "te", "expect"]
+        || [
+            "host",
+            "authorization",
+            "cookie",
+            "forwarded",
+            "b3",
+            "traceparent",
+            "tracestate",
+            "baggage",
+            "te",
+            "expect",
+        ]
+        .iter()
+        .any(|other| is(other))
+        || ["origin", "accept", "date", "via", "max-forwards", "cache-control", "end-user"]
             .iter()
-            .any(|other| is(other))
-        || ["origin", "accept", "date", "via", "max-forwards", "cache-control", "end-user"].iter().any(|other| is(other));
+            .any(|other| is(other));
     !protected && !is("close") && !is("keep-alive") && !is("upgrade")
 }
 
@@ -138,7 +155,20 @@ pub fn is_forbidden_trailer(name: &str) -> bool {
         || name.starts_with("content-")
         || matches!(
             name,
-            "host" | "te" | "trailer" | "expect" | "authorization" | "proxy-authorization" | "cookie" | "set-cookie" | "forwarded" | "location" | "range" | "max-forwards" | "cache-control" | "x-request-id"
+            "host"
+                | "te"
+                | "trailer"
+                | "expect"
+                | "authorization"
+                | "proxy-authorization"
+                | "cookie"
+                | "set-cookie"
+                | "forwarded"
+                | "location"
+                | "range"
+                | "max-forwards"
+                | "cache-control"
+                | "x-request-id"
         )
 }
 
@@ -151,7 +181,10 @@ mod tests {
         for good in ["a", "a.b:80", "127.0.0.1:1", "[::1]", "[::1]:443", "a_b", "xn--x", "a:"] {
             assert!(is_authority(good.as_bytes()), "{good}");
         }
-        for bad in ["", ":80", "a b", "a@b", "u:p@b", "a/b", "a?b", "a#b", "a,b", "a:b", "[::1", "[]", "[::1]x", "a:123456", "a\\b", "\u{e9}"] {
+        for bad in [
+            "", ":80", "a b", "a@b", "u:p@b", "a/b", "a?b", "a#b", "a,b", "a:b", "[::1", "[]", "[::1]x", "a:123456",
+            "a\\b", "\u{e9}",
+        ] {
             assert!(!is_authority(bad.as_bytes()), "{bad}");
         }
     }

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use types::{Fields, RequestHead, ResponseHead, Version};
 
 use crate::{
-    BodyEncoder, Decoded, Framing, InvalidMessage, Limits, RequestDecoder, RequestKind, ResponseDecoder, encode_request,
-    encode_response,
+    BodyEncoder, Decoded, Framing, InvalidMessage, Limits, RequestDecoder, RequestKind, ResponseDecoder,
+    encode_request, encode_response,
 };
 
 /// What came out of a stream of requests, readable: heads, joined bodies, trailers, the error.
@@ -151,8 +151,20 @@ fn requests_that_are_refused() {
 fn chunks_that_are_refused() {
     let head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
     for bad in [
-        "x\r\n", "\r\n", "-1\r\n", "0x1\r\na\r\n", "1 \r\na\r\n", " 1\r\na\r\n", "1\na\r\n", "1\r\nab\r\n", "1\r\na\n", "1\r\naX\r\n",
-        "1;a\nb\r\n", "1;\u{1}\r\n", "11111111111111111\r\n", "ffffffffffffffff\r\n",
+        "x\r\n",
+        "\r\n",
+        "-1\r\n",
+        "0x1\r\na\r\n",
+        "1 \r\na\r\n",
+        " 1\r\na\r\n",
+        "1\na\r\n",
+        "1\r\nab\r\n",
+        "1\r\na\n",
+        "1\r\naX\r\n",
+        "1;a\nb\r\n",
+        "1;\u{1}\r\n",
+        "11111111111111111\r\n",
+        "ffffffffffffffff\r\n",
     ] {
         let got = requests(&[format!("{head}{bad}").as_bytes()]);
         assert_eq!(got.last().map(String::as_str), Some("Chunk"), "{bad:?}: {got:?}");
@@ -261,12 +273,18 @@ fn responses_are_written_so() {
         encode_response(&mut out, &head, framing, keep_alive).unwrap();
         String::from_utf8(out.to_vec()).unwrap()
     };
-    assert_eq!(write(200, Framing::Length(12), true, &[("x", "1")]), "HTTP/1.1 200 OK\r\nx: 1\r\ncontent-length: 12\r\n\r\n");
+    assert_eq!(
+        write(200, Framing::Length(12), true, &[("x", "1")]),
+        "HTTP/1.1 200 OK\r\nx: 1\r\ncontent-length: 12\r\n\r\n"
+    );
     assert_eq!(
         write(200, Framing::Chunked, false, &[("content-length", "5"), ("connection", "x")]),
         "HTTP/1.1 200 OK\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
     );
-    assert_eq!(write(304, Framing::None, true, &[("content-length", "5")]), "HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\n\r\n");
+    assert_eq!(
+        write(304, Framing::None, true, &[("content-length", "5")]),
+        "HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\n\r\n"
+    );
     assert_eq!(
         write(101, Framing::Tunnel, false, &[("upgrade", "websocket")]),
         "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"

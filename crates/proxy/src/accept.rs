@@ -71,7 +71,11 @@ pub(crate) async fn serve(worker: &Rc<Worker>, accepted: Accepted) {
     let Some(listener) = config.listeners.get(&accepted.listener) else { return };
     let Ok(local) = stream.local_addr() else { return };
     let local = canonical(local);
-    let original = if listener.filters.original_dst || listener.use_original_dst { original_destination(&stream, local) } else { None };
+    let original = if listener.filters.original_dst || listener.use_original_dst {
+        original_destination(&stream, local)
+    } else {
+        None
+    };
     let mut facts = ConnFacts::plaintext(&listener.name, original.unwrap_or(local), canonical(peer));
     facts.original_destination = original.filter(|original| *original != local);
     if let Some(keepalive) = listener.keepalive
@@ -80,13 +84,14 @@ pub(crate) async fn serve(worker: &Rc<Worker>, accepted: Accepted) {
         tracing::debug!(%error, "no TCP keep-alive");
     }
     // the listener of the original destination decides, if there is one
-    let listener = match original.filter(|_| listener.use_original_dst).and_then(|original| listener_for(&config, original)) {
-        Some(other) => {
-            facts.listener = other.name.clone();
-            other
-        }
-        None => listener,
-    };
+    let listener =
+        match original.filter(|_| listener.use_original_dst).and_then(|original| listener_for(&config, original)) {
+            Some(other) => {
+                facts.listener = other.name.clone();
+                other
+            }
+            None => listener,
+        };
     let mut socket = Socket::tcp(stream);
     if !inspect(&mut socket, &listener.filters, &mut facts).await {
         return;
@@ -192,9 +197,9 @@ async fn serve_detected(worker: &Rc<Worker>, listener: &Arc<Listener>, socket: S
             let handshake = handshake(worker, socket, tls);
             let done = match chain.handshake_timeout {
                 None => handshake.await,
-                Some(timeout) => {
-                    tokio::time::timeout(timeout, handshake).await.unwrap_or_else(|_| Err("the handshake took too long".into()))
-                }
+                Some(timeout) => tokio::time::timeout(timeout, handshake)
+                    .await
+                    .unwrap_or_else(|_| Err("the handshake took too long".into())),
             };
             match done {
                 Ok(stream) => {

@@ -169,7 +169,10 @@ async fn admin(context: &Context, path: &str, query: &str, post: bool) -> Page {
     let parameter = |name: &str| {
         query.split('&').find_map(|pair| pair.split_once('=').filter(|(key, _)| *key == name).map(|(_, value)| value))
     };
-    let posts = matches!(path, "/drain_listeners" | "/healthcheck/fail" | "/healthcheck/ok" | "/quitquitquit" | "/logging" | "/reset_counters");
+    let posts = matches!(
+        path,
+        "/drain_listeners" | "/healthcheck/fail" | "/healthcheck/ok" | "/quitquitquit" | "/logging" | "/reset_counters"
+    );
     if posts && !post {
         return text(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed: use POST\n");
     }
@@ -183,7 +186,9 @@ async fn admin(context: &Context, path: &str, query: &str, post: bool) -> Page {
             };
             text(StatusCode::SERVICE_UNAVAILABLE, words)
         }
-        "/stats" if parameter("format") != Some("prometheus") => text(StatusCode::OK, pages::stats(context, parameter("filter"))),
+        "/stats" if parameter("format") != Some("prometheus") => {
+            text(StatusCode::OK, pages::stats(context, parameter("filter")))
+        }
         "/stats" | "/stats/prometheus" => page(StatusCode::OK, METRICS_TYPE, pages::metrics(context)),
         "/drain_listeners" => {
             let inbound = query.contains("inboundonly");

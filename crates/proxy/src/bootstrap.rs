@@ -144,7 +144,10 @@ fn socket_address(json: &Value) -> Result<SocketAddr, InvalidBootstrap> {
     let port = json.get("port_value").and_then(Value::as_u64).and_then(|port| u16::try_from(port).ok());
     match (address, port) {
         (Some(ip), Some(port)) => Ok(SocketAddr::new(ip, port)),
-        _ => Err(InvalidBootstrap::Message { path: "admin.address".into(), reason: "an IP address and port_value are needed".into() }),
+        _ => Err(InvalidBootstrap::Message {
+            path: "admin.address".into(),
+            reason: "an IP address and port_value are needed".into(),
+        }),
     }
 }
 
@@ -159,9 +162,14 @@ impl Files {
     fn extract(&mut self, json: &mut Value) {
         match json {
             Value::Object(fields) => {
-                let path = fields.get("path_config_source").and_then(|source| source.get("path")).or_else(|| fields.get("path"));
+                let path = fields
+                    .get("path_config_source")
+                    .and_then(|source| source.get("path"))
+                    .or_else(|| fields.get("path"));
                 let is_source = fields.contains_key("path_config_source")
-                    || (fields.len() <= 2 && fields.contains_key("path") && fields.contains_key("resource_api_version"));
+                    || (fields.len() <= 2
+                        && fields.contains_key("path")
+                        && fields.contains_key("resource_api_version"));
                 if is_source && let Some(path) = path.and_then(Value::as_str) {
                     self.paths.insert(path.into());
                     let mut ads = Map::new();
@@ -187,7 +195,12 @@ const KINDS: [(&str, &str, &str); 5] = [
     ("envoy.extensions.transport_sockets.tls.v3.Secret", type_urls::SECRET, "name"),
 ];
 
-fn resource(path: &str, url: &str, mut json: Value, files: &mut Files) -> Result<(&'static str, Raw), InvalidBootstrap> {
+fn resource(
+    path: &str,
+    url: &str,
+    mut json: Value,
+    files: &mut Files,
+) -> Result<(&'static str, Raw), InvalidBootstrap> {
     let (message, url, field) = KINDS
         .into_iter()
         .find(|(_, known, _)| *known == url)
@@ -198,7 +211,8 @@ fn resource(path: &str, url: &str, mut json: Value, files: &mut Files) -> Result
     if let Value::Object(fields) = &mut json {
         fields.remove("@type");
     }
-    let value = from_json(message, json).map_err(|reason| InvalidBootstrap::Message { path: path.to_owned(), reason })?;
+    let value =
+        from_json(message, json).map_err(|reason| InvalidBootstrap::Message { path: path.to_owned(), reason })?;
     Ok((url, Raw { name: name.into(), body: Any { type_url: url.to_owned(), value } }))
 }
 
@@ -213,11 +227,17 @@ fn static_resources(json: Value, files: &mut Files) -> Result<StaticResources, I
             "clusters" => (type_urls::CLUSTER, &mut made.clusters),
             "secrets" => (type_urls::SECRET, &mut made.secrets),
             other => {
-                return Err(InvalidBootstrap::Message { path: "static_resources".into(), reason: format!("unknown field {other:?}") });
+                return Err(InvalidBootstrap::Message {
+                    path: "static_resources".into(),
+                    reason: format!("unknown field {other:?}"),
+                });
             }
         };
         let Value::Array(items) = items else {
-            return Err(InvalidBootstrap::Message { path: format!("static_resources.{section}"), reason: "not a list".into() });
+            return Err(InvalidBootstrap::Message {
+                path: format!("static_resources.{section}"),
+                reason: "not a list".into(),
+            });
         };
         for (at, item) in items.into_iter().enumerate() {
             let (_, mut raw) = resource(&format!("static_resources.{section}[{at}]"), url, item, files)?;
@@ -255,7 +275,9 @@ fn dynamic_resources(json: Value, options: &mut Options, files: &mut Files) -> R
         }
         files.extract(&mut source);
         if source.get("ads").is_none() {
-            return Err(InvalidBootstrap::NotBuilt(format!("dynamic_resources.{field} other than ads and path_config_source")));
+            return Err(InvalidBootstrap::NotBuilt(format!(
+                "dynamic_resources.{field} other than ads and path_config_source"
+            )));
         }
     }
     let Some(ads) = ads else { return Ok(()) };
@@ -281,12 +303,19 @@ fn control_plane(name: &str, resources: &StaticResources) -> Result<ControlPlane
         path: format!("static_resources.clusters[{name}]"),
         reason: reason.to_owned(),
     };
-    let raw = resources.clusters.iter().find(|raw| &*raw.name == name).ok_or_else(|| missing("there is no such cluster"))?;
+    let raw =
+        resources.clusters.iter().find(|raw| &*raw.name == name).ok_or_else(|| missing("there is no such cluster"))?;
     let cluster = Cluster::decode(raw.body.value.as_slice()).map_err(|error| missing(&error.to_string()))?;
     if cluster.transport_socket.is_some() {
-        return Err(InvalidBootstrap::NotBuilt(format!("static_resources.clusters[{name}].transport_socket: ADS over TLS from a bootstrap")));
+        return Err(InvalidBootstrap::NotBuilt(format!(
+            "static_resources.clusters[{name}].transport_socket: ADS over TLS from a bootstrap"
+        )));
     }
-    let endpoint = cluster.load_assignment.as_ref().and_then(|load| load.endpoints.first()).and_then(|locality| locality.lb_endpoints.first());
+    let endpoint = cluster
+        .load_assignment
+        .as_ref()
+        .and_then(|load| load.endpoints.first())
+        .and_then(|locality| locality.lb_endpoints.first());
     let address = endpoint.and_then(|endpoint| match &endpoint.host_identifier {
         Some(HostIdentifier::Endpoint(endpoint)) => endpoint.address.as_ref()?.address.as_ref(),
         _ => None,
@@ -303,8 +332,11 @@ fn control_plane(name: &str, resources: &StaticResources) -> Result<ControlPlane
     })
 }
 
+/// Resources with their types, and further files.
+type FileContent = (Vec<(&'static str, Raw)>, Vec<PathBuf>);
+
 /// Resources of a watched file: a `DiscoveryResponse`. Further files it names come with it.
-pub(crate) fn read_file(text: &str) -> Result<(Vec<(&'static str, Raw)>, Vec<PathBuf>), InvalidBootstrap> {
+pub(crate) fn read_file(text: &str) -> Result<FileContent, InvalidBootstrap> {
     let response = parse(text)?;
     let resources = response.get("resources").and_then(Value::as_array).cloned().unwrap_or_default();
     let mut files = Files::default();

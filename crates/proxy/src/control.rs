@@ -291,7 +291,12 @@ impl Control {
     async fn look_at_files(&mut self) {
         for (url, raws, removed) in self.files.look() {
             for bad in self.apply(url, raws, removed).await {
-                tracing::warn!(kind = type_urls::short(url), name = bad.name, reason = bad.reason, "resource of a file refused; its last good version stays");
+                tracing::warn!(
+                    kind = type_urls::short(url),
+                    name = bad.name,
+                    reason = bad.reason,
+                    "resource of a file refused; its last good version stays"
+                );
             }
         }
         self.publish_logged().await;
@@ -319,7 +324,12 @@ impl Control {
             }
             return;
         };
-        tracing::debug!(kind = type_urls::short(&url), added = update.added.len(), removed = update.removed.len(), "update");
+        tracing::debug!(
+            kind = type_urls::short(&url),
+            added = update.added.len(),
+            removed = update.removed.len(),
+            "update"
+        );
         self.versions.insert(known, update.version.clone());
         let raws = update.added.into_iter().map(|(name, _, body)| Raw { name: name.into(), body }).collect();
         let mut rejected = self.apply(known, raws, update.removed.into_iter().map(Name::from).collect()).await;
@@ -329,7 +339,12 @@ impl Control {
             rejected.extend(failed);
         }
         for bad in &rejected {
-            tracing::warn!(kind = type_urls::short(known), name = bad.name, reason = bad.reason, "resource refused; its last good version stays");
+            tracing::warn!(
+                kind = type_urls::short(known),
+                name = bad.name,
+                reason = bad.reason,
+                "resource refused; its last good version stays"
+            );
         }
         if let Some(handle) = &self.xds {
             handle.answer(&update.id, &rejected);
@@ -361,7 +376,8 @@ impl Control {
                 Vec::new()
             }
             _ => {
-                let lowered = self.lowering.lower(url, self.received.tables.clone(), raws.clone(), removed.clone()).await;
+                let lowered =
+                    self.lowering.lower(url, self.received.tables.clone(), raws.clone(), removed.clone()).await;
                 let Lowered { tables, rejected } = lowered;
                 self.received.take(tables, url, &raws, &removed);
                 rejected.into_iter().map(|bad| Rejected { name: bad.name.to_string(), reason: bad.reason }).collect()
@@ -561,9 +577,7 @@ fn node_facts(options: &Options) -> NodeFacts {
 }
 
 /// What peers are told about us.
-fn peer_metadata(
-    mut metadata: envoy_types::pb::google::protobuf::Struct,
-) -> envoy_types::pb::google::protobuf::Struct {
+fn peer_metadata(mut metadata: envoy_types::pb::google::protobuf::Struct) -> envoy_types::pb::google::protobuf::Struct {
     const TOLD: [&str; 8] =
         ["NAME", "NAMESPACE", "OWNER", "WORKLOAD_NAME", "MESH_ID", "CLUSTER_ID", "LABELS", "INSTANCE_IPS"];
     metadata.fields.retain(|name, _| TOLD.contains(&name.as_str()));
@@ -579,7 +593,11 @@ fn connect(
 ) -> (Handle, mpsc::Receiver<Event>, xds::client::Driver) {
     let options = xds::client::Options {
         node,
-        protocol: if state_of_the_world { xds::client::Protocol::StateOfTheWorld } else { xds::client::Protocol::Delta },
+        protocol: if state_of_the_world {
+            xds::client::Protocol::StateOfTheWorld
+        } else {
+            xds::client::Protocol::Delta
+        },
         subscriptions: vec![
             (type_urls::CLUSTER.to_owned(), Names::All),
             (type_urls::LISTENER.to_owned(), Names::All),

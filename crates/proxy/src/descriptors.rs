@@ -40,9 +40,9 @@ pub(crate) fn to_json(any: &Any) -> Value {
         }
         Some(value)
     };
-    known().unwrap_or_else(|| {
-        json!({ "@type": any.type_url, "value": base64::engine::general_purpose::STANDARD.encode(&any.value) })
-    })
+    known().unwrap_or_else(
+        || json!({ "@type": any.type_url, "value": base64::engine::general_purpose::STANDARD.encode(&any.value) }),
+    )
 }
 
 #[cfg(test)]

@@ -118,9 +118,40 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Methods a request line may begin with.
 const METHODS: &[&str] = &[
-    "GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "CONNECT", "TRACE", "PROPFIND", "PROPPATCH", "MKCOL", "COPY",
-    "MOVE", "LOCK", "UNLOCK", "SEARCH", "BIND", "REBIND", "UNBIND", "ACL", "REPORT", "MKACTIVITY", "CHECKOUT", "MERGE",
-    "M-SEARCH", "NOTIFY", "SUBSCRIBE", "UNSUBSCRIBE", "PURGE", "MKCALENDAR", "LINK", "UNLINK", "SOURCE",
+    "GET",
+    "POST",
+    "PUT",
+    "DELETE",
+    "HEAD",
+    "OPTIONS",
+    "PATCH",
+    "CONNECT",
+    "TRACE",
+    "PROPFIND",
+    "PROPPATCH",
+    "MKCOL",
+    "COPY",
+    "MOVE",
+    "LOCK",
+    "UNLOCK",
+    "SEARCH",
+    "BIND",
+    "REBIND",
+    "UNBIND",
+    "ACL",
+    "REPORT",
+    "MKACTIVITY",
+    "CHECKOUT",
+    "MERGE",
+    "M-SEARCH",
+    "NOTIFY",
+    "SUBSCRIBE",
+    "UNSUBSCRIBE",
+    "PURGE",
+    "MKCALENDAR",
+    "LINK",
+    "UNLINK",
+    "SOURCE",
 ];
 
 /// Looks for HTTP: `h2c`, `http/1.1` or `http/1.0`.
@@ -220,7 +251,9 @@ mod tests {
 
     #[test]
     fn what_is_no_hello() {
-        for bytes in [&b"GET / HTTP/1.1\r\n"[..], &[22, 2, 0], &[23, 3, 1, 0, 5], &[22, 3, 1, 0, 0], &[22, 3, 1, 0, 4, 2]] {
+        for bytes in
+            [&b"GET / HTTP/1.1\r\n"[..], &[22, 2, 0], &[23, 3, 1, 0, 5], &[22, 3, 1, 0, 0], &[22, 3, 1, 0, 4, 2]]
+        {
             assert_eq!(tls(bytes), Seen::No, "{bytes:?}");
         }
         let mut cut = records(&client_hello("a", &[], 0), 16_000);

@@ -371,7 +371,9 @@ impl Driver<'_, '_> {
                             sent = true;
                             stopped = true;
                         }
-                        Poll::Ready(Err(Fault::Down(broken))) => return Poll::Ready(Awaited::Interrupted(client_broke(broken))),
+                        Poll::Ready(Err(Fault::Down(broken))) => {
+                            return Poll::Ready(Awaited::Interrupted(client_broke(broken)));
+                        }
                         // the upstream may have answered before it stopped reading: its answer counts
                         Poll::Ready(Err(Fault::Up(_))) => stopped = true,
                         Poll::Pending => sent = true,
@@ -512,7 +514,8 @@ impl Driver<'_, '_> {
         self.moved = Instant::now();
         poll_fn(|cx| {
             if uploading {
-                let mut watch = Requests { traffic: &mut self.traffic, mirrors: &mut self.mirrors, grpc: grpc && !tunnel };
+                let mut watch =
+                    Requests { traffic: &mut self.traffic, mirrors: &mut self.mirrors, grpc: grpc && !tunnel };
                 match self.upload.poll(cx, &mut self.down, &mut running.up, &mut watch) {
                     Poll::Ready(Ok(())) => uploading = false,
                     Poll::Ready(Err(Fault::Down(broken))) => {
@@ -564,7 +567,9 @@ impl Driver<'_, '_> {
     async fn reply(&mut self, reply: LocalReply) {
         match reply.cause {
             Cause::RbacDenied => self.worker.recorder.count(Counter::RbacDenied),
-            cause if cause.surface().details == "jwt_authn_access_denied" => self.worker.recorder.count(Counter::JwtDenied),
+            cause if cause.surface().details == "jwt_authn_access_denied" => {
+                self.worker.recorder.count(Counter::JwtDenied)
+            }
             _ => {}
         }
         self.response = reply.head;
@@ -583,7 +588,9 @@ impl Driver<'_, '_> {
         });
         let down = &mut self.down;
         let flushed = match written {
-            Ok(()) => tokio::time::timeout(REPLY_MAX, poll_fn(|cx| down.poll_flush(cx))).await.unwrap_or(Err(Broken::Closed)),
+            Ok(()) => {
+                tokio::time::timeout(REPLY_MAX, poll_fn(|cx| down.poll_flush(cx))).await.unwrap_or(Err(Broken::Closed))
+            }
             Err(broken) => Err(broken),
         };
         match flushed {
@@ -647,7 +654,9 @@ impl Driver<'_, '_> {
             response_bytes: self.traffic.response_bytes,
             request_messages: self.traffic.request_messages.count,
             response_messages: self.traffic.response_messages.count,
-            grpc_status: grpc.or_else(|| self.response.fields.get_str("grpc-status")).and_then(|code| code.parse().ok()),
+            grpc_status: grpc
+                .or_else(|| self.response.fields.get_str("grpc-status"))
+                .and_then(|code| code.parse().ok()),
         };
         let trailers = self.traffic.trailers.as_ref();
         self.log.write(self.worker, self.conn, self.head, &self.response, trailers, self.exchange.info(), &counts);

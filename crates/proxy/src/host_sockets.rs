@@ -77,7 +77,8 @@ impl HostSockets {
 
     async fn ask(&self, kind: u8, v6: bool) -> io::Result<OwnedFd> {
         let (answer, answered) = oneshot::channel();
-        let busy = |_| io::Error::new(io::ErrorKind::WouldBlock, "too many connections to the outside wait for a socket");
+        let busy =
+            |_| io::Error::new(io::ErrorKind::WouldBlock, "too many connections to the outside wait for a socket");
         self.asks.try_send(Ask { kind, v6, answer }).map_err(busy)?;
         answered.await.map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "the node's socket service is gone"))?
     }
@@ -126,7 +127,8 @@ mod tests {
 
     #[test]
     fn ranges() {
-        let inside: Vec<_> = "10.77.0.0/16, 10.96.0.0/12,fd77::/64".split(',').filter_map(|r| parse_range(r.trim())).collect();
+        let inside: Vec<_> =
+            "10.77.0.0/16, 10.96.0.0/12,fd77::/64".split(',').filter_map(|r| parse_range(r.trim())).collect();
         let check = |address: &str| inside.iter().any(|(n, l)| covers(*n, *l, address.parse().unwrap()));
         assert!(check("10.77.3.4") && check("10.97.0.1") && check("fd77::9"));
         assert!(!check("10.78.0.1") && !check("1.1.1.1") && !check("fd78::9"));

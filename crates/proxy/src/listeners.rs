@@ -86,7 +86,12 @@ impl Listeners {
                 }
             }
         };
-        Self { workers, bound: BTreeMap::new(), inherited: inherited.into_iter().filter_map(adopt).collect(), backlog: 4096 }
+        Self {
+            workers,
+            bound: BTreeMap::new(),
+            inherited: inherited.into_iter().filter_map(adopt).collect(),
+            backlog: 4096,
+        }
     }
 
     /// Opens what `config` has and is not open, closes what it no longer has. Says which listeners
@@ -176,7 +181,8 @@ async fn accept(socket: tokio::net::TcpListener, listener: Arc<Mutex<Name>>, wor
                 workers.hand_over(Accepted { stream, listener: name, peer });
             }
             // the client is gone already: the next one waits
-            Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {
+            }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept");
                 tokio::time::sleep(PAUSE).await;

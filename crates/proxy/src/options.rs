@@ -172,7 +172,8 @@ impl Options {
         let kind = if role == Role::Router { "router" } else { "sidecar" };
         let node = Node {
             id: format!("{kind}~{ip}~{pod}.{namespace}~{namespace}.svc.{domain}"),
-            cluster: get("ISTIO_META_WORKLOAD_NAME").map_or_else(|| pod.to_owned(), |name| format!("{name}.{namespace}")),
+            cluster: get("ISTIO_META_WORKLOAD_NAME")
+                .map_or_else(|| pod.to_owned(), |name| format!("{name}.{namespace}")),
             metadata: Some(metadata(variables, &read)),
             locality: get("ISTIO_LOCALITY").map(|text| {
                 let mut parts = text.split('/').map(str::to_owned);
@@ -189,7 +190,8 @@ impl Options {
         let mut options = Self::new(role, node);
         let plane = |address: &str| ControlPlane {
             address: address.to_owned(),
-            server_name: get("ISTIOD_SAN").map_or_else(|| address.rsplit_once(':').map_or(address, |(host, _)| host).to_owned(), str::to_owned),
+            server_name: get("ISTIOD_SAN")
+                .map_or_else(|| address.rsplit_once(':').map_or(address, |(host, _)| host).to_owned(), str::to_owned),
             roots: Some(Source::File(get("ROOT_CERT_FILE").unwrap_or("/var/run/secrets/istio/root-cert.pem").into())),
             token: Some(Source::File(get("TOKEN_FILE").unwrap_or("/var/run/secrets/tokens/istio-token").into())),
             cluster_id: get("ISTIO_META_CLUSTER_ID").unwrap_or("Kubernetes").to_owned(),
@@ -208,7 +210,8 @@ impl Options {
             merged: any(ports::MERGED_METRICS),
             dns: (role == Role::Sidecar).then(|| local(ports::DNS)).flatten(),
         };
-        options.concurrency = number(variables, "ISTIO_META_CONCURRENCY")?.or(number(variables, "CONCURRENCY")?).unwrap_or(2);
+        options.concurrency =
+            number(variables, "ISTIO_META_CONCURRENCY")?.or(number(variables, "CONCURRENCY")?).unwrap_or(2);
         if let Some(seconds) = number(variables, "TERMINATION_DRAIN_DURATION_SECONDS")? {
             options.termination.drain = Duration::from_secs(seconds as u64);
         }

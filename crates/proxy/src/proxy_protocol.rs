@@ -61,9 +61,8 @@ fn parse(bytes: &[u8]) -> Seen<(usize, Addresses)> {
         Some("TCP4" | "TCP6") => {
             let (from, to) = (parts.next(), parts.next());
             let (from_port, to_port) = (parts.next(), parts.next());
-            let address = |ip: Option<&str>, port: Option<&str>| {
-                Some(SocketAddr::new(ip?.parse().ok()?, port?.parse().ok()?))
-            };
+            let address =
+                |ip: Option<&str>, port: Option<&str>| Some(SocketAddr::new(ip?.parse().ok()?, port?.parse().ok()?));
             match (address(from, from_port), address(to, to_port), parts.next()) {
                 (Some(from), Some(to), None) => Seen::Yes((end + 1, Some((from, to)))),
                 _ => Seen::No,
@@ -93,7 +92,9 @@ fn parse_v2(bytes: &[u8]) -> Seen<(usize, Addresses)> {
         }
         (1, 0x21) => {
             let ip = |at: usize| {
-                body.get(at..at + 16).and_then(|b| <[u8; 16]>::try_from(b).ok()).map(|b| IpAddr::from(Ipv6Addr::from(b)))
+                body.get(at..at + 16)
+                    .and_then(|b| <[u8; 16]>::try_from(b).ok())
+                    .map(|b| IpAddr::from(Ipv6Addr::from(b)))
             };
             both(total, ip(0), port(32), ip(16), port(34))
         }
@@ -130,7 +131,9 @@ mod tests {
         let addresses = Some(("1.2.3.4:100".parse().unwrap(), "5.6.7.8:200".parse().unwrap()));
         assert_eq!(parse(line), Seen::Yes((36, addresses)));
         assert_eq!(parse(b"PROXY UNKNOWN\r\n"), Seen::Yes((15, None)));
-        for bad in ["GET /", "PROXY TCP4 1.2.3.4\r\n", "PROXY TCP4 1.2.3.4 5.6.7.8 1 2 3\r\n", "PROXY TCP4 x 5.6.7.8 1 2\n"] {
+        for bad in
+            ["GET /", "PROXY TCP4 1.2.3.4\r\n", "PROXY TCP4 1.2.3.4 5.6.7.8 1 2 3\r\n", "PROXY TCP4 x 5.6.7.8 1 2\n"]
+        {
             assert_eq!(parse(bad.as_bytes()), Seen::No, "{bad}");
         }
     }

@@ -114,7 +114,15 @@ impl Telemetry {
     pub(crate) fn connection_refused(&self, worker: &Worker, listener: &Listener, facts: &ConnFacts, cause: Cause) {
         let mut info = StreamInfo::default();
         info.causes.push(cause);
-        crate::access::connection(self, worker, &listener.access_log, facts, &info, &Ended::now(worker), &Endpoints::default());
+        crate::access::connection(
+            self,
+            worker,
+            &listener.access_log,
+            facts,
+            &info,
+            &Ended::now(worker),
+            &Endpoints::default(),
+        );
     }
 
     /// A connection of a chain that was closed before it carried anything.
@@ -230,7 +238,11 @@ impl Telemetry {
 }
 
 fn reporter(conn: &Conn) -> Reporter {
-    if conn.state.direction == Direction::Inbound && !conn.state.is_gateway { Reporter::Destination } else { Reporter::Source }
+    if conn.state.direction == Direction::Inbound && !conn.state.is_gateway {
+        Reporter::Destination
+    } else {
+        Reporter::Source
+    }
 }
 
 fn security(conn: &Conn) -> Security {
@@ -308,7 +320,13 @@ pub(crate) struct RequestLog {
 
 impl RequestLog {
     /// Begins with what the engine knows after its first step.
-    pub(crate) fn start(start: Now, chain: &Arc<FilterChain>, head: &mut RequestHead, info: &StreamInfo, seed: u64) -> Self {
+    pub(crate) fn start(
+        start: Now,
+        chain: &Arc<FilterChain>,
+        head: &mut RequestHead,
+        info: &StreamInfo,
+        seed: u64,
+    ) -> Self {
         let tracing = match &chain.terminal {
             Terminal::Http(hcm) => RequestTrace::start(hcm, head, info, seed),
             Terminal::Tcp(_) => RequestTrace::default(),
@@ -375,7 +393,9 @@ impl RequestLog {
             let head_bytes = |fields: &Fields| (fields.bytes() + fields.len() * 4) as u64;
             worker.recorder.series(key).request(&RequestSample {
                 duration: end.mono.saturating_duration_since(self.start.mono),
-                request_bytes: counts.request_bytes + head_bytes(&head.fields) + (head.path().len() + head.authority().len() + 16) as u64,
+                request_bytes: counts.request_bytes
+                    + head_bytes(&head.fields)
+                    + (head.path().len() + head.authority().len() + 16) as u64,
                 response_bytes: counts.response_bytes + head_bytes(&response.fields) + 16,
                 request_messages: counts.request_messages,
                 response_messages: counts.response_messages,

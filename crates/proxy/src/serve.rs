@@ -26,8 +26,7 @@ use crate::worker::Worker;
 pub(crate) async fn http(worker: &Rc<Worker>, conn: Rc<Conn>, hcm: &Hcm, mut io: Io) {
     let config = worker.config();
     let mut info = StreamInfo::default();
-    let admitted =
-        engine::stream::admit(&worker.env(&config), &conn.chain, &conn.facts, &mut info, &mut NoRecord);
+    let admitted = engine::stream::admit(&worker.env(&config), &conn.chain, &conn.facts, &mut info, &mut NoRecord);
     drop(config);
     if let Err(cause) = admitted {
         worker.recorder.count(Counter::RbacDenied);
@@ -218,7 +217,8 @@ fn refuse(worker: &Rc<Worker>, conn: &Rc<Conn>, server: &mut H1Server, cause: Ca
     server.keep_alive = false;
     let mut down = Down::H1(server);
     let body = Bytes::from_static(surface.body.as_bytes());
-    let written = down.send_head(&head, body.is_empty()).and_then(|()| down.send_data(body)).and_then(|()| down.send_end(None));
+    let written =
+        down.send_head(&head, body.is_empty()).and_then(|()| down.send_data(body)).and_then(|()| down.send_end(None));
     if let Err(error) = written {
         tracing::debug!(%error, "a refusal could not be written");
     }
@@ -254,7 +254,9 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
     let mut builder = server_builder(&settings);
     builder.enable_connect_protocol();
     let handshake = builder.handshake::<_, Bytes>(io);
-    let Ok(Ok(mut connection)) = tokio::time::timeout(hcm.timeouts.request_headers.unwrap_or(HEAD_MAX), handshake).await else {
+    let Ok(Ok(mut connection)) =
+        tokio::time::timeout(hcm.timeouts.request_headers.unwrap_or(HEAD_MAX), handshake).await
+    else {
         return;
     };
     let mut draining = false;
@@ -273,7 +275,11 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
         if !quiet {
             idle_since = Instant::now();
         }
-        let until = drain_until.or(if quiet { idle_until } else { idle_until.map(|_| Instant::now() + Duration::from_secs(5)) });
+        let until = drain_until.or(if quiet {
+            idle_until
+        } else {
+            idle_until.map(|_| Instant::now() + Duration::from_secs(5))
+        });
         // accepting drives all streams of the connection, so it is looked at first
         let accepted = tokio::select! {
             biased;
@@ -322,7 +328,8 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
             let mut down = H2Down::new(respond, body, head_request);
             match read_request(&parts, fields_max, &mut head) {
                 Ok(()) => {
-                    head.scheme = if stream_conn.facts.tls.is_some() { types::Scheme::Https } else { types::Scheme::Http };
+                    head.scheme =
+                        if stream_conn.facts.tls.is_some() { types::Scheme::Https } else { types::Scheme::Http };
                     exchange::serve(&on, &stream_conn, Down::H2(Box::new(down)), &mut head).await;
                 }
                 Err(bad) => {

@@ -227,12 +227,16 @@ async fn relay(
         }
         match (to, from) {
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(None),
-            (Poll::Ready(Err(_)), _) | (_, Poll::Ready(Err(_))) => return Poll::Ready(Some(Cause::UpstreamClosedMidResponse)),
+            (Poll::Ready(Err(_)), _) | (_, Poll::Ready(Err(_))) => {
+                return Poll::Ready(Some(Cause::UpstreamClosedMidResponse));
+            }
             _ => {}
         }
         loop {
             let idle = limits.idle.map(|idle| last + idle);
-            let Some(next) = idle.into_iter().chain(limits.until).chain(drain_until).min() else { return Poll::Pending };
+            let Some(next) = idle.into_iter().chain(limits.until).chain(drain_until).min() else {
+                return Poll::Pending;
+            };
             let sleep = timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(next)));
             if sleep.deadline() != next {
                 sleep.as_mut().reset(next);

@@ -10,7 +10,9 @@ use engine::exchange::Attempt;
 use engine::facts::{PeerCertificate, TlsFacts};
 use engine::tls::{self as settings, CertificateSource, DownstreamTls, RootSource, UpstreamTls, Validation};
 use identity::peer::PeerFacts;
-use identity::tls::{Bounds, ClientAuth, ClientTls, NameForm, SanKind, SanMatch, SanRule, ServerConfigs, ServerTls, TlsVersion, Verify};
+use identity::tls::{
+    Bounds, ClientAuth, ClientTls, NameForm, SanKind, SanMatch, SanRule, ServerConfigs, ServerTls, TlsVersion, Verify,
+};
 use identity::workload::{KeyAndChain, TrustRoots};
 use rustls::ClientConfig;
 use rustls::pki_types::CertificateDer;
@@ -86,7 +88,9 @@ impl Contexts {
                 .certificates
                 .iter()
                 .enumerate()
-                .map(|(at, source)| certificate(&store, source, cached.as_ref().and_then(|(parts, _)| parts.certificates.get(at))))
+                .map(|(at, source)| {
+                    certificate(&store, source, cached.as_ref().and_then(|(parts, _)| parts.certificates.get(at)))
+                })
                 .collect::<Result<_, _>>()?,
             roots: roots_of(&store, tls.validation.as_ref(), cached.as_ref().map(|(parts, _)| parts))?,
         };
@@ -101,7 +105,9 @@ impl Contexts {
                 if tls.require_client_certificate { ClientAuth::Required(verify) } else { ClientAuth::Optional(verify) }
             }
             // a certificate is wanted and nothing can verify it: nobody gets in
-            (_, None) if tls.require_client_certificate => return Err(NoContext::SecretMissing("of the client roots".into())),
+            (_, None) if tls.require_client_certificate => {
+                return Err(NoContext::SecretMissing("of the client roots".into()));
+            }
             _ => ClientAuth::None,
         };
         let configs = ServerTls {
@@ -136,10 +142,8 @@ impl Contexts {
             .as_ref()
             .map(|source| certificate(&store, source, before.and_then(|parts| parts.certificates.first())))
             .transpose()?;
-        let parts = Parts {
-            certificates: own.into_iter().collect(),
-            roots: roots_of(&store, Some(&tls.validation), before)?,
-        };
+        let parts =
+            Parts { certificates: own.into_iter().collect(), roots: roots_of(&store, Some(&tls.validation), before)? };
         if let Some((old, config)) = cached
             && old.same(&parts)
         {
@@ -168,7 +172,9 @@ impl Contexts {
 fn read(source: &settings::Source) -> Result<Vec<u8>, NoContext> {
     match source {
         settings::Source::Inline(bytes) => Ok(bytes.to_vec()),
-        settings::Source::File(path) => std::fs::read(&**path).map_err(|error| NoContext::File(path.to_string(), error)),
+        settings::Source::File(path) => {
+            std::fs::read(&**path).map_err(|error| NoContext::File(path.to_string(), error))
+        }
         settings::Source::Environment(name) => {
             std::env::var(&**name).map(String::into_bytes).map_err(|_| NoContext::SecretMissing(format!("in ${name}")))
         }

@@ -101,8 +101,8 @@ impl RequestTrace {
             _ => Propagation::B3,
         };
         inject(&mut head.fields, propagation, &context, parent);
-        let running = (sampled && tracing.provider.is_some())
-            .then(|| Running { tracing: Arc::clone(tracing), context, parent });
+        let running =
+            (sampled && tracing.provider.is_some()).then(|| Running { tracing: Arc::clone(tracing), context, parent });
         Self { running }
     }
 
@@ -113,7 +113,11 @@ impl RequestTrace {
             trace_id: context.trace_id,
             id: context.span_id,
             parent_id: parent,
-            kind: if conn.state.direction == Direction::Inbound && !conn.state.is_gateway { SpanKind::Server } else { SpanKind::Client },
+            kind: if conn.state.direction == Direction::Inbound && !conn.state.is_gateway {
+                SpanKind::Server
+            } else {
+                SpanKind::Client
+            },
             name: line.operation(),
             timestamp_us: line.ended.start.wall_nanos / 1000,
             duration_us: u64::try_from(line.ended.duration().as_micros()).unwrap_or(u64::MAX).max(1),
@@ -159,7 +163,10 @@ impl Finishing<'_> {
             ("guid:x-request-id".into(), header("x-request-id").unwrap_or_default().into()),
             ("http.url".into(), url.into()),
             ("http.method".into(), self.head.method().into()),
-            ("downstream_cluster".into(), header("x-envoy-downstream-service-cluster").unwrap_or_else(|| "-".into()).into()),
+            (
+                "downstream_cluster".into(),
+                header("x-envoy-downstream-service-cluster").unwrap_or_else(|| "-".into()).into(),
+            ),
             ("user_agent".into(), header("user-agent").unwrap_or_else(|| "-".into()).into()),
             ("http.protocol".into(), self.head.version.as_str().into()),
             ("peer.address".into(), conn.facts.peer.ip().to_string().into()),
@@ -191,7 +198,9 @@ impl Finishing<'_> {
         for (name, source) in &tracing.tags {
             let value = match source {
                 TagSource::Literal(text) => text.to_string(),
-                TagSource::Environment(variable, other) => std::env::var(&**variable).unwrap_or_else(|_| other.to_string()),
+                TagSource::Environment(variable, other) => {
+                    std::env::var(&**variable).unwrap_or_else(|_| other.to_string())
+                }
                 TagSource::Header(field, other) => header(field).unwrap_or_else(|| other.to_string()),
                 TagSource::Metadata(filter, path, other) => match self.info.metadata.at(filter, path) {
                     Some(serde_json::Value::String(text)) => text.clone(),
@@ -218,7 +227,9 @@ pub(crate) async fn export(
         let mut next = None;
         while batch.len() < BATCH_MAX {
             match tokio::time::timeout_at(until, spans.recv()).await {
-                Ok(Some((other, span))) if Arc::ptr_eq(&other, &tracing) || other.provider == tracing.provider => batch.push(span),
+                Ok(Some((other, span))) if Arc::ptr_eq(&other, &tracing) || other.provider == tracing.provider => {
+                    batch.push(span)
+                }
                 Ok(Some(other)) => {
                     next = Some(other);
                     break;
@@ -226,10 +237,13 @@ pub(crate) async fn export(
                 Ok(None) | Err(_) => break,
             }
         }
-        for (tracing, batch) in std::iter::once((tracing, batch)).chain(next.map(|(tracing, span)| (tracing, vec![span]))) {
+        for (tracing, batch) in
+            std::iter::once((tracing, batch)).chain(next.map(|(tracing, span)| (tracing, vec![span])))
+        {
             let now = config.load_full();
             let sending = send(&shared, &now, &tracing, &batch);
-            let sent = tokio::time::timeout(CALL_MAX, sending).await.unwrap_or_else(|_| Err("it takes too long".into()));
+            let sent =
+                tokio::time::timeout(CALL_MAX, sending).await.unwrap_or_else(|_| Err("it takes too long".into()));
             if let Err(reason) = sent {
                 recorder.add(Counter::SpansDropped, batch.len() as u64);
                 tracing::debug!(reason, "spans were not taken by their collector");
@@ -244,7 +258,10 @@ async fn send(shared: &Shared, config: &RuntimeConfig, tracing: &Tracing, spans:
     };
     let found = config.clusters.get(cluster).ok_or("the collector's cluster is unknown")?;
     let set = config.endpoints_of(found).ok_or("the collector has no endpoint")?;
-    let endpoint = set.iter().find(|endpoint| endpoint.health == engine::cluster::Health::Healthy).ok_or("the collector has no endpoint")?;
+    let endpoint = set
+        .iter()
+        .find(|endpoint| endpoint.health == engine::cluster::Health::Healthy)
+        .ok_or("the collector has no endpoint")?;
     if found.transport_for(Some(endpoint)).is_some_and(|transport| transport.tls.is_some()) {
         return Err("a collector behind TLS is not built".into());
     }

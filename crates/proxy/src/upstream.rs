@@ -385,11 +385,7 @@ async fn lease_shared(pool: &Rc<Pool>, http: &UpstreamHttp) -> Option<Leased> {
         match poll_fn(|cx| sender.poll_ready(cx)).await {
             Ok(()) => {
                 let endpoints = conn.endpoints.clone();
-                return Some(Leased {
-                    kind: LeasedKind::H2(conn, Box::new(sender)),
-                    pool: Rc::clone(pool),
-                    endpoints,
-                });
+                return Some(Leased { kind: LeasedKind::H2(conn, Box::new(sender)), pool: Rc::clone(pool), endpoints });
             }
             // it is leaving or gone: no new stream on it
             Err(_) => {
@@ -407,11 +403,7 @@ fn lease_idle(pool: &Rc<Pool>, http: &UpstreamHttp) -> Option<Leased> {
         let stale = http.idle_timeout.is_some_and(|max| now.duration_since(idle.kept.used) >= max);
         if !stale && !worn(http, idle.kept.born, idle.kept.requests, now) && idle.connection.is_fresh() {
             let endpoints = idle.kept.endpoints.clone();
-            return Some(Leased {
-                kind: LeasedKind::H1(idle.connection, idle.kept),
-                pool: Rc::clone(pool),
-                endpoints,
-            });
+            return Some(Leased { kind: LeasedKind::H1(idle.connection, idle.kept), pool: Rc::clone(pool), endpoints });
         }
     }
 }
@@ -473,7 +465,9 @@ async fn connect(
     let defaults = H2Settings::default();
     let settings = H2Settings {
         stream_window: http.stream_window.map_or(defaults.stream_window, |window| window.min(1024 * 1024)),
-        connection_window: http.connection_window.map_or(defaults.connection_window, |window| window.min(16 * 1024 * 1024)),
+        connection_window: http
+            .connection_window
+            .map_or(defaults.connection_window, |window| window.min(16 * 1024 * 1024)),
         ..defaults
     };
     let failed = || Failure::unsent(Cause::UpstreamProtocolError);
@@ -513,9 +507,7 @@ pub(crate) async fn make(
 ) -> Result<(crate::io::Io, Endpoints, bool), Failure> {
     let making = async {
         let socket = dial::tcp(worker, attempt, conn).await?;
-        let endpoints = Endpoints {
-            local: socket.tcp_stream().and_then(|stream| stream.local_addr().ok()),
-        };
+        let endpoints = Endpoints { local: socket.tcp_stream().and_then(|stream| stream.local_addr().ok()) };
         let Some(tls) = tls else { return Ok((crate::io::Io::Plain(socket), endpoints, false)) };
         let (stream, http2) = dial::tls(socket, tls, attempt).await?;
         Ok((crate::io::Io::ClientTls(Box::new(stream)), endpoints, http2))

@@ -108,7 +108,8 @@ impl ConnState {
         else {
             return false;
         };
-        let same_tls = now.tls.as_ref().map(|tls| tls.fingerprint) == self.chain.tls.as_ref().map(|tls| tls.fingerprint);
+        let same_tls =
+            now.tls.as_ref().map(|tls| tls.fingerprint) == self.chain.tls.as_ref().map(|tls| tls.fingerprint);
         let same_kind = matches!(
             (&now.terminal, &self.chain.terminal),
             (Terminal::Http(_), Terminal::Http(_)) | (Terminal::Tcp(_), Terminal::Tcp(_))
@@ -191,7 +192,12 @@ impl Worker {
     }
 
     /// Notes a connection that has chosen its chain, so that it drains with it.
-    pub(crate) fn register(&self, listener: &Arc<str>, direction: Direction, chain: &Arc<FilterChain>) -> Rc<ConnState> {
+    pub(crate) fn register(
+        &self,
+        listener: &Arc<str>,
+        direction: Direction,
+        chain: &Arc<FilterChain>,
+    ) -> Rc<ConnState> {
         let state = Rc::new(ConnState {
             direction,
             listener: Arc::clone(listener),

@@ -1,1 +1,32 @@
-//! Not written yet.
+//! Whole meshes for tests, and the clients that talk to them.
+//!
+//! [`Mesh`] runs the real `lateen` binary as a child, on free ports of the loopback and in a folder
+//! of its own, and takes everything down when the test process ends, however it ends.
+//!
+//! **Invariants.** Nothing here waits for a fixed time: [`eventually`] looks again until what is
+//! asked for holds, or fails at its deadline with what was seen last. Nothing leaves the loopback.
+
+pub mod http;
+pub mod mesh;
+pub mod token;
+
+pub use http::{Client, Response};
+pub use mesh::{Applied, Mesh, Shared};
+
+use std::time::{Duration, Instant};
+
+/// How long [`eventually`] looks.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Looks until `look` gives a value, and fails with the last answer else.
+#[track_caller]
+pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Result<T, String>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match look() {
+            Ok(value) => return value,
+            Err(seen) => assert!(Instant::now() < deadline, "{what}: still not after {PATIENCE:?}; last seen: {seen}"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}

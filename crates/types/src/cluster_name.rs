@@ -49,9 +49,7 @@ impl ClusterName {
     /// `outbound_.<port>_.<subset>_.<fqdn>`. `None` for fixed and inbound clusters.
     pub fn sni(&self) -> Option<String> {
         match self {
-            Self::Outbound { port, subset, host } => {
-                Some(format!("outbound_.{port}_.{subset}_.{host}"))
-            }
+            Self::Outbound { port, subset, host } => Some(format!("outbound_.{port}_.{subset}_.{host}")),
             Self::Inbound { .. } | Self::BlackHole | Self::Passthrough | Self::InboundPassthrough => None,
         }
     }

@@ -57,9 +57,12 @@ impl LogFilter {
             Self::Duration(comparison) => {
                 comparison.holds(u64::try_from(record.duration.as_millis()).unwrap_or(u64::MAX))
             }
-            Self::Flags(wanted) => record.info.causes.iter().map(|cause| cause.surface().flag).any(|flag| {
-                flag != "-" && (wanted.is_empty() || wanted.iter().any(|wanted| **wanted == *flag))
-            }),
+            Self::Flags(wanted) => record
+                .info
+                .causes
+                .iter()
+                .map(|cause| cause.surface().flag)
+                .any(|flag| flag != "-" && (wanted.is_empty() || wanted.iter().any(|wanted| **wanted == *flag))),
             Self::Header(matcher) => record.request.is_some_and(|head| matcher.matches(head)),
             Self::And(list) => list.iter().all(|filter| filter.holds(record)),
             Self::Or(list) => list.iter().any(|filter| filter.holds(record)),

@@ -300,11 +300,7 @@ fn address(address: SocketAddr, side: Side) -> Found<'static> {
     }
 }
 
-fn header<'a>(
-    get: impl Fn(&str) -> Option<std::borrow::Cow<'a, [u8]>>,
-    main: &str,
-    other: Option<&str>,
-) -> Found<'a> {
+fn header<'a>(get: impl Fn(&str) -> Option<std::borrow::Cow<'a, [u8]>>, main: &str, other: Option<&str>) -> Found<'a> {
     get(main).or_else(|| get(other?)).map_or(Found::Nothing, Found::Bytes)
 }
 

@@ -158,8 +158,7 @@ fn twins_are_refused() {
 #[test]
 fn inspectors_are_switched_off_by_port() {
     let range = |from, to| PortPredicate::Range(from, to);
-    let inspector =
-        Inspector { disabled: Some(PortPredicate::Or(vec![range(15006, 15007), range(9001, 9002)])) };
+    let inspector = Inspector { disabled: Some(PortPredicate::Or(vec![range(15006, 15007), range(9001, 9002)])) };
     assert!(inspector.runs_on(9080) && inspector.runs_on(9002));
     assert!(!inspector.runs_on(15006) && !inspector.runs_on(9001));
     assert!(Inspector::default().runs_on(1));

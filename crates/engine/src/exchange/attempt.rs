@@ -186,7 +186,11 @@ pub(super) fn hash(
                         text.push_str(&format!("; Path={path}"));
                     }
                     for (name, value) in attributes {
-                        text.push_str(&if value.is_empty() { format!("; {name}") } else { format!("; {name}={value}") });
+                        text.push_str(&if value.is_empty() {
+                            format!("; {name}")
+                        } else {
+                            format!("; {name}={value}")
+                        });
                     }
                     text.push_str("; HttpOnly");
                     made = Some(text.into());

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use types::{Cause, RequestHead, ResponseHead};
 
+use super::attempt::{self, Plan};
 use super::machine::{Exchange, Phase};
 use super::reply::Spec;
-use super::attempt::{self, Plan};
 use super::{Answer, AuthorizeAnswer, AuthorizeQuestion, BodyWanted, Details, Env, Question, Step};
 use crate::authz::Subject;
 use crate::cors::CorsPolicy;
@@ -99,9 +99,10 @@ impl Exchange {
             }
             FilterKind::Alpn(_) | FilterKind::Stats(_) | FilterKind::GrpcStats => Verdict::Continue,
             FilterKind::GrpcWeb => {
-                let is_web = head.fields.get("content-type").is_some_and(|kind| {
-                    kind.len() >= 20 && kind[..20].eq_ignore_ascii_case(b"application/grpc-web")
-                });
+                let is_web = head
+                    .fields
+                    .get("content-type")
+                    .is_some_and(|kind| kind.len() >= 20 && kind[..20].eq_ignore_ascii_case(b"application/grpc-web"));
                 if is_web {
                     return Verdict::End(self.reply(env, Cause::ConfigRefused, Spec::default(), head, recorder));
                 }
@@ -318,11 +319,8 @@ impl Exchange {
             Some(Override::Jwt(by_route)) => Some(by_route),
             _ => None,
         };
-        let with = crate::jwt::Env {
-            now: env.now.wall_seconds(),
-            remote: &config.remote_keys,
-            cache: &env.worker.tokens,
-        };
+        let with =
+            crate::jwt::Env { now: env.now.wall_seconds(), remote: &config.remote_keys, cache: &env.worker.tokens };
         let outcome = jwt.authenticate(head, &mut metadata, by_route, &with);
         self.info.metadata = metadata;
         note(recorder, Stage::Filter, None, || match &outcome {
@@ -350,13 +348,7 @@ impl Exchange {
         }
     }
 
-    fn cors(
-        &mut self,
-        env: &Env<'_>,
-        name: &str,
-        head: &mut RequestHead,
-        recorder: &mut dyn Recorder,
-    ) -> Verdict {
+    fn cors(&mut self, env: &Env<'_>, name: &str, head: &mut RequestHead, recorder: &mut dyn Recorder) -> Verdict {
         let policy: Option<&CorsPolicy> = match self.setting(name) {
             Some(Override::Cors(policy)) => Some(policy),
             _ => None,

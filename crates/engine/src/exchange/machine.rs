@@ -143,12 +143,7 @@ impl Exchange {
             }
             Err(normalize::Refused::Redirect) => {
                 let to = head.path().to_vec();
-                let spec = Spec {
-                    status: Some(307),
-                    headers: vec![("location", to)],
-                    plain: true,
-                    ..Spec::default()
-                };
+                let spec = Spec { status: Some(307), headers: vec![("location", to)], plain: true, ..Spec::default() };
                 return self.reply(env, Cause::Redirect, spec, head, recorder);
             }
         }
@@ -279,9 +274,9 @@ impl Exchange {
         }
         if let Some(duration) = duration {
             let by_header = match (duration.grpc_timeout_max, self.info.is_grpc) {
-                (Some(cap), true) => super::grpc::timeout(&head.fields).map(|asked| {
-                    if cap.is_zero() { asked } else { asked.min(cap) }
-                }),
+                (Some(cap), true) => {
+                    super::grpc::timeout(&head.fields).map(|asked| if cap.is_zero() { asked } else { asked.min(cap) })
+                }
                 _ => None,
             };
             self.timing.stream_max = by_header.or(duration.max).or(self.timing.stream_max);
@@ -305,11 +300,8 @@ impl Exchange {
             RequireTls::All => true,
         };
         if tls_wanted && !normalize::is_https(head) {
-            let spec = Spec {
-                headers: vec![("location", reply::https_location(head))],
-                plain: true,
-                ..Spec::default()
-            };
+            let spec =
+                Spec { headers: vec![("location", reply::https_location(head))], plain: true, ..Spec::default() };
             return self.reply(env, Cause::HttpsRedirect, spec, head, recorder);
         }
         let Some(route) = choice.route.map(|route| &host.routes[route]) else {
@@ -317,11 +309,7 @@ impl Exchange {
         };
         match &route.action {
             Action::Direct(direct) => {
-                let spec = Spec {
-                    status: Some(direct.status),
-                    body: Some(direct.body.clone()),
-                    ..Spec::default()
-                };
+                let spec = Spec { status: Some(direct.status), body: Some(direct.body.clone()), ..Spec::default() };
                 self.reply(env, Cause::DirectResponse, spec, head, recorder)
             }
             Action::Redirect(redirect) => {
@@ -655,11 +643,8 @@ impl Exchange {
     ) -> Step {
         let seen = super::grpc::effective_status(response);
         self.mark_host(env, crate::outlier::Event::Status(seen));
-        let retriable = self
-            .attempt
-            .policy
-            .as_ref()
-            .is_some_and(|policy| policy.applies_to(head) && policy.on_response(response));
+        let retriable =
+            self.attempt.policy.as_ref().is_some_and(|policy| policy.applies_to(head) && policy.on_response(response));
         if retriable && let Some(step) = self.again(env, None, head, recorder) {
             return step;
         }
@@ -701,16 +686,13 @@ impl Exchange {
         }
     }
 
-    fn failed(
-        &mut self,
-        env: &Env<'_>,
-        failure: Failure,
-        head: &mut RequestHead,
-        recorder: &mut dyn Recorder,
-    ) -> Step {
+    fn failed(&mut self, env: &Env<'_>, failure: Failure, head: &mut RequestHead, recorder: &mut dyn Recorder) -> Step {
         self.mark_host(env, crate::outlier::Event::Local);
         self.info.transport_failure.clone_from(&failure.detail);
-        let retriable = self.attempt.policy.as_ref().is_some_and(|policy| policy.applies_to(head) && policy.on_failure(failure.cause, failure.request_sent));
+        let retriable =
+            self.attempt.policy.as_ref().is_some_and(|policy| {
+                policy.applies_to(head) && policy.on_failure(failure.cause, failure.request_sent)
+            });
         note(recorder, Stage::Retry, None, || {
             (failure.cause.name().to_owned(), if retriable { "may be tried again" } else { "is final" }.to_owned())
         });
@@ -748,13 +730,7 @@ impl Exchange {
     }
 
     /// No attempt could be made at all.
-    fn no_attempt(
-        &mut self,
-        env: &Env<'_>,
-        cause: Cause,
-        head: &mut RequestHead,
-        recorder: &mut dyn Recorder,
-    ) -> Step {
+    fn no_attempt(&mut self, env: &Env<'_>, cause: Cause, head: &mut RequestHead, recorder: &mut dyn Recorder) -> Step {
         if cause == Cause::UpstreamOverflow {
             return self.final_failure(env, &Failure::unsent(cause), false, head, recorder);
         }
@@ -801,13 +777,7 @@ impl Exchange {
         self.upgrade && self.phase == Phase::Responding
     }
 
-    fn timed_out(
-        &mut self,
-        env: &Env<'_>,
-        cause: Cause,
-        head: &mut RequestHead,
-        recorder: &mut dyn Recorder,
-    ) -> Step {
+    fn timed_out(&mut self, env: &Env<'_>, cause: Cause, head: &mut RequestHead, recorder: &mut dyn Recorder) -> Step {
         self.mark_host(env, crate::outlier::Event::Timeout);
         if cause == Cause::PerTryTimeout {
             let retriable = self.attempt.policy.as_ref().is_some_and(|policy| policy.on_per_try_timeout());
@@ -932,7 +902,6 @@ impl Exchange {
         self.phase = Phase::Done;
         Step::Reply(Box::new(LocalReply { cause, head, body, close }))
     }
-
 }
 
 pub(super) fn alpn_overrides(hcm: &Hcm) -> Option<&AlpnOverrides> {
@@ -964,4 +933,3 @@ fn weighted_index(target: &Target, draw: Draw) -> Option<usize> {
         here
     })
 }
-

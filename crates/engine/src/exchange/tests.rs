@@ -134,9 +134,11 @@ fn weights_draw_by_seed() {
     };
     let weighted = with(to("/", "x"), |action| {
         let clusters = vec![weight("a", 90), weight("b", 10), weight("c", 0)];
-        action.cluster_specifier = Some(route::route_action::ClusterSpecifier::WeightedClusters(
-            route::WeightedCluster { clusters, ..Default::default() },
-        ));
+        action.cluster_specifier =
+            Some(route::route_action::ClusterSpecifier::WeightedClusters(route::WeightedCluster {
+                clusters,
+                ..Default::default()
+            }));
     });
     let clusters = ["a", "b", "c"].map(|name| cluster(name, &[80])).to_vec();
     let world = Http::new(vec![host(&["*"], vec![weighted])], clusters).build();
@@ -624,11 +626,7 @@ fn all_of(action: i32) -> rbac_pb::Rbac {
         principals: vec![rbac_pb::Principal { identifier: Some(rbac_pb::principal::Identifier::Any(true)) }],
         ..Default::default()
     };
-    rbac_pb::Rbac {
-        action,
-        policies: [("ns[a]-policy[p]-rule[0]".to_owned(), policy)].into(),
-        ..Default::default()
-    }
+    rbac_pb::Rbac { action, policies: [("ns[a]-policy[p]-rule[0]".to_owned(), policy)].into(), ..Default::default() }
 }
 
 #[test]
@@ -647,17 +645,11 @@ fn policy_denies_before_faults() {
         one.typed_per_filter_config.insert("fault".to_owned(), pack(&fault));
         Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1])])
     };
-    let world = with_fault()
-        .filter("rbac", pack(&deny))
-        .filter("fault", pack(&fault_pb::HttpFault::default()))
-        .build();
+    let world = with_fault().filter("rbac", pack(&deny)).filter("fault", pack(&fault_pb::HttpFault::default())).build();
     let mut call = world.start(get("a", "/"));
     let reply = call.reply();
     assert_eq!((reply.head.status, &*reply.body), (403, &b"RBAC: access denied"[..]));
-    assert_eq!(
-        call.exchange.info().details.as_str(),
-        "rbac_access_denied_matched_policy[ns[a]-policy[p]-rule[0]]"
-    );
+    assert_eq!(call.exchange.info().details.as_str(), "rbac_access_denied_matched_policy[ns[a]-policy[p]-rule[0]]");
     assert_eq!(call.flags(), "-");
     let world = with_fault().filter("fault", pack(&fault_pb::HttpFault::default())).build();
     let mut call = world.start(get("a", "/"));
@@ -869,7 +861,9 @@ fn answers_nobody_asked_for_do_no_harm() {
     assert!(matches!(call.step(), Step::Abort(Cause::Internal)));
 }
 
-fn authorizer(edit: impl FnOnce(&mut envoy_types::pb::envoy::extensions::filters::http::ext_authz::v3::ExtAuthz)) -> Http {
+fn authorizer(
+    edit: impl FnOnce(&mut envoy_types::pb::envoy::extensions::filters::http::ext_authz::v3::ExtAuthz),
+) -> Http {
     use envoy_types::pb::envoy::extensions::filters::http::ext_authz::v3 as pb;
     let mut config = pb::ExtAuthz {
         transport_api_version: 2,

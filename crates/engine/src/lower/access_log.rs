@@ -51,18 +51,24 @@ fn sink(any: &Any) -> Result<(Box<str>, Format), Unsupported> {
         "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog" => {
             use stream::stdout_access_log::AccessLogFormat;
             let config: stream::StdoutAccessLog = unpack(any, "")?;
-            Ok(("/dev/stdout".into(), match config.access_log_format {
-                None => Format::Text(Template::compile(DEFAULT_TEXT)?),
-                Some(AccessLogFormat::LogFormat(format)) => log_format(format).within("log_format")?,
-            }))
+            Ok((
+                "/dev/stdout".into(),
+                match config.access_log_format {
+                    None => Format::Text(Template::compile(DEFAULT_TEXT)?),
+                    Some(AccessLogFormat::LogFormat(format)) => log_format(format).within("log_format")?,
+                },
+            ))
         }
         "envoy.extensions.access_loggers.stream.v3.StderrAccessLog" => {
             use stream::stderr_access_log::AccessLogFormat;
             let config: stream::StderrAccessLog = unpack(any, "")?;
-            Ok(("/dev/stderr".into(), match config.access_log_format {
-                None => Format::Text(Template::compile(DEFAULT_TEXT)?),
-                Some(AccessLogFormat::LogFormat(format)) => log_format(format).within("log_format")?,
-            }))
+            Ok((
+                "/dev/stderr".into(),
+                match config.access_log_format {
+                    None => Format::Text(Template::compile(DEFAULT_TEXT)?),
+                    Some(AccessLogFormat::LogFormat(format)) => log_format(format).within("log_format")?,
+                },
+            ))
         }
         other => Err(Unsupported::new("", format!("{other} is not supported"))),
     }

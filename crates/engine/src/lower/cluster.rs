@@ -180,9 +180,7 @@ fn family(value: i32) -> Result<DnsFamily, Unsupported> {
     })
 }
 
-fn slow_start(
-    config: Option<pb::cluster::SlowStartConfig>,
-) -> Result<Option<SlowStart>, Unsupported> {
+fn slow_start(config: Option<pb::cluster::SlowStartConfig>) -> Result<Option<SlowStart>, Unsupported> {
     let Some(mut config) = config else { return Ok(None) };
     let window = optional_duration(config.slow_start_window.take(), "slow_start_window")?.unwrap_or_default();
     let aggression = config.aggression.take().map_or(1.0, |value| value.default_value);

@@ -170,7 +170,11 @@ pub fn resolved_endpoints(spec: &DnsSpec, mut answers: impl FnMut(&str) -> Vec<I
             endpoints.extend(addresses.into_iter().take(count).map(|ip| Endpoint {
                 address: Address::Ip(SocketAddr::new(ip, host.port)),
                 // Host rewrites see the configured name.
-                hostname: if host.endpoint.hostname.is_empty() { host.name.clone() } else { host.endpoint.hostname.clone() },
+                hostname: if host.endpoint.hostname.is_empty() {
+                    host.name.clone()
+                } else {
+                    host.endpoint.hostname.clone()
+                },
                 ..host.endpoint.clone()
             }));
         }

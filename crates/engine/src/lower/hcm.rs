@@ -106,10 +106,7 @@ pub(super) fn lower(mut proto: pb::HttpConnectionManager, direction: Direction) 
             lowered
         }
     };
-    let strip_port = match (
-        std::mem::take(&mut proto.strip_matching_host_port),
-        proto.strip_port_mode.take(),
-    ) {
+    let strip_port = match (std::mem::take(&mut proto.strip_matching_host_port), proto.strip_port_mode.take()) {
         (_, Some(hcm::StripPortMode::StripAnyHostPort(true))) => StripPort::Any,
         (true, _) => StripPort::Matching,
         (false, _) => StripPort::Keep,
@@ -190,7 +187,8 @@ fn settings(proto: &mut pb::HttpConnectionManager) -> Result<(CodecSettings, Htt
         settings.header_bytes_max = kb.saturating_mul(1024);
     }
     if let Some(mut common) = proto.common_http_protocol_options.take() {
-        if let Some(idle) = optional_duration(common.idle_timeout.take(), "common_http_protocol_options.idle_timeout")? {
+        if let Some(idle) = optional_duration(common.idle_timeout.take(), "common_http_protocol_options.idle_timeout")?
+        {
             timeouts.idle = non_zero(idle);
         }
         timeouts.connection_duration_max =
@@ -386,8 +384,8 @@ fn tracing(mut proto: pb::http_connection_manager::Tracing) -> Result<Tracing, U
 }
 
 fn custom_tag(proto: tags::CustomTag) -> Result<(Box<str>, TagSource), Unsupported> {
-    use envoy_types::pb::envoy::r#type::metadata::v3::metadata_kind::Kind;
     use envoy_types::pb::envoy::r#type::metadata::v3::metadata_key::path_segment::Segment;
+    use envoy_types::pb::envoy::r#type::metadata::v3::metadata_kind::Kind;
     use tags::custom_tag::Type;
     let source = match proto.r#type {
         Some(Type::Literal(literal)) => TagSource::Literal(literal.value.into()),
@@ -452,7 +450,11 @@ fn provider(proto: trace::tracing::Http) -> Result<TraceProvider, Unsupported> {
                 return Err(Unsupported::not_built("typed_config.grpc_service"));
             };
             Ok(TraceProvider::OpenTelemetry {
-                authority: if grpc.authority.is_empty() { grpc.cluster_name.as_str().into() } else { grpc.authority.into() },
+                authority: if grpc.authority.is_empty() {
+                    grpc.cluster_name.as_str().into()
+                } else {
+                    grpc.authority.into()
+                },
                 cluster: grpc.cluster_name.into(),
                 service: config.service_name.into(),
             })

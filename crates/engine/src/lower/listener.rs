@@ -32,10 +32,11 @@ pub(super) fn lower(any: &Any) -> Result<(Name, Listener), Unsupported> {
     }
     let address = proto.address.take().ok_or_else(|| Unsupported::missing("address"))?;
     let address = socket_address(&address).within("address")?;
-    let additional_addresses = each(&std::mem::take(&mut proto.additional_addresses), "additional_addresses", |extra| {
-        let address = extra.address.as_ref().ok_or_else(|| Unsupported::missing("address"))?;
-        socket_address(address).within("address")
-    })?;
+    let additional_addresses =
+        each(&std::mem::take(&mut proto.additional_addresses), "additional_addresses", |extra| {
+            let address = extra.address.as_ref().ok_or_else(|| Unsupported::missing("address"))?;
+            socket_address(address).within("address")
+        })?;
     let direction = match std::mem::take(&mut proto.traffic_direction) {
         1 => Direction::Inbound,
         2 => Direction::Outbound,

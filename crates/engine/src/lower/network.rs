@@ -154,7 +154,13 @@ pub(super) fn stats(typed: &Typed<'_>) -> Result<Stats, Unsupported> {
                 return Err(Unsupported::not_built(unknown));
             }
             let texts = |value: Option<&Value>| -> Vec<Box<str>> {
-                value.and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).map(Into::into).collect()
+                value
+                    .and_then(Value::as_array)
+                    .into_iter()
+                    .flatten()
+                    .filter_map(Value::as_str)
+                    .map(Into::into)
+                    .collect()
             };
             let overrides = value.get("metrics").and_then(Value::as_array).into_iter().flatten().map(|metric| {
                 let dimensions = metric.get("dimensions").and_then(Value::as_object).into_iter().flatten();
@@ -201,10 +207,8 @@ fn tcp_proxy(mut proto: tcp::TcpProxy) -> Result<TcpProxy, Unsupported> {
         }
     }
     let idle = optional_duration(proto.idle_timeout.take(), "idle_timeout")?.unwrap_or(Duration::from_secs(3600));
-    let duration_max = optional_duration(
-        proto.max_downstream_connection_duration.take(),
-        "max_downstream_connection_duration",
-    )?;
+    let duration_max =
+        optional_duration(proto.max_downstream_connection_duration.take(), "max_downstream_connection_duration")?;
     let tunneling = proto.tunneling_config.take().map(tunneling).transpose().within("tunneling_config")?;
     let lowered = TcpProxy {
         stat_prefix: std::mem::take(&mut proto.stat_prefix).into(),

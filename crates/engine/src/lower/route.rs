@@ -48,7 +48,10 @@ pub(super) fn lower(mut proto: pb::RouteConfiguration, fingerprint: u64) -> Resu
         let lowered = virtual_host(host, body_max as usize).within_item("virtual_hosts", index)?;
         for domain in &lowered.domains {
             hosts.insert(domain, index).map_err(|bad| {
-                Unsupported::new(format!("virtual_hosts[{index}].domains"), format!("{:?} stands twice or is empty", bad.0))
+                Unsupported::new(
+                    format!("virtual_hosts[{index}].domains"),
+                    format!("{:?} stands twice or is empty", bad.0),
+                )
             })?;
         }
         virtual_hosts.push(lowered);
@@ -127,7 +130,10 @@ fn virtual_host(mut proto: pb::VirtualHost, body_max: usize) -> Result<VirtualHo
         attempt_count: std::mem::take(&mut proto.include_request_attempt_count),
         attempt_count_in_response: std::mem::take(&mut proto.include_attempt_count_in_response),
         retry,
-        replay_bytes_max: buffer_limit(proto.request_body_buffer_limit.take(), &mut proto.per_request_buffer_limit_bytes),
+        replay_bytes_max: buffer_limit(
+            proto.request_body_buffer_limit.take(),
+            &mut proto.per_request_buffer_limit_bytes,
+        ),
         mirrors: mirrors(std::mem::take(&mut proto.request_mirror_policies))?,
         provenance: provenance(metadata.as_ref()),
     };
@@ -177,7 +183,10 @@ fn lower_route(mut proto: pb::Route, body_max: usize) -> Result<Route, Unsupport
         edits,
         overrides: overrides(std::mem::take(&mut proto.typed_per_filter_config))?,
         operation: operation.filter(|operation| !operation.is_empty()),
-        replay_bytes_max: buffer_limit(proto.request_body_buffer_limit.take(), &mut proto.per_request_buffer_limit_bytes),
+        replay_bytes_max: buffer_limit(
+            proto.request_body_buffer_limit.take(),
+            &mut proto.per_request_buffer_limit_bytes,
+        ),
         provenance: provenance(metadata.as_ref()),
     };
     nothing_left(&proto)?;
@@ -236,7 +245,9 @@ fn forward(mut proto: pb::RouteAction) -> Result<Forward, Unsupported> {
     let target = match proto.cluster_specifier.take() {
         Some(ClusterSpecifier::Cluster(name)) if !name.is_empty() => Target::Cluster(name.into()),
         Some(ClusterSpecifier::ClusterHeader(header)) => Target::Header(header.to_ascii_lowercase().into()),
-        Some(ClusterSpecifier::WeightedClusters(weighted)) => weighted_clusters(weighted).within("weighted_clusters")?,
+        Some(ClusterSpecifier::WeightedClusters(weighted)) => {
+            weighted_clusters(weighted).within("weighted_clusters")?
+        }
         Some(ClusterSpecifier::ClusterSpecifierPlugin(_) | ClusterSpecifier::InlineClusterSpecifierPlugin(_)) => {
             return Err(Unsupported::not_built("cluster_specifier_plugin"));
         }
@@ -479,7 +490,9 @@ fn override_of(any: &Any) -> Result<Override, Unsupported> {
                 Some(inner) => override_of(&inner)?,
             }
         }
-        "envoy.extensions.filters.http.fault.v3.HTTPFault" => Override::Fault(Box::new(Fault::lower(&unpack(any, "")?)?)),
+        "envoy.extensions.filters.http.fault.v3.HTTPFault" => {
+            Override::Fault(Box::new(Fault::lower(&unpack(any, "")?)?))
+        }
         "envoy.extensions.filters.http.cors.v3.CorsPolicy" => {
             Override::Cors(Box::new(CorsPolicy::lower(&unpack(any, "")?)?))
         }

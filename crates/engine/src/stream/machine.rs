@@ -84,9 +84,7 @@ impl Stream {
         self.shared = Some(Arc::clone(&live.shared));
         self.number += 1;
         self.info.attempts = self.number;
-        let hash = proxy.hash_source_ip.then(|| {
-            xxh64(self.conn.peer.ip().to_canonical().to_string().as_bytes(), 0)
-        });
+        let hash = proxy.hash_source_ip.then(|| xxh64(self.conn.peer.ip().to_canonical().to_string().as_bytes(), 0));
         let plan = Plan {
             conn: &self.conn,
             draw: self.draw,

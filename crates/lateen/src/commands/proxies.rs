@@ -28,7 +28,7 @@ pub(crate) async fn synced(mesh: &MeshArgs, seconds: u64) -> Result<()> {
     let status: Value = objects.get("/status").await?;
     let version = status["resourceVersion"].as_u64().unwrap_or(0);
     let plane = Client::new(&debug_socket(mesh)?);
-    match plane.get::<Value>(&format!("/debug/synced?resourceVersion={version}&timeout={seconds}s")).await {
+    match plane.get::<Value>(&format!("/debug/synced?resourceVersion={version}&timeout={seconds}")).await {
         Ok(_) => Ok(()),
         Err(ClientError::Refused { status: 504, message }) => bail!("not synced after {seconds} s: {message}"),
         Err(error) => Err(error.into()),

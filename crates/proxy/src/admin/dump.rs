@@ -13,8 +13,14 @@ use crate::descriptors::to_json;
 use crate::secrets::Secret;
 
 /// The dump as JSON; `resource` is one of its lists (`dynamic_active_clusters`, …).
-pub(super) fn config(context: &Context, inspection: &Inspection, eds: bool, resource: Option<&str>) -> Result<String, String> {
-    let mut configs = vec![bootstrap(context), clusters(inspection), listeners(inspection), routes(inspection), secrets(context)];
+pub(super) fn config(
+    context: &Context,
+    inspection: &Inspection,
+    eds: bool,
+    resource: Option<&str>,
+) -> Result<String, String> {
+    let mut configs =
+        vec![bootstrap(context), clusters(inspection), listeners(inspection), routes(inspection), secrets(context)];
     if eds {
         configs.push(endpoints(inspection));
     }
@@ -44,10 +50,8 @@ fn version(inspection: &Inspection, url: &str) -> String {
 }
 
 fn bootstrap(context: &Context) -> Value {
-    let node = Any {
-        type_url: "type.googleapis.com/envoy.config.core.v3.Node".into(),
-        value: context.node.encode_to_vec(),
-    };
+    let node =
+        Any { type_url: "type.googleapis.com/envoy.config.core.v3.Node".into(), value: context.node.encode_to_vec() };
     let mut node = to_json(&node);
     if let Value::Object(fields) = &mut node {
         fields.remove("@type");
@@ -104,7 +108,8 @@ fn routes(inspection: &Inspection) -> Value {
 }
 
 fn endpoints(inspection: &Inspection) -> Value {
-    let list: Vec<Value> = entries(inspection, type_urls::ENDPOINT, "endpoint_config").map(|(_, _, entry)| entry).collect();
+    let list: Vec<Value> =
+        entries(inspection, type_urls::ENDPOINT, "endpoint_config").map(|(_, _, entry)| entry).collect();
     json!({ "@type": kind("EndpointsConfigDump"), "dynamic_endpoint_configs": list })
 }
 
@@ -125,7 +130,8 @@ fn secrets(context: &Context) -> Value {
                     });
                 }
                 Secret::Roots(roots) => {
-                    message["validation_context"] = json!({ "trusted_ca": { "inline_bytes": base64(roots.to_pem().as_bytes()) } });
+                    message["validation_context"] =
+                        json!({ "trusted_ca": { "inline_bytes": base64(roots.to_pem().as_bytes()) } });
                 }
             }
             json!({ "name": &**name, "secret": message })

@@ -19,7 +19,10 @@ pub(super) fn metrics(context: &Context) -> String {
     _ = writeln!(out, "# TYPE envoy_server_live gauge\nenvoy_server_live {}", u8::from(state.is_ready()));
     _ = writeln!(out, "# TYPE lateen_config_generation gauge\nlateen_config_generation {}", state.generation);
     let dropped = context.shared.sinks.dropped();
-    _ = writeln!(out, "# TYPE lateen_access_log_lines_dropped_total counter\nlateen_access_log_lines_dropped_total {dropped}");
+    _ = writeln!(
+        out,
+        "# TYPE lateen_access_log_lines_dropped_total counter\nlateen_access_log_lines_dropped_total {dropped}"
+    );
     out
 }
 
@@ -64,14 +67,16 @@ pub(super) fn server_info(context: &Context) -> String {
         "PRE_INITIALIZING"
     };
     let version = format!("lateen/{}", env!("CARGO_PKG_VERSION"));
-    json!({ "version": version, "state": word, "node": { "id": context.node.id, "cluster": context.node.cluster } }).to_string()
+    json!({ "version": version, "state": word, "node": { "id": context.node.id, "cluster": context.node.cluster } })
+        .to_string()
 }
 
 pub(super) fn memory() -> String {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let of = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
-        line.and_then(|rest| rest.trim().strip_suffix(" kB")).and_then(|kb| kb.trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+        line.and_then(|rest| rest.trim().strip_suffix(" kB")).and_then(|kb| kb.trim().parse::<u64>().ok()).unwrap_or(0)
+            * 1024
     };
     json!({ "allocated": of("VmRSS:").to_string(), "heap_size": of("VmData:").to_string(), "total_physical_bytes": of("VmRSS:").to_string() })
         .to_string()
@@ -123,9 +128,11 @@ pub(super) fn clusters(context: &Context, inspection: &Inspection) -> String {
         for locality in &set.localities {
             for endpoint in &locality.endpoints {
                 let at = &endpoint.address;
-                let host = shared.as_ref().and_then(|shared| shared.hosts().into_iter().find(|host| host.address == *at));
-                let (connections, requests, ejected) = host
-                    .map_or((0, 0, false), |host| (host.connections.get(), host.requests.get(), host.ejected.load(Relaxed)));
+                let host =
+                    shared.as_ref().and_then(|shared| shared.hosts().into_iter().find(|host| host.address == *at));
+                let (connections, requests, ejected) = host.map_or((0, 0, false), |host| {
+                    (host.connections.get(), host.requests.get(), host.ejected.load(Relaxed))
+                });
                 let health = match (endpoint.health, ejected) {
                     (_, true) => "/failed_outlier_check",
                     (engine::cluster::Health::Unhealthy, _) => "/failed_eds_health",

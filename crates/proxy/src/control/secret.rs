@@ -41,7 +41,9 @@ fn parse(raw: &Raw) -> Result<Secret, String> {
         Type::TlsCertificate(certificate) => {
             let chain = bytes(certificate.certificate_chain.as_ref(), "certificate_chain")?;
             let key = bytes(certificate.private_key.as_ref(), "private_key")?;
-            KeyAndChain::from_pem(&chain, &key).map(|keys| Secret::Certificate(Arc::new(keys))).map_err(|e| e.to_string())
+            KeyAndChain::from_pem(&chain, &key)
+                .map(|keys| Secret::Certificate(Arc::new(keys)))
+                .map_err(|e| e.to_string())
         }
         Type::ValidationContext(validation) => {
             let roots = bytes(validation.trusted_ca.as_ref(), "trusted_ca")?;

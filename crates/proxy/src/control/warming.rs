@@ -69,7 +69,8 @@ impl Received {
     pub(crate) fn wanted(&self) -> Wanted {
         let mut wanted = Wanted::default();
         let mut secret = |name: &Name| {
-            let from_control_plane = name.starts_with("kubernetes://") || name.starts_with("file-") || name.starts_with("configmap://");
+            let from_control_plane =
+                name.starts_with("kubernetes://") || name.starts_with("file-") || name.starts_with("configmap://");
             if from_control_plane {
                 wanted.secrets.insert(name.to_string());
             }

@@ -14,7 +14,8 @@ async fn bytes_pass_both_ways_and_halves_close_apart() {
         }
     })
     .await;
-    let running = bed::start(vec![bed::listener("in", bed::tcp_filter("up"))], vec![bed::cluster("up", up, false)]).await;
+    let running =
+        bed::start(vec![bed::listener("in", bed::tcp_filter("up"))], vec![bed::cluster("up", up, false)]).await;
     let mut stream = tokio::net::TcpStream::connect(running.at("in")).await.unwrap();
     let sent: Vec<u8> = (0..300_000_u32).flat_map(u32::to_le_bytes).collect();
     stream.write_all(&sent).await.unwrap();
@@ -34,7 +35,8 @@ async fn a_server_may_speak_first() {
         drop(stream.read_to_end(&mut rest).await);
     })
     .await;
-    let running = bed::start(vec![bed::listener("in", bed::tcp_filter("up"))], vec![bed::cluster("up", up, false)]).await;
+    let running =
+        bed::start(vec![bed::listener("in", bed::tcp_filter("up"))], vec![bed::cluster("up", up, false)]).await;
     assert_eq!(Box::pin(bed::talk(running.at("in"), b"", |text| text.ends_with('\n'))).await, "220 hello\r\n");
     running.end().await;
 }

@@ -59,9 +59,14 @@ async fn a_body_that_breaks_its_grammar_never_becomes_a_request() {
 async fn nobody_listening_upstream_is_a_503_with_envoys_words() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let running = gateway(free, false).await;
-    let answer = bed::talk(running.at("in"), b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", |_| false).await;
+    let answer =
+        bed::talk(running.at("in"), b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", |_| false).await;
     assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
-    assert!(answer.contains("remote connection failure, transport failure reason: delayed connect error: Connection refused"), "{answer}");
+    assert!(
+        answer
+            .contains("remote connection failure, transport failure reason: delayed connect error: Connection refused"),
+        "{answer}"
+    );
     running.end().await;
 }
 
@@ -81,7 +86,11 @@ async fn a_truncated_response_is_seen_as_truncated() {
 
 #[tokio::test]
 async fn a_malformed_response_is_a_502() {
-    for bytes in ["HTTP/1.1 200 OK\nX: 1\n\n", "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\na", "hello\r\n\r\n"] {
+    for bytes in [
+        "HTTP/1.1 200 OK\nX: 1\n\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\na",
+        "hello\r\n\r\n",
+    ] {
         let up = bed::server(move |mut stream| async move {
             let mut buffer = [0; 1024];
             drop(stream.read(&mut buffer).await);
@@ -108,7 +117,11 @@ async fn an_upgrade_becomes_a_tunnel_after_the_upstream_agrees() {
             }
         }
         assert!(String::from_utf8_lossy(&seen).contains("upgrade: websocket\r\n"));
-        drop(stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n").await);
+        drop(
+            stream
+                .write_all(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+                .await,
+        );
         while let Ok(n @ 1..) = stream.read(&mut buffer).await {
             if stream.write_all(&buffer[..n].to_ascii_uppercase()).await.is_err() {
                 return;
@@ -118,7 +131,10 @@ async fn an_upgrade_becomes_a_tunnel_after_the_upstream_agrees() {
     .await;
     let running = gateway(up, false).await;
     let mut stream = TcpStream::connect(running.at("in")).await.unwrap();
-    stream.write_all(b"GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").await.unwrap();
+    stream
+        .write_all(b"GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        .await
+        .unwrap();
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         head.push(stream.read_u8().await.unwrap());
@@ -143,7 +159,8 @@ async fn echo_h2() -> SocketAddr {
             tokio::spawn(async move {
                 let path = request.uri().path().to_owned();
                 let mut body = request.into_body();
-                let response = http::Response::builder().header("content-type", "application/grpc").header("x-path", path);
+                let response =
+                    http::Response::builder().header("content-type", "application/grpc").header("x-path", path);
                 let Ok(mut send) = respond.send_response(response.body(()).unwrap(), false) else { return };
                 while let Some(Ok(data)) = body.data().await {
                     drop(body.flow_control().release_capacity(data.len()));
@@ -207,7 +224,8 @@ async fn grpc_streams_both_ways_with_trailers() {
 async fn http2_and_http1_translate() {
     let running = gateway(bed::echo_heads().await, false).await;
     let mut client = h2_client(running.at("in")).await;
-    let request = http::Request::get("http://a.example/x?y").header("cookie", "a=1").header("cookie", "b=2").body(()).unwrap();
+    let request =
+        http::Request::get("http://a.example/x?y").header("cookie", "a=1").header("cookie", "b=2").body(()).unwrap();
     let (response, _) = client.send_request(request, true).unwrap();
     let mut body = response.await.unwrap().into_body();
     let mut text = Vec::new();
@@ -217,7 +235,10 @@ async fn http2_and_http1_translate() {
         text.extend_from_slice(&data);
     }
     let text = String::from_utf8(text).unwrap();
-    assert!(text.starts_with("GET /x?y HTTP/1.1\r\nhost: a.example\r\n") && text.contains("cookie: a=1; b=2\r\n"), "{text}");
+    assert!(
+        text.starts_with("GET /x?y HTTP/1.1\r\nhost: a.example\r\n") && text.contains("cookie: a=1; b=2\r\n"),
+        "{text}"
+    );
     running.end().await;
 
     let running = gateway(echo_h2().await, true).await;

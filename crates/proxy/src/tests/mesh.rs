@@ -8,8 +8,8 @@ use prost::Message as _;
 
 use super::bed;
 
-fn inline(text: &str) -> Option<core::DataSource> {
-    Some(core::DataSource { specifier: Some(core::data_source::Specifier::InlineString(text.into())), ..Default::default() })
+fn inline(text: &str) -> core::DataSource {
+    core::DataSource { specifier: Some(core::data_source::Specifier::InlineString(text.into())), ..Default::default() }
 }
 
 struct Authority {
@@ -34,22 +34,27 @@ impl Authority {
         params.subject_alt_names = vec![rcgen::SanType::URI(id.try_into().unwrap())];
         let leaf = params.signed_by(&key, &self.issuer).unwrap();
         let certificate = tls::TlsCertificate {
-            certificate_chain: inline(&leaf.pem()),
-            private_key: inline(&key.serialize_pem()),
+            certificate_chain: Some(inline(&leaf.pem())),
+            private_key: Some(inline(&key.serialize_pem())),
             ..Default::default()
         };
-        let validation =
-            tls::CertificateValidationContext { trusted_ca: inline(&self.certificate.pem()), ..Default::default() };
+        let validation = tls::CertificateValidationContext {
+            trusted_ca: Some(inline(&self.certificate.pem())),
+            ..Default::default()
+        };
         (certificate, validation)
     }
 }
 
-fn socket(name: &str, value: Vec<u8>) -> Option<core::TransportSocket> {
+fn socket(name: &str, value: Vec<u8>) -> core::TransportSocket {
     let type_url = format!("type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.{name}");
-    Some(core::TransportSocket {
+    core::TransportSocket {
         name: "envoy.transport_sockets.tls".into(),
-        config_type: Some(core::transport_socket::ConfigType::TypedConfig(envoy_types::pb::google::protobuf::Any { type_url, value })),
-    })
+        config_type: Some(core::transport_socket::ConfigType::TypedConfig(envoy_types::pb::google::protobuf::Any {
+            type_url,
+            value,
+        })),
+    }
 }
 
 fn inbound(authority: &Authority, filter: listener::Filter) -> listener::Listener {
@@ -58,14 +63,16 @@ fn inbound(authority: &Authority, filter: listener::Filter) -> listener::Listene
         common_tls_context: Some(tls::CommonTlsContext {
             tls_certificates: vec![certificate],
             alpn_protocols: vec!["h2".into(), "http/1.1".into()],
-            validation_context_type: Some(tls::common_tls_context::ValidationContextType::ValidationContext(validation)),
+            validation_context_type: Some(tls::common_tls_context::ValidationContextType::ValidationContext(
+                validation,
+            )),
             ..Default::default()
         }),
         require_client_certificate: Some(envoy_types::pb::google::protobuf::BoolValue { value: true }),
         ..Default::default()
     };
     let mut made = bed::listener("tls", filter);
-    made.filter_chains[0].transport_socket = socket("DownstreamTlsContext", context.encode_to_vec());
+    made.filter_chains[0].transport_socket = Some(socket("DownstreamTlsContext", context.encode_to_vec()));
     made
 }
 
@@ -89,13 +96,15 @@ fn outbound(
         common_tls_context: Some(tls::CommonTlsContext {
             tls_certificates: vec![certificate],
             alpn_protocols: vec![if http2 { "h2" } else { "http/1.1" }.into()],
-            validation_context_type: Some(tls::common_tls_context::ValidationContextType::ValidationContext(validation)),
+            validation_context_type: Some(tls::common_tls_context::ValidationContextType::ValidationContext(
+                validation,
+            )),
             ..Default::default()
         }),
         ..Default::default()
     };
     let mut made = bed::cluster("peer", at, http2);
-    made.transport_socket = socket("UpstreamTlsContext", context.encode_to_vec());
+    made.transport_socket = Some(socket("UpstreamTlsContext", context.encode_to_vec()));
     made
 }
 

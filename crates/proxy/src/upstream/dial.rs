@@ -26,7 +26,8 @@ pub(super) async fn tcp(worker: &Rc<Worker>, attempt: &Attempt, conn: &ConnFacts
         return Err(failed("delayed connect error: Unix sockets are not supported"));
     };
     let cluster = &attempt.cluster;
-    let to_app = cluster.bind.is_some() || cluster.name.starts_with("inbound|") || &*cluster.name == "InboundPassthroughCluster";
+    let to_app =
+        cluster.bind.is_some() || cluster.name.starts_with("inbound|") || &*cluster.name == "InboundPassthroughCluster";
     let mark = if to_app { marks::PROXY_TO_APP } else { marks::PROXY };
     let how = How { mark, bind: cluster.bind, keepalive: cluster.keepalive };
     let stream = worker.shared.dialer.connect(address, &how).await.map_err(|error| failed(&describe(&error)))?;
@@ -184,7 +185,8 @@ pub(super) async fn tls(
         Some(sni) => ServerName::try_from(sni.to_string()).ok().or_else(by_address),
         None => by_address(),
     };
-    let refused = |detail: String| Failure { cause: Cause::UpstreamTlsFailed, detail: detail.into(), request_sent: false };
+    let refused =
+        |detail: String| Failure { cause: Cause::UpstreamTlsFailed, detail: detail.into(), request_sent: false };
     let Some(name) = name else { return Err(refused("TLS_error:no server name:TLS_error_end".into())) };
     let stream = TlsConnector::from(config).connect(name, socket).await.map_err(|error| refused(tls_reason(&error)))?;
     let http2 = matches!(stream.get_ref().1.alpn_protocol(), Some(b"h2" | b"istio-h2"));
@@ -196,9 +198,13 @@ pub(crate) fn tls_reason(error: &io::Error) -> String {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     match inner {
         Some(rustls::Error::InvalidCertificate(reason)) => {
-            format!("TLS_error:|268435581:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED:TLS_error_end ({reason})")
+            format!(
+                "TLS_error:|268435581:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED:TLS_error_end ({reason})"
+            )
         }
         Some(other) => format!("TLS_error:|{other}:TLS_error_end"),
-        None => format!("TLS_error:|{}:TLS_error_end", error.to_string().split(" (os error").next().unwrap_or_default()),
+        None => {
+            format!("TLS_error:|{}:TLS_error_end", error.to_string().split(" (os error").next().unwrap_or_default())
+        }
     }
 }

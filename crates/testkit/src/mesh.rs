@@ -1,0 +1,280 @@
+//! A whole mesh as a child process.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::http::{Client, Response};
+
+/// Runs its arguments until standard input ends, which it does when the test process does; then
+/// stops the mesh as Ctrl-C would and removes its folder.
+const KEEPER: &str = r#"dir=$1; shift; "$@" </dev/null >"$dir/up.log" 2>&1 & pid=$!
+read -r _; kill -TERM $pid 2>/dev/null; wait $pid; rm -rf "$dir""#;
+
+/// Seconds until a mesh must be ready.
+const START_MAX: Duration = Duration::from_secs(90);
+
+/// The `lateen` binary of this build: built on first use, so that `cargo test` alone is enough.
+pub fn lateen() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let test = std::env::current_exe().expect("a running program has a path");
+        // target/debug/deps/test-0123 → target/debug
+        let profile = test.parent().and_then(Path::parent).expect("tests run from target/PROFILE/deps");
+        let target = profile.parent().expect("a profile is a folder of target");
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo.args(["build", "--quiet", "-p", "lateen", "--bin", "lateen", "--target-dir"]).arg(target);
+        cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
+        if profile.ends_with("release") {
+            cargo.arg("--release");
+        }
+        let built = cargo.output().expect("cargo starts");
+        assert!(built.status.success(), "lateen does not build:\n{}", String::from_utf8_lossy(&built.stderr));
+        profile.join("lateen")
+    })
+}
+
+/// Runs `lateen` with these arguments and this standard input.
+pub fn run_lateen(args: &[&str], input: &str) -> Output {
+    let mut child = Command::new(lateen())
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("lateen starts");
+    // A command that does not read its input may be gone already.
+    _ = child.stdin.take().expect("it was piped").write_all(input.as_bytes());
+    child.wait_with_output().expect("its output is piped")
+}
+
+/// A running mesh.
+#[derive(Debug)]
+pub struct Mesh {
+    dir: PathBuf,
+    keeper: Child,
+    /// Where the ingress gateway takes HTTP.
+    pub http: SocketAddr,
+    /// Where it takes HTTPS.
+    pub https: SocketAddr,
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        drop(self.keeper.stdin.take());
+        _ = self.keeper.wait();
+    }
+}
+
+impl Mesh {
+    /// Starts a mesh with these manifests and waits until every pod is ready and every proxy synced.
+    pub fn up(name: &str, manifests: &str) -> Self {
+        let name = format!("{name}-{}", std::process::id());
+        let dir = tempfile::Builder::new().prefix("lt-").tempdir().expect("a folder for the mesh").keep();
+        let file = dir.join("mesh.yaml");
+        std::fs::write(&file, manifests).expect("its folder takes files");
+        let mut keeper = Command::new("sh");
+        keeper.args(["-c", KEEPER, "sh"]).arg(&dir).arg(lateen()).args(["up", "--name", &name, "--state-dir"]);
+        keeper.arg(dir.join("s")).args(["--ingress-http", "127.0.0.1:0", "--ingress-https", "127.0.0.1:0", "-f"]);
+        keeper.arg(&file).stdin(Stdio::piped());
+        let keeper = keeper.spawn().expect("sh starts");
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut mesh = Self { dir, keeper, http: nowhere, https: nowhere };
+        let status = mesh.wait_ready();
+        let address = |role: &str| {
+            let text = status["addresses"][role].as_str().unwrap_or_default();
+            text.parse().unwrap_or_else(|_| panic!("status has no address of {role}: {status}"))
+        };
+        (mesh.http, mesh.https) = (address("ingress-http"), address("ingress-https"));
+        mesh.synced();
+        mesh
+    }
+
+    fn wait_ready(&mut self) -> Value {
+        let deadline = Instant::now() + START_MAX;
+        loop {
+            let status: Value =
+                serde_json::from_slice(&self.command(&["status", "-o", "json"], "").stdout).unwrap_or_default();
+            if status["ready"] == true {
+                return status;
+            }
+            let said = self.said();
+            // `up` says what the kernel refuses and how to get it.
+            assert!(!said.contains("error:") || Instant::now() < deadline, "the mesh did not start:\n{said}");
+            assert!(Instant::now() < deadline, "the mesh is not ready after {START_MAX:?}: {status}\n{said}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// What `lateen up` wrote so far.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(self.dir.join("up.log")).unwrap_or_default()
+    }
+
+    /// The file that `up` follows.
+    pub fn file(&self) -> PathBuf {
+        self.dir.join("mesh.yaml")
+    }
+
+    /// Runs a command of `lateen` against this mesh.
+    pub fn command(&self, args: &[&str], input: &str) -> Output {
+        let state = self.dir.join("s");
+        let (verb, rest) = args.split_first().expect("a command has a verb");
+        let mut all = vec![*verb, "--state-dir", state.to_str().expect("our folder's name is ASCII")];
+        all.extend(rest);
+        run_lateen(&all, input)
+    }
+
+    /// [`command`](Self::command) that must succeed; its standard output.
+    #[track_caller]
+    pub fn must(&self, args: &[&str], input: &str) -> String {
+        let output = self.command(args, input);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(output.status.success(), "lateen {args:?}: {}\n{}", text(&output.stdout), text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// Waits until every proxy runs what was applied.
+    #[track_caller]
+    pub fn synced(&self) {
+        self.must(&["wait", "--for=synced", "--timeout", "30"], "");
+    }
+
+    /// Applies manifests and waits until every proxy runs them.
+    #[track_caller]
+    pub fn apply(&self, manifests: &str) {
+        self.must(&["apply", "-f", "-"], manifests);
+        self.synced();
+    }
+
+    /// Applies manifests until the answer is dropped.
+    #[track_caller]
+    pub fn with(&self, manifests: &str) -> Applied<'_> {
+        self.apply(manifests);
+        Applied { mesh: self, manifests: manifests.to_owned() }
+    }
+
+    /// `GET` through the ingress gateway on a new connection.
+    #[track_caller]
+    pub fn get(&self, host: &str, path: &str, headers: &[(&str, &str)]) -> Response {
+        self.send("GET", host, path, headers)
+    }
+
+    /// Any method through the ingress gateway on a new connection.
+    #[track_caller]
+    pub fn send(&self, method: &str, host: &str, path: &str, headers: &[(&str, &str)]) -> Response {
+        let answer = Client::plain(self.http).and_then(|mut client| client.send(method, host, path, headers));
+        answer.unwrap_or_else(|error| panic!("{method} {host}{path}: {error}"))
+    }
+
+    /// How often each body (by `name`) comes back in `count` requests on one connection.
+    #[track_caller]
+    pub fn tally(
+        &self,
+        host: &str,
+        path: &str,
+        count: usize,
+        name: impl Fn(&Response) -> String,
+    ) -> BTreeMap<String, usize> {
+        let mut client = Client::plain(self.http).expect("the gateway takes connections");
+        let mut out = BTreeMap::new();
+        for _ in 0..count {
+            let answer = client.send("GET", host, path, &[]).expect("every request is answered");
+            *out.entry(name(&answer)).or_default() += 1;
+        }
+        out
+    }
+
+    /// Runs a program in a deployment's pod: `namespace/deployment`.
+    pub fn exec(&self, whence: &str, command: &[&str]) -> Output {
+        let (namespace, deployment) = whence.split_once('/').expect("namespace/deployment");
+        let target = format!("deploy/{deployment}");
+        let mut args = vec!["exec", &target, "-n", namespace, "--"];
+        args.extend(command);
+        self.command(&args, "")
+    }
+
+    /// `curl` in a deployment's pod. Status 0 when no answer came.
+    pub fn curl(&self, whence: &str, args: &[&str]) -> Response {
+        let mut command = vec!["curl", "-s", "--max-time", "15", "-i", "-w", "\n%{http_code}"];
+        command.extend(args);
+        let output = self.exec(whence, &command);
+        let text = String::from_utf8_lossy(&output.stdout).replace("\r\n", "\n");
+        let (rest, code) = text.rsplit_once('\n').unwrap_or_else(|| {
+            panic!("curl {args:?} in {whence}: {text}{}", String::from_utf8_lossy(&output.stderr));
+        });
+        let (head, body) = rest.split_once("\n\n").unwrap_or((rest, ""));
+        let header =
+            |line: &str| line.split_once(':').map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()));
+        Response {
+            status: code.parse().unwrap_or(0),
+            headers: head.lines().filter_map(header).collect(),
+            body: body.to_owned(),
+        }
+    }
+
+    /// The log of a container: `namespace/deployment`.
+    pub fn logs(&self, whence: &str, container: &str) -> String {
+        let (namespace, deployment) = whence.split_once('/').expect("namespace/deployment");
+        self.must(&["logs", &format!("deploy/{deployment}"), "-n", namespace, "-c", container], "")
+    }
+}
+
+/// Manifests that are deleted when this is dropped.
+#[derive(Debug)]
+pub struct Applied<'a> {
+    mesh: &'a Mesh,
+    manifests: String,
+}
+
+impl Drop for Applied<'_> {
+    fn drop(&mut self) {
+        let deleted = self.mesh.command(&["delete", "-f", "-"], &self.manifests);
+        if deleted.status.success() && !std::thread::panicking() {
+            self.mesh.synced();
+        }
+    }
+}
+
+/// A mesh that the tests of one kind share, one at a time.
+#[derive(Debug)]
+pub struct Shared {
+    name: &'static str,
+    manifests: &'static str,
+    mesh: OnceLock<Mesh>,
+    turn: Mutex<()>,
+}
+
+/// A test's turn.
+#[derive(Debug)]
+pub struct Turn<'a> {
+    mesh: &'a Mesh,
+    _turn: MutexGuard<'a, ()>,
+}
+
+impl std::ops::Deref for Turn<'_> {
+    type Target = Mesh;
+    fn deref(&self) -> &Mesh {
+        self.mesh
+    }
+}
+
+impl Shared {
+    /// Started when the first test asks.
+    pub const fn new(name: &'static str, manifests: &'static str) -> Self {
+        Self { name, manifests, mesh: OnceLock::new(), turn: Mutex::new(()) }
+    }
+
+    /// Waits for the other tests.
+    pub fn turn(&self) -> Turn<'_> {
+        // A test that failed leaves the mesh as usable as one that passed.
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        Turn { mesh: self.mesh.get_or_init(|| Mesh::up(self.name, self.manifests)), _turn: turn }
+    }
+}
