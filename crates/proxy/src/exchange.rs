@@ -568,7 +568,7 @@ impl Driver<'_, '_> {
         match reply.cause {
             Cause::RbacDenied => self.worker.recorder.count(Counter::RbacDenied),
             cause if cause.surface().details == "jwt_authn_access_denied" => {
-                self.worker.recorder.count(Counter::JwtDenied)
+                self.worker.recorder.count(Counter::JwtDenied);
             }
             _ => {}
         }

@@ -125,6 +125,15 @@ impl Io {
         }
     }
 
+    /// The protocol TLS agreed on.
+    pub(crate) fn alpn(&self) -> Option<&[u8]> {
+        match self {
+            Self::Plain(_) => None,
+            Self::ServerTls(stream) => stream.get_ref().1.alpn_protocol(),
+            Self::ClientTls(stream) => stream.get_ref().1.alpn_protocol(),
+        }
+    }
+
     /// Ready when a read may give something. Only right after a read said `Pending`.
     pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.socket().poll_readable(cx)

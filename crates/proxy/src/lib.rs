@@ -29,6 +29,7 @@ mod exchange;
 mod host_sockets;
 mod io;
 mod listeners;
+mod metadata_exchange;
 mod options;
 mod plane;
 mod proxy;

@@ -49,6 +49,7 @@ pub(crate) struct Telemetry {
     services: RefCell<HashMap<ServiceKey, Arc<Destination>>>,
     logs: RefCell<HashMap<Box<str>, Batch>>,
     sinks: Arc<crate::proxy::Sinks>,
+    secrets: crate::secrets::Secrets,
 }
 
 #[derive(PartialEq, Eq, Hash)]
@@ -71,6 +72,7 @@ impl Telemetry {
             services: RefCell::default(),
             logs: RefCell::default(),
             sinks: Arc::clone(&shared.sinks),
+            secrets: shared.secrets.clone(),
         }
     }
 
@@ -177,7 +179,13 @@ impl Telemetry {
 
     fn source(&self, conn: &Conn, info: &StreamInfo) -> Arc<Peer> {
         match reporter(conn) {
-            Reporter::Source => self.peers.own(),
+            // we proved who we are where the server had to
+            Reporter::Source if peers::server_principal(info).is_empty() => self.peers.own(),
+            Reporter::Source => {
+                let store = self.secrets.load();
+                let own = store.workload.as_ref().map(|identity| identity.id.to_string());
+                self.peers.own_with_principal(own.as_deref())
+            }
             Reporter::Destination => self.peers.of_header(info.downstream_peer.as_deref(), principal(&conn.facts)),
         }
     }

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use engine::exchange::Failure;
 use engine::record::NoRecord;
 use engine::shared::Resource;
-use engine::stream::{Stream, StreamAnswer, StreamStart, StreamStep, TcpAttempt};
+use engine::stream::{NetworkFilter, Stream, StreamAnswer, StreamStart, StreamStep, TcpAttempt};
 use telemetry::metrics::{Counter, Series};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use types::Cause;
 use crate::accept::Conn;
 use crate::exchange::ask;
 use crate::io::Io;
+use crate::metadata_exchange::{Strip, header};
 use crate::record::{Counts, Ended};
 use crate::upstream::{self, Endpoints, Open};
 use crate::worker::Worker;
@@ -54,7 +55,8 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Conn, mut down: Io) {
                 let series = worker.telemetry.tcp_series(worker, conn, stream.info());
                 series.opened();
                 let limits = RelayLimits { idle: idle_timeout, until: duration_max.map(|max| Instant::now() + max) };
-                let ending = relay(conn, &mut down, up, &series, &limits, &mut moved).await;
+                let ways = directions(worker, conn, up, attempt_held.as_deref());
+                let ending = relay(conn, (&mut down, up), ways, &series, &limits, &mut moved).await;
                 series.closed();
                 if let Some(cause) = ending {
                     stream.broke(cause);
@@ -122,6 +124,23 @@ async fn connect(worker: &Rc<Worker>, conn: &Conn, tcp: &TcpAttempt) -> Result<(
     Ok((io, endpoints, open))
 }
 
+/// Both directions, with metadata exchanged where ALPN agreed on it.
+fn directions(worker: &Worker, conn: &Conn, up: &Io, attempt: Option<&TcpAttempt>) -> (OneWay, OneWay) {
+    let wanted_below = conn.chain.filters.iter().find_map(|filter| match filter {
+        NetworkFilter::MetadataExchange { protocol } => Some(&**protocol),
+        _ => None,
+    });
+    let agreed_below = conn.facts.tls.as_ref().and_then(|tls| tls.alpn.as_deref());
+    let below = wanted_below.is_some() && wanted_below == agreed_below;
+    let above = attempt.is_some_and(|attempt| attempt.metadata_exchange) && up.alpn() == Some(b"istio-peer-exchange");
+    let told = |told: bool| if told { OneWay::told(header(&worker.config().node)) } else { OneWay::default() };
+    // each way carries our header to whom it leads, and sheds the one of whom it comes from
+    let (mut there, mut back) = (told(above), told(below));
+    there.strip = below.then(Strip::default);
+    back.strip = above.then(Strip::default);
+    (there, back)
+}
+
 /// Bytes that passed: `received` from downstream, `sent` to it.
 #[derive(Default)]
 struct Moved {
@@ -147,6 +166,22 @@ struct OneWay {
     done: bool,
     dirty: bool,
     passed: u64,
+    /// Bytes of the buffer that are not the stream's own: our metadata.
+    own: u64,
+    /// The peer's metadata is taken off the front.
+    strip: Option<Strip>,
+}
+
+impl OneWay {
+    /// A direction that begins with our metadata.
+    fn told(header: Vec<u8>) -> Self {
+        Self { end: header.len(), own: header.len() as u64, buffer: header, ..Self::default() }
+    }
+
+    /// Bytes of the stream itself that passed.
+    fn passed(&self) -> u64 {
+        self.passed.saturating_sub(self.own)
+    }
 }
 
 impl OneWay {
@@ -177,6 +212,8 @@ impl OneWay {
                     ready!(Pin::new(&mut *to).poll_flush(cx))?;
                     self.dirty = false;
                 }
+            }
+            if self.buffer.len() < BUFFER {
                 self.buffer.resize(BUFFER, 0);
             }
             let mut read = ReadBuf::new(&mut self.buffer);
@@ -194,22 +231,35 @@ impl OneWay {
                     self.start = 0;
                     self.end = read.filled().len();
                     self.read_done = self.end == 0;
+                    self.take_metadata();
                 }
             }
         }
     }
 }
 
+impl OneWay {
+    /// Replaces what was just read by what follows the peer's metadata.
+    fn take_metadata(&mut self) {
+        let Some(strip) = &mut self.strip else { return };
+        let rest = if self.read_done { Some(strip.end()) } else { strip.take(&self.buffer[..self.end]) };
+        if rest.is_some() {
+            self.strip = None;
+        }
+        self.buffer = rest.unwrap_or_default();
+        self.end = self.buffer.len();
+    }
+}
+
 /// Relays until both directions have ended, one failed, or a limit is reached.
 async fn relay(
     conn: &Conn,
-    down: &mut Io,
-    up: &mut Io,
+    (down, up): (&mut Io, &mut Io),
+    (mut there, mut back): (OneWay, OneWay),
     series: &Series,
     limits: &RelayLimits,
     moved: &mut Moved,
 ) -> Option<Cause> {
-    let (mut there, mut back) = (OneWay::default(), OneWay::default());
     let mut timer: Option<Pin<Box<tokio::time::Sleep>>> = None;
     let mut last = Instant::now();
     let mut drained = std::pin::pin!(conn.state.drained.notified());
@@ -220,9 +270,9 @@ async fn relay(
         }
         let to = there.poll(cx, down, up);
         let from = back.poll(cx, up, down);
-        if (there.passed, back.passed) != (moved.received, moved.sent) {
-            series.bytes(back.passed - moved.sent, there.passed - moved.received);
-            (moved.received, moved.sent) = (there.passed, back.passed);
+        if (there.passed(), back.passed()) != (moved.received, moved.sent) {
+            series.bytes(back.passed() - moved.sent, there.passed() - moved.received);
+            (moved.received, moved.sent) = (there.passed(), back.passed());
             last = Instant::now();
         }
         match (to, from) {

@@ -228,7 +228,7 @@ pub(crate) async fn export(
         while batch.len() < BATCH_MAX {
             match tokio::time::timeout_at(until, spans.recv()).await {
                 Ok(Some((other, span))) if Arc::ptr_eq(&other, &tracing) || other.provider == tracing.provider => {
-                    batch.push(span)
+                    batch.push(span);
                 }
                 Ok(Some(other)) => {
                     next = Some(other);

@@ -20,8 +20,54 @@ pub(crate) enum ProxyRole {
 /// Options of a proxy. Everything else comes from the environment, as Istio's injection sets it.
 #[derive(Args, Debug)]
 pub(crate) struct ProxyArgs {
-    /// `sidecar` or `router`.
-    role: ProxyRole,
+    /// `sidecar` or `router`; not with `--config-path`.
+    #[arg(required_unless_present_any = ["config_path", "config_yaml"], conflicts_with_all = ["config_path", "config_yaml"])]
+    role: Option<ProxyRole>,
+    /// Runs an Envoy v3 bootstrap, YAML or JSON.
+    #[arg(short = 'c', long = "config-path", value_name = "FILE")]
+    config_path: Option<std::path::PathBuf>,
+    /// The bootstrap itself, in place of a file.
+    #[arg(long = "config-yaml", value_name = "YAML", conflicts_with = "config_path")]
+    config_yaml: Option<String>,
+    /// Node id of a bootstrap.
+    #[arg(long = "service-node")]
+    service_node: Option<String>,
+    /// Node cluster of a bootstrap.
+    #[arg(long = "service-cluster")]
+    service_cluster: Option<String>,
+    /// Gradual drains, in seconds.
+    #[arg(long = "drain-time-s")]
+    drain_time_s: Option<u64>,
+    /// Accepted for compatibility with Envoy.
+    #[arg(long = "base-id", hide = true)]
+    base_id: Option<u32>,
+    /// Accepted for compatibility with Envoy.
+    #[arg(long = "use-dynamic-base-id", hide = true)]
+    use_dynamic_base_id: bool,
+    /// Accepted for compatibility with Envoy.
+    #[arg(long = "parent-shutdown-time-s", hide = true)]
+    parent_shutdown_time_s: Option<u64>,
+    /// Accepted for compatibility with Envoy.
+    #[arg(long = "drain-strategy", hide = true)]
+    drain_strategy: Option<String>,
+    /// Accepted for compatibility with Envoy.
+    #[arg(short = 'l', long = "log-level", hide = true)]
+    log_level: Option<String>,
+    /// Accepted for compatibility with Envoy.
+    #[arg(long = "component-log-level", hide = true)]
+    component_log_level: Option<String>,
+    /// Accepted for compatibility with Envoy.
+    #[arg(long = "log-format", hide = true)]
+    log_format: Option<String>,
+    /// Accepted for compatibility with Envoy.
+    #[arg(long = "log-path", hide = true)]
+    log_path: Option<String>,
+    /// Accepted for compatibility with Envoy.
+    #[arg(long = "disable-hot-restart", hide = true)]
+    disable_hot_restart: bool,
+    /// Accepted for compatibility with Envoy.
+    #[arg(long = "cpuset-threads", hide = true)]
+    cpuset_threads: bool,
     /// Addresses of the proxy's own services, `name=address`: admin, readiness, metrics, merged, dns;
     /// `name=off` switches one off.
     #[arg(long = "address", value_name = "NAME=ADDRESS")]
@@ -60,13 +106,29 @@ fn adopt(number: &str) -> Result<OwnedFd> {
 
 /// Runs a proxy until it has drained.
 pub(crate) fn run(args: ProxyArgs) -> Result<()> {
+    let bootstrap = match (&args.config_path, &args.config_yaml) {
+        (Some(path), _) => Some(std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?),
+        (None, text) => text.clone(),
+    };
+    if let Some(text) = bootstrap {
+        let flags = proxy::bootstrap::Flags {
+            concurrency: args.concurrency,
+            service_node: args.service_node,
+            service_cluster: args.service_cluster,
+            drain_seconds: args.drain_time_s,
+        };
+        let name = args.config_path.map_or_else(|| "--config-yaml".to_owned(), |path| path.display().to_string());
+        let options = proxy::bootstrap::options(&text, &flags).with_context(|| format!("bootstrap {name}"))?;
+        proxy::run(options)?;
+        return Ok(());
+    }
     let mut variables: BTreeMap<String, String> = std::env::vars().collect();
     if let Some(concurrency) = args.concurrency {
         variables.insert("ISTIO_META_CONCURRENCY".into(), concurrency.to_string());
     }
     let role = match args.role {
-        ProxyRole::Sidecar => Role::Sidecar,
-        ProxyRole::Router => Role::Router,
+        Some(ProxyRole::Router) => Role::Router,
+        Some(ProxyRole::Sidecar) | None => Role::Sidecar,
     };
     let mut options = Options::from_environment(role, &variables, |path| std::fs::read_to_string(path).ok())?;
     for setting in &args.addresses {

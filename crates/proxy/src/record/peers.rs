@@ -78,7 +78,7 @@ impl Peers {
 }
 
 /// The identity mutual TLS demanded of the server: the only SAN its cluster takes.
-fn server_principal(info: &StreamInfo) -> String {
+pub(super) fn server_principal(info: &StreamInfo) -> String {
     let Some(cluster) = &info.cluster else { return String::new() };
     let endpoint = info.picked.as_ref().and_then(|picked| picked.endpoint.as_deref());
     let tls = cluster.transport_for(endpoint).and_then(|transport| transport.tls.as_ref());
