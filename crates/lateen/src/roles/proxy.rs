@@ -107,7 +107,9 @@ fn adopt(number: &str) -> Result<OwnedFd> {
 /// Runs a proxy until it has drained.
 pub(crate) fn run(args: ProxyArgs) -> Result<()> {
     let bootstrap = match (&args.config_path, &args.config_yaml) {
-        (Some(path), _) => Some(std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?),
+        (Some(path), _) => {
+            Some(std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?)
+        }
         (None, text) => text.clone(),
     };
     if let Some(text) = bootstrap {
