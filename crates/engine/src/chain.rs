@@ -237,7 +237,7 @@ impl Listener {
 
 /// Finds the listener for a connection with an original destination, as Envoy hands over: the one
 /// at exactly that address, else the one at the wildcard address with that port.
-pub fn listener_for<'a>(config: &'a RuntimeConfig, destination: SocketAddr) -> Option<&'a Arc<Listener>> {
+pub fn listener_for(config: &RuntimeConfig, destination: SocketAddr) -> Option<&Arc<Listener>> {
     let fits = |listener: &Listener, wanted: SocketAddr| {
         !listener.use_original_dst && (listener.address == wanted || listener.additional_addresses.contains(&wanted))
     };

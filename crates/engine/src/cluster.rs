@@ -327,7 +327,7 @@ impl Default for UpstreamHttp {
             choice: HttpChoice::Http1,
             auto_sni: false,
             auto_san_validation: false,
-            idle_timeout: Some(Duration::from_secs(3600)),
+            idle_timeout: Some(Duration::from_hours(1)),
             connection_duration_max: None,
             requests_per_connection_max: None,
             concurrent_streams_max: None,

@@ -231,6 +231,7 @@ pub struct Attempt {
     pub replay_bytes_max: u32,
     /// Copies to send elsewhere, answers dropped (first attempt only).
     pub mirrors: Vec<Mirror>,
+    #[expect(dead_code, reason = "held for its drop")]
     pub(crate) held: HeldPlaces,
 }
 

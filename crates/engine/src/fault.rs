@@ -44,6 +44,26 @@ pub struct Plan {
     pub abort: Option<Abort>,
 }
 
+impl std::fmt::Display for Abort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Http(status) => write!(f, "status {status}"),
+            Self::Grpc(code) => write!(f, "gRPC status {}", code.0),
+        }
+    }
+}
+
+impl std::fmt::Display for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.delay, self.abort) {
+            (Some(delay), None) => write!(f, "delay of {delay:?}"),
+            (Some(delay), Some(abort)) => write!(f, "delay of {delay:?}, then abort with {abort}"),
+            (None, Some(abort)) => write!(f, "abort with {abort}"),
+            (None, None) => f.write_str("none"),
+        }
+    }
+}
+
 impl Fault {
     /// Lowers settings. Runtime keys have no layer here: the values given count.
     pub fn lower(proto: &pb::HttpFault) -> Result<Self, Unsupported> {

@@ -611,6 +611,8 @@ impl UriTemplate {
     }
 }
 
+mod describe;
+
 #[cfg(test)]
 #[expect(deprecated, reason = "Envoy's older fields, which control planes still write")]
 mod tests;

@@ -444,6 +444,23 @@ impl RouteMatch {
     }
 }
 
+impl std::fmt::Display for PathMatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text = |bytes: &[u8]| format!("{:?}", String::from_utf8_lossy(bytes));
+        match self {
+            Self::Prefix(prefix) => write!(f, "prefix {}", text(prefix)),
+            Self::PrefixIgnoreCase(prefix) => write!(f, "prefix {} in any case", text(prefix)),
+            Self::Exact(exact) => f.write_str(&text(exact)),
+            Self::ExactIgnoreCase(exact) => write!(f, "{} in any case", text(exact)),
+            Self::Separated(prefix, true) => write!(f, "whole segments {}", text(prefix)),
+            Self::Separated(prefix, false) => write!(f, "whole segments {} in any case", text(prefix)),
+            Self::Regex(regex) => write!(f, "regex {:?}", regex.as_str()),
+            Self::Template(_) => f.write_str("a template"),
+            Self::Connect => f.write_str("CONNECT"),
+        }
+    }
+}
+
 fn starts_with_ignore_case(path: &[u8], prefix: &[u8]) -> bool {
     path.len() >= prefix.len() && path[..prefix.len()].eq_ignore_ascii_case(prefix)
 }

@@ -1,4 +1,5 @@
 //! Small configurations for the unit tests of this crate, built from messages.
+#![expect(clippy::unnecessary_wraps, reason = "fields of messages are optional")]
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -211,10 +212,6 @@ impl World {
         Arc::clone(listener.all_chains().next().unwrap())
     }
 
-    pub(crate) fn pass(&mut self, by: Duration) {
-        self.now = self.now.after(by);
-    }
-
     /// Starts a request that is complete at once.
     pub(crate) fn start(&self, head: RequestHead) -> Call<'_> {
         self.start_seeded(head, 1, true)
@@ -255,9 +252,9 @@ impl Call<'_> {
         }
     }
 
-    pub(crate) fn reply(&mut self) -> Box<LocalReply> {
+    pub(crate) fn reply(&mut self) -> LocalReply {
         match self.step() {
-            Step::Reply(reply) => reply,
+            Step::Reply(reply) => *reply,
             other => panic!("no reply: {other:?}"),
         }
     }

@@ -1,6 +1,5 @@
 //! Text with command operators.
 
-use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -152,7 +151,7 @@ impl Template {
                     match operator.find(record) {
                         Found::Nothing => out.extend_from_slice(absent),
                         Found::Number(number) => {
-                            let _ = write!(out, "{number}");
+                            out.extend_from_slice(number.to_string().as_bytes());
                         }
                         Found::Bytes(bytes) => out.extend_from_slice(&bytes),
                         Found::Json(Value::String(text)) => out.extend_from_slice(text.as_bytes()),

@@ -180,17 +180,21 @@ pub(super) fn hash(
                     let hash = xxh64(value.trim_matches('"').as_bytes(), 0);
                     let mut text = format!("{name}={value}");
                     if !ttl.is_zero() {
-                        text.push_str(&format!("; Max-Age={}", ttl.as_secs()));
+                        text += "; Max-Age=";
+                        text += &ttl.as_secs().to_string();
                     }
                     if !path.is_empty() {
-                        text.push_str(&format!("; Path={path}"));
+                        text += "; Path=";
+                        text += path;
                     }
                     for (name, value) in attributes {
-                        text.push_str(&if value.is_empty() {
-                            format!("; {name}")
-                        } else {
-                            format!("; {name}={value}")
-                        });
+                        for part in ["; ", name] {
+                            text += part;
+                        }
+                        if !value.is_empty() {
+                            text += "=";
+                            text += value;
+                        }
                     }
                     text.push_str("; HttpOnly");
                     made = Some(text.into());

@@ -28,7 +28,7 @@ pub(super) struct Marks {
     /// Origin to allow on the response.
     cors: Option<crate::cors::Allowed>,
     /// What external authorizers want of the response.
-    allowances: Vec<Box<crate::ext_authz::Allowance>>,
+    allowances: Vec<crate::ext_authz::Allowance>,
     /// A fault's abort waits for its delay.
     abort_after_delay: Option<crate::fault::Abort>,
 }
@@ -142,7 +142,10 @@ impl Exchange {
         rules.record_shadow(&outcome, &mut after);
         note(recorder, Stage::Filter, None, || match &denied {
             Some(details) => (format!("{name}: denied"), details.clone()),
-            None => (format!("{name}: allowed"), String::new()),
+            None => {
+                let by = outcome.enforced.and_then(|verdict| verdict.policy).unwrap_or_default();
+                (format!("{name}: allowed"), by.to_owned())
+            }
         });
         self.info.metadata = after;
         match denied {
@@ -239,7 +242,7 @@ impl Exchange {
                 grpc: check.grpc,
                 body_wanted: None,
             }))),
-            Err(cause) => self.authorized(env, (hcm, index), Err(cause), head, recorder),
+            Err(cause) => self.authorized(env, (hcm, index), &Err(cause), head, recorder),
         }
     }
 
@@ -247,7 +250,7 @@ impl Exchange {
         &mut self,
         env: &Env<'_>,
         (hcm, index): (&Arc<Hcm>, usize),
-        answer: Result<AuthorizeAnswer, Cause>,
+        answer: &Result<AuthorizeAnswer, Cause>,
         head: &mut RequestHead,
         recorder: &mut dyn Recorder,
     ) -> Step {
@@ -255,7 +258,7 @@ impl Exchange {
         let FilterKind::ExtAuthz(authz) = &filter.kind else {
             return self.reply(env, Cause::Internal, Spec::default(), head, recorder);
         };
-        let verdict = match &answer {
+        let verdict = match answer {
             Ok(answer) => authz.answer(&answer.head, &answer.body, answer.trailers.as_ref()),
             Err(_) => crate::ext_authz::Verdict::Error,
         };
@@ -278,7 +281,7 @@ impl Exchange {
                     self.refresh_stream_limits(hcm, head);
                 }
                 if allowance.edits_response() {
-                    self.filters.allowances.push(allowance);
+                    self.filters.allowances.push(*allowance);
                 }
                 self.run_filters(env, index + 1, head, recorder)
             }
@@ -380,7 +383,7 @@ impl Exchange {
         let plan = setting.decide(head, self.draw);
         if plan.delay.is_some() || plan.abort.is_some() {
             note(recorder, Stage::Filter, self.info.provenance.as_ref(), || {
-                (format!("{name}: fault"), format!("{plan:?}"))
+                (format!("{name}: fault"), plan.to_string())
             });
         }
         if let Some(delay) = plan.delay {
@@ -424,7 +427,7 @@ impl Exchange {
     ) -> Step {
         let hcm = self.hcm();
         match (answer, hcm) {
-            (Answer::Authorized(answer), Some(hcm)) => self.authorized(env, (&hcm, index), answer, head, recorder),
+            (Answer::Authorized(answer), Some(hcm)) => self.authorized(env, (&hcm, index), &answer, head, recorder),
             (Answer::Body { bytes, complete }, Some(hcm)) => {
                 let FilterKind::ExtAuthz(authz) = &hcm.filters[index].kind else {
                     return self.reply(env, Cause::Internal, Spec::default(), head, recorder);

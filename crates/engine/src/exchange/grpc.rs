@@ -62,7 +62,7 @@ mod tests {
         };
         check("1S", Some(Duration::from_secs(1)));
         check("250m", Some(Duration::from_millis(250)));
-        check("2H", Some(Duration::from_secs(7200)));
+        check("2H", Some(Duration::from_hours(2)));
         check("99999999n", Some(Duration::from_nanos(99_999_999)));
         for bad in ["", "S", "1", "123456789S", "1x", "-1S", "1 S", "é"] {
             check(bad, None);

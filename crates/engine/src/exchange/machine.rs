@@ -587,7 +587,7 @@ impl Exchange {
             (Phase::Attempting, Answer::Upstream { head: response, ended }) => {
                 self.upstream_head(env, response, ended, head, recorder)
             }
-            (Phase::Attempting, Answer::Failed(failure)) => self.failed(env, failure, head, recorder),
+            (Phase::Attempting, Answer::Failed(failure)) => self.failed(env, &failure, head, recorder),
             (Phase::Attempting, Answer::Elapsed) => match self.overdue(env.now.mono) {
                 Some(cause) => self.timed_out(env, cause, head, recorder),
                 None => Step::Wait(self.until_deadline(env.now.mono)),
@@ -686,7 +686,13 @@ impl Exchange {
         }
     }
 
-    fn failed(&mut self, env: &Env<'_>, failure: Failure, head: &mut RequestHead, recorder: &mut dyn Recorder) -> Step {
+    fn failed(
+        &mut self,
+        env: &Env<'_>,
+        failure: &Failure,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
         self.mark_host(env, crate::outlier::Event::Local);
         self.info.transport_failure.clone_from(&failure.detail);
         let retriable =
@@ -696,10 +702,10 @@ impl Exchange {
         note(recorder, Stage::Retry, None, || {
             (failure.cause.name().to_owned(), if retriable { "may be tried again" } else { "is final" }.to_owned())
         });
-        if retriable && let Some(step) = self.again(env, Some(&failure), head, recorder) {
+        if retriable && let Some(step) = self.again(env, Some(failure), head, recorder) {
             return step;
         }
-        self.final_failure(env, &failure, retriable, head, recorder)
+        self.final_failure(env, failure, retriable, head, recorder)
     }
 
     fn final_failure(

@@ -3,14 +3,13 @@
 //! *Source*: Envoy's HTTP connection manager, "HTTP header sanitizing" and "HTTP header
 //! manipulation"; property 13: trust-bearing headers come from the proxy alone.
 
-use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
 
 use types::{Cause, Fields, RequestHead, ResponseHead, Scheme, Version};
 
 use super::StreamInfo;
 use crate::draw::Draw;
-use crate::facts::{ConnFacts, Transport};
+use crate::facts::ConnFacts;
 use crate::hcm::{EscapedSlashes, ForwardClientCert, Hcm, ServerHeader, StripPort, Tracing};
 
 /// Control headers that only internal callers may send.
@@ -142,14 +141,12 @@ pub(super) fn sanitize(
     } else {
         // One pass over the list instead of one for each name.
         head.fields.retain(|name, _| {
-            !(name.starts_with("x-envoy-") && INTERNAL_ONLY.contains(&name))
-                && !internal_only.iter().any(|internal| **internal == *name)
+            let ours = name.starts_with("x-envoy-") && INTERNAL_ONLY.contains(&name);
+            !(ours || internal_only.iter().any(|internal| **internal == *name))
         });
     }
     if edge {
-        let mut text = String::new();
-        let _ = write!(text, "{}", caller.address.ip());
-        head.fields.set("x-envoy-external-address", text.as_bytes());
+        head.fields.set("x-envoy-external-address", caller.address.ip().to_string().as_bytes());
     }
     let fresh = edge && !hcm.preserve_external_request_id;
     if hcm.generate_request_id && (fresh || !head.fields.contains("x-request-id")) {
@@ -251,7 +248,9 @@ fn client_cert_element(hcm: &Hcm, conn: &ConnFacts) -> String {
             text.push(';');
         }
         let quote = if quoted { "\"" } else { "" };
-        let _ = write!(text, "{key}={quote}{value}{quote}");
+        for part in [key, "=", quote, value, quote] {
+            text.push_str(part);
+        }
     };
     let Some(tls) = &conn.tls else { return text };
     let Some(peer) = &tls.peer else { return text };
@@ -369,9 +368,4 @@ pub(super) fn response(
             }
         }
     }
-}
-
-/// Whether the connection came in over TLS that somebody terminated here.
-pub(super) fn is_tls(conn: &ConnFacts) -> bool {
-    conn.tls.is_some() || conn.transport == Transport::Tls
 }

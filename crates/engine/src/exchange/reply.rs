@@ -2,8 +2,6 @@
 //!
 //! *Source*: `traffic.md` 8.2; design decision 6: one cause, one table.
 
-use std::fmt::Write;
-
 use bytes::Bytes;
 use types::{Cause, GrpcCode, RequestHead, ResponseHead, Version};
 
@@ -83,13 +81,17 @@ pub(super) fn build(cause: Cause, spec: Spec, request: &RequestHead, is_grpc: bo
 
 /// `grpc-message`: printable ASCII but `%` stands for itself, everything else in percent form.
 fn grpc_message(body: &[u8]) -> String {
+    const HEX: &[u8; 16] = b"0123456789ABCDEF";
     let mut text = String::with_capacity(body.len());
     for byte in body {
         match byte {
             b'%' => text.push_str("%25"),
             0x20..=0x7e => text.push(char::from(*byte)),
             _ => {
-                let _ = write!(text, "%{byte:02X}");
+                text.push('%');
+                for digit in [byte >> 4, byte & 15] {
+                    text.push(char::from(HEX[usize::from(digit)]));
+                }
             }
         }
     }
@@ -106,7 +108,8 @@ pub(super) fn reset_body(cause: Cause, retried: bool, detail: &str) -> Bytes {
     let latest = if retried { "retried and the latest reset reason: " } else { "reset reason: " };
     let mut text = format!("upstream connect error or disconnect/reset before headers. {latest}{reason}");
     if !detail.is_empty() {
-        let _ = write!(text, ", transport failure reason: {detail}");
+        text.push_str(", transport failure reason: ");
+        text.push_str(detail);
     }
     text.into()
 }

@@ -63,7 +63,7 @@ pub(super) fn set_host(forward: &Forward, head: &mut RequestHead, new: &[u8]) {
     }
     let old = head.authority().to_vec();
     if forward.append_x_forwarded_host {
-        let mut value = head.fields.joined("x-forwarded-host").map(|before| before.into_owned()).unwrap_or_default();
+        let mut value = head.fields.joined("x-forwarded-host").map(std::borrow::Cow::into_owned).unwrap_or_default();
         if !value.is_empty() {
             value.push(b',');
         }

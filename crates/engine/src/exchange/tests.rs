@@ -25,8 +25,8 @@ fn header(name: &str, value: &str, append: bool) -> core::HeaderValueOption {
     }
 }
 
-fn retries(on: &str, retries: u32) -> Option<route::RetryPolicy> {
-    Some(route::RetryPolicy {
+fn retries(on: &str, retries: u32) -> route::RetryPolicy {
+    route::RetryPolicy {
         retry_on: on.to_owned(),
         num_retries: number(retries),
         retry_host_predicate: vec![route::retry_policy::RetryHostPredicate {
@@ -37,7 +37,7 @@ fn retries(on: &str, retries: u32) -> Option<route::RetryPolicy> {
         }],
         host_selection_retry_max_attempts: 5,
         ..Default::default()
-    })
+    }
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn a_request_goes_through() {
     assert_eq!(response.fields.get("x-envoy-upstream-service-time"), Some(&b"12"[..]));
     assert_eq!(call.exchange.info().details.as_str(), "via_upstream");
     assert_eq!(call.flags(), "-");
-    let shared = std::sync::Arc::clone(&attempt.shared);
+    let shared = Arc::clone(&attempt.shared);
     drop(attempt);
     assert_eq!(shared.requests.get(), 0, "places are given back");
     assert_eq!(call.record.outcome(Stage::Route), Some("to-a"));
@@ -191,7 +191,7 @@ fn redirects() {
     let check = |redirect: Redirect, https: bool, authority: &str, path: &str, expect: &str| {
         let mut head = get(authority, path);
         head.scheme = if https { types::Scheme::Https } else { types::Scheme::Http };
-        let to = super::reply::location(&redirect, &PathMatch::Prefix((*b"/a").into()), &head);
+        let to = reply::location(&redirect, &PathMatch::Prefix((*b"/a").into()), &head);
         assert_eq!(String::from_utf8(to).unwrap(), expect);
     };
     let base = || Redirect {
@@ -325,7 +325,7 @@ fn client_certificates_are_told_by_us_alone() {
     assert!(!call.head.fields.contains("x-forwarded-client-cert"), "plaintext proves nothing");
     drop(call);
     let mut conn = (*world.conn).clone();
-    conn.tls = Some(std::sync::Arc::new(TlsFacts {
+    conn.tls = Some(Arc::new(TlsFacts {
         local_uri_san: Some("spiffe://td/ns/b/sa/b".into()),
         peer: Some(PeerCertificate {
             uri_sans: vec!["spiffe://td/ns/a/sa/a".into()],
@@ -334,7 +334,7 @@ fn client_certificates_are_told_by_us_alone() {
         }),
         ..Default::default()
     }));
-    world.conn = std::sync::Arc::new(conn);
+    world.conn = Arc::new(conn);
     let call = world.start(head);
     let expect = "By=x,By=spiffe://td/ns/b/sa/b;Hash=abcd;Subject=\"\";URI=spiffe://td/ns/a/sa/a";
     assert_eq!(call.head.fields.get_str("x-forwarded-client-cert"), Some(expect));
@@ -343,7 +343,7 @@ fn client_certificates_are_told_by_us_alone() {
 
 #[test]
 fn failures_are_retried_elsewhere_and_said_so() {
-    let one = with(to("/", "a"), |action| action.retry_policy = retries("connect-failure,refused-stream", 2));
+    let one = with(to("/", "a"), |action| action.retry_policy = Some(retries("connect-failure,refused-stream", 2)));
     let mut hosts = host(&["*"], vec![one]);
     hosts.include_request_attempt_count = true;
     let world = Http::new(vec![hosts], vec![cluster("a", &[1, 2, 3])]).build();
@@ -381,7 +381,7 @@ fn failures_are_retried_elsewhere_and_said_so() {
 
 #[test]
 fn an_unreplayable_body_is_not_retried() {
-    let one = with(to("/", "a"), |action| action.retry_policy = retries("5xx", 2));
+    let one = with(to("/", "a"), |action| action.retry_policy = Some(retries("5xx", 2)));
     let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1, 2])]).build();
     let mut call = world.start(get("a", "/"));
     drop(call.attempt());
@@ -393,7 +393,7 @@ fn an_unreplayable_body_is_not_retried() {
 
 #[test]
 fn responses_are_retried_by_status() {
-    let one = with(to("/", "a"), |action| action.retry_policy = retries("5xx", 1));
+    let one = with(to("/", "a"), |action| action.retry_policy = Some(retries("5xx", 1)));
     let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1, 2])]).build();
     let mut call = world.start(get("a", "/"));
     let first = call.attempt().picked.host.address.clone();
@@ -483,7 +483,7 @@ fn a_response_that_takes_too_long_is_cut() {
 fn per_try_time_outs() {
     let check = |on: &str, expect_retry: bool| {
         let one = with(to("/", "a"), |action| {
-            let mut policy = retries(on, 1).unwrap();
+            let mut policy = retries(on, 1);
             policy.per_try_timeout = secs(1);
             action.retry_policy = Some(policy);
         });
@@ -668,7 +668,6 @@ fn a_delay_comes_before_the_time_out() {
                     secs(7).unwrap(),
                 ),
             ),
-            ..Default::default()
         }),
         ..Default::default()
     };
@@ -725,14 +724,18 @@ fn preflights_and_origins() {
 fn peers_exchange_who_they_are() {
     use proto::filters::peer_metadata as pm;
     let discovery = pm::config::DiscoveryMethod {
-        method_specifier: Some(pm::config::discovery_method::MethodSpecifier::IstioHeaders(Default::default())),
+        method_specifier: Some(pm::config::discovery_method::MethodSpecifier::IstioHeaders(
+            pm::config::IstioHeaders::default(),
+        )),
     };
     let propagation = pm::config::PropagationMethod {
-        method_specifier: Some(pm::config::propagation_method::MethodSpecifier::IstioHeaders(Default::default())),
+        method_specifier: Some(pm::config::propagation_method::MethodSpecifier::IstioHeaders(
+            pm::config::IstioHeaders::default(),
+        )),
     };
     let config = pm::Config {
-        downstream_discovery: vec![discovery.clone()],
-        downstream_propagation: vec![propagation.clone()],
+        downstream_discovery: vec![discovery],
+        downstream_propagation: vec![propagation],
         upstream_discovery: vec![discovery],
         upstream_propagation: vec![propagation],
         ..Default::default()
@@ -845,7 +848,7 @@ fn original_destinations() {
     drop(call);
     let mut conn = (*world.conn).clone();
     conn.original_destination = Some("203.0.113.5:8080".parse().unwrap());
-    world.conn = std::sync::Arc::new(conn);
+    world.conn = Arc::new(conn);
     let mut call = world.start(get("a", "/"));
     assert_eq!(call.attempt().picked.host.address.to_string(), "203.0.113.5:8080");
 }

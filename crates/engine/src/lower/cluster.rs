@@ -1,4 +1,5 @@
 //! Clusters.
+#![expect(deprecated, reason = "istiod writes the older fields")]
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -258,7 +259,7 @@ fn balancing(proto: &mut pb::Cluster, discovery: &Discovery) -> Result<Balancing
 }
 
 fn is_prime(n: u64) -> bool {
-    n > 1 && (2..).take_while(|d| d * d <= n).all(|d| !n.is_multiple_of(d))
+    n > 1 && (2..=n.isqrt()).all(|d| !n.is_multiple_of(d))
 }
 
 fn common_lb(proto: Option<pb::cluster::CommonLbConfig>) -> Result<LocalityPolicy, Unsupported> {
@@ -290,13 +291,10 @@ fn limits(proto: Option<pb::CircuitBreakers>) -> Result<Limits, Unsupported> {
 fn thresholds(mut proto: pb::circuit_breakers::Thresholds) -> Result<Limits, Unsupported> {
     let value = |field: Option<UInt32Value>, default| field.map_or(default, |value| value.value);
     let default = Limits::default();
-    let retry_budget = match proto.retry_budget.take() {
-        None => None,
-        Some(budget) => Some(RetryBudget {
-            percent: budget.budget_percent.map_or(20.0, |percent| percent.value),
-            min_concurrency: value(budget.min_retry_concurrency, 3),
-        }),
-    };
+    let retry_budget = proto.retry_budget.take().map(|budget| RetryBudget {
+        percent: budget.budget_percent.map_or(20.0, |percent| percent.value),
+        min_concurrency: value(budget.min_retry_concurrency, 3),
+    });
     let limits = Limits {
         connections_max: value(proto.max_connections.take(), default.connections_max),
         pending_max: value(proto.max_pending_requests.take(), default.pending_max),
@@ -340,7 +338,6 @@ fn transports(proto: &mut pb::Cluster, http: &mut UpstreamHttp) -> Result<Vec<Ar
 
 fn http_options(proto: &mut pb::Cluster) -> Result<UpstreamHttp, Unsupported> {
     let mut http = UpstreamHttp::default();
-    #[expect(deprecated, reason = "older settings are refused only if they ask for something")]
     {
         if let Some(requests) = proto.max_requests_per_connection.take() {
             http.requests_per_connection_max = Some(requests.value);

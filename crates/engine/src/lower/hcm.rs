@@ -1,4 +1,5 @@
 //! The HTTP connection manager and its filters.
+#![expect(deprecated, reason = "an older field that changes nothing")]
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -173,9 +174,9 @@ pub(super) fn lower(mut proto: pb::HttpConnectionManager, direction: Direction) 
 fn settings(proto: &mut pb::HttpConnectionManager) -> Result<(CodecSettings, HttpTimeouts), Unsupported> {
     let mut settings = CodecSettings::default();
     let mut timeouts = HttpTimeouts {
-        idle: Some(Duration::from_secs(3600)),
+        idle: Some(Duration::from_hours(1)),
         stream_idle: optional_duration(proto.stream_idle_timeout.take(), "stream_idle_timeout")?
-            .map_or(Some(Duration::from_secs(300)), non_zero),
+            .map_or(Some(Duration::from_mins(5)), non_zero),
         request: optional_duration(proto.request_timeout.take(), "request_timeout")?.and_then(non_zero),
         request_headers: optional_duration(proto.request_headers_timeout.take(), "request_headers_timeout")?
             .and_then(non_zero),
@@ -298,11 +299,12 @@ fn peer_metadata_of(typed: &Typed<'_>) -> Result<MetadataExchange, Unsupported> 
             lowered.downstream_headers = headers(&config.downstream_discovery);
             lowered.upstream_headers = headers(&config.upstream_discovery);
             let propagates = |methods: &[peer_metadata::config::PropagationMethod]| {
-                methods.iter().find_map(|method| match &method.method_specifier {
-                    Some(propagation_method::MethodSpecifier::IstioHeaders(headers)) => {
-                        Some(headers.skip_external_clusters)
-                    }
-                    None => None,
+                methods.iter().find_map(|method| {
+                    let Some(propagation_method::MethodSpecifier::IstioHeaders(headers)) = &method.method_specifier
+                    else {
+                        return None;
+                    };
+                    Some(headers.skip_external_clusters)
                 })
             };
             lowered.to_downstream = propagates(&config.downstream_propagation).is_some();

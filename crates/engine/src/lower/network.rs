@@ -206,7 +206,7 @@ fn tcp_proxy(mut proto: tcp::TcpProxy) -> Result<TcpProxy, Unsupported> {
             _ => return Err(Unsupported::not_built("hash_policy")),
         }
     }
-    let idle = optional_duration(proto.idle_timeout.take(), "idle_timeout")?.unwrap_or(Duration::from_secs(3600));
+    let idle = optional_duration(proto.idle_timeout.take(), "idle_timeout")?.unwrap_or(Duration::from_hours(1));
     let duration_max =
         optional_duration(proto.max_downstream_connection_duration.take(), "max_downstream_connection_duration")?;
     let tunneling = proto.tunneling_config.take().map(tunneling).transpose().within("tunneling_config")?;

@@ -1,4 +1,5 @@
 //! Route tables.
+#![expect(deprecated, reason = "istiod writes the older fields")]
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -118,7 +119,7 @@ fn virtual_host(mut proto: pb::VirtualHost, body_max: usize) -> Result<VirtualHo
         &std::mem::take(&mut proto.response_headers_to_add),
         &std::mem::take(&mut proto.response_headers_to_remove),
     )?;
-    let retry = retry(proto.retry_policy.take())?;
+    let retry = retry(proto.retry_policy.take().as_ref())?;
     let metadata = proto.metadata.take();
     let host = VirtualHost {
         name: std::mem::take(&mut proto.name).into(),
@@ -149,8 +150,8 @@ fn buffer_limit(newer: Option<U64>, older: &mut Option<U32>) -> Option<u32> {
     newer.map(|value| u32::try_from(value.value).unwrap_or(u32::MAX)).or(older)
 }
 
-fn retry(proto: Option<pb::RetryPolicy>) -> Result<Option<Arc<RetryPolicy>>, Unsupported> {
-    let lowered = proto.as_ref().map(RetryPolicy::lower).transpose().within("retry_policy")?;
+fn retry(proto: Option<&pb::RetryPolicy>) -> Result<Option<Arc<RetryPolicy>>, Unsupported> {
+    let lowered = proto.map(RetryPolicy::lower).transpose().within("retry_policy")?;
     Ok(lowered.map(Arc::new))
 }
 
@@ -226,10 +227,10 @@ fn route_match(mut proto: pb::RouteMatch) -> Result<RouteMatch, Unsupported> {
 
 /// Runtime keys have no layer here: the default counts.
 fn runtime_fraction(proto: &core::RuntimeFractionalPercent) -> Result<Fraction, Unsupported> {
-    fraction(proto.default_value.as_ref().ok_or_else(|| Unsupported::missing("default_value"))?)
+    fraction(proto.default_value.ok_or_else(|| Unsupported::missing("default_value"))?)
 }
 
-pub(super) fn fraction(proto: &percent::FractionalPercent) -> Result<Fraction, Unsupported> {
+fn fraction(proto: percent::FractionalPercent) -> Result<Fraction, Unsupported> {
     use percent::fractional_percent::DenominatorType;
     let denominator = match DenominatorType::try_from(proto.denominator) {
         Ok(DenominatorType::Hundred) => 100,
@@ -277,7 +278,6 @@ fn forward(mut proto: pb::RouteAction) -> Result<Forward, Unsupported> {
     let non_zero = |duration: Duration| (!duration.is_zero()).then_some(duration);
     let timeout = optional_duration(proto.timeout.take(), "timeout")?.map_or(Some(DEFAULT_TIMEOUT), non_zero);
     let idle_timeout = optional_duration(proto.idle_timeout.take(), "idle_timeout")?.map(non_zero);
-    #[expect(deprecated, reason = "istiod still writes max_grpc_timeout")]
     let grpc_timeout_max = optional_duration(proto.max_grpc_timeout.take(), "max_grpc_timeout")?;
     let stream_duration = proto.max_stream_duration.take().map(stream_duration).transpose();
     let stream_duration = stream_duration.within("max_stream_duration")?;
@@ -298,7 +298,7 @@ fn forward(mut proto: pb::RouteAction) -> Result<Forward, Unsupported> {
         idle_timeout,
         grpc_timeout_max,
         stream_duration,
-        retry: retry(proto.retry_policy.take())?,
+        retry: retry(proto.retry_policy.take().as_ref())?,
         mirrors: mirrors(std::mem::take(&mut proto.request_mirror_policies))?,
         hash: each(&std::mem::take(&mut proto.hash_policy), "hash_policy", hash_policy)?,
         upgrades,
@@ -321,7 +321,6 @@ fn weighted_clusters(mut proto: pb::WeightedCluster) -> Result<Target, Unsupport
     }
     // The sum counts; `total_weight` is deprecated and must agree where it is set.
     let total: u64 = clusters.iter().map(|cluster| u64::from(cluster.weight)).sum();
-    #[expect(deprecated, reason = "checked, not used")]
     if proto.total_weight.take().is_some_and(|weight| u64::from(weight.value) != total) {
         return Err(Unsupported::new("total_weight", "differs from the sum of the weights"));
     }

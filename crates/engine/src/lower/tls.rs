@@ -1,4 +1,5 @@
 //! Transport sockets.
+#![expect(deprecated, reason = "an older field that changes nothing")]
 
 use std::sync::Arc;
 
@@ -234,7 +235,6 @@ fn params(mut proto: pb::TlsParameters) -> Result<TlsParams, Unsupported> {
     Ok(TlsParams { min, max, cipher_suites, curves })
 }
 
-#[expect(deprecated, reason = "istiod writes the older SAN field")]
 fn validation(mut proto: pb::CertificateValidationContext) -> Result<Validation, Unsupported> {
     let roots = match (proto.trusted_ca.take(), proto.system_root_certs.take()) {
         (Some(data), None) => Some(RootSource::Static(source(data).within("trusted_ca")?)),
