@@ -203,3 +203,6 @@ impl Assembly {
         Rc::new(self.serving.clone())
     }
 }
+
+#[cfg(test)]
+mod tests;

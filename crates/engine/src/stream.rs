@@ -23,6 +23,9 @@ use crate::record::Recorder;
 
 mod machine;
 
+#[cfg(test)]
+mod tests;
+
 pub use machine::Stream;
 
 /// A network filter before the last one: a closed list.
