@@ -16,6 +16,7 @@ mod macros;
 pub mod codes;
 pub mod config_set;
 pub mod decode;
+pub mod injection;
 pub mod k8s;
 pub mod kind;
 mod known;
