@@ -23,7 +23,7 @@ pub trait Compiler: Send + Sync + 'static {
 }
 
 /// Looks at what was compiled before it is pushed: the place where the engine lowers it.
-pub type Vet = Arc<dyn Fn(&View, &Compiled) -> Vec<Finding> + Send + Sync>;
+pub type Vet = Arc<dyn Fn(&View, &[compile::Resource]) -> Vec<Finding> + Send + Sync>;
 
 /// The compiler of this mesh.
 #[derive(Clone, Default)]
@@ -32,15 +32,21 @@ pub struct MeshCompiler {
     pub vet: Option<Vet>,
 }
 
+impl MeshCompiler {
+    /// The compiler that also says what Lateen's own proxies would refuse.
+    pub fn vetted() -> Self {
+        Self { vet: Some(Arc::new(explain::vet_packed)) }
+    }
+}
+
 impl Compiler for MeshCompiler {
     fn compile(&self, snapshot: &MeshSnapshot, view: &View) -> Compiled {
-        let compiled = compile::compile(snapshot, view);
-        let resources = compiled.packed().into_iter().map(|resource| (resource.name, resource.any)).collect();
-        let mut compiled = Compiled { resources, findings: compiled.findings };
+        let mut compiled = compile::compile(snapshot, view);
+        let packed = compiled.packed();
         if let Some(vet) = &self.vet {
-            let findings = vet(view, &compiled);
-            compiled.findings.extend(findings);
+            compiled.findings.extend(vet(view, &packed));
         }
-        compiled
+        let resources = packed.into_iter().map(|resource| (resource.name, resource.any)).collect();
+        Compiled { resources, findings: compiled.findings }
     }
 }

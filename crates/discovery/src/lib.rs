@@ -112,7 +112,7 @@ impl Options {
             tokens: Vec::new(),
             root_cert_out: None,
             debounce: mesh_state::Debounce::default(),
-            compiler: Arc::new(MeshCompiler::default()),
+            compiler: Arc::new(MeshCompiler::vetted()),
             metrics: Registry::new(),
         }
     }

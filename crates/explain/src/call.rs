@@ -61,7 +61,7 @@ pub enum InvalidCall {
     #[error("{0:?} is not a header of the form 'name: value'")]
     Header(String),
     /// Nobody of that name.
-    #[error("no pod or deployment {name:?} in namespace {namespace:?}; there are: {known}")]
+    #[error("no pod or deployment {name:?} in namespace {namespace:?} (give -n): there are {known}")]
     Caller {
         /// As given.
         name: String,
@@ -161,8 +161,8 @@ impl Caller {
             let mut known: Vec<String> = snapshot
                 .workloads()
                 .values()
-                .filter(|workload| *workload.namespace == *namespace)
-                .map(|workload| format!("deploy/{}", workload.workload_name))
+                .filter(|workload| *workload.namespace == *namespace || fits(workload, name))
+                .map(|workload| format!("deploy/{} in {}", workload.workload_name, workload.namespace))
                 .collect();
             known.dedup();
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };

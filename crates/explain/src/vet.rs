@@ -1,6 +1,6 @@
 //! What our proxy would refuse of what was compiled for it.
 
-use compile::{Capabilities, Resources, View};
+use compile::{Capabilities, Resource, Resources, View};
 use engine::config::Table;
 use engine::lower::{self, Raw, Rejected};
 use types::wellknown::type_urls;
@@ -10,20 +10,18 @@ use types::{Finding, ObjectRef, Severity};
 ///
 /// Only for Lateen's own proxies: another Envoy may well take what ours refuses.
 pub fn vet(view: &View, resources: &Resources) -> Vec<Finding> {
-    let raw = |resource: compile::Resource| {
-        (resource.type_url, Raw { name: resource.name.as_str().into(), body: resource.any })
-    };
-    vet_packed(view, resources.packed().into_iter().map(raw))
+    vet_packed(view, &resources.packed())
 }
 
-/// [`vet`] for resources that were packed already: type, name and message.
-pub fn vet_packed<'a>(view: &View, resources: impl Iterator<Item = (&'a str, Raw)>) -> Vec<Finding> {
+/// [`vet`] for resources that were packed already.
+pub fn vet_packed(view: &View, resources: &[Resource]) -> Vec<Finding> {
     if view.capabilities != Capabilities::ALL {
         return Vec::new();
     }
     let [mut clusters, mut endpoints, mut listeners, mut routes] = [const { Vec::new() }; 4];
-    for (type_url, raw) in resources {
-        match type_url {
+    for resource in resources {
+        let raw = Raw { name: resource.name.as_str().into(), body: resource.any.clone() };
+        match resource.type_url {
             type_urls::CLUSTER => clusters.push(raw),
             type_urls::ENDPOINT => endpoints.push(raw),
             type_urls::LISTENER => listeners.push(raw),
@@ -52,5 +50,28 @@ pub(crate) fn refused(view: &View, kind: &str, rejected: &Rejected) -> Finding {
         position: None,
         message: format!("its proxy refuses the {kind} {:?}: {}", rejected.name, rejected.reason).into(),
         hint: "the proxy keeps the last version it took; change what the field comes from".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh::MeshSnapshot;
+
+    #[test]
+    fn what_the_engine_refuses_is_named() {
+        let view = View::sidecar("shop", "a", "10.0.0.1".parse().unwrap());
+        let mut resources = compile::compile(&MeshSnapshot::default(), &view).packed();
+        assert_eq!(vet_packed(&view, &resources), []);
+        for resource in &mut resources {
+            if resource.type_url == type_urls::LISTENER && resource.name == "virtualInbound" {
+                resource.any.value = vec![0xff];
+            }
+        }
+        let findings = vet_packed(&view, &resources);
+        let [finding] = &findings[..] else { panic!("{findings:?}") };
+        assert!(finding.to_string().contains("its proxy refuses the listener \"virtualInbound\""), "{finding}");
+        let other = View { capabilities: Capabilities::NONE, ..view };
+        assert_eq!(vet_packed(&other, &resources), []);
     }
 }

@@ -1,5 +1,6 @@
 //! Calls and where they go: YAML in, text out. Each case is a small mesh and one call.
 #![expect(clippy::needless_raw_string_hashes, reason = "expect-test writes them so")]
+#![expect(clippy::unwrap_used, clippy::needless_pass_by_value, reason = "a test")]
 
 use std::time::Instant;
 

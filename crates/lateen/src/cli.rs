@@ -77,6 +77,14 @@ enum Command {
     /// What each proxy was sent and runs.
     #[command(name = "proxy-status", visible_alias = "ps")]
     ProxyStatus(commands::ProxyStatusArgs),
+    /// What a proxy runs: listeners, routes, clusters, endpoints, certificates.
+    #[command(name = "proxy-config", visible_alias = "pc")]
+    ProxyConfig(commands::ProxyConfigArgs),
+    /// Where a call would go, and why.
+    Explain(commands::ExplainArgs),
+    /// What the admin interface of the proxy in this pod says.
+    #[command(name = "admin-get", hide = true)]
+    AdminGet(commands::AdminGetArgs),
     /// Versions.
     Version(commands::VersionArgs),
     /// Run the control plane.
@@ -152,6 +160,9 @@ pub(crate) fn run() -> ExitCode {
         Command::Label(args) => commands::label(&args),
         Command::Validate(args) => commands::validate(&args),
         Command::ProxyStatus(args) => commands::proxy_status(&args),
+        Command::ProxyConfig(args) => commands::proxy_config(&args),
+        Command::Explain(args) => commands::explain(&args),
+        Command::AdminGet(args) => commands::admin_get(&args),
         Command::Version(args) => commands::version(&args),
         Command::Discovery(args) => {
             logging("info");

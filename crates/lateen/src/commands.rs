@@ -1,9 +1,11 @@
 //! Commands that talk to a running mesh, or need none.
 
+mod explain;
 mod get;
 mod manifests;
 mod pods;
 mod proxies;
+mod proxy_config;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -16,10 +18,12 @@ use serde_json::Value;
 use crate::cli::{Format, MeshArgs};
 use crate::output;
 
+pub(crate) use explain::{ExplainArgs, explain};
 pub(crate) use get::{GetArgs, get};
 pub(crate) use manifests::{ApplyArgs, DeleteArgs, ValidateArgs, apply, delete, validate};
 pub(crate) use pods::{ExecArgs, LabelArgs, LogsArgs, RolloutCommand, ScaleArgs, exec, label, logs, rollout, scale};
 pub(crate) use proxies::{ProxyStatusArgs, VersionArgs, WaitArgs, proxy_status, version, wait};
+pub(crate) use proxy_config::{AdminGetArgs, ProxyConfigArgs, admin_get, proxy_config};
 
 /// Where a mesh keeps everything.
 pub(crate) fn state_dir(mesh: &MeshArgs) -> Result<PathBuf> {

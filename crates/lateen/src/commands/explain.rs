@@ -1,0 +1,131 @@
+//! `explain`: where a call would go, and why.
+
+use std::path::PathBuf;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Result, bail};
+use api::{ConfigSet, Positions};
+use clap::Args;
+use engine::Now;
+use explain::{Call, Caller};
+use mesh::MeshSnapshot;
+use serde_json::Value;
+use types::{ObjectRef, Severity};
+
+use super::manifests::read_inputs;
+use super::{block_on, client};
+use crate::cli::{ExitWith, Format, MeshArgs, exit};
+use crate::output;
+
+/// Says where a call would go, proxy by proxy, and which objects make it so.
+#[derive(Args, Debug)]
+pub(crate) struct ExplainArgs {
+    #[command(flatten)]
+    mesh: MeshArgs,
+    /// Manifests to explain without a mesh: file, folder, or `-`. Else the running mesh's objects.
+    #[arg(short = 'f', long = "filename", value_name = "PATH")]
+    files: Vec<PathBuf>,
+    /// Who calls: `deploy/NAME`, POD, or `gateway` for a client outside.
+    #[arg(long, value_name = "WHO")]
+    from: String,
+    /// Namespace of the caller.
+    #[arg(short, long, default_value = "default")]
+    namespace: String,
+    /// `name: value`; may be repeated.
+    #[arg(short = 'H', long = "header", value_name = "HEADER")]
+    headers: Vec<String>,
+    /// Host that the request names, where it is not the URL's.
+    #[arg(long)]
+    host: Option<String>,
+    /// The caller speaks HTTP/2 (with prior knowledge).
+    #[arg(long)]
+    http2: bool,
+    /// `json` for programs.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Format,
+    /// `[METHOD] URL`; `tcp://HOST:PORT` for bytes.
+    #[arg(required = true, num_args = 1..=2, value_names = ["METHOD", "URL"])]
+    call: Vec<String>,
+}
+
+/// The objects to look at, and where they were written.
+struct Objects {
+    configs: ConfigSet,
+    positions: Vec<(ObjectRef, Positions)>,
+}
+
+pub(crate) fn explain(args: &ExplainArgs) -> Result<()> {
+    let (method, url) = match args.call.as_slice() {
+        [url] => ("GET", url),
+        [method, url] => (method.as_str(), url),
+        _ => bail!("give [METHOD] URL"),
+    };
+    let is_offline = !args.files.is_empty();
+    let objects = if is_offline { from_files(&args.files)? } else { from_mesh(&args.mesh)? };
+    let assumed = if is_offline {
+        explain::assume(&objects.configs)
+    } else {
+        explain::Assumed {
+            configs: objects.configs.clone(),
+            notes: vec!["evaluated from the mesh's objects as they are now; what outlier detection has ejected is not known here".to_owned()],
+        }
+    };
+    let (snapshot, _) = MeshSnapshot::next(None, &assumed.configs, &[]);
+    let usage = |error: explain::InvalidCall| ExitWith { code: exit::USAGE, message: error.to_string() };
+    let from = Caller::find(&snapshot, &args.namespace, &args.from).map_err(usage)?;
+    let mut headers = args.headers.clone();
+    headers.extend(args.host.as_ref().map(|host| format!("host: {host}")));
+    let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = Now { mono: Instant::now(), wall_nanos: u64::try_from(wall.as_nanos()).unwrap_or(u64::MAX) };
+    let mut call = Call::parse(from, method, url, &headers, now).map_err(usage)?;
+    call.is_http2 = args.http2;
+
+    let mut explanation = explain::explain(&snapshot, &call);
+    explanation.notes.splice(0..0, assumed.notes);
+    explanation.locate(&|object, field| {
+        let (_, positions) = objects.positions.iter().find(|(known, _)| known == object)?;
+        Some(positions.at(field))
+    });
+    match args.output {
+        Format::Json => output::json(&serde_json::to_value(&explanation)?),
+        Format::Yaml => output::yaml(&serde_json::to_value(&explanation)?),
+        Format::Table | Format::Wide | Format::Name => output::line(explanation.to_string().trim_end()),
+    }
+    Ok(())
+}
+
+fn from_files(files: &[PathBuf]) -> Result<Objects> {
+    let mut objects = Vec::new();
+    let mut positions = Vec::new();
+    for (name, text) in read_inputs(files)? {
+        let documents = api::parse_documents(&name, &text);
+        // What is refused is not there, as in a mesh; the rest is explained.
+        let grave: Vec<_> =
+            documents.findings.into_iter().filter(|finding| finding.severity == Severity::Error).collect();
+        output::findings(&grave);
+        for parsed in documents.objects {
+            positions.push((parsed.object.reference(), parsed.positions));
+            objects.push(parsed.object);
+        }
+    }
+    // Of two namesakes the later one holds.
+    positions.reverse();
+    Ok(Objects { configs: ConfigSet::new(objects), positions })
+}
+
+fn from_mesh(mesh: &MeshArgs) -> Result<Objects> {
+    let client = client(mesh)?;
+    let lists: Vec<Value> = block_on(async {
+        let mut lists = Vec::new();
+        let matters = |info: &&api::kind::KindInfo| {
+            matches!(info.support, api::kind::Support::Effective) || info.kind == api::Kind::Telemetry
+        };
+        for info in api::kind::KINDS.iter().filter(matters) {
+            lists.push(client.get::<Value>(&format!("/objects/{}", info.name)).await?);
+        }
+        Ok(lists)
+    })?;
+    let items = lists.iter().flat_map(|list| list["items"].as_array().into_iter().flatten());
+    let objects = items.filter_map(|item| api::from_json(item).0);
+    Ok(Objects { configs: ConfigSet::new(objects), positions: Vec::new() })
+}
