@@ -5,16 +5,102 @@
 use std::sync::OnceLock;
 
 use base64::Engine as _;
-use envoy_types::pb::google::protobuf::Any;
+use envoy_types::pb::google::protobuf::value::Kind;
+use envoy_types::pb::google::protobuf::{Any, Struct, Value as StructValue};
 use prost::Message as _;
-use prost_reflect::{DescriptorPool, DeserializeOptions, DynamicMessage, SerializeOptions};
+use prost_reflect::prost_types::field_descriptor_proto::{Label, Type};
+use prost_reflect::prost_types::{DescriptorProto, FieldDescriptorProto, FileDescriptorProto};
+use prost_reflect::{
+    DescriptorPool, DeserializeOptions, DynamicMessage, ReflectMessage as _, SerializeOptions, Value as Dynamic,
+};
 use serde_json::{Value, json};
 
 static SET: &[u8] = include_bytes!("../descriptors/envoy.binpb");
 
 fn pool() -> &'static DescriptorPool {
     static POOL: OnceLock<DescriptorPool> = OnceLock::new();
-    POOL.get_or_init(|| DescriptorPool::decode(SET).expect("the set is part of the program and tested"))
+    POOL.get_or_init(|| {
+        let mut pool = DescriptorPool::decode(SET).expect("the set is part of the program and tested");
+        pool.add_file_descriptor_proto(typed_struct()).expect("it needs nothing but Struct and is tested");
+        pool
+    })
+}
+
+/// `udpa.type.v1.TypedStruct`, in which Istio wraps the settings of its own filters.
+fn typed_struct() -> FileDescriptorProto {
+    let field = |name: &str, number: i32, kind: Type, type_name: Option<&str>| FieldDescriptorProto {
+        name: Some(name.into()),
+        number: Some(number),
+        r#type: Some(kind.into()),
+        label: Some(Label::Optional.into()),
+        type_name: type_name.map(Into::into),
+        ..FieldDescriptorProto::default()
+    };
+    FileDescriptorProto {
+        name: Some("udpa/type/v1/typed_struct.proto".into()),
+        package: Some("udpa.type.v1".into()),
+        syntax: Some("proto3".into()),
+        dependency: vec!["google/protobuf/struct.proto".into()],
+        message_type: vec![DescriptorProto {
+            name: Some("TypedStruct".into()),
+            field: vec![
+                field("type_url", 1, Type::String, None),
+                field("value", 2, Type::Message, Some(".google.protobuf.Struct")),
+            ],
+            ..DescriptorProto::default()
+        }],
+        ..FileDescriptorProto::default()
+    }
+}
+
+/// Makes every `Any` of a type that is not known here one that is: a struct with its type and bytes.
+/// One unknown filter then hides itself, not the whole listener.
+fn tame(message: &mut DynamicMessage) {
+    if message.descriptor().full_name() != "google.protobuf.Any" {
+        for (_, value) in message.fields_mut() {
+            tame_value(value);
+        }
+        return;
+    }
+    let Ok(any) = message.transcode_to::<Any>() else { return };
+    let known = any.type_url.rsplit('/').next().and_then(|name| pool().get_message_by_name(name));
+    let inner = known.and_then(|kind| DynamicMessage::decode(kind, any.value.as_slice()).ok());
+    let tamed = match inner {
+        Some(mut inner) => {
+            tame(&mut inner);
+            Any { type_url: any.type_url, value: inner.encode_to_vec() }
+        }
+        None => opaque(&any),
+    };
+    // `Any` has these two fields, so that this cannot fail.
+    if message.transcode_from(&tamed).is_err() {
+        message.clear_field_by_name("value");
+    }
+}
+
+fn opaque(any: &Any) -> Any {
+    let text = |text: String| StructValue { kind: Some(Kind::StringValue(text)) };
+    let fields = [
+        ("type_url".to_owned(), text(any.type_url.clone())),
+        ("base64".to_owned(), text(base64::engine::general_purpose::STANDARD.encode(&any.value))),
+    ];
+    let value = Struct { fields: fields.into_iter().collect() }.encode_to_vec();
+    Any { type_url: "type.googleapis.com/google.protobuf.Struct".into(), value }
+}
+
+fn tame_value(value: &mut Dynamic) {
+    match value {
+        Dynamic::Message(message) => tame(message),
+        Dynamic::List(list) => list.iter_mut().for_each(tame_value),
+        Dynamic::Map(map) =>
+        {
+            #[expect(clippy::iter_over_hash_type, reason = "each value is changed by itself")]
+            for value in map.values_mut() {
+                tame_value(value);
+            }
+        }
+        _ => {}
+    }
 }
 
 /// A message of type `name` from its JSON. Unknown fields are errors.
@@ -32,9 +118,17 @@ pub(crate) fn to_json(any: &Any) -> Value {
     let known = || {
         let name = any.type_url.rsplit('/').next()?;
         let kind = pool().get_message_by_name(name)?;
-        let message = DynamicMessage::decode(kind, any.value.as_slice()).ok()?;
+        let mut message = DynamicMessage::decode(kind, any.value.as_slice()).ok()?;
         let options = SerializeOptions::new().use_proto_field_name(true);
-        let mut value = message.serialize_with_options(serde_json::value::Serializer, &options).ok()?;
+        let write =
+            |message: &DynamicMessage| message.serialize_with_options(serde_json::value::Serializer, &options).ok();
+        let mut value = match write(&message) {
+            Some(value) => value,
+            None => {
+                tame(&mut message);
+                write(&message)?
+            }
+        };
         if let Value::Object(fields) = &mut value {
             fields.insert("@type".into(), any.type_url.clone().into());
         }
@@ -48,6 +142,43 @@ pub(crate) fn to_json(any: &Any) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_known_hides_only_itself() {
+        use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType;
+        use envoy_types::pb::envoy::config::listener::v3::{Filter, FilterChain, Listener};
+        let struct_of = |key: &str| Struct {
+            fields: [(key.to_owned(), StructValue { kind: Some(Kind::BoolValue(true)) })].into_iter().collect(),
+        };
+        // TypedStruct by hand: field 1 is the URL, field 2 the struct.
+        let mut typed = vec![0x0a, 3];
+        typed.extend_from_slice(b"a/b");
+        let inner = struct_of("x").encode_to_vec();
+        typed.extend_from_slice(&[0x12, u8::try_from(inner.len()).unwrap()]);
+        typed.extend_from_slice(&inner);
+        let filter = |type_url: &str, value: Vec<u8>| Filter {
+            name: "f".into(),
+            config_type: Some(ConfigType::TypedConfig(Any { type_url: type_url.into(), value })),
+        };
+        let listener = Listener {
+            name: "l".into(),
+            filter_chains: vec![FilterChain {
+                filters: vec![
+                    filter("type.googleapis.com/udpa.type.v1.TypedStruct", typed),
+                    filter("type.googleapis.com/nobody.knows.This", vec![1]),
+                ],
+                ..FilterChain::default()
+            }],
+            ..Listener::default()
+        };
+        let any = Any { type_url: types::wellknown::type_urls::LISTENER.into(), value: listener.encode_to_vec() };
+        let json = to_json(&any);
+        let filters = &json["filter_chains"][0]["filters"];
+        assert_eq!(filters[0]["typed_config"]["type_url"], "a/b");
+        assert_eq!(filters[0]["typed_config"]["value"]["x"], true);
+        assert_eq!(filters[1]["typed_config"]["value"]["type_url"], "type.googleapis.com/nobody.knows.This");
+        assert_eq!(filters[1]["typed_config"]["value"]["base64"], "AQ==");
+    }
 
     #[test]
     fn there_and_back() {

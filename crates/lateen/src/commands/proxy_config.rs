@@ -82,9 +82,9 @@ pub(crate) struct ProxyConfigArgs {
     /// Only endpoints of this health: `healthy`, `unhealthy`, `degraded`.
     #[arg(long)]
     status: Option<String>,
-    /// Only route tables of this name.
-    #[arg(long)]
-    name: Option<String>,
+    /// Only the route table of this name (`--name` is the mesh's).
+    #[arg(long, value_name = "NAME")]
+    table: Option<String>,
     /// `json` or `yaml` for the messages themselves.
     #[arg(short, long, value_enum, default_value = "table")]
     output: Format,
@@ -100,7 +100,7 @@ pub(crate) fn proxy_config(args: &ProxyConfigArgs) -> Result<()> {
         address: args.address.clone(),
         cluster: args.cluster.clone(),
         status: args.status.clone(),
-        name: args.name.clone(),
+        table: args.table.clone(),
     };
     let sections = if args.section == Section::All { &SECTIONS[..] } else { std::slice::from_ref(&args.section) };
     if matches!(args.output, Format::Json | Format::Yaml) {

@@ -24,7 +24,7 @@ pub(super) struct Filter {
     pub(super) address: Option<String>,
     pub(super) cluster: Option<String>,
     pub(super) status: Option<String>,
-    pub(super) name: Option<String>,
+    pub(super) table: Option<String>,
 }
 
 fn fits(wanted: Option<&str>, found: &str) -> bool {
@@ -300,7 +300,7 @@ fn domains(of: &Value) -> String {
 /// `NAME, VHOST NAME, DOMAINS, MATCH, VIRTUAL SERVICE`
 pub(super) fn routes(dump: &Value, filter: &Filter) -> Table {
     let mut tables = all(dump, "route_config");
-    tables.retain(|table| fits(filter.name.as_deref(), text(&table["name"])));
+    tables.retain(|table| fits(filter.table.as_deref(), text(&table["name"])));
     // Tables that are a port's come in the order of ports.
     tables.sort_by_key(|table| {
         let name = text(&table["name"]);
@@ -549,7 +549,7 @@ mod tests {
                 "9080 ~ block_all ~ * ~  ~ 404",
             ],
         );
-        check(&routes(&dump(), &Filter { name: Some("80".into()), ..Filter::default() }), &[]);
+        check(&routes(&dump(), &Filter { table: Some("80".into()), ..Filter::default() }), &[]);
     }
 
     #[test]
