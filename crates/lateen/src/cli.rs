@@ -141,11 +141,11 @@ pub(crate) fn run() -> ExitCode {
     let result = match cli.command {
         Command::Demo(args) => {
             logging("warn");
-            up::demo(args)
+            up::demo(&args)
         }
         Command::Up(args) => {
             logging("warn");
-            up::up(args)
+            up::up(&args)
         }
         Command::Down(args) => commands::down(&args),
         Command::Status(args) => commands::status(&args),

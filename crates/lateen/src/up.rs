@@ -71,24 +71,24 @@ pub(crate) struct UpArgs {
 }
 
 /// Starts a mesh with the sample application.
-pub(crate) fn demo(args: UpArgs) -> Result<()> {
+pub(crate) fn demo(args: &UpArgs) -> Result<()> {
     if args.detach {
-        return detach(&args, "demo");
+        return detach(args, "demo");
     }
     let credential = demo_credential()?;
     let sources = vec![
         Source::Text("demo.yaml".into(), DEMO.into()),
         Source::Text("demo-credential.yaml".into(), credential.into()),
     ];
-    start(&args, sources, true)
+    start(args, sources, true)
 }
 
 /// Starts a mesh from the user's manifests.
-pub(crate) fn up(args: UpArgs) -> Result<()> {
+pub(crate) fn up(args: &UpArgs) -> Result<()> {
     if args.detach {
-        return detach(&args, "up");
+        return detach(args, "up");
     }
-    start(&args, Vec::new(), false)
+    start(args, Vec::new(), false)
 }
 
 /// A certificate for `*.localhost`, made for this run.
@@ -220,8 +220,8 @@ fn pods(store: &Store) -> Vec<Value> {
         let statuses = raw["status"]["containerStatuses"].as_array();
         let ready = statuses.into_iter().flatten().filter(|status| status["ready"] == true).count();
         let all = raw["spec"]["containers"].as_array().map_or(0, Vec::len);
-        let waiting = raw["status"]["containerStatuses"].as_array().into_iter().flatten();
-        let reason = waiting.filter_map(|status| status["state"]["waiting"]["reason"].as_str()).next();
+        let mut waiting = raw["status"]["containerStatuses"].as_array().into_iter().flatten();
+        let reason = waiting.find_map(|status| status["state"]["waiting"]["reason"].as_str());
         json!({
             "namespace": pod.meta.namespace,
             "name": pod.meta.name,

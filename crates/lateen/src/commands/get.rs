@@ -67,10 +67,11 @@ pub(crate) fn get(args: &GetArgs) -> Result<()> {
         let wanted = |object: &Value| args.selector.as_deref().is_none_or(|selector| selected(object, selector));
         found.extend(objects.into_iter().filter(wanted).map(|object| (kind, object)));
     }
-    print(args, name.is_some(), found)
+    print(args, name.is_some(), found);
+    Ok(())
 }
 
-fn print(args: &GetArgs, single: bool, found: Vec<(Kind, Value)>) -> Result<()> {
+fn print(args: &GetArgs, single: bool, found: Vec<(Kind, Value)>) {
     match args.output {
         Format::Json | Format::Yaml => {
             let mut objects: Vec<Value> = found.into_iter().map(|(_, object)| object).collect();
@@ -95,7 +96,7 @@ fn print(args: &GetArgs, single: bool, found: Vec<(Kind, Value)>) -> Result<()> 
                 let place =
                     if args.all_namespaces { String::new() } else { format!(" in {} namespace", args.namespace) };
                 output::note(&format!("No resources found{place}."));
-                return Ok(());
+                return;
             }
             let mut kinds: Vec<Kind> = found.iter().map(|(kind, _)| *kind).collect();
             kinds.dedup();
@@ -109,7 +110,6 @@ fn print(args: &GetArgs, single: bool, found: Vec<(Kind, Value)>) -> Result<()> 
             }
         }
     }
-    Ok(())
 }
 
 /// Kubernetes' short form of an age.
@@ -157,8 +157,8 @@ fn pod_status(pod: &Value) -> String {
     if !pod["metadata"]["deletionTimestamp"].is_null() {
         return "Terminating".to_owned();
     }
-    let waiting = pod["status"]["containerStatuses"].as_array().into_iter().flatten();
-    let reason = waiting.filter_map(|status| status["state"]["waiting"]["reason"].as_str()).next();
+    let mut waiting = pod["status"]["containerStatuses"].as_array().into_iter().flatten();
+    let reason = waiting.find_map(|status| status["state"]["waiting"]["reason"].as_str());
     reason.map_or_else(|| text(&pod["status"]["phase"]), str::to_owned)
 }
 
