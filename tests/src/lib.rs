@@ -1,1 +1,1 @@
-//! End-to-end, simulated and golden tests.
+//! Tests of the whole: real processes, real TLS, real manifests. They live in `tests/`.

@@ -33,6 +33,9 @@ use crate::{commands, output, roles};
 const SYSTEM: &str = include_str!("manifests/system.yaml");
 const DEMO: &str = include_str!("manifests/demo.yaml");
 
+/// Seconds that proxies have to run what they were sent, once every pod is ready.
+const SYNC_MAX: u64 = 10;
+
 /// How pods get their network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Capture {
@@ -128,6 +131,9 @@ fn detach(args: &UpArgs, command: &str) -> Result<()> {
             && status["pid"] == child.id()
             && status["ready"] == true
         {
+            if let Err(error) = runtime.block_on(commands::synced(&args.mesh, SYNC_MAX)) {
+                output::note(&format!("{error:#}"));
+            }
             commands::print_status(&status);
             return Ok(());
         }
@@ -344,7 +350,11 @@ async fn run(
     _ = mesh.controller.set(controller);
 
     let working = async {
-        announce(&mesh, wait_ready(&mesh, Duration::from_secs(args.timeout)).await, is_demo, began);
+        let is_ready = wait_ready(&mesh, Duration::from_secs(args.timeout)).await;
+        if is_ready && let Err(error) = commands::synced(&args.mesh, SYNC_MAX).await {
+            output::note(&format!("{error:#}"));
+        }
+        announce(&mesh, is_ready, is_demo, began);
         files
             .watch(|round| match round {
                 Ok(outcomes) => report_round(&outcomes, &files),

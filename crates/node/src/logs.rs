@@ -36,15 +36,24 @@ impl Logs {
         format!("{namespace}/{pod}/{container}")
     }
 
-    /// Keeps what a container wrote; the oldest bytes go.
-    pub fn append(&self, key: &str, bytes: &[u8]) {
-        let mut rings = self.lock();
+    /// Makes a container known that has written nothing yet, so that it can be followed.
+    pub fn open(&self, key: &str) {
+        Self::ring(&mut self.lock(), key);
+    }
+
+    fn ring<'a>(rings: &'a mut BTreeMap<String, Ring>, key: &str) -> &'a mut Ring {
         if !rings.contains_key(key) && rings.len() >= CONTAINERS_MAX {
             rings.pop_first();
         }
-        let ring = rings
+        rings
             .entry(key.to_owned())
-            .or_insert_with(|| Ring { bytes: VecDeque::new(), follow: broadcast::channel(64).0 });
+            .or_insert_with(|| Ring { bytes: VecDeque::new(), follow: broadcast::channel(64).0 })
+    }
+
+    /// Keeps what a container wrote; the oldest bytes go.
+    pub fn append(&self, key: &str, bytes: &[u8]) {
+        let mut rings = self.lock();
+        let ring = Self::ring(&mut rings, key);
         ring.bytes.extend(bytes);
         let over = ring.bytes.len().saturating_sub(KEPT_MAX);
         ring.bytes.drain(..over);
@@ -87,6 +96,8 @@ mod tests {
         );
         logs.append("a/b/c", &vec![b'x'; KEPT_MAX]);
         assert_eq!(tail(None).len(), KEPT_MAX);
+        logs.open("a/b/d");
+        assert_eq!(logs.read("a/b/d", None).unwrap().0, b"", "known, and silent");
         logs.forget("a", "b");
         assert!(logs.read("a/b/c", None).is_none());
     }

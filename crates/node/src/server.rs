@@ -224,7 +224,11 @@ async fn answer(api: &Api, request: Request<Incoming>) -> Answer {
         (&Method::POST, ["tokenreview"]) => review(api, request).await,
         (&Method::GET, ["logs", namespace, pod, container]) => {
             let tail = query(&request, "tail").and_then(|tail| tail.parse().ok());
-            logs(api, &Logs::key(namespace, pod, container), tail, query(&request, "follow") == Some("true"))
+            let key = Logs::key(namespace, pod, container);
+            if has_container(api, namespace, pod, container) {
+                api.logs.open(&key);
+            }
+            logs(api, &key, tail, query(&request, "follow") == Some("true"))
         }
         (&Method::GET, ["exec", namespace, pod, container]) => match api.machine.exec(namespace, pod, container) {
             Ok(target) => whole(StatusCode::OK, &target),
@@ -412,9 +416,18 @@ fn watch(api: &Api) -> Answer {
     stream(feed, chunks)
 }
 
+/// Whether the pod's template names the container, which may have written nothing yet.
+fn has_container(api: &Api, namespace: &str, pod: &str, container: &str) -> bool {
+    let objects = api.store.objects();
+    let is_it = |object: &&Arc<Object>| *object.meta.namespace == *namespace && *object.meta.name == *pod;
+    let Some(pod) = objects.of_kind(Kind::Pod).find(is_it) else { return false };
+    let lists = ["containers", "initContainers"].iter().filter_map(|list| pod.raw["spec"][*list].as_array());
+    lists.flatten().any(|entry| entry["name"] == container)
+}
+
 fn logs(api: &Api, key: &str, tail: Option<usize>, follow: bool) -> Answer {
     let Some((kept, mut next)) = api.logs.read(key, tail) else {
-        return failed(StatusCode::NOT_FOUND, format!("{key} has written nothing"));
+        return failed(StatusCode::NOT_FOUND, format!("there is no container {key}, or its output is gone"));
     };
     let (to, chunks) = mpsc::channel(64);
     let feed = async move {

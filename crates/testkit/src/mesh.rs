@@ -42,13 +42,12 @@ pub fn lateen() -> &'static Path {
 
 /// Runs `lateen` with these arguments and this standard input.
 pub fn run_lateen(args: &[&str], input: &str) -> Output {
-    let mut child = Command::new(lateen())
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("lateen starts");
+    run(Command::new(lateen()).args(args), input)
+}
+
+fn run(command: &mut Command, input: &str) -> Output {
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("lateen starts");
     // A command that does not read its input may be gone already.
     _ = child.stdin.take().expect("it was piped").write_all(input.as_bytes());
     child.wait_with_output().expect("its output is piped")
@@ -124,11 +123,7 @@ impl Mesh {
 
     /// Runs a command of `lateen` against this mesh.
     pub fn command(&self, args: &[&str], input: &str) -> Output {
-        let state = self.dir.join("s");
-        let (verb, rest) = args.split_first().expect("a command has a verb");
-        let mut all = vec![*verb, "--state-dir", state.to_str().expect("our folder's name is ASCII")];
-        all.extend(rest);
-        run_lateen(&all, input)
+        run(Command::new(lateen()).args(args).env("LATEEN_STATE_DIR", self.dir.join("s")), input)
     }
 
     /// [`command`](Self::command) that must succeed; its standard output.
@@ -246,7 +241,7 @@ impl Drop for Applied<'_> {
 #[derive(Debug)]
 pub struct Shared {
     name: &'static str,
-    manifests: &'static str,
+    manifests: fn() -> String,
     mesh: OnceLock<Mesh>,
     turn: Mutex<()>,
 }
@@ -267,7 +262,7 @@ impl std::ops::Deref for Turn<'_> {
 
 impl Shared {
     /// Started when the first test asks.
-    pub const fn new(name: &'static str, manifests: &'static str) -> Self {
+    pub const fn new(name: &'static str, manifests: fn() -> String) -> Self {
         Self { name, manifests, mesh: OnceLock::new(), turn: Mutex::new(()) }
     }
 
@@ -275,6 +270,6 @@ impl Shared {
     pub fn turn(&self) -> Turn<'_> {
         // A test that failed leaves the mesh as usable as one that passed.
         let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        Turn { mesh: self.mesh.get_or_init(|| Mesh::up(self.name, self.manifests)), _turn: turn }
+        Turn { mesh: self.mesh.get_or_init(|| Mesh::up(self.name, &(self.manifests)())), _turn: turn }
     }
 }

@@ -102,7 +102,9 @@ impl Down<'_> {
     pub(crate) fn stop_reading(&mut self) {
         match self {
             Self::H1(side) => side.keep_alive = false,
-            Self::H2(side) => side.reset(h2::Reason::NO_ERROR),
+            // h2 sends RST_STREAM(NO_ERROR) itself once the stream is dropped, behind what is still
+            // queued; asking for it now would throw the queued answer away (RFC 9113, section 8.1).
+            Self::H2(_) => {}
         }
     }
 

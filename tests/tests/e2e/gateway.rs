@@ -1,0 +1,116 @@
+//! The ingress gateway: hosts, TLS, redirects.
+
+use testkit::{Client, eventually};
+
+use crate::apps::{TRAFFIC, virtual_service};
+
+#[test]
+fn a_host_reaches_the_mail_catcher_and_an_unknown_host_is_404() {
+    let mesh = TRAFFIC.turn();
+    let mails = mesh.get("maildev.localhost", "/email", &[]);
+    assert_eq!(mails.status, 200, "{mails:?}");
+    assert!(mails.json().is_array(), "{mails:?}");
+    let port = mesh.get("maildev.localhost:8080", "/email", &[]);
+    assert_eq!(port.status, 200, "a port in Host does not matter: {port:?}");
+    let unknown = mesh.get("nobody.example", "/email", &[]);
+    assert_eq!((unknown.status, unknown.body.as_str()), (404, ""), "{unknown:?}");
+}
+
+struct Pair {
+    root: Vec<u8>,
+    secret: String,
+}
+
+fn pair(host: &str) -> Pair {
+    let made = rcgen::generate_simple_self_signed([host.to_owned()]).unwrap();
+    let secret = serde_json::json!({
+        "apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls",
+        "metadata": {"name": "shop-credential", "namespace": "istio-system"},
+        "stringData": {"tls.crt": made.cert.pem(), "tls.key": made.signing_key.serialize_pem()},
+    });
+    Pair { root: made.cert.der().to_vec(), secret: secret.to_string() }
+}
+
+#[test]
+fn tls_ends_at_the_gateway_and_its_secret_is_replaced_without_a_drop() {
+    let mesh = TRAFFIC.turn();
+    let host = "tls.shop.test";
+    let old = pair(host);
+    let _secret = mesh.with(&old.secret);
+    let _gateway = mesh.with(
+        "
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {name: tls, namespace: shop}
+spec:
+  selector: {istio: ingressgateway}
+  servers:
+  - {port: {number: 443, name: https, protocol: HTTPS}, hosts: [tls.shop.test], tls: {mode: SIMPLE, credentialName: shop-credential}}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: tls, namespace: shop}
+spec:
+  hosts: [tls.shop.test]
+  gateways: [tls]
+  http: [{route: [{destination: {host: httpbin, port: {number: 8000}}}]}]
+",
+    );
+    let open = |root: &[u8]| Client::tls(mesh.https, host, root);
+    let mut kept = eventually("TLS at the gateway", || open(&old.root).map_err(|error| error.to_string()));
+    let seen = kept.send("GET", host, "/headers", &[]).unwrap();
+    assert_eq!(seen.status, 200, "{seen:?}");
+    assert_eq!(seen.json()["headers"]["x-forwarded-proto"][0], "https", "{seen:?}");
+
+    let new = pair(host);
+    mesh.apply(&new.secret);
+    eventually("the new certificate", || open(&new.root).map(|_| ()).map_err(|error| error.to_string()));
+    assert!(open(&old.root).is_err(), "the old certificate is gone");
+    assert_eq!(kept.send("GET", host, "/status/200", &[]).unwrap().status, 200, "the old connection goes on");
+    assert!(Client::tls(mesh.https, "other.shop.test", &new.root).is_err(), "no chain for another server name");
+}
+
+#[test]
+fn http_is_redirected_to_https() {
+    let mesh = TRAFFIC.turn();
+    let _objects = mesh.with(
+        "
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {name: redirect, namespace: shop}
+spec:
+  selector: {istio: ingressgateway}
+  servers: [{port: {number: 80, name: http-redirect, protocol: HTTP}, hosts: [redirect.example], tls: {httpsRedirect: true}}]
+",
+    );
+    let answer = mesh.get("redirect.example", "/a?b=c", &[]);
+    assert_eq!((answer.status, answer.header("location")), (301, Some("https://redirect.example/a?b=c")), "{answer:?}");
+}
+
+#[test]
+fn ambiguous_and_broken_requests_are_refused() {
+    let mesh = TRAFFIC.turn();
+    let _route =
+        mesh.with(&virtual_service("hostile", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
+    let check = |what: &str, request: &str| {
+        let mut client = Client::plain(mesh.http).unwrap();
+        match client.raw(request.as_bytes(), false) {
+            Ok(answer) => assert!((400..500).contains(&answer.status), "{what}: {answer:?}"),
+            // Closed without an answer is as good.
+            Err(error) => assert_ne!(error.kind(), std::io::ErrorKind::WouldBlock, "{what}: no answer"),
+        }
+    };
+    let host = "host: hostile.shop.test\r\n";
+    check(
+        "both lengths",
+        &format!("POST /post HTTP/1.1\r\n{host}content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"),
+    );
+    check("two lengths", &format!("POST /post HTTP/1.1\r\n{host}content-length: 4\r\ncontent-length: 5\r\n\r\nabcde"));
+    check("odd coding", &format!("POST /post HTTP/1.1\r\n{host}transfer-encoding: xchunked\r\n\r\n0\r\n\r\n"));
+    check("folded", &format!("GET /get HTTP/1.1\r\n{host}a: b\r\n c\r\n\r\n"));
+    check("space before colon", &format!("GET /get HTTP/1.1\r\n{host}a : b\r\n\r\n"));
+    check("no host", "GET /get HTTP/1.1\r\n\r\n");
+    check("oversized", &format!("GET /get HTTP/1.1\r\n{host}a: {}\r\n\r\n", "x".repeat(100_000)));
+    check("no HTTP", "\x16\x03\x01 hello\r\n\r\n");
+    assert_eq!(mesh.get("hostile.shop.test", "/get", &[]).status, 200, "the gateway goes on");
+}

@@ -1,0 +1,16 @@
+//! Real meshes of real processes, steered with Istio's YAML.
+//!
+//! Two meshes run, [`apps::TRAFFIC`] and [`apps::SECURITY`]; the tests of one take turns, and each
+//! takes back what it applied. They need what `lateen up` needs: Linux namespaces, and `curl` and
+//! `bash` on the machine, which the tests run inside pods.
+
+mod apps;
+mod authorization;
+mod bad_input;
+mod gateway;
+mod identity;
+mod operations;
+mod resilience;
+mod routing;
+mod streams;
+mod tokens;
