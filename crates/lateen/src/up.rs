@@ -344,6 +344,7 @@ async fn run(
             images,
             root_cert,
             drain_lead: Duration::from_millis(300),
+            settled: Some(settled(&args.mesh)),
         },
         controller_events,
     );
@@ -382,6 +383,18 @@ async fn run(
         bail!("the pod manager is gone, and all pods with it");
     }
     Ok(())
+}
+
+/// Asks the control plane, so that a pod that goes away serves until no proxy knows it any more.
+fn settled(mesh: &MeshArgs) -> node::controller::Settled {
+    let mesh = mesh.clone();
+    Arc::new(move |version| {
+        let mesh = mesh.clone();
+        Box::pin(async move {
+            // Without a control plane nobody hears of anything.
+            _ = commands::synced_at(&mesh, version, 3).await;
+        })
+    })
 }
 
 fn progress(text: &str) {

@@ -13,6 +13,7 @@ mod endpoints;
 mod pod;
 
 use std::collections::{BTreeMap, HashMap};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -57,7 +58,13 @@ pub struct ControllerOptions {
     /// How long a pod that is going away keeps serving after it left the endpoints, so that every
     /// client has heard of it.
     pub drain_lead: Duration,
+    /// Then it also waits, for a while, until this says that everybody has heard of what changed
+    /// up to a version of the store.
+    pub settled: Option<Settled>,
 }
+
+/// Resolves when all proxies run the objects as they were at a version of the store.
+pub type Settled = Arc<dyn Fn(u64) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
 impl std::fmt::Debug for ControllerOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

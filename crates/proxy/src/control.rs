@@ -278,8 +278,8 @@ impl Control {
                 }
                 Input::Tick => self.tick().await,
             }
-            if let Some(ending) = &ending
-                && ending.is_over(self.dispatch.live())
+            if let Some(ending) = &mut ending
+                && ending.is_over(self.dispatch.live(), self.dispatch.accepted())
             {
                 break;
             }
@@ -465,8 +465,8 @@ impl Control {
         let now = Instant::now();
         tracing::info!(?scope, connections = self.dispatch.live(), "draining before the end");
         match self.termination {
-            Termination { exit_on_zero: true, minimum, .. } => Ending { not_before: now + minimum, until: None },
-            Termination { drain, .. } => Ending { not_before: now + drain, until: Some(now + drain) },
+            Termination { exit_on_zero: true, minimum, .. } => Ending { not_before: now + minimum, until: None, busy: (now, 0) },
+            Termination { drain, .. } => Ending { not_before: now + QUIET, until: Some(now + drain), busy: (now, 0) },
         }
     }
 
@@ -486,17 +486,26 @@ impl Control {
     }
 }
 
+/// A draining proxy without a connection for so long is not asked for any more: a client that has
+/// not heard of its end would have come back by now.
+const QUIET: Duration = Duration::from_secs(1);
+
 /// When a draining proxy ends.
 struct Ending {
     not_before: Instant,
     /// Whatever is left then is cut; `None`: the end waits for the last connection.
     until: Option<Instant>,
+    /// When a connection was seen last, and how many had been accepted then.
+    busy: (Instant, usize),
 }
 
 impl Ending {
-    fn is_over(&self, live: usize) -> bool {
+    fn is_over(&mut self, live: usize, accepted: usize) -> bool {
         let now = Instant::now();
-        self.until.is_some_and(|until| now >= until) || live == 0 && (now >= self.not_before || self.until.is_some())
+        if live > 0 || accepted != self.busy.1 {
+            self.busy = (now, accepted);
+        }
+        self.until.is_some_and(|until| now >= until) || now >= self.not_before.max(self.busy.0 + QUIET)
     }
 }
 

@@ -38,7 +38,7 @@ use mirror::Mirrors;
 /// Serves one request whose head has been read.
 pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Rc<Conn>, down: Down<'_>, head: &mut RequestHead) {
     let config = worker.config();
-    let chain = config.current_chain(&conn.facts.listener, &conn.chain);
+    let chain = conn.state.chain(&config);
     let ended = down.is_finished();
     let seed = worker.seed();
     worker.recorder.count(Counter::DownstreamRequests);

@@ -36,10 +36,13 @@ impl Socket {
         Self { stream: Stream::Pipe(stream), front: Bytes::new() }
     }
 
-    /// Puts bytes back, to be read first. Only when nothing is in front already.
+    /// Puts bytes back, to be read first: before what is in front already, of which they were read.
     pub(crate) fn unread(&mut self, bytes: Bytes) {
-        debug_assert!(self.front.is_empty(), "bytes are put back once");
-        self.front = bytes;
+        if self.front.is_empty() {
+            self.front = bytes;
+        } else {
+            self.front = [bytes, self.front.clone()].concat().into();
+        }
     }
 
     pub(crate) fn tcp_stream(&self) -> Option<&TcpStream> {

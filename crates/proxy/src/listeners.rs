@@ -22,11 +22,17 @@ use crate::worker::{Command, WorkerHandle};
 
 /// Where an accepted connection goes.
 #[derive(Clone)]
-pub(crate) struct Workers(Arc<Vec<(mpsc::UnboundedSender<Command>, Arc<AtomicUsize>)>>);
+pub(crate) struct Workers(Arc<Vec<(mpsc::UnboundedSender<Command>, Arc<AtomicUsize>)>>, Arc<AtomicUsize>);
 
 impl Workers {
     pub(crate) fn new(handles: &[WorkerHandle]) -> Self {
-        Self(Arc::new(handles.iter().map(|handle| (handle.inbox.clone(), Arc::clone(&handle.live))).collect()))
+        let workers = handles.iter().map(|handle| (handle.inbox.clone(), Arc::clone(&handle.live))).collect();
+        Self(Arc::new(workers), Arc::default())
+    }
+
+    /// Connections handed over so far.
+    pub(crate) fn accepted(&self) -> usize {
+        self.1.load(Relaxed)
     }
 
     /// Connections handed over and not yet ended.
@@ -37,6 +43,7 @@ impl Workers {
     fn hand_over(&self, accepted: Accepted) {
         let Some((inbox, live)) = self.0.iter().min_by_key(|(_, live)| live.load(Relaxed)) else { return };
         live.fetch_add(1, Relaxed);
+        self.1.fetch_add(1, Relaxed);
         if inbox.send(Command::Accept(Box::new(accepted))).is_err() {
             live.fetch_sub(1, Relaxed);
         }

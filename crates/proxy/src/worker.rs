@@ -81,7 +81,8 @@ pub(crate) struct Worker {
 pub(crate) struct ConnState {
     pub(crate) direction: Direction,
     listener: Arc<str>,
-    chain: Arc<FilterChain>,
+    /// The newest version of its chain: the one that was chosen, or what stood in its place later.
+    chain: RefCell<Arc<FilterChain>>,
     draining: Cell<bool>,
     pub(crate) drained: Notify,
     /// What is left after this is cut.
@@ -102,16 +103,25 @@ impl ConnState {
         }
     }
 
-    /// Whether the chain still stands, in the same TLS and of the same kind.
-    fn still_stands(&self, config: &RuntimeConfig) -> bool {
-        let Some(now) = config.listeners.get(&self.listener).and_then(|listener| listener.chain_by_key(self.chain.key))
+    /// The chain whose filters the next request meets. When the configuration has no such chain any
+    /// more, the last one that stood in its place: never the older one the connection began with,
+    /// which may lack a policy that came since.
+    pub(crate) fn chain(&self, config: &RuntimeConfig) -> Arc<FilterChain> {
+        config.current_chain(&self.listener, &self.chain.borrow())
+    }
+
+    /// Follows a new configuration. `false`: the chain does not stand any more, in the same TLS and
+    /// of the same kind.
+    fn follow(&self, config: &RuntimeConfig) -> bool {
+        let before = Arc::clone(&self.chain.borrow());
+        let Some(now) = config.listeners.get(&self.listener).and_then(|listener| listener.chain_by_key(before.key))
         else {
             return false;
         };
-        let same_tls =
-            now.tls.as_ref().map(|tls| tls.fingerprint) == self.chain.tls.as_ref().map(|tls| tls.fingerprint);
+        self.chain.replace(Arc::clone(now));
+        let same_tls = now.tls.as_ref().map(|tls| tls.fingerprint) == before.tls.as_ref().map(|tls| tls.fingerprint);
         let same_kind = matches!(
-            (&now.terminal, &self.chain.terminal),
+            (&now.terminal, &before.terminal),
             (Terminal::Http(_), Terminal::Http(_)) | (Terminal::Tcp(_), Terminal::Tcp(_))
         );
         same_tls && same_kind
@@ -198,10 +208,12 @@ impl Worker {
         direction: Direction,
         chain: &Arc<FilterChain>,
     ) -> Rc<ConnState> {
+        // The handshake may have outlived the configuration that chose the chain.
+        let current = self.config.borrow().current_chain(listener, chain);
         let state = Rc::new(ConnState {
             direction,
             listener: Arc::clone(listener),
-            chain: Arc::clone(chain),
+            chain: RefCell::new(current),
             draining: Cell::new(self.draining.get().is_some_and(|scope| scope.covers(direction))),
             drained: Notify::new(),
             drain_time: self.shared.drain_time,
@@ -220,7 +232,7 @@ impl Worker {
         let config = Rc::new(config.clone());
         let mut conns = self.conns.borrow_mut();
         conns.retain(|conn| Rc::strong_count(conn) > 1);
-        for conn in conns.iter().filter(|conn| !conn.still_stands(&config)) {
+        for conn in conns.iter().filter(|conn| !conn.follow(&config)) {
             conn.drain();
         }
         drop(conns);

@@ -27,6 +27,11 @@ pub(crate) async fn synced(mesh: &MeshArgs, seconds: u64) -> Result<()> {
     let objects = super::client(mesh)?;
     let status: Value = objects.get("/status").await?;
     let version = status["resourceVersion"].as_u64().unwrap_or(0);
+    synced_at(mesh, version, seconds).await
+}
+
+/// Waits until every proxy runs the objects as they were at a version.
+pub(crate) async fn synced_at(mesh: &MeshArgs, version: u64, seconds: u64) -> Result<()> {
     let plane = Client::new(&debug_socket(mesh)?);
     match plane.get::<Value>(&format!("/debug/synced?resourceVersion={version}&timeout={seconds}")).await {
         Ok(_) => Ok(()),

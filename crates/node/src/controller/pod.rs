@@ -43,6 +43,8 @@ const EAGER: Duration = Duration::from_millis(100);
 const EAGER_FOR: Duration = Duration::from_secs(10);
 /// A failed sandbox is tried again after this long.
 const SANDBOX_RETRY: Duration = Duration::from_secs(2);
+/// How long the end of a pod waits for proxies that have not heard of it.
+const SETTLED_MAX: Duration = Duration::from_secs(3);
 /// The proxy drains 5 s (`terminationDrainDuration`) and needs a moment more.
 const PROXY_DRAIN: Duration = Duration::from_secs(7);
 /// Tokens are good for twelve hours; they are renewed when half of it is over.
@@ -586,6 +588,14 @@ impl Worker {
             self.publish();
             if self.slots.iter().any(Slot::is_running) && pod.is_some() && grace > 0 {
                 self.wait_until((Instant::now() + self.shared.options.drain_lead).min(deadline), |_| false).await;
+                // At the end of the mesh nobody is left to hear of it.
+                if let Some(settled) = &self.shared.options.settled
+                    && !*self.shared.stopping.borrow()
+                {
+                    let version = *self.shared.options.store.version().borrow();
+                    // Who has not heard by then never will.
+                    _ = tokio::time::timeout(SETTLED_MAX, settled(version)).await;
+                }
                 self.pre_stop(id, deadline).await;
                 let has_proxy = self.slots.iter().any(|slot| is_proxy(&slot.container) && slot.is_running());
                 if has_proxy {

@@ -213,6 +213,7 @@ async fn tests() {
             images: Vec::new(),
             root_cert,
             drain_lead: Duration::from_millis(300),
+            settled: None,
         },
         events,
     );
