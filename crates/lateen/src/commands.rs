@@ -22,7 +22,7 @@ pub(crate) use explain::{ExplainArgs, explain};
 pub(crate) use get::{GetArgs, get};
 pub(crate) use manifests::{ApplyArgs, DeleteArgs, ValidateArgs, apply, delete, validate};
 pub(crate) use pods::{ExecArgs, LabelArgs, LogsArgs, RolloutCommand, ScaleArgs, exec, label, logs, rollout, scale};
-pub(crate) use proxies::{synced, synced_at, ProxyStatusArgs, VersionArgs, WaitArgs, proxy_status, version, wait};
+pub(crate) use proxies::{ProxyStatusArgs, VersionArgs, WaitArgs, proxy_status, synced, synced_at, version, wait};
 pub(crate) use proxy_config::{AdminGetArgs, ProxyConfigArgs, admin_get, proxy_config};
 
 /// Where a mesh keeps everything.

@@ -45,9 +45,7 @@ impl Logs {
         if !rings.contains_key(key) && rings.len() >= CONTAINERS_MAX {
             rings.pop_first();
         }
-        rings
-            .entry(key.to_owned())
-            .or_insert_with(|| Ring { bytes: VecDeque::new(), follow: broadcast::channel(64).0 })
+        rings.entry(key.to_owned()).or_insert_with(|| Ring { bytes: VecDeque::new(), follow: broadcast::channel(64).0 })
     }
 
     /// Keeps what a container wrote; the oldest bytes go.

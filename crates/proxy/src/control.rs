@@ -465,7 +465,9 @@ impl Control {
         let now = Instant::now();
         tracing::info!(?scope, connections = self.dispatch.live(), "draining before the end");
         match self.termination {
-            Termination { exit_on_zero: true, minimum, .. } => Ending { not_before: now + minimum, until: None, busy: (now, 0) },
+            Termination { exit_on_zero: true, minimum, .. } => {
+                Ending { not_before: now + minimum, until: None, busy: (now, 0) }
+            }
             Termination { drain, .. } => Ending { not_before: now + QUIET, until: Some(now + drain), busy: (now, 0) },
         }
     }

@@ -48,7 +48,24 @@ fn strict_refuses_plaintext_and_permissive_takes_it() {
         let _strict = mesh.with(&peer_authentication("foo", "default", "{mtls: {mode: STRICT}}"));
         assert_eq!(status(&mesh, "legacy/curl"), 0, "plaintext is cut off");
         assert_eq!(status(&mesh, "bar/curl"), 200);
-        assert_eq!(mesh.get("httpbin.foo.test", "/get", &[]).status, 200, "the gateway has an identity");
+        let answer = mesh.get("httpbin.foo.test", "/get", &[]);
+        if answer.status != 200 {
+            eprintln!(
+                "{}",
+                mesh.logs("foo/httpbin", "istio-proxy").lines().rev().take(6).collect::<Vec<_>>().join("\n")
+            );
+            eprintln!(
+                "{}",
+                mesh.logs("istio-system/istio-ingressgateway", "istio-proxy")
+                    .lines()
+                    .rev()
+                    .take(3)
+                    .collect::<Vec<_>>()
+                    .join("\n")
+            );
+            eprintln!("{}", mesh.must(&["get", "authorizationpolicies", "-A"], ""));
+        }
+        assert_eq!(answer.status, 200, "the gateway has an identity: {answer:?}");
     }
     assert_eq!(status(&mesh, "legacy/curl"), 200, "back to PERMISSIVE");
 }

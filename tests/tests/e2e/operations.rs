@@ -52,7 +52,31 @@ fn under_load(mesh: &Mesh, host: &str, path: &str, during: impl FnOnce()) -> usi
             let mut served = 0;
             while !done.load(Ordering::Relaxed) {
                 let answer = client.send("GET", host, path, &[]).unwrap();
-                assert_eq!(answer.status, 200, "after {served}: {answer:?}");
+                if answer.status != 200 {
+                    let line = eventually("the access log", || {
+                        let log = mesh.logs("istio-system/istio-ingressgateway", "istio-proxy");
+                        let code = format!(" {} ", answer.status);
+                        log.lines().rfind(|line| line.contains(&code)).map(str::to_owned).ok_or(log.clone())
+                    });
+                    let pods = mesh.must(&["get", "pods", "-A", "-o", "wide"], "");
+                    let upstream = line.split('"').filter_map(|part| part.split_once(':')).map(|(ip, _)| ip.to_owned());
+                    let upstreams: Vec<String> = upstream.collect();
+                    for row in pods.lines().filter(|row| upstreams.iter().any(|ip| row.contains(&format!(" {ip} ")))) {
+                        let words: Vec<&str> = row.split_whitespace().collect();
+                        for container in ["istio-proxy", "app"] {
+                            let args = ["logs", words[1], "-n", words[0], "-c", container, "--tail", "6"];
+                            eprintln!("{args:?}:\n{}", mesh.must(&args, ""));
+                        }
+                    }
+                    let log = mesh.logs("istio-system/istio-ingressgateway", "istio-proxy");
+                    let local =
+                        line.split("svc.cluster.local ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap_or("?");
+                    let same = log.lines().filter(|line| line.contains(local)).collect::<Vec<_>>();
+                    eprintln!("same connection: {} {:#?}", same.len(), &same[same.len().saturating_sub(4)..]);
+                    let at = log.lines().position(|have| have == line).unwrap_or(0);
+                    eprintln!("before: {:#?}", log.lines().skip(at.saturating_sub(8)).take(12).collect::<Vec<_>>());
+                    panic!("after {served}: {answer:?}\n{line}\n{pods}");
+                }
                 served += 1;
             }
             served
