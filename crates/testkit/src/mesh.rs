@@ -29,7 +29,7 @@ pub fn lateen() -> &'static Path {
         let profile = test.parent().and_then(Path::parent).expect("tests run from target/PROFILE/deps");
         let target = profile.parent().expect("a profile is a folder of target");
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.args(["build", "--quiet", "-p", "lateen", "--bin", "lateen", "--target-dir"]).arg(target);
+        cargo.args(["build", "--quiet", "--workspace", "--bin", "lateen", "--target-dir"]).arg(target);
         cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
         if profile.ends_with("release") {
             cargo.arg("--release");
