@@ -137,4 +137,6 @@ pub struct PeerCertificate {
     pub sha256: Box<str>,
     /// The certificate as URL-encoded PEM (`Cert` of XFCC); empty unless somebody asked for it.
     pub url_encoded_pem: Box<str>,
+    /// It and what stood behind it, likewise (`Chain` of XFCC); empty unless somebody asked for it.
+    pub url_encoded_chain: Box<str>,
 }

@@ -116,8 +116,6 @@ pub struct CodecSettings {
     pub accept_http10: bool,
     /// Host of an HTTP/1.0 request without one.
     pub default_host_http10: Box<str>,
-    /// Original header case is kept.
-    pub preserve_case: bool,
     /// Streams at once on an HTTP/2 connection.
     pub concurrent_streams_max: u32,
     /// HTTP/2 window of a stream.
@@ -148,7 +146,6 @@ impl Default for CodecSettings {
             requests_per_connection_max: None,
             accept_http10: false,
             default_host_http10: "".into(),
-            preserve_case: false,
             concurrent_streams_max: 1024,
             stream_window: 16 * 1024 * 1024,
             connection_window: 24 * 1024 * 1024,
@@ -316,6 +313,8 @@ pub enum FilterKind {
     Fault(Box<crate::fault::Fault>),
     /// CORS; routes carry the settings.
     Cors,
+    /// Edits of heads, query and trailers; routes carry more.
+    HeaderMutation(Box<crate::header_mutation::HeaderMutation>),
     /// gRPC message counts.
     GrpcStats,
     /// gRPC-Web (requests of that kind are refused: not built).

@@ -252,7 +252,7 @@ impl Operator {
         }
     }
 
-    fn write(&self, heads: Heads<'_>, context: &Context<'_>, out: &mut Vec<u8>) -> bool {
+    pub(crate) fn write(&self, heads: Heads<'_>, context: &Context<'_>, out: &mut Vec<u8>) -> bool {
         let bytes = |value: Option<&[u8]>, out: &mut Vec<u8>| {
             out.extend_from_slice(value.unwrap_or_default());
             value.is_some_and(|value| !value.is_empty())
@@ -288,10 +288,11 @@ impl Operator {
     }
 }
 
+/// The heads that formatters may read.
 #[derive(Clone, Copy)]
-struct Heads<'a> {
-    request: &'a RequestHead,
-    response: Option<&'a ResponseHead>,
+pub(crate) struct Heads<'a> {
+    pub(crate) request: &'a RequestHead,
+    pub(crate) response: Option<&'a ResponseHead>,
 }
 
 impl Plain {
@@ -365,16 +366,18 @@ pub struct HeaderEdits {
     remove: Vec<Box<str>>,
 }
 
+/// A field to add, and how.
 #[derive(Clone, Debug, PartialEq)]
-struct Addition {
+pub(crate) struct Addition {
     name: Box<str>,
     value: Template<Operator>,
     action: Action,
     keep_empty: bool,
 }
 
+/// What an addition does to what is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Action {
+pub(crate) enum Action {
     Append,
     AddIfAbsent,
     Overwrite,
@@ -382,7 +385,7 @@ enum Action {
 }
 
 /// The name, lower case; the fields that steer the request itself cannot be edited.
-fn name(text: &str) -> Result<Box<str>, Unsupported> {
+pub(crate) fn field_name(text: &str) -> Result<Box<str>, Unsupported> {
     if text.is_empty() || text.starts_with(':') || text.eq_ignore_ascii_case("host") {
         return Err(Unsupported::new("", format!("{text:?} cannot be edited")));
     }
@@ -412,7 +415,7 @@ fn addition(proto: &core::HeaderValueOption) -> Result<Addition, Unsupported> {
         Err(_) => return Err(Unsupported::new("append_action", "is unknown")),
     };
     Ok(Addition {
-        name: name(&header.key).within("header.key")?,
+        name: field_name(&header.key).within("header.key")?,
         value: Template::parse(text.trim_matches([' ', '\t']), Operator::parse).within("header.value")?,
         action,
         keep_empty: proto.keep_empty_value,
@@ -427,7 +430,7 @@ fn append(proto: &core::HeaderValueOption) -> Action {
 impl HeaderEdits {
     /// Lowers additions and removals.
     pub fn lower(add: &[core::HeaderValueOption], remove: &[String]) -> Result<Self, Unsupported> {
-        Ok(Self { add: each(add, "", addition)?, remove: each(remove, "remove", |text| name(text))? })
+        Ok(Self { add: each(add, "", addition)?, remove: each(remove, "remove", |text| field_name(text))? })
     }
 
     /// Whether nothing is edited.
@@ -461,35 +464,46 @@ impl HeaderEdits {
 
     /// One value an addition; `None` for a literal.
     fn values(&self, heads: Heads<'_>, context: &Context<'_>) -> SmallVec<[Option<Vec<u8>>; 4]> {
-        self.add
-            .iter()
-            .map(|addition| {
-                if addition.value.literal().is_some() {
-                    return None;
-                }
-                let mut value = Vec::new();
-                addition.value.render(&mut value, b"", |operator, out| operator.write(heads, context, out));
-                Some(value)
-            })
-            .collect()
+        self.add.iter().map(|addition| addition.rendered(heads, context)).collect()
     }
 
     fn add_all(&self, values: &[Option<Vec<u8>>], fields: &mut Fields) {
         for (addition, value) in self.add.iter().zip(values) {
-            let literal = addition.value.literal().unwrap_or_default().as_bytes();
-            let value = value.as_deref().unwrap_or(literal).trim_ascii();
-            let illegal = value.iter().any(|b| matches!(b, b'\r' | b'\n' | 0));
-            if illegal || (value.is_empty() && !addition.keep_empty) {
-                continue;
-            }
-            let exists = fields.contains(&addition.name);
-            match addition.action {
-                Action::Append => fields.push(&addition.name, value),
-                Action::AddIfAbsent if !exists => fields.push(&addition.name, value),
-                Action::Overwrite => fields.set(&addition.name, value),
-                Action::OverwriteIfExists if exists => fields.set(&addition.name, value),
-                Action::AddIfAbsent | Action::OverwriteIfExists => {}
-            }
+            addition.put(value.as_deref(), fields);
+        }
+    }
+}
+
+impl Addition {
+    pub(crate) fn lower(proto: &core::HeaderValueOption) -> Result<Self, Unsupported> {
+        addition(proto)
+    }
+
+    /// The value; `None` if it is a literal.
+    pub(crate) fn rendered(&self, heads: Heads<'_>, context: &Context<'_>) -> Option<Vec<u8>> {
+        if self.value.literal().is_some() {
+            return None;
+        }
+        let mut value = Vec::new();
+        self.value.render(&mut value, b"", |operator, out| operator.write(heads, context, out));
+        Some(value)
+    }
+
+    /// Adds the field with what [`Self::rendered`] gave.
+    pub(crate) fn put(&self, value: Option<&[u8]>, fields: &mut Fields) {
+        let literal = self.value.literal().unwrap_or_default().as_bytes();
+        let value = value.unwrap_or(literal).trim_ascii();
+        let illegal = value.iter().any(|b| matches!(b, b'\r' | b'\n' | 0));
+        if illegal || (value.is_empty() && !self.keep_empty) {
+            return;
+        }
+        let exists = fields.contains(&self.name);
+        match self.action {
+            Action::Append => fields.push(&self.name, value),
+            Action::AddIfAbsent if !exists => fields.push(&self.name, value),
+            Action::Overwrite => fields.set(&self.name, value),
+            Action::OverwriteIfExists if exists => fields.set(&self.name, value),
+            Action::AddIfAbsent | Action::OverwriteIfExists => {}
         }
     }
 }

@@ -28,6 +28,7 @@ pub mod ext_authz;
 pub mod facts;
 pub mod fault;
 pub mod hcm;
+pub mod header_mutation;
 pub mod headers;
 pub mod jwt;
 pub mod limit;

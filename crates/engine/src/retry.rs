@@ -42,28 +42,39 @@ impl Conditions {
     fn parse(list: &str) -> Result<Self, Unsupported> {
         let mut all = 0;
         for word in list.split(',').map(str::trim).filter(|word| !word.is_empty()) {
-            all |= match word {
-                "5xx" => Self::SERVER_ERROR,
-                "gateway-error" => Self::GATEWAY_ERROR,
-                "reset" => Self::RESET,
-                "reset-before-request" => Self::RESET_BEFORE_REQUEST,
-                "connect-failure" => Self::CONNECT_FAILURE,
-                "retriable-4xx" => Self::CONFLICT,
-                "refused-stream" => Self::REFUSED_STREAM,
-                "retriable-status-codes" => Self::STATUS_CODES,
-                "retriable-headers" => Self::HEADERS,
-                "envoy-ratelimited" => Self::RATE_LIMITED,
-                // There is no HTTP/3 upstream, so this never happens.
-                "http3-post-connect-failure" => 0,
-                "cancelled" => Self::CANCELLED,
-                "deadline-exceeded" => Self::DEADLINE_EXCEEDED,
-                "internal" => Self::INTERNAL,
-                "resource-exhausted" => Self::RESOURCE_EXHAUSTED,
-                "unavailable" => Self::UNAVAILABLE,
-                other => return Err(Unsupported::new("retry_on", format!("has the unknown word {other:?}"))),
-            };
+            let one = Self::word(word);
+            all |= one.ok_or_else(|| Unsupported::new("retry_on", format!("has the unknown word {word:?}")))?;
         }
         Ok(Self(all))
+    }
+
+    /// What a caller asks for; words it made up mean nothing.
+    fn asked(list: &[u8]) -> u32 {
+        let words = list.split(|b| *b == b',').filter_map(|word| std::str::from_utf8(word).ok());
+        words.filter_map(|word| Self::word(word.trim())).fold(0, |all, one| all | one)
+    }
+
+    fn word(word: &str) -> Option<u32> {
+        Some(match word {
+            "5xx" => Self::SERVER_ERROR,
+            "gateway-error" => Self::GATEWAY_ERROR,
+            "reset" => Self::RESET,
+            "reset-before-request" => Self::RESET_BEFORE_REQUEST,
+            "connect-failure" => Self::CONNECT_FAILURE,
+            "retriable-4xx" => Self::CONFLICT,
+            "refused-stream" => Self::REFUSED_STREAM,
+            "retriable-status-codes" => Self::STATUS_CODES,
+            "retriable-headers" => Self::HEADERS,
+            "envoy-ratelimited" => Self::RATE_LIMITED,
+            // There is no HTTP/3 upstream, so this never happens.
+            "http3-post-connect-failure" => 0,
+            "cancelled" => Self::CANCELLED,
+            "deadline-exceeded" => Self::DEADLINE_EXCEEDED,
+            "internal" => Self::INTERNAL,
+            "resource-exhausted" => Self::RESOURCE_EXHAUSTED,
+            "unavailable" => Self::UNAVAILABLE,
+            _ => return None,
+        })
     }
 
     fn any(self, of: u32) -> bool {
@@ -152,6 +163,49 @@ impl RetryPolicy {
                 .transpose()
                 .within("retry_priority")?,
         })
+    }
+
+    /// The route's policy as an internal caller's `x-envoy-*` headers change it; `None`: they say
+    /// nothing. Conditions are added, the number of retries is replaced.
+    ///
+    /// *Source*: Envoy's router, `x-envoy-retry-on` and its siblings; property 13: other callers'
+    /// are gone by now.
+    pub fn steered(base: Option<&Self>, head: &RequestHead) -> Option<Self> {
+        let conditions =
+            ["x-envoy-retry-on", "x-envoy-retry-grpc-on"].into_iter().filter_map(|name| head.fields.get(name));
+        let asked = conditions.fold(0, |all, list| all | Conditions::asked(list));
+        let number = |text: &str| text.trim().parse::<u32>().ok();
+        let retries = head.fields.get_str("x-envoy-max-retries").and_then(number);
+        let codes = head.fields.get_str("x-envoy-retriable-status-codes").unwrap_or_default();
+        let codes: Vec<u16> = codes.split(',').filter_map(|code| code.trim().parse().ok()).collect();
+        if asked == 0 && retries.is_none() && codes.is_empty() {
+            return None;
+        }
+        let mut policy = base.cloned().unwrap_or_else(Self::none);
+        policy.on.0 |= asked;
+        policy.status_codes.extend(codes);
+        if let Some(retries) = retries.filter(|_| policy.on.0 != 0) {
+            policy.retries_max = retries;
+        }
+        Some(policy)
+    }
+
+    /// A policy without a condition, as Envoy has it where a route has none.
+    fn none() -> Self {
+        Self {
+            on: Conditions(0),
+            status_codes: Vec::new(),
+            headers: Vec::new(),
+            request_headers: Vec::new(),
+            retries_max: 1,
+            per_try_timeout: None,
+            per_try_idle_timeout: None,
+            base_interval: BASE_INTERVAL,
+            interval_max: BASE_INTERVAL * 10,
+            previous_hosts: false,
+            repicks_max: 1,
+            previous_priorities: None,
+        }
     }
 
     /// Whether this request is retried at all.
@@ -348,6 +402,30 @@ mod tests {
         assert!(!policy.applies_to(&request));
         request.fields.push("x-may", b"1");
         assert!(policy.applies_to(&request));
+    }
+
+    #[test]
+    fn internal_callers_add_conditions_and_set_the_number() {
+        let check = |base: Option<&RetryPolicy>, headers: &[(&str, &str)], expect: Option<(u32, bool, bool)>| {
+            let mut head = RequestHead::new("GET", "h", "/");
+            for (name, value) in headers {
+                head.fields.push(name, value.as_bytes());
+            }
+            let steered = RetryPolicy::steered(base, &head);
+            let seen = steered.map(|policy| {
+                let fails = policy.on_failure(Cause::ConnectFailed, false);
+                (policy.retries_max, fails, policy.on_response(&ResponseHead::new(500)))
+            });
+            assert_eq!(seen, expect, "{headers:?}");
+        };
+        let base = policy("connect-failure");
+        check(None, &[], None);
+        check(None, &[("x-envoy-retry-on", "5xx, nonsense")], Some((1, true, true)));
+        check(None, &[("x-envoy-max-retries", "7")], Some((1, false, false)));
+        check(Some(&base), &[("x-envoy-max-retries", "7")], Some((7, true, false)));
+        check(Some(&base), &[("x-envoy-retry-on", "5xx"), ("x-envoy-max-retries", "0")], Some((0, true, true)));
+        let on = ("x-envoy-retry-on", "retriable-status-codes");
+        check(None, &[on, ("x-envoy-retriable-status-codes", "500,x")], Some((1, false, true)));
     }
 
     fn typed<M: Name>(message: &M) -> Any {

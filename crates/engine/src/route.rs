@@ -389,6 +389,8 @@ pub enum Override {
     Jwt(crate::jwt::PerRoute),
     /// External authorization.
     ExtAuthz(crate::ext_authz::PerRoute),
+    /// Edits of heads, query and trailers.
+    HeaderMutation(Box<crate::header_mutation::Mutations>),
 }
 
 /// What a request found.

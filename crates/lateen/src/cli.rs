@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::roles::discovery::DiscoveryArgs;
 use crate::roles::proxy::ProxyArgs;
-use crate::{commands, output, roles, up};
+use crate::{commands, log, output, roles, up};
 
 /// A service mesh that takes Istio's YAML, runs whole on one machine, and says why.
 #[derive(Parser, Debug)]
@@ -122,12 +122,6 @@ pub(crate) struct ExitWith {
     pub message: String,
 }
 
-fn logging(default: &str) {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("LATEEN_LOG").unwrap_or_else(|_| default.into());
-    // A second call is a test's; the first one holds.
-    _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-}
-
 /// Parses the command line and runs it.
 pub(crate) fn run() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -140,11 +134,11 @@ pub(crate) fn run() -> ExitCode {
     };
     let result = match cli.command {
         Command::Demo(args) => {
-            logging("warn");
+            log::start("warn");
             up::demo(&args)
         }
         Command::Up(args) => {
-            logging("warn");
+            log::start("warn");
             up::up(&args)
         }
         Command::Down(args) => commands::down(&args),
@@ -165,12 +159,12 @@ pub(crate) fn run() -> ExitCode {
         Command::AdminGet(args) => commands::admin_get(&args),
         Command::Version(args) => commands::version(&args),
         Command::Discovery(args) => {
-            logging("info");
+            log::start("info");
             roles::discovery::run(args)
         }
         Command::Proxy(args) => {
-            logging("warn");
-            roles::proxy::run(args)
+            let levels = log::start(args.log_level());
+            roles::proxy::run(args, levels)
         }
         Command::Sample { name, args } => samples::run(&name, &args).map_err(Into::into),
     };

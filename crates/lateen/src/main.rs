@@ -5,6 +5,7 @@
 
 mod cli;
 mod commands;
+mod log;
 mod output;
 mod roles;
 mod up;

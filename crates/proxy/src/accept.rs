@@ -1,6 +1,7 @@
 //! A connection from accept to its chain's terminal filter, in phases:
 //! original destination, listener, inspectors, filter chain, TLS, HTTP or bytes.
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -93,7 +94,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, accepted: Accepted) {
             None => listener,
         };
     let mut socket = Socket::tcp(stream);
-    if !inspect(&mut socket, &listener.filters, &mut facts).await {
+    if !inspect(&mut socket, &listener.filters, &mut facts, worker.shared.is_gateway).await {
         return;
     }
     serve_detected(worker, listener, socket, facts).await;
@@ -117,13 +118,25 @@ fn original_destination(stream: &TcpStream, local: SocketAddr) -> Option<SocketA
     original.ok().and_then(|address| address.as_socket()).map(canonical)
 }
 
+/// How long inspectors look where the listener sets no time (0 s is "for ever"), from the first byte on.
+const SNIFF_MAX: Duration = Duration::from_secs(15);
+/// How long a client of a sidecar may be silent there: as long as an idle connection of bytes.
+const SILENCE_MAX: Duration = Duration::from_hours(1);
+
 /// Reads the first bytes as far as the listener's inspectors need them. `false`: the connection is over.
-async fn inspect(socket: &mut Socket, filters: &ListenerFilters, facts: &mut ConnFacts) -> bool {
+async fn inspect(socket: &mut Socket, filters: &ListenerFilters, facts: &mut ConnFacts, is_gateway: bool) -> bool {
     let port = facts.local.port();
     let tls = filters.tls_inspector.as_ref().is_some_and(|inspector| inspector.runs_on(port));
     let http = filters.http_inspector.as_ref().is_some_and(|inspector| inspector.runs_on(port));
     if !tls && !http && filters.proxy_protocol.is_none() {
         return true;
+    }
+    if filters.timeout.is_none() {
+        let silence = if is_gateway { SNIFF_MAX } else { SILENCE_MAX };
+        let speaks = poll_fn(|cx| socket.poll_readable(cx));
+        if tokio::time::timeout(silence, speaks).await.is_err() {
+            return false;
+        }
     }
     let mut buffer = BytesMut::new();
     let looking = async {
@@ -134,10 +147,8 @@ async fn inspect(socket: &mut Socket, filters: &ListenerFilters, facts: &mut Con
         }
         look(socket, &mut buffer, tls, http, facts).await
     };
-    let goes_on = match filters.timeout {
-        None => looking.await,
-        Some(timeout) => tokio::time::timeout(timeout, looking).await.unwrap_or(filters.continue_on_timeout),
-    };
+    let timeout = filters.timeout.unwrap_or(SNIFF_MAX);
+    let goes_on = tokio::time::timeout(timeout, looking).await.unwrap_or(filters.continue_on_timeout);
     if !buffer.is_empty() {
         socket.unread(buffer.freeze());
     }
@@ -206,7 +217,8 @@ async fn serve_detected(worker: &Rc<Worker>, listener: &Arc<Listener>, socket: S
                     worker.recorder.count(Counter::TlsHandshakes);
                     let (_, connection) = stream.get_ref();
                     let store = worker.shared.secrets.load();
-                    let seen = crate::tls::facts(connection, connection.peer_certificates(), &store);
+                    let wants_chain = matches!(&chain.terminal, Terminal::Http(hcm) if hcm.client_cert_parts.chain);
+                    let seen = crate::tls::facts(connection, connection.peer_certificates(), &store, wants_chain);
                     facts.tls = Some(Arc::new(seen));
                     Io::ServerTls(Box::new(stream))
                 }

@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::control::{Inspection, Request};
 use crate::dns::NameTable;
-use crate::options::Addresses;
+use crate::options::{Addresses, LogLevels};
 use crate::proxy::{RunError, Shared, State};
 use crate::worker::DrainScope;
 
@@ -36,6 +36,7 @@ pub(crate) struct Context {
     pub(crate) node: Node,
     pub(crate) app_metrics: Option<(u16, String)>,
     pub(crate) dns_upstream: Vec<SocketAddr>,
+    pub(crate) log_levels: Option<Arc<dyn LogLevels>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -198,7 +199,7 @@ async fn admin(context: &Context, path: &str, query: &str, post: bool) -> Page {
         "/healthcheck/ok" => ask(context, Request::Health(true)),
         "/quitquitquit" => ask(context, Request::Quit),
         "/reset_counters" => text(StatusCode::OK, "OK\n"),
-        "/logging" => text(StatusCode::OK, "levels are set at the start (-l); changing them here is not built yet\n"),
+        "/logging" => logging(context, query),
         "/server_info" => json(pages::server_info(context)),
         "/memory" => json(pages::memory()),
         "/certs" => json(pages::certs(context)),
@@ -223,6 +224,30 @@ async fn admin(context: &Context, path: &str, query: &str, post: bool) -> Page {
     }
 }
 
+/// Sets levels and lists them: `level=LEVEL` for all, `paths=NAME:LEVEL,…` or `NAME=LEVEL` for some.
+fn logging(context: &Context, query: &str) -> Page {
+    let Some(levels) = &context.log_levels else {
+        return text(StatusCode::SERVICE_UNAVAILABLE, "the log of this process is somebody else's\n");
+    };
+    let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+    for (key, value) in pairs {
+        let set = match key {
+            "level" => levels.set(None, value),
+            "paths" => value.split(',').try_for_each(|one| match one.split_once(':') {
+                Some((name, level)) => levels.set(Some(name), level),
+                None => Err(format!("{one:?} is not NAME:LEVEL")),
+            }),
+            name => levels.set(Some(name), value),
+        };
+        if let Err(reason) = set {
+            return text(StatusCode::BAD_REQUEST, format!("error: {reason}\n"));
+        }
+    }
+    let list = levels.list();
+    let lines: String = list.iter().map(|(name, level)| format!("  {name}: {level}\n")).collect();
+    text(StatusCode::OK, format!("active loggers:\n{lines}"))
+}
+
 const HELP: &str = "admin commands are:
   /certs: certificates in use
   /clusters: upstream cluster status (?format=json)
@@ -230,7 +255,7 @@ const HELP: &str = "admin commands are:
   /drain_listeners (POST): connections leave (?inboundonly, ?graceful)
   /healthcheck/fail (POST), /healthcheck/ok (POST): readiness
   /listeners: listening addresses (?format=json)
-  /logging (POST)
+  /logging (POST): levels of the log (?level=LEVEL, ?paths=NAME:LEVEL,...)
   /memory: allocator statistics
   /quitquitquit (POST): end
   /ready: LIVE when ready

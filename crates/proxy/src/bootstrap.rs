@@ -306,11 +306,7 @@ fn control_plane(name: &str, resources: &StaticResources) -> Result<ControlPlane
     let raw =
         resources.clusters.iter().find(|raw| &*raw.name == name).ok_or_else(|| missing("there is no such cluster"))?;
     let cluster = Cluster::decode(raw.body.value.as_slice()).map_err(|error| missing(&error.to_string()))?;
-    if cluster.transport_socket.is_some() {
-        return Err(InvalidBootstrap::NotBuilt(format!(
-            "static_resources.clusters[{name}].transport_socket: ADS over TLS from a bootstrap"
-        )));
-    }
+    let tls = cluster.transport_socket.as_ref().map(|socket| plane_tls(name, socket)).transpose()?.flatten();
     let endpoint = cluster
         .load_assignment
         .as_ref()
@@ -324,12 +320,74 @@ fn control_plane(name: &str, resources: &StaticResources) -> Result<ControlPlane
     let Some(PortSpecifier::PortValue(port)) = address.port_specifier else { return Err(missing("it has no port")) };
     Ok(ControlPlane {
         address: format!("{}:{port}", address.address),
-        server_name: address.address.clone(),
-        roots: None::<Source>,
+        server_name: tls.as_ref().map_or_else(|| address.address.clone(), |tls| tls.server_name.clone()),
+        roots: tls.map(|tls| tls.roots),
         token: None,
         cluster_id: "Kubernetes".into(),
         tcp: Arc::new(PlainTcp),
     })
+}
+
+/// TLS to a control plane.
+struct PlaneTls {
+    server_name: String,
+    roots: Source,
+}
+
+/// The part of a TLS context that the stream to the control plane needs: roots that vouch for its
+/// name. `None`: plaintext.
+fn plane_tls(
+    name: &str,
+    socket: &envoy_types::pb::envoy::config::core::v3::TransportSocket,
+) -> Result<Option<PlaneTls>, InvalidBootstrap> {
+    use envoy_types::pb::envoy::config::core::v3::data_source::Specifier;
+    use envoy_types::pb::envoy::config::core::v3::transport_socket::ConfigType;
+    use envoy_types::pb::envoy::extensions::transport_sockets::raw_buffer::v3::RawBuffer;
+    use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
+        UpstreamTlsContext, common_tls_context::ValidationContextType,
+    };
+    use prost::Name as _;
+    let path = format!("static_resources.clusters[{name}].transport_socket");
+    let not_built = |what: &str| InvalidBootstrap::NotBuilt(format!("{path}.{what}"));
+    let Some(ConfigType::TypedConfig(any)) = &socket.config_type else { return Err(not_built("typed_config")) };
+    if any.type_url == RawBuffer::type_url() {
+        return Ok(None);
+    }
+    if any.type_url != UpstreamTlsContext::type_url() {
+        return Err(not_built(&any.type_url));
+    }
+    let mut context = UpstreamTlsContext::decode(any.value.as_slice())
+        .map_err(|error| InvalidBootstrap::Message { path: path.clone(), reason: error.to_string() })?;
+    let server_name = std::mem::take(&mut context.sni);
+    let mut common = context.common_tls_context.take().unwrap_or_default();
+    common.alpn_protocols.clear();
+    let mut validation = match common.validation_context_type.take() {
+        Some(ValidationContextType::ValidationContext(validation)) => validation,
+        _ => return Err(not_built("common_tls_context without validation_context")),
+    };
+    let roots = match validation.trusted_ca.take().and_then(|source| source.specifier) {
+        Some(Specifier::Filename(file)) => Source::File(file.into()),
+        Some(Specifier::InlineString(text)) => Source::Text(text.into()),
+        Some(Specifier::InlineBytes(bytes)) => {
+            let text = String::from_utf8(bytes).map_err(|_| not_built("trusted_ca that is not text"))?;
+            Source::Text(text.into())
+        }
+        _ => return Err(not_built("common_tls_context.validation_context without trusted_ca")),
+    };
+    if server_name.is_empty() {
+        // nothing would say whose certificate it must be
+        return Err(not_built("typed_config without sni"));
+    }
+    for (field, is_left) in [
+        ("", context != UpstreamTlsContext::default()),
+        (".common_tls_context", common != Default::default()),
+        (".common_tls_context.validation_context", validation != Default::default()),
+    ] {
+        if is_left {
+            return Err(not_built(&format!("typed_config{field} with more than sni, alpn_protocols and trusted_ca")));
+        }
+    }
+    Ok(Some(PlaneTls { server_name, roots }))
 }
 
 /// Resources with their types, and further files.
@@ -419,6 +477,18 @@ static_resources:
         assert_eq!(options.files, [PathBuf::from("/etc/envoy/cds.yaml")]);
         assert_eq!(options.xds.unwrap().address, "127.0.0.1:15010");
         assert!(options.state_of_the_world);
+        let secure = |more: &str| {
+            let context = format!(
+                "{{ '@type': type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext, sni: plane.example, common_tls_context: {{ validation_context: {{ trusted_ca: {{ filename: /roots.pem }} }}{more} }} }}"
+            );
+            let socket = format!("- name: plane\n    transport_socket: {{ name: tls, typed_config: {context} }}\n");
+            super::options(&text.replace("- name: plane\n", &socket), &Flags::default())
+        };
+        let plane = secure("").unwrap().xds.unwrap();
+        assert_eq!(plane.server_name, "plane.example");
+        assert!(matches!(plane.roots, Some(Source::File(path)) if path == PathBuf::from("/roots.pem")));
+        let Err(refused) = secure(", tls_params: { cipher_suites: [x] }") else { panic!("taken") };
+        assert!(refused.to_string().contains("clusters[plane].transport_socket"), "{refused}");
         let file = "resources: [{ '@type': type.googleapis.com/envoy.config.cluster.v3.Cluster, name: c, type: EDS, eds_cluster_config: { eds_config: { path_config_source: { path: /e } } } }]";
         let (made, more) = read_file(file).unwrap();
         assert_eq!((&*made[0].1.name, more), ("c", vec![PathBuf::from("/e")]));

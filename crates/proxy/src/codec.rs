@@ -9,6 +9,7 @@
 //! protocol. `relay` moves frames between them.
 
 pub(crate) mod down;
+pub(crate) mod flood;
 pub(crate) mod h1;
 pub(crate) mod h2;
 pub(crate) mod relay;

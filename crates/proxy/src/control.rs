@@ -159,6 +159,7 @@ impl Control {
                 node: options.node.clone(),
                 app_metrics: options.app_metrics.clone(),
                 dns_upstream: options.dns_upstream.clone(),
+                log_levels: options.log_levels.clone(),
             },
         )
         .await?;

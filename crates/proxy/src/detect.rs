@@ -25,6 +25,8 @@ pub(crate) struct Hello {
 
 /// A ClientHello is never longer.
 const HELLO_MAX: usize = 16 * 1024;
+/// Nor in more records: each byte in one of its own would be read again and again.
+const RECORDS_MAX: usize = 1024;
 /// A request line is never longer; more is not HTTP.
 const REQUEST_LINE_MAX: usize = 64 * 1024;
 
@@ -32,7 +34,7 @@ const REQUEST_LINE_MAX: usize = 64 * 1024;
 pub(crate) fn tls(bytes: &[u8]) -> Seen<Hello> {
     let mut handshake = Vec::new();
     let mut rest = bytes;
-    loop {
+    for _ in 0..RECORDS_MAX {
         // type 22 (handshake), version 3.x, length
         let Some(header) = rest.first_chunk::<5>() else {
             let fits = rest.first().is_none_or(|b| *b == 22) && rest.get(1).is_none_or(|b| *b == 3);
@@ -61,6 +63,7 @@ pub(crate) fn tls(bytes: &[u8]) -> Seen<Hello> {
         }
         rest = &body[length..];
     }
+    Seen::No
 }
 
 /// Takes `n` bytes off the front.

@@ -115,16 +115,22 @@ struct Requests<'a> {
     traffic: &'a mut Traffic,
     mirrors: &'a mut Mirrors,
     grpc: bool,
+    exchange: &'a Exchange,
+    head: &'a RequestHead,
+    worker: &'a Worker,
 }
 
 impl Watch for Requests<'_> {
-    fn frame(&mut self, frame: &Frame) {
+    fn frame(&mut self, frame: &mut Frame) {
         self.traffic.moved = true;
-        if let Frame::Data(data) = frame {
-            self.traffic.request_bytes += data.len() as u64;
-            if self.grpc {
-                self.traffic.request_messages.take(data);
+        match frame {
+            Frame::Data(data) => {
+                self.traffic.request_bytes += data.len() as u64;
+                if self.grpc {
+                    self.traffic.request_messages.take(data);
+                }
             }
+            Frame::Trailers(trailers) => self.exchange.edit_request_trailers(trailers, self.head, self.worker.now()),
         }
         self.mirrors.frame(frame);
     }
@@ -134,10 +140,13 @@ impl Watch for Requests<'_> {
 struct Responses<'a> {
     traffic: &'a mut Traffic,
     grpc: bool,
+    exchange: &'a Exchange,
+    heads: (&'a RequestHead, &'a ResponseHead),
+    worker: &'a Worker,
 }
 
 impl Watch for Responses<'_> {
-    fn frame(&mut self, frame: &Frame) {
+    fn frame(&mut self, frame: &mut Frame) {
         self.traffic.moved = true;
         match frame {
             Frame::Data(data) => {
@@ -146,9 +155,26 @@ impl Watch for Responses<'_> {
                     self.traffic.response_messages.take(data);
                 }
             }
-            Frame::Trailers(trailers) => self.traffic.trailers = Some(trailers.clone()),
+            Frame::Trailers(trailers) => {
+                self.exchange.edit_response_trailers(trailers, self.heads, self.worker.now());
+                self.traffic.trailers = Some(trailers.clone());
+            }
         }
     }
+}
+
+/// Watches the request's frames, with parts of the driver that nothing else uses meanwhile.
+macro_rules! watching {
+    ($driver:ident, $grpc:expr) => {
+        Requests {
+            traffic: &mut $driver.traffic,
+            mirrors: &mut $driver.mirrors,
+            grpc: $grpc,
+            exchange: &$driver.exchange,
+            head: $driver.head,
+            worker: $driver.worker,
+        }
+    };
 }
 
 /// What ends a wait before what was waited for.
@@ -194,11 +220,17 @@ impl Driver<'_, '_> {
             step = match step {
                 Step::Wait(time) => match self.wait(time).await {
                     Ok(()) => self.resume(Answer::Elapsed),
-                    Err(interrupt) => return self.give_up(&interrupt),
+                    Err(interrupt) => match self.interrupted(interrupt) {
+                        Some(step) => step,
+                        None => return,
+                    },
                 },
                 Step::Ask(question) => match self.ask(question).await {
                     Ok(step) => step,
-                    Err(interrupt) => return self.give_up(&interrupt),
+                    Err(interrupt) => match self.interrupted(interrupt) {
+                        Some(step) => step,
+                        None => return,
+                    },
                 },
                 Step::Forward(attempt) => match self.forward(attempt).await {
                     Some(step) => step,
@@ -250,7 +282,6 @@ impl Driver<'_, '_> {
                 // One byte more tells whether the body is longer.
                 let max = wanted.bytes_max as usize;
                 self.buffer(max + 1).await?;
-                self.note_progress();
                 let mut bytes = self.upload.kept();
                 let complete = self.upload.is_source_done() && bytes.len() <= max;
                 bytes.truncate(max);
@@ -265,13 +296,19 @@ impl Driver<'_, '_> {
 
     /// Pulls up to `max` bytes of the body before anything is sent.
     async fn buffer(&mut self, max: usize) -> Result<(), Interrupt> {
-        let (upload, down) = (&mut self.upload, &mut self.down);
-        let mut watch = Requests { traffic: &mut self.traffic, mirrors: &mut self.mirrors, grpc: false };
-        match poll_fn(|cx| upload.poll_buffer(cx, down, max, &mut watch)).await {
-            Ok(()) => Ok(()),
-            Err(Fault::Down(broken)) => Err(client_broke(broken)),
-            Err(Fault::Up(_)) => Err(Interrupt::Gone),
-        }
+        self.moved = Instant::now();
+        poll_fn(|cx| {
+            let mut watch = watching!(self, false);
+            let polled = self.upload.poll_buffer(cx, &mut self.down, max, &mut watch);
+            self.note_progress();
+            match polled {
+                Poll::Ready(Ok(())) => Poll::Ready(Ok(())),
+                Poll::Ready(Err(Fault::Down(broken))) => Poll::Ready(Err(client_broke(broken))),
+                Poll::Ready(Err(Fault::Up(_))) => Poll::Ready(Err(Interrupt::Gone)),
+                Poll::Pending => self.poll_timers(cx).map(Err),
+            }
+        })
+        .await
     }
 
     /// One attempt. `None`: the request has ended.
@@ -336,6 +373,11 @@ impl Driver<'_, '_> {
                 Some(self.resume(Answer::Elapsed))
             }
             Interrupt::Idle => Some(self.resume(Answer::Idle)),
+            Interrupt::Garbled(cause) if !self.down.head_sent() => {
+                self.worker.recorder.count(Counter::DownstreamProtocolErrors);
+                let env = self.worker.env(&self.config);
+                Some(self.exchange.refuse(&env, cause, self.head, &mut NoRecord))
+            }
             other => {
                 self.give_up(&other);
                 None
@@ -360,12 +402,13 @@ impl Driver<'_, '_> {
     async fn await_head(&mut self, running: &mut Running) -> Awaited {
         let mut sent = false;
         let mut stopped = false;
+        let mut interim = 0;
         let grpc = self.exchange.info().is_grpc;
         self.moved = Instant::now();
         poll_fn(|cx| {
             loop {
                 if !stopped {
-                    let mut watch = Requests { traffic: &mut self.traffic, mirrors: &mut self.mirrors, grpc };
+                    let mut watch = watching!(self, grpc);
                     match self.upload.poll(cx, &mut self.down, &mut running.up, &mut watch) {
                         Poll::Ready(Ok(())) => {
                             sent = true;
@@ -382,6 +425,10 @@ impl Driver<'_, '_> {
                 }
                 match running.up.poll_head(cx, &mut self.response) {
                     Poll::Ready(Ok(true)) => {
+                        interim += 1;
+                        if interim > INTERIM_MAX {
+                            return Poll::Ready(Awaited::Failed(failure_of(Broken::Protocol, sent)));
+                        }
                         self.moved = Instant::now();
                         if self.response.status == 100 && self.down.send_interim(&self.response).is_err() {
                             return Poll::Ready(Awaited::Interrupted(Interrupt::Gone));
@@ -450,8 +497,10 @@ impl Driver<'_, '_> {
     /// Writes the edited head and relays the body; the request goes on meanwhile.
     async fn respond(&mut self, mut running: Running, attempt: &Attempt, ended: bool, over_http2: bool) {
         let status = self.response.status;
-        let tunnel = attempt.upgrade && (status == 101 || (over_http2 && (200..300).contains(&status)));
-        if tunnel {
+        let connect = self.head.method() == "CONNECT" && self.head.protocol().is_none();
+        let agreed = status == 101 || ((over_http2 || connect) && (200..300).contains(&status));
+        let tunnel = attempt.upgrade && agreed;
+        if tunnel && !connect {
             self.translate_upgrade();
         }
         if self.conn.is_draining() {
@@ -514,8 +563,7 @@ impl Driver<'_, '_> {
         self.moved = Instant::now();
         poll_fn(|cx| {
             if uploading {
-                let mut watch =
-                    Requests { traffic: &mut self.traffic, mirrors: &mut self.mirrors, grpc: grpc && !tunnel };
+                let mut watch = watching!(self, grpc && !tunnel);
                 match self.upload.poll(cx, &mut self.down, &mut running.up, &mut watch) {
                     Poll::Ready(Ok(())) => uploading = false,
                     Poll::Ready(Err(Fault::Down(broken))) => {
@@ -528,7 +576,13 @@ impl Driver<'_, '_> {
                     Poll::Pending => {}
                 }
             }
-            let mut watch = Responses { traffic: &mut self.traffic, grpc: grpc && !tunnel };
+            let mut watch = Responses {
+                traffic: &mut self.traffic,
+                grpc: grpc && !tunnel,
+                exchange: &self.exchange,
+                heads: (&*self.head, &self.response),
+                worker: self.worker,
+            };
             let polled = poll_response(cx, download, &mut self.down, &mut running.up, &mut watch);
             self.note_progress();
             match polled {
@@ -619,7 +673,6 @@ impl Driver<'_, '_> {
     }
 
     fn give_up(&mut self, interrupt: &Interrupt) {
-        let garbled = matches!(interrupt, Interrupt::Garbled(_));
         let cause = match *interrupt {
             Interrupt::Gone => gone(&self.down),
             Interrupt::Garbled(cause) => {
@@ -628,20 +681,6 @@ impl Driver<'_, '_> {
             }
             Interrupt::Elapsed | Interrupt::Idle => Cause::StreamIdleTimeout,
         };
-        if garbled && !self.down.head_sent() {
-            let mut head = ResponseHead::new(400);
-            head.fields.push("content-type", b"text/plain");
-            head.fields.push("content-length", b"11");
-            self.down.close_after();
-            // a client that sent garbage may also be gone
-            let sent = self.down.send_head(&head, false).and_then(|()| self.down.send_data("Bad Request".into()));
-            if sent.and_then(|()| self.down.send_end(None)).is_ok() {
-                let env = self.worker.env(&self.config);
-                self.exchange.broke(&env, cause);
-                self.log.responding(&head);
-                return self.log.ended(Ending::Broken);
-            }
-        }
         self.abort(cause);
     }
 
@@ -662,6 +701,9 @@ impl Driver<'_, '_> {
         self.log.write(self.worker, self.conn, self.head, &self.response, trailers, self.exchange.info(), &counts);
     }
 }
+
+/// Interim heads an upstream may send before its answer.
+const INTERIM_MAX: u32 = 16;
 
 /// How long a client may take to read an answer of ours.
 const REPLY_MAX: Duration = Duration::from_mins(1);

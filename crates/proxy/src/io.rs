@@ -53,7 +53,7 @@ impl Socket {
     }
 
     /// Ready when a read may give something; may be ready falsely.
-    fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+    pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
         match &self.stream {
             Stream::Tcp(stream) if self.front.is_empty() => stream.poll_read_ready(cx).map(|_| ()),
             _ => Poll::Ready(()),

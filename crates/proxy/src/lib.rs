@@ -45,5 +45,5 @@ mod tracing_spans;
 mod upstream;
 mod worker;
 
-pub use options::{Addresses, InvalidOptions, Options, Role, Termination};
+pub use options::{Addresses, InvalidOptions, LogLevels, Options, Role, Termination};
 pub use proxy::{Proxy, RunError, run};

@@ -57,6 +57,16 @@ impl Default for Termination {
     }
 }
 
+/// Levels of the process's own log, by component.
+pub trait LogLevels: Send + Sync {
+    /// Components with their levels, in order of names.
+    fn list(&self) -> Vec<(&'static str, &'static str)>;
+    /// Sets the level of one component, or of all.
+    ///
+    /// *Errors*: says which word is not known; nothing has changed then.
+    fn set(&self, component: Option<&str>, level: &str) -> Result<(), String>;
+}
+
 /// Everything a proxy is started with.
 pub struct Options {
     /// Its kind.
@@ -93,6 +103,8 @@ pub struct Options {
     pub app_metrics: Option<(u16, String)>,
     /// What to do when signals come: `true` takes SIGTERM and SIGINT.
     pub take_signals: bool,
+    /// The process's own log, for `/logging`; `None`: its levels cannot be changed.
+    pub log_levels: Option<Arc<dyn LogLevels>>,
 }
 
 /// Resources that do not come from a control plane.
@@ -149,6 +161,7 @@ impl Options {
             dns_upstream: Vec::new(),
             app_metrics: None,
             take_signals: false,
+            log_levels: None,
         }
     }
 

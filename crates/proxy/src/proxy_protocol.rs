@@ -27,7 +27,8 @@ pub(crate) async fn read(socket: &mut Socket, buffer: &mut BytesMut, optional: b
                 }
                 return true;
             }
-            Seen::No => return optional,
+            // what began as a preamble is one, or nothing
+            Seen::No => return optional && !begins(buffer),
             Seen::NeedMore => {}
         }
         buffer.reserve(512);
@@ -36,6 +37,11 @@ pub(crate) async fn read(socket: &mut Socket, buffer: &mut BytesMut, optional: b
             Ok(_) => {}
         }
     }
+}
+
+/// Whether the bytes begin as a preamble does.
+fn begins(bytes: &[u8]) -> bool {
+    bytes.starts_with(SIGNATURE) || bytes.starts_with(b"PROXY ")
 }
 
 type Addresses = Option<(SocketAddr, SocketAddr)>;
@@ -58,13 +64,17 @@ fn parse(bytes: &[u8]) -> Seen<(usize, Addresses)> {
     let mut parts = line.split(' ').skip(1);
     match parts.next() {
         Some("UNKNOWN") => Seen::Yes((end + 1, None)),
-        Some("TCP4" | "TCP6") => {
+        Some(family @ ("TCP4" | "TCP6")) => {
             let (from, to) = (parts.next(), parts.next());
             let (from_port, to_port) = (parts.next(), parts.next());
             let address =
                 |ip: Option<&str>, port: Option<&str>| Some(SocketAddr::new(ip?.parse().ok()?, port?.parse().ok()?));
             match (address(from, from_port), address(to, to_port), parts.next()) {
-                (Some(from), Some(to), None) => Seen::Yes((end + 1, Some((from, to)))),
+                (Some(from), Some(to), None)
+                    if from.is_ipv4() == (family == "TCP4") && from.is_ipv4() == to.is_ipv4() =>
+                {
+                    Seen::Yes((end + 1, Some((from, to))))
+                }
                 _ => Seen::No,
             }
         }

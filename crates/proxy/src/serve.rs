@@ -11,9 +11,11 @@ use engine::hcm::{Codec, Hcm};
 use engine::record::NoRecord;
 use telemetry::metrics::Counter;
 use tokio::time::Instant;
-use types::{Cause, RequestHead, ResponseHead, Version};
+use types::head::is_grpc_content_type;
+use types::{Cause, GrpcCode, RequestHead, ResponseHead, Version};
 
 use crate::accept::Conn;
+use crate::codec::flood::Guarded;
 use crate::codec::h1::H1Server;
 use crate::codec::h2::{BadRequest, H2Down, H2Settings, read_request, server_builder};
 use crate::codec::{Broken, Down};
@@ -72,6 +74,11 @@ async fn is_http2(conn: &Conn, hcm: &Hcm, io: &mut Io) -> Option<bool> {
         return Some(&**only == "h2c");
     }
     let Io::Plain(socket) = io else { return Some(false) };
+    let waiting = poll_fn(|cx| socket.poll_readable(cx));
+    match hcm.timeouts.idle {
+        None => waiting.await,
+        Some(idle) => tokio::time::timeout(idle, waiting).await.ok()?,
+    }
     let mut seen = bytes::BytesMut::new();
     let reading = async {
         use tokio::io::AsyncReadExt as _;
@@ -88,10 +95,7 @@ async fn is_http2(conn: &Conn, hcm: &Hcm, io: &mut Io) -> Option<bool> {
             }
         }
     };
-    let result = match hcm.timeouts.idle {
-        None => reading.await,
-        Some(idle) => tokio::time::timeout(idle, reading).await.unwrap_or(None),
-    };
+    let result = tokio::time::timeout(head_timeout(hcm), reading).await.unwrap_or(None);
     socket.unread(seen.freeze());
     result
 }
@@ -107,6 +111,14 @@ enum Next {
 
 /// An HTTP/1 client that dawdles over a head is let go after this, where the chain names no time.
 const HEAD_MAX: Duration = Duration::from_mins(1);
+
+/// How long a client may take over a head, once its first byte is here.
+fn head_timeout(hcm: &Hcm) -> Duration {
+    hcm.timeouts.request_headers.unwrap_or(HEAD_MAX)
+}
+
+/// A leaving connection waits so long for a request that is on its way; then it closes.
+const LEAVE_AFTER: Duration = Duration::from_secs(1);
 
 async fn serve_h1(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
     let limits = http1::Limits {
@@ -162,12 +174,17 @@ async fn serve_h1(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
 
 async fn next_head(conn: &Conn, hcm: &Hcm, server: &mut H1Server, head: &mut RequestHead) -> Next {
     let started = Instant::now();
-    let head_timeout = hcm.timeouts.request_headers.unwrap_or(HEAD_MAX);
+    let head_timeout = head_timeout(hcm);
     let mut first_byte: Option<Instant> = (!server.is_quiet()).then_some(started);
+    let mut leave: Option<Instant> = None;
     loop {
+        let leaving = conn.is_draining();
+        if leaving {
+            leave.get_or_insert_with(|| Instant::now() + LEAVE_AFTER);
+        }
         let until = match first_byte {
             Some(at) => Some(at + head_timeout),
-            None => hcm.timeouts.idle.map(|idle| started + idle),
+            None => hcm.timeouts.idle.map(|idle| started + idle).into_iter().chain(leave).min(),
         };
         let quiet = first_byte.is_none();
         let reading = poll_fn(|cx| {
@@ -182,6 +199,7 @@ async fn next_head(conn: &Conn, hcm: &Hcm, server: &mut H1Server, head: &mut Req
         let read = tokio::select! {
             biased;
             read = reading => read,
+            () = conn.state.drained.notified(), if !leaving => continue,
             () = sleep_until(until) => {
                 return if first_byte.is_some() { Next::TooSlow } else { Next::Over };
             }
@@ -193,7 +211,6 @@ async fn next_head(conn: &Conn, hcm: &Hcm, server: &mut H1Server, head: &mut Req
             Some(Err(Broken::Message(error))) => return Next::Bad(error),
             Some(Err(_)) => return Next::Over,
         }
-        debug_assert!(!conn.facts.listener.is_empty(), "a connection has a listener");
     }
 }
 
@@ -231,9 +248,13 @@ const LINGER_MAX: Duration = Duration::from_secs(1);
 /// Writes what is queued, closes our half, and reads on for a moment: a close with unread bytes
 /// would be a reset, and the client would lose the answer.
 async fn close(server: &mut H1Server) {
+    // an orderly close would tell the client that a broken response is whole
+    if server.was_aborted() {
+        return;
+    }
     let mut limit = 256 * 1024;
     let closing = async {
-        if poll_fn(|cx| server.wire.poll_shutdown(cx)).await.is_ok() && !server.was_aborted() {
+        if poll_fn(|cx| server.wire.poll_shutdown(cx)).await.is_ok() {
             poll_fn(|cx| server.wire.poll_linger(cx, &mut limit)).await;
         }
     };
@@ -253,10 +274,9 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
     };
     let mut builder = server_builder(&settings);
     builder.enable_connect_protocol();
+    let (io, flooded) = Guarded::server(io);
     let handshake = builder.handshake::<_, Bytes>(io);
-    let Ok(Ok(mut connection)) =
-        tokio::time::timeout(hcm.timeouts.request_headers.unwrap_or(HEAD_MAX), handshake).await
-    else {
+    let Ok(Ok(mut connection)) = tokio::time::timeout(head_timeout(hcm), handshake).await else {
         return;
     };
     let mut draining = false;
@@ -302,7 +322,7 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
             None => return,
             Some(Ok(accepted)) => accepted,
             Some(Err(error)) => {
-                if error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM) {
+                if flooded.get() || error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM) {
                     worker.recorder.count(Counter::DownstreamFloods);
                 } else if !error.is_io() {
                     worker.recorder.count(Counter::DownstreamProtocolErrors);
@@ -340,7 +360,7 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
                         BadRequest::TooManyFields => Cause::HeadersTooLarge,
                     };
                     let status = cause.surface().status;
-                    if down.send_head(&ResponseHead::new(status), true).is_err() {
+                    if down.send_head(&refusal(status, &parts), true).is_err() {
                         down.reset(h2::Reason::PROTOCOL_ERROR);
                     }
                     on.telemetry.malformed(&on, &stream_conn, cause, status);
@@ -348,6 +368,18 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
             }
         });
     }
+}
+
+/// The answer to a request that never became one, in the caller's form.
+fn refusal(status: u16, parts: &http::request::Parts) -> ResponseHead {
+    let is_grpc = parts.headers.get("content-type").is_some_and(|kind| is_grpc_content_type(kind.as_bytes()));
+    if !is_grpc {
+        return ResponseHead::new(status);
+    }
+    let mut head = ResponseHead::new(200);
+    head.fields.push("content-type", b"application/grpc");
+    head.fields.push("grpc-status", GrpcCode::from_http(status).0.to_string().as_bytes());
+    head
 }
 
 /// One stream under way, counted.

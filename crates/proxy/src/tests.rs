@@ -1,6 +1,10 @@
 //! The whole proxy over real sockets of the loopback interface.
 
+mod backends;
 pub(crate) mod bed;
 mod bytes;
+mod garbage;
+mod hostile;
+mod hostile_h2;
 mod http;
 mod mesh;

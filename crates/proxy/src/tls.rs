@@ -269,11 +269,13 @@ fn bounds(params: &settings::TlsParams) -> Bounds {
     }
 }
 
-/// What a finished handshake says, for policies, headers and logs.
+/// What a finished handshake says, for policies, headers and logs. `chain`: somebody wants the
+/// peer's whole chain.
 pub(crate) fn facts(
     connection: &rustls::CommonState,
     peer: Option<&[CertificateDer<'static>]>,
     store: &SecretStore,
+    chain: bool,
 ) -> TlsFacts {
     let alpn = connection.alpn_protocol().map(|alpn| String::from_utf8_lossy(alpn).into());
     let version = match connection.protocol_version() {
@@ -281,8 +283,12 @@ pub(crate) fn facts(
         _ => "TLSv1.3",
     };
     let cipher = connection.negotiated_cipher_suite().map_or("", |suite| suite.suite().as_str().unwrap_or(""));
+    let shown = peer.filter(|_| chain).unwrap_or_default();
+    let url_encoded_chain: String =
+        shown.iter().filter_map(|der| PeerFacts::read(der).ok()).map(|facts| facts.url_encoded_pem()).collect();
     let peer = peer.and_then(<[_]>::first).and_then(|leaf| PeerFacts::read(leaf).ok()).map(|facts| PeerCertificate {
         url_encoded_pem: facts.url_encoded_pem().into(),
+        url_encoded_chain: url_encoded_chain.into(),
         identity: facts.id,
         uri_sans: facts.uris.into_iter().map(Into::into).collect(),
         dns_sans: facts.dns_names.into_iter().map(Into::into).collect(),

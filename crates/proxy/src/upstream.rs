@@ -27,6 +27,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use types::{Cause, RequestHead};
 
+use crate::codec::flood::Guarded;
 use crate::codec::h1::H1Client;
 use crate::codec::h2::{H2Settings, client_builder};
 use crate::codec::{Broken, Up};
@@ -471,7 +472,7 @@ async fn connect(
         ..defaults
     };
     let failed = || Failure::unsent(Cause::UpstreamProtocolError);
-    let handshake = client_builder(&settings).handshake::<_, Bytes>(io);
+    let handshake = client_builder(&settings).handshake::<_, Bytes>(Guarded::client(io));
     let (sender, connection) = handshake.await.map_err(|_| failed())?;
     let closed = Rc::new(Cell::new(false));
     let flag = Rc::clone(&closed);

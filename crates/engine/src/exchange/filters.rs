@@ -14,7 +14,8 @@ use crate::cors::CorsPolicy;
 use crate::draw::Draw;
 use crate::ext_authz::{Input, OnError};
 use crate::fault::Fault;
-use crate::hcm::{FilterKind, Hcm};
+use crate::hcm::{Filter, FilterKind, Hcm};
+use crate::header_mutation::{HeaderMutation, Mutations};
 use crate::headers::Context;
 use crate::record::{Recorder, Stage, note};
 use crate::route::Override;
@@ -52,12 +53,7 @@ impl Exchange {
         };
         for index in from..hcm.filters.len() {
             let filter = &hcm.filters[index];
-            let on = match self.setting(&filter.name) {
-                Some(Override::Disabled) => false,
-                Some(_) => true,
-                None => !filter.disabled,
-            };
-            if !on {
+            if !self.is_on(filter) {
                 continue;
             }
             self.phase = Phase::Filters(index);
@@ -108,11 +104,81 @@ impl Exchange {
                 }
                 Verdict::Continue
             }
+            FilterKind::HeaderMutation(mutation) => {
+                let context = Context::new(&self.conn, &self.info, env.now);
+                for mutations in self.mutations(mutation, &filter.name) {
+                    mutations.edit_request(head, &context);
+                }
+                Verdict::Continue
+            }
             FilterKind::Rbac(rbac) => self.rbac(env, (rbac, &filter.name), head, recorder),
             FilterKind::ExtAuthz(_) => self.ext_authz(env, hcm, index, head, recorder),
             FilterKind::Jwt(jwt) => self.jwt(env, (hcm, jwt, &filter.name), head, recorder),
             FilterKind::Cors => self.cors(env, &filter.name, head, recorder),
             FilterKind::Fault(fault) => self.fault(env, (fault, &filter.name, index), head, recorder),
+        }
+    }
+
+    /// The filter's own mutations and those of the route's levels, in the order they run.
+    fn mutations<'a>(&'a self, filter: &'a HeaderMutation, name: &'a str) -> impl Iterator<Item = &'a Mutations> {
+        let levels = match self.table_and_host() {
+            None => [None; 4],
+            Some((table, host)) => [
+                self.weighted().and_then(|weighted| weighted.overrides.get(name)),
+                self.route().and_then(|route| route.overrides.get(name)),
+                host.overrides.get(name),
+                table.overrides.get(name),
+            ],
+        };
+        let specific_last = filter.most_specific_wins;
+        let by_route = (0..4).filter_map(move |at| match levels[if specific_last { 3 - at } else { at }] {
+            Some(Override::HeaderMutation(mutations)) => Some(&**mutations),
+            _ => None,
+        });
+        std::iter::once(&filter.own).chain(by_route)
+    }
+
+    /// Header mutation filters that are on, in order.
+    fn mutation_filters<'a>(&'a self, hcm: &'a Hcm) -> impl DoubleEndedIterator<Item = (&'a HeaderMutation, &'a str)> {
+        hcm.filters.iter().filter_map(move |filter| match &filter.kind {
+            FilterKind::HeaderMutation(mutation) if self.is_on(filter) => Some((&**mutation, &*filter.name)),
+            _ => None,
+        })
+    }
+
+    /// Edits the request's trailers on their way up.
+    pub fn edit_request_trailers(&self, trailers: &mut types::Fields, request: &RequestHead, now: crate::Now) {
+        let Some(hcm) = self.hcm() else { return };
+        let context = Context::new(&self.conn, &self.info, now);
+        for (filter, name) in self.mutation_filters(&hcm) {
+            for mutations in self.mutations(filter, name) {
+                mutations.edit_request_trailers(trailers, request, &context);
+            }
+        }
+    }
+
+    /// Edits the response's trailers on their way down.
+    pub fn edit_response_trailers(
+        &self,
+        trailers: &mut types::Fields,
+        heads: (&RequestHead, &ResponseHead),
+        now: crate::Now,
+    ) {
+        let Some(hcm) = self.hcm() else { return };
+        let context = Context::new(&self.conn, &self.info, now);
+        for (filter, name) in self.mutation_filters(&hcm).rev() {
+            for mutations in self.mutations(filter, name) {
+                mutations.edit_response_trailers(trailers, heads, &context);
+            }
+        }
+    }
+
+    /// Whether a filter runs on the route that was found.
+    fn is_on(&self, filter: &Filter) -> bool {
+        match self.setting(&filter.name) {
+            Some(Override::Disabled) => false,
+            Some(_) => true,
+            None => !filter.disabled,
         }
     }
 
@@ -437,10 +503,17 @@ impl Exchange {
                 }
                 self.ask_authorizer(env, (&hcm, index), Some((&bytes, complete)), head, recorder)
             }
-            (Answer::Elapsed, _) => match self.filters.abort_after_delay.take() {
-                Some(abort) => self.abort_by_fault(env, abort, head, recorder),
-                None => self.run_filters(env, index + 1, head, recorder),
-            },
+            // Only a fault's delay is waited for; a time-out never stands for anybody's verdict.
+            (Answer::Elapsed, Some(hcm)) if matches!(hcm.filters[index].kind, FilterKind::Fault(_)) => {
+                match self.filters.abort_after_delay.take() {
+                    Some(abort) => self.abort_by_fault(env, abort, head, recorder),
+                    None => self.run_filters(env, index + 1, head, recorder),
+                }
+            }
+            (Answer::Elapsed, _) => {
+                let cause = self.overdue(env.now.mono).unwrap_or(Cause::RequestReceiveTimeout);
+                self.reply(env, cause, Spec::default(), head, recorder)
+            }
             (Answer::Idle, _) => self.reply(env, Cause::StreamIdleTimeout, Spec::default(), head, recorder),
             _ => self.reply(env, Cause::Internal, Spec::default(), head, recorder),
         }
@@ -468,7 +541,15 @@ impl Exchange {
     }
 
     /// What filters do to a response, in reverse order where order matters.
-    pub(super) fn encode_filters(&mut self, env: &Env<'_>, _request: &RequestHead, response: &mut ResponseHead) {
+    pub(super) fn encode_filters(&mut self, env: &Env<'_>, request: &RequestHead, response: &mut ResponseHead) {
+        if let Some(hcm) = self.hcm() {
+            let context = Context::new(&self.conn, &self.info, env.now);
+            for (filter, name) in self.mutation_filters(&hcm).rev() {
+                for mutations in self.mutations(filter, name) {
+                    mutations.edit_response(response, request, &context);
+                }
+            }
+        }
         for allowance in &self.filters.allowances {
             allowance.apply_response(response);
         }

@@ -76,6 +76,9 @@ pub(super) enum Phase {
 struct Timing {
     route: Option<Duration>,
     per_try: Option<Duration>,
+    per_try_idle: Option<Duration>,
+    /// Until the whole request is in.
+    receive: Option<Duration>,
     stream_max: Option<Duration>,
     idle: Option<Duration>,
     try_started: Option<Instant>,
@@ -94,6 +97,18 @@ struct AttemptState {
     resolved: Option<std::net::SocketAddr>,
     edited: bool,
 }
+
+/// Headers with which internal callers steer the router; they are its own and go no further.
+const STEERING: [&str; 8] = [
+    "x-envoy-retry-on",
+    "x-envoy-retry-grpc-on",
+    "x-envoy-max-retries",
+    "x-envoy-retriable-status-codes",
+    "x-envoy-retriable-header-names",
+    "x-envoy-hedge-on-per-try-timeout",
+    "x-envoy-upstream-rq-timeout-ms",
+    "x-envoy-upstream-rq-per-try-timeout-ms",
+];
 
 impl Exchange {
     /// Starts a request; `head` is as the codec read it and is edited in place.
@@ -135,7 +150,7 @@ impl Exchange {
             RouteSource::Inline(table) => Some(Arc::clone(table)),
             RouteSource::Rds(name) => self.config.routes.get(name).cloned(),
         };
-        match normalize::target(&hcm, &self.conn, head) {
+        match normalize::target(&hcm, &self.conn, head).and_then(|()| normalize::underscores(&hcm, head)) {
             Ok(()) => {}
             Err(normalize::Refused::Reply(cause)) => {
                 let close = cause != Cause::BadPath;
@@ -266,6 +281,7 @@ impl Exchange {
 
     pub(super) fn refresh_stream_limits(&mut self, hcm: &Hcm, head: &RequestHead) {
         self.timing.idle = hcm.timeouts.stream_idle;
+        self.timing.receive = hcm.timeouts.request;
         self.timing.stream_max = hcm.timeouts.stream_duration_max;
         let Some(Action::Forward(forward)) = self.route().map(|route| &route.action) else { return };
         let (idle, duration) = (forward.idle_timeout, forward.stream_duration);
@@ -346,12 +362,16 @@ impl Exchange {
         });
         self.info.cluster = Some(Arc::clone(&cluster));
         self.attempt.cluster = Some(name);
-        self.attempt.policy = forward.retry.clone().or_else(|| host.retry.clone());
+        if self.attempt.resolved.is_none() {
+            let policy = forward.retry.clone().or_else(|| host.retry.clone());
+            let steered = if self.internal { RetryPolicy::steered(policy.as_deref(), head) } else { None };
+            self.attempt.policy = steered.map(Arc::new).or(policy);
+            self.set_timeouts(forward, head);
+        }
         self.attempt.retries_left = self.attempt.policy.as_ref().map_or(0, |policy| policy.retries_max);
         let (hash, cookie) = attempt::hash(&forward.hash, &self.conn, head, self.draw);
         self.attempt.hash = hash;
         self.cookie = cookie;
-        self.set_timeouts(forward, head);
         if let Discovery::DynamicForward { cache } = &cluster.discovery
             && self.attempt.resolved.is_none()
         {
@@ -393,7 +413,7 @@ impl Exchange {
     }
 
     /// *Source*: Envoy `FilterUtility::finalTimeout`.
-    fn set_timeouts(&mut self, forward: &Forward, head: &RequestHead) {
+    fn set_timeouts(&mut self, forward: &Forward, head: &mut RequestHead) {
         let mut global = forward.timeout;
         if let (true, Some(cap)) = (self.info.is_grpc, forward.grpc_timeout_max) {
             let asked = super::grpc::timeout(&head.fields);
@@ -405,8 +425,19 @@ impl Exchange {
                 (None, false) => Some(cap),
             };
         }
-        let per_try = self.attempt.policy.as_ref().and_then(|policy| policy.per_try_timeout);
+        let mut per_try = self.attempt.policy.as_ref().and_then(|policy| policy.per_try_timeout);
+        if self.internal {
+            // Zero is "no limit" here too.
+            let asked = |name: &str| {
+                let milliseconds = head.fields.get_str(name)?.trim().parse().ok()?;
+                Some(Some(Duration::from_millis(milliseconds)).filter(|limit| !limit.is_zero()))
+            };
+            global = asked("x-envoy-upstream-rq-timeout-ms").unwrap_or(global);
+            per_try = asked("x-envoy-upstream-rq-per-try-timeout-ms").unwrap_or(per_try);
+            head.fields.retain(|name, _| !STEERING.contains(&name));
+        }
         self.timing.route = global;
+        self.timing.per_try_idle = self.attempt.policy.as_ref().and_then(|policy| policy.per_try_idle_timeout);
         self.timing.per_try = per_try.filter(|per_try| global.is_none_or(|global| *per_try < global));
     }
 
@@ -600,6 +631,14 @@ impl Exchange {
                 Some(cause) => self.abort(cause),
                 None => Step::Respond,
             },
+            (Phase::Attempting, Answer::Idle) if self.try_is_idle_first() => {
+                self.info.details = Details::Static("upstream_per_try_idle_timeout");
+                let step = self.timed_out(env, Cause::PerTryTimeout, head, recorder);
+                if matches!(step, Step::Wait(_)) {
+                    self.info.details = Details::None;
+                }
+                step
+            }
             (Phase::Responding, Answer::Idle) => self.abort(Cause::StreamIdleTimeout),
             (Phase::Responding | Phase::Done, Answer::Failed(failure)) => self.abort(failure.cause),
             (Phase::Done, _) => self.abort(Cause::Internal),
@@ -784,7 +823,9 @@ impl Exchange {
     }
 
     fn timed_out(&mut self, env: &Env<'_>, cause: Cause, head: &mut RequestHead, recorder: &mut dyn Recorder) -> Step {
-        self.mark_host(env, crate::outlier::Event::Timeout);
+        if cause != Cause::RequestReceiveTimeout {
+            self.mark_host(env, crate::outlier::Event::Timeout);
+        }
         if cause == Cause::PerTryTimeout {
             let retriable = self.attempt.policy.as_ref().is_some_and(|policy| policy.on_per_try_timeout());
             if retriable && let Some(step) = self.again(env, None, head, recorder) {
@@ -826,7 +867,9 @@ impl Exchange {
     }
 
     /// Every limit with its end, if it runs.
-    fn ends(&self) -> [Option<(Instant, Cause)>; 3] {
+    fn ends(&self) -> [Option<(Instant, Cause)>; 4] {
+        let receive = self.timing.receive.filter(|_| !self.is_complete());
+        let receive = receive.map(|limit| (self.started + limit, Cause::RequestReceiveTimeout));
         let stream = self.timing.stream_max.map(|max| (self.started + max, Cause::MaxStreamDuration));
         let forwarding = matches!(self.phase, Phase::Attempting | Phase::BackingOff | Phase::Responding);
         let completed = self.completed.filter(|_| forwarding);
@@ -835,7 +878,7 @@ impl Exchange {
         let per_try = trying
             .zip(self.timing.per_try)
             .map(|((completed, started), limit)| (completed.max(started) + limit, Cause::PerTryTimeout));
-        [stream.filter(|_| self.phase != Phase::Done), route, per_try]
+        [stream.filter(|_| self.phase != Phase::Done), route, per_try, receive]
     }
 
     /// When [`Answer::Elapsed`] is due at the latest, whatever else happens.
@@ -843,17 +886,23 @@ impl Exchange {
         self.ends().into_iter().flatten().map(|(at, _)| at).min()
     }
 
+    /// Whether an attempt on which nothing moves ends before its stream does.
+    fn try_is_idle_first(&self) -> bool {
+        self.timing.per_try_idle.is_some_and(|limit| self.timing.idle.is_none_or(|idle| limit < idle))
+    }
+
     fn until_deadline(&self, now: Instant) -> Duration {
         self.deadline().map_or(Duration::from_secs(1), |at| at.saturating_duration_since(now))
     }
 
-    fn overdue(&self, now: Instant) -> Option<Cause> {
+    pub(super) fn overdue(&self, now: Instant) -> Option<Cause> {
         self.ends().into_iter().flatten().filter(|(at, _)| *at <= now).min_by_key(|(at, _)| *at).map(|(_, cause)| cause)
     }
 
     /// How long nothing may move on the stream; then [`Answer::Idle`] is due.
     pub fn idle_timeout(&self) -> Option<Duration> {
-        self.timing.idle
+        let trying = matches!(self.phase, Phase::Attempting | Phase::Responding) && self.try_is_idle_first();
+        if trying { self.timing.per_try_idle } else { self.timing.idle }
     }
 
     /// The response's body has ended well, with these trailers.
@@ -883,6 +932,11 @@ impl Exchange {
     }
 
     // ---- replies ----
+
+    /// The client broke the protocol within its request, and has no response head yet.
+    pub fn refuse(&mut self, env: &Env<'_>, cause: Cause, request: &RequestHead, recorder: &mut dyn Recorder) -> Step {
+        self.reply(env, cause, Spec { close: true, ..Spec::default() }, request, recorder)
+    }
 
     /// Ends in an answer of the mesh itself.
     pub(super) fn reply(

@@ -10,7 +10,7 @@ use types::{Cause, Fields, RequestHead, ResponseHead, Scheme, Version};
 use super::StreamInfo;
 use crate::draw::Draw;
 use crate::facts::ConnFacts;
-use crate::hcm::{EscapedSlashes, ForwardClientCert, Hcm, ServerHeader, StripPort, Tracing};
+use crate::hcm::{EscapedSlashes, ForwardClientCert, Hcm, ServerHeader, StripPort, Tracing, Underscores};
 
 /// Control headers that only internal callers may send.
 const INTERNAL_ONLY: &[&str] = &[
@@ -98,6 +98,23 @@ pub(super) fn target(hcm: &Hcm, conn: &ConnFacts, head: &mut RequestHead) -> Res
             Err(Refused::Redirect)
         }
         crate::path::Normalized::Refused => Err(Refused::Reply(Cause::BadPath)),
+    }
+}
+
+/// Names with `_`, which some applications read as `-`.
+///
+/// *Source*: Envoy `headers_with_underscores_action`.
+pub(super) fn underscores(hcm: &Hcm, head: &mut RequestHead) -> Result<(), Refused> {
+    match hcm.settings.underscores {
+        Underscores::Allow => Ok(()),
+        Underscores::Reject if head.fields.iter().any(|(name, _)| name.contains('_')) => {
+            Err(Refused::Reply(Cause::BadRequest))
+        }
+        Underscores::Reject => Ok(()),
+        Underscores::Drop => {
+            head.fields.retain(|name, _| !name.contains('_'));
+            Ok(())
+        }
     }
 }
 
@@ -260,6 +277,9 @@ fn client_cert_element(hcm: &Hcm, conn: &ConnFacts) -> String {
     put("Hash", &peer.sha256, false);
     if parts.cert && !peer.url_encoded_pem.is_empty() {
         put("Cert", &peer.url_encoded_pem, true);
+    }
+    if parts.chain && !peer.url_encoded_chain.is_empty() {
+        put("Chain", &peer.url_encoded_chain, true);
     }
     if parts.subject {
         put("Subject", &peer.subject.replace('"', "\\\""), true);

@@ -25,6 +25,7 @@ use crate::hcm::{
     HttpTimeouts, MetadataExchange, RouteSource, Router, ServerHeader, StripPort, TagSource, TraceProvider, Tracing,
     Underscores,
 };
+use crate::header_mutation::HeaderMutation;
 use crate::matcher::Cidr;
 use crate::unsupported::{Unsupported, Within, each, unpack};
 
@@ -209,16 +210,10 @@ fn settings(proto: &mut pb::HttpConnectionManager) -> Result<(CodecSettings, Htt
         nothing_left(&common).within("common_http_protocol_options")?;
     }
     if let Some(mut http1) = proto.http_protocol_options.take() {
-        use core::http1_protocol_options::header_key_format::HeaderFormat;
         settings.accept_http10 = std::mem::take(&mut http1.accept_http_10);
         settings.default_host_http10 = std::mem::take(&mut http1.default_host_for_http_10).into();
         http1.enable_trailers = false;
         http1.allow_absolute_url = None;
-        settings.preserve_case = match http1.header_key_format.take().and_then(|format| format.header_format) {
-            None => false,
-            Some(HeaderFormat::StatefulFormatter(formatter)) if formatter.name.contains("preserve_case") => true,
-            Some(_) => return Err(Unsupported::not_built("http_protocol_options.header_key_format")),
-        };
         nothing_left(&http1).within("http_protocol_options")?;
     }
     if let Some(mut http2) = proto.http2_protocol_options.take() {
@@ -266,6 +261,9 @@ fn filter_kind(any: &Any) -> Result<FilterKind, Unsupported> {
             FilterKind::Fault(Box::new(crate::fault::Fault::lower(&unpack(any, "")?)?))
         }
         "envoy.extensions.filters.http.cors.v3.Cors" => FilterKind::Cors,
+        "envoy.extensions.filters.http.header_mutation.v3.HeaderMutation" => {
+            FilterKind::HeaderMutation(Box::new(HeaderMutation::lower(unpack(any, "")?)?))
+        }
         "envoy.extensions.filters.http.rbac.v3.RBAC" => FilterKind::Rbac(Box::new(Rbac::lower(&unpack(any, "")?)?)),
         "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz" => {
             FilterKind::ExtAuthz(Box::new(crate::ext_authz::ExtAuthz::lower(&unpack(any, "")?)?))

@@ -18,6 +18,7 @@ use crate::authz::Rbac;
 use crate::config::Name;
 use crate::cors::CorsPolicy;
 use crate::fault::Fault;
+use crate::header_mutation::Mutations;
 use crate::headers::HeaderEdits;
 use crate::matcher::{HeaderMatcher, MetadataMatcher, QueryMatcher, UriTemplate};
 use crate::regex::{Regex, Rewrite};
@@ -500,6 +501,9 @@ fn override_of(any: &Any) -> Result<Override, Unsupported> {
         }
         "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute" => {
             Override::ExtAuthz(crate::ext_authz::PerRoute::lower(&unpack(any, "")?)?)
+        }
+        "envoy.extensions.filters.http.header_mutation.v3.HeaderMutationPerRoute" => {
+            Override::HeaderMutation(Box::new(Mutations::lower_per_route(unpack(any, "")?)?))
         }
         "envoy.extensions.filters.http.rbac.v3.RBACPerRoute" => {
             Override::Rbac(Rbac::lower_per_route(&unpack(any, "")?)?.map(Box::new))

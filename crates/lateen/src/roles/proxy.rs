@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use proxy::{Options, Role};
 use types::wellknown::env;
+
+use crate::log::Levels;
 
 /// Which role a proxy plays.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -50,8 +53,8 @@ pub(crate) struct ProxyArgs {
     /// Accepted for compatibility with Envoy.
     #[arg(long = "drain-strategy", hide = true)]
     drain_strategy: Option<String>,
-    /// Accepted for compatibility with Envoy.
-    #[arg(short = 'l', long = "log-level", hide = true)]
+    /// Level of the proxy's own log: trace, debug, info, warning, error, critical, off.
+    #[arg(short = 'l', long = "log-level", value_name = "LEVEL")]
     log_level: Option<String>,
     /// Accepted for compatibility with Envoy.
     #[arg(long = "component-log-level", hide = true)]
@@ -89,6 +92,13 @@ pub(crate) struct ProxyArgs {
     log_output_level: Option<String>,
 }
 
+impl ProxyArgs {
+    /// The level that was asked for.
+    pub(crate) fn log_level(&self) -> &str {
+        self.log_level.as_deref().unwrap_or("warn")
+    }
+}
+
 /// Takes over an inherited descriptor.
 #[expect(unsafe_code, reason = "descriptors are inherited by number: the node passes them so")]
 fn adopt(number: &str) -> Result<OwnedFd> {
@@ -105,7 +115,7 @@ fn adopt(number: &str) -> Result<OwnedFd> {
 }
 
 /// Runs a proxy until it has drained.
-pub(crate) fn run(args: ProxyArgs) -> Result<()> {
+pub(crate) fn run(args: ProxyArgs, levels: Arc<Levels>) -> Result<()> {
     let bootstrap = match (&args.config_path, &args.config_yaml) {
         (Some(path), _) => {
             Some(std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?)
@@ -120,7 +130,8 @@ pub(crate) fn run(args: ProxyArgs) -> Result<()> {
             drain_seconds: args.drain_time_s,
         };
         let name = args.config_path.map_or_else(|| "--config-yaml".to_owned(), |path| path.display().to_string());
-        let options = proxy::bootstrap::options(&text, &flags).with_context(|| format!("bootstrap {name}"))?;
+        let mut options = proxy::bootstrap::options(&text, &flags).with_context(|| format!("bootstrap {name}"))?;
+        options.log_levels = Some(levels);
         proxy::run(options)?;
         return Ok(());
     }
@@ -133,6 +144,7 @@ pub(crate) fn run(args: ProxyArgs) -> Result<()> {
         Some(ProxyRole::Sidecar) | None => Role::Sidecar,
     };
     let mut options = Options::from_environment(role, &variables, |path| std::fs::read_to_string(path).ok())?;
+    options.log_levels = Some(levels);
     for setting in &args.addresses {
         let (name, address) =
             setting.split_once('=').with_context(|| format!("--address {setting:?} is not NAME=ADDRESS"))?;

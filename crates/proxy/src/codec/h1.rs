@@ -241,13 +241,13 @@ impl H1Server {
         }
     }
 
-    /// The response cannot be finished: the connection ends as a failure, with a reset where only
-    /// the close would tell the end of the body.
+    /// The response cannot be finished: the connection ends. Where only its close would tell the
+    /// end of the body, it ends as a failure: in a reset, and without TLS's farewell.
     pub(crate) fn abort(&mut self) {
         self.keep_alive = false;
-        self.aborted = true;
-        if self.head_sent
-            && !self.encoder.is_ended()
+        let close_is_end = matches!(self.encoder.framing(), Framing::UntilClose | Framing::Tunnel);
+        self.aborted = self.head_sent && !self.encoder.is_ended() && close_is_end;
+        if self.aborted
             && let Some(stream) = self.wire.io.socket().tcp_stream()
             && let Err(error) = socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO))
         {
@@ -255,7 +255,7 @@ impl H1Server {
         }
     }
 
-    /// Whether [`Self::abort`] was called.
+    /// Whether the connection must not end in an orderly close.
     pub(crate) fn was_aborted(&self) -> bool {
         self.aborted
     }
@@ -330,7 +330,14 @@ impl H1Server {
     /// Writes the head; `end`: there is no body.
     pub(crate) fn send_head(&mut self, head: &ResponseHead, end: bool) -> Result<(), Broken> {
         let length = head.fields.get_str("content-length").and_then(|value| value.parse().ok());
-        let tunnel = head.status == 101 || (self.kind == RequestKind::Connect && (200..300).contains(&head.status));
+        let tunnel = match self.kind {
+            RequestKind::Upgrade => head.status == 101,
+            RequestKind::Connect => (200..300).contains(&head.status),
+            RequestKind::Head | RequestKind::Plain => false,
+        };
+        if head.status == 101 && !tunnel {
+            return Err(Broken::Unwritable);
+        }
         let framing = if tunnel {
             Framing::Tunnel
         } else if self.kind == RequestKind::Head || matches!(head.status, 204 | 304) {

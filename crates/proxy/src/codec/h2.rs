@@ -465,7 +465,10 @@ fn read_response(parts: &http::response::Parts, head: &mut ResponseHead) -> Resu
     head.status = parts.status.as_u16();
     head.fields = fields_from(&parts.headers, |_| true);
     let lengths = parts.headers.get_all("content-length").iter().count();
-    let fits = lengths <= 1 && !head.fields.iter().any(|(name, value)| !is_token(name.as_bytes()) || !is_value(value));
+    // there is no 101 in HTTP/2 (RFC 9113, section 8.6)
+    let fits = head.status != 101
+        && lengths <= 1
+        && !head.fields.iter().any(|(name, value)| !is_token(name.as_bytes()) || !is_value(value));
     if fits { Ok(()) } else { Err(Broken::Protocol) }
 }
 

@@ -6,6 +6,9 @@ use bytes::Bytes;
 
 use super::{Broken, Down, Frame, HELD_MAX, Up};
 
+/// Kept pieces are joined up to this size: a body in crumbs would cost far more than its bytes.
+const CRUMBS: usize = 256;
+
 /// Which side failed, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
@@ -15,12 +18,12 @@ pub(crate) enum Fault {
 
 /// Looks at frames as they pass.
 pub(crate) trait Watch {
-    /// A frame passes.
-    fn frame(&mut self, frame: &Frame);
+    /// A frame passes; trailers may be edited.
+    fn frame(&mut self, frame: &mut Frame);
 }
 
 impl Watch for () {
-    fn frame(&mut self, _: &Frame) {}
+    fn frame(&mut self, _: &mut Frame) {}
 }
 
 /// The request's way up, over one or more attempts.
@@ -124,14 +127,14 @@ impl Upload {
         down: &mut Down<'_>,
         watch: &mut impl Watch,
     ) -> Poll<Result<Option<Frame>, Fault>> {
-        let frame = ready!(down.poll_frame(cx)).map_err(Fault::Down)?;
-        if let Some(frame) = &frame {
+        let mut frame = ready!(down.poll_frame(cx)).map_err(Fault::Down)?;
+        if let Some(frame) = &mut frame {
             watch.frame(frame);
             let size = if let Frame::Data(data) = frame { data.len() } else { 0 };
             self.bytes += size as u64;
             self.held += size;
             if !self.incomplete && self.kept_bytes + size <= self.keep_max {
-                self.kept.push(frame.clone());
+                self.keep_frame(frame);
                 self.kept_bytes += size;
                 self.cursor = self.kept.len();
             } else {
@@ -142,6 +145,21 @@ impl Upload {
         }
         self.source_done = matches!(frame, None | Some(Frame::Trailers(_))) || down.is_finished();
         Poll::Ready(Ok(frame))
+    }
+
+    /// Keeps a frame that this attempt has; the last kept one it has had as well.
+    fn keep_frame(&mut self, frame: &Frame) {
+        if let (Some(Frame::Data(last)), Frame::Data(data)) = (self.kept.last_mut(), frame)
+            && last.len() + data.len() <= CRUMBS
+        {
+            *last = [&last[..], &data[..]].concat().into();
+            return;
+        }
+        self.kept.push(match frame {
+            // a crumb must not keep the whole read buffer alive
+            Frame::Data(data) if data.len() <= CRUMBS => Frame::Data(Bytes::copy_from_slice(data)),
+            other => other.clone(),
+        });
     }
 
     /// Moves the request on. Ready when it has been passed on whole.
@@ -242,8 +260,8 @@ pub(crate) fn poll_response(
                 return Poll::Pending;
             }
             Poll::Ready(Err(broken)) => return Poll::Ready(Err(Fault::Up(broken))),
-            Poll::Ready(Ok(Some(frame))) => {
-                watch.frame(&frame);
+            Poll::Ready(Ok(Some(mut frame))) => {
+                watch.frame(&mut frame);
                 match frame {
                     Frame::Data(data) => {
                         flow.held += data.len();

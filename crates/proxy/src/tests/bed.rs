@@ -168,9 +168,23 @@ pub(crate) fn raw<M: Message + prost::Name>(name: &str, message: &M) -> Raw {
 
 /// Starts a proxy with these resources; gives it and its listeners' addresses by name.
 pub(crate) async fn start(listeners: Vec<listener::Listener>, clusters: Vec<cluster::Cluster>) -> Running {
+    start_draining(listeners, clusters, Duration::from_secs(2)).await
+}
+
+/// A gateway that takes so long to end at most.
+pub(crate) async fn start_with(up: SocketAddr, drain: Duration) -> Running {
+    let manager = manager(vec![to_cluster("/", "up")]);
+    Box::pin(start_draining(vec![listener("in", http_filter(&manager))], vec![cluster("up", up, false)], drain)).await
+}
+
+async fn start_draining(
+    listeners: Vec<listener::Listener>,
+    clusters: Vec<cluster::Cluster>,
+    drain: Duration,
+) -> Running {
     let mut options = Options::new(Role::Standalone, core::Node { id: "test".into(), ..Default::default() });
     options.addresses.admin = Some(([127, 0, 0, 1], 0).into());
-    options.termination.drain = Duration::from_secs(2);
+    options.termination.drain = drain;
     options.resources = StaticResources {
         listeners: listeners.iter().map(|l| raw(&l.name, l)).collect(),
         clusters: clusters.iter().map(|c| raw(&c.name, c)).collect(),
@@ -258,4 +272,89 @@ pub(crate) async fn echo_heads() -> SocketAddr {
         }
     })
     .await
+}
+
+/// What a recording server was sent.
+#[derive(Clone, Default)]
+pub(crate) struct Seen(std::sync::Arc<std::sync::Mutex<Vec<Vec<u8>>>>);
+
+impl Seen {
+    /// All bytes, connection by connection.
+    pub(crate) fn text(&self) -> Vec<String> {
+        let all = self.0.lock().unwrap();
+        all.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect()
+    }
+
+    /// Returns once what was sent fits.
+    pub(crate) async fn until(&self, fits: impl Fn(&[String]) -> bool) {
+        let waiting = async {
+            while !fits(&self.text()) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(10), waiting).await;
+        assert!(waited.is_ok(), "{:?}", self.text());
+    }
+}
+
+/// A server that notes what it is sent and answers each connection's `enough` bytes with `answer`.
+pub(crate) async fn recorder(enough: &'static str, answer: &'static [u8]) -> (SocketAddr, Seen) {
+    let seen = Seen::default();
+    let notes = seen.clone();
+    let at = server(move |mut stream| {
+        let notes = notes.clone();
+        async move {
+            let mine = {
+                let mut all = notes.0.lock().unwrap();
+                all.push(Vec::new());
+                all.len() - 1
+            };
+            let mut buffer = vec![0; 16 * 1024];
+            let mut from = 0;
+            while let Ok(n @ 1..) = stream.read(&mut buffer).await {
+                let answers = {
+                    let mut all = notes.0.lock().unwrap();
+                    all[mine].extend_from_slice(&buffer[..n]);
+                    let found = all[mine][from..].windows(enough.len()).filter(|w| *w == enough.as_bytes()).count();
+                    if found > 0 {
+                        from = all[mine].len();
+                    }
+                    found
+                };
+                for _ in 0..answers {
+                    if stream.write_all(answer).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+    })
+    .await;
+    (at, seen)
+}
+
+/// A gateway whose connection manager and listener are edited, before an HTTP/1 or HTTP/2 upstream.
+pub(crate) async fn edited(
+    up: SocketAddr,
+    http2: bool,
+    edit: impl FnOnce(&mut hcm::HttpConnectionManager, &mut cluster::Cluster),
+) -> Running {
+    let mut manager = manager(vec![to_cluster("/", "up")]);
+    let mut cluster = cluster("up", up, http2);
+    edit(&mut manager, &mut cluster);
+    Box::pin(start(vec![listener("in", http_filter(&manager))], vec![cluster])).await
+}
+
+/// So many milliseconds.
+pub(crate) fn milliseconds(n: i32) -> Option<envoy_types::pb::google::protobuf::Duration> {
+    Some(envoy_types::pb::google::protobuf::Duration { seconds: 0, nanos: n * 1_000_000 })
+}
+
+/// Whether the peer closes, or resets, the connection within ten seconds; what came before is dropped.
+pub(crate) async fn is_closed(stream: &mut TcpStream) -> bool {
+    let reading = async {
+        let mut buffer = vec![0; 16 * 1024];
+        while let Ok(1..) = stream.read(&mut buffer).await {}
+    };
+    tokio::time::timeout(Duration::from_secs(10), reading).await.is_ok()
 }

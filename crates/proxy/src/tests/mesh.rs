@@ -12,13 +12,13 @@ fn inline(text: &str) -> core::DataSource {
     core::DataSource { specifier: Some(core::data_source::Specifier::InlineString(text.into())), ..Default::default() }
 }
 
-struct Authority {
+pub(super) struct Authority {
     certificate: rcgen::Certificate,
     issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let key = rcgen::KeyPair::generate().unwrap();
         let mut params = rcgen::CertificateParams::default();
         params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
@@ -57,7 +57,7 @@ fn socket(name: &str, value: Vec<u8>) -> core::TransportSocket {
     }
 }
 
-fn inbound(authority: &Authority, filter: listener::Filter) -> listener::Listener {
+pub(super) fn inbound(authority: &Authority, filter: listener::Filter) -> listener::Listener {
     let (certificate, validation) = authority.issue("spiffe://cluster.local/ns/shop/sa/server");
     let context = tls::DownstreamTlsContext {
         common_tls_context: Some(tls::CommonTlsContext {
