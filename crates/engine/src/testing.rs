@@ -156,7 +156,20 @@ impl Http {
         self
     }
 
-    pub(crate) fn build(mut self) -> World {
+    pub(crate) fn build(self) -> World {
+        let (listener, clusters, node) = self.resources();
+        World::new(&[listener], &clusters, node)
+    }
+
+    /// Why the listener is refused.
+    pub(crate) fn refused(self) -> String {
+        let (listener, _, node) = self.resources();
+        let raw = Raw { name: "listener".into(), body: pack(&listener) };
+        let rejected = Assembly::new(node).apply_listeners(&[raw], &[]);
+        rejected.into_iter().next().expect("it is refused").reason
+    }
+
+    fn resources(mut self) -> (listener::Listener, Vec<cluster::Cluster>, NodeFacts) {
         self.filters.push(http_filter("envoy.filters.http.router", pack(&Router::default())));
         self.hcm.http_filters = self.filters;
         self.hcm.route_specifier = Some(hcm::http_connection_manager::RouteSpecifier::RouteConfig(self.table));
@@ -169,7 +182,7 @@ impl Http {
             }],
             ..Default::default()
         };
-        World::new(&[listener], &self.clusters, self.node)
+        (listener, self.clusters, self.node)
     }
 }
 

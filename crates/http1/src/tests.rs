@@ -67,6 +67,20 @@ fn check(bytes: &str, expect: &[&str]) {
 }
 
 #[test]
+fn an_upgrade_beside_a_body_is_not_taken() {
+    let protocol = |more: &str| {
+        let text = format!("POST / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n{more}\r\n");
+        let mut head = RequestHead::default();
+        let mut buf = BytesMut::from(text.as_bytes());
+        let meta = RequestDecoder::new(Limits::default()).decode_head(&mut buf, &mut head).unwrap().unwrap();
+        assert_eq!(meta.kind == RequestKind::Upgrade, head.protocol().is_some());
+        head.protocol().is_some()
+    };
+    assert!(protocol("") && protocol("Content-Length: 0\r\n"));
+    assert!(!protocol("Content-Length: 5\r\n") && !protocol("Transfer-Encoding: chunked\r\n"));
+}
+
+#[test]
 fn requests_that_are_understood() {
     check("GET / HTTP/1.1\r\nHost: a\r\n\r\n", &["GET a / None", "\"\""]);
     check("\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", &["GET a / None", "\"\""]);

@@ -179,11 +179,14 @@ fn listen(address: SocketAddr, transparent: bool, backlog: i32) -> io::Result<Tc
 const PAUSE: Duration = Duration::from_millis(20);
 
 async fn accept(socket: tokio::net::TcpListener, listener: Arc<Mutex<Name>>, workers: Workers) {
+    // said once, not fifty times a second
+    let mut failing = false;
     loop {
         // the connection leaves this thread's runtime: its worker registers it anew
         let accepted = socket.accept().await.and_then(|(stream, peer)| Ok((stream.into_std()?, peer)));
         match accepted {
             Ok((stream, peer)) => {
+                failing = false;
                 let name = Name::clone(&listener.lock().unwrap_or_else(PoisonError::into_inner));
                 workers.hand_over(Accepted { stream, listener: name, peer });
             }
@@ -191,7 +194,9 @@ async fn accept(socket: tokio::net::TcpListener, listener: Arc<Mutex<Name>>, wor
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {
             }
             Err(error) => {
-                tracing::warn!(%error, "cannot accept");
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, "cannot accept");
+                }
                 tokio::time::sleep(PAUSE).await;
             }
         }

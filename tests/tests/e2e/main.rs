@@ -8,6 +8,7 @@ mod apps;
 mod authorization;
 mod bad_input;
 mod gateway;
+mod hostile;
 mod identity;
 mod operations;
 mod resilience;

@@ -293,6 +293,57 @@ fn control_headers_of_strangers_are_removed() {
 }
 
 #[test]
+fn internal_callers_steer_time_outs_and_retries() {
+    use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::InternalAddressConfig;
+    let range = |prefix: &str| core::CidrRange { address_prefix: prefix.to_owned(), prefix_len: number(24) };
+    for (inside, status_of_failure) in [(true, 3), (false, 1)] {
+        let mut http = Http::simple();
+        http.hcm.use_remote_address = yes();
+        let ranges = vec![range(if inside { "192.0.2.0" } else { "10.9.9.0" })];
+        http.hcm.internal_address_config = Some(InternalAddressConfig { cidr_ranges: ranges, ..Default::default() });
+        let world = http.build();
+        let mut head = get("a", "/");
+        for (name, value) in [
+            ("x-envoy-upstream-rq-timeout-ms", "1500"),
+            ("x-envoy-upstream-rq-per-try-timeout-ms", "700"),
+            ("x-envoy-retry-on", "5xx"),
+            ("x-envoy-max-retries", "2"),
+        ] {
+            head.fields.push(name, value.as_bytes());
+        }
+        let mut call = world.start(head);
+        let attempt = call.attempt();
+        assert_eq!(attempt.per_try_timeout, inside.then_some(Duration::from_millis(700)));
+        let left: Vec<_> = call.head.fields.iter().map(|(name, _)| name).filter(|name| STEERS.contains(name)).collect();
+        assert_eq!(left, [""; 0], "they end here");
+        let expected = call.head.fields.get_str("x-envoy-expected-rq-timeout-ms");
+        assert_eq!(expected, inside.then_some("700"));
+        drop(attempt);
+        let mut attempts = 1;
+        loop {
+            call.upstream(ResponseHead::new(500));
+            match call.step() {
+                Step::Wait(wait) => {
+                    call.pass(wait);
+                    call.elapsed();
+                    drop(call.attempt());
+                    attempts += 1;
+                }
+                _ => break,
+            }
+        }
+        assert_eq!(attempts, status_of_failure);
+    }
+}
+
+const STEERS: [&str; 4] = [
+    "x-envoy-upstream-rq-timeout-ms",
+    "x-envoy-upstream-rq-per-try-timeout-ms",
+    "x-envoy-retry-on",
+    "x-envoy-max-retries",
+];
+
+#[test]
 fn trusted_hops_count_from_the_right() {
     let mut http = Http::simple();
     http.hcm.use_remote_address = yes();
@@ -339,6 +390,109 @@ fn client_certificates_are_told_by_us_alone() {
     let expect = "By=x,By=spiffe://td/ns/b/sa/b;Hash=abcd;Subject=\"\";URI=spiffe://td/ns/a/sa/a";
     assert_eq!(call.head.fields.get_str("x-forwarded-client-cert"), Some(expect));
     assert_eq!(call.head.fields.get("x-forwarded-proto"), Some(&b"https"[..]));
+}
+
+#[test]
+fn what_becomes_of_xfcc() {
+    use crate::facts::{PeerCertificate, TlsFacts};
+    use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::SetCurrentClientCertDetails;
+    let check = |mode: i32, mutual: bool, expect: Option<&str>| {
+        let mut http = Http::simple();
+        http.hcm.forward_client_cert_details = mode;
+        http.hcm.set_current_client_cert_details =
+            Some(SetCurrentClientCertDetails { cert: true, chain: true, uri: true, ..Default::default() });
+        let mut world = http.build();
+        if mutual {
+            let mut conn = (*world.conn).clone();
+            conn.tls = Some(Arc::new(TlsFacts {
+                peer: Some(PeerCertificate {
+                    uri_sans: vec!["u".into()],
+                    sha256: "h".into(),
+                    url_encoded_pem: "leaf".into(),
+                    url_encoded_chain: "leafroot".into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }));
+            world.conn = Arc::new(conn);
+        }
+        let mut head = get("a", "/");
+        head.fields.push("x-forwarded-client-cert", b"Hash=1");
+        let call = world.start(head);
+        assert_eq!(call.head.fields.get_str("x-forwarded-client-cert"), expect, "{mode} {mutual}");
+    };
+    let ours = "Hash=h;Cert=\"leaf\";Chain=\"leafroot\";URI=u";
+    let both = format!("Hash=1,{ours}");
+    for (mode, plain, mutual) in [
+        (0, None, None),
+        (1, None, Some("Hash=1")),
+        (2, None, Some(both.as_str())),
+        (3, None, Some(ours)),
+        (4, Some("Hash=1"), Some("Hash=1")),
+    ] {
+        check(mode, false, plain);
+        check(mode, true, mutual);
+    }
+}
+
+#[test]
+fn what_is_not_built_is_refused_by_name_and_path() {
+    use envoy_types::pb::envoy::extensions::filters::http::{lua, ratelimit};
+    use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
+    let check = |edit: &dyn Fn(&mut Http), words: &[&str]| {
+        let mut http = Http::simple();
+        edit(&mut http);
+        let refused = http.refused();
+        for word in words {
+            assert!(refused.contains(word), "{word}: {refused}");
+        }
+    };
+    let filter = |name: &'static str, any: envoy_types::pb::google::protobuf::Any| {
+        move |http: &mut Http| http.filters.push(http_filter(name, any.clone()))
+    };
+    let limit = pack(&ratelimit::v3::RateLimit { domain: "d".to_owned(), ..Default::default() });
+    check(
+        &filter("limits", limit),
+        &[
+            "filter_chains[0]",
+            "http_filters[0] \"limits\"",
+            "envoy.extensions.filters.http.ratelimit.v3.RateLimit is not supported",
+        ],
+    );
+    let script = pack(&lua::v3::Lua::default());
+    check(&filter("script", script.clone()), &["http_filters[0] \"script\"", "lua.v3.Lua is not supported"]);
+    // optional or not: nothing is skipped
+    check(
+        &move |http| {
+            http.filters.push(hcm::HttpFilter { is_optional: true, ..http_filter("script", script.clone()) });
+        },
+        &["lua.v3.Lua is not supported"],
+    );
+    check(&|http| http.hcm.codec_type = 3, &["codec_type is not supported"]);
+    check(&|http| http.hcm.represent_ipv4_remote_address_as_ipv4_mapped_ipv6 = yes(), &["represent_ipv4"]);
+    check(
+        &|http| {
+            http.hcm.http_protocol_options = Some(core::Http1ProtocolOptions {
+                header_key_format: Some(core::http1_protocol_options::HeaderKeyFormat::default()),
+                ..Default::default()
+            });
+        },
+        &["http_protocol_options.header_key_format is not supported"],
+    );
+    check(
+        &|http| {
+            let limit = route::RateLimit::default();
+            http.table.virtual_hosts[0].rate_limits.push(limit);
+        },
+        &["route_config.virtual_hosts[0].rate_limits is not supported"],
+    );
+    check(
+        &|http| {
+            let setting = pack(&ratelimit::v3::RateLimitPerRoute::default());
+            http.table.virtual_hosts[0].routes[0].typed_per_filter_config.insert("limits".to_owned(), setting);
+        },
+        &["virtual_hosts[0].routes[0].typed_per_filter_config[\"limits\"]", "RateLimitPerRoute is not supported"],
+    );
 }
 
 #[test]
@@ -506,6 +660,119 @@ fn per_try_time_outs() {
     };
     check("connect-failure,refused-stream", false);
     check("5xx", true);
+}
+
+#[test]
+fn an_attempt_on_which_nothing_moves_is_tried_again() {
+    let one = with(to("/", "a"), |action| {
+        let mut policy = retries("5xx", 1);
+        policy.per_try_idle_timeout = secs(1);
+        action.retry_policy = Some(policy);
+    });
+    let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1, 2])]).build();
+    let mut call = world.start(get("a", "/"));
+    let first = call.attempt().picked.host.address.clone();
+    assert_eq!(call.exchange.idle_timeout(), Some(Duration::from_secs(1)));
+    call.pass(Duration::from_secs(1));
+    call.answer(Answer::Idle);
+    let wait = call.wait();
+    call.pass(wait);
+    call.elapsed();
+    assert_ne!(call.attempt().picked.host.address, first);
+    call.pass(Duration::from_secs(1));
+    call.answer(Answer::Idle);
+    let reply = call.reply();
+    assert_eq!((reply.head.status, call.flags().as_str()), (504, "URX,UT"));
+    assert_eq!(call.exchange.info().details.as_str(), "upstream_per_try_idle_timeout");
+}
+
+#[test]
+fn a_request_must_be_whole_in_time() {
+    let mut http = Http::simple();
+    http.hcm.request_timeout = secs(3);
+    let world = http.build();
+    let mut call = world.start_seeded(get("a", "/"), 1, false);
+    drop(call.attempt());
+    assert_eq!(call.exchange.deadline(), Some(call.now.mono + Duration::from_secs(3)));
+    call.pass(Duration::from_secs(3));
+    call.elapsed();
+    let reply = call.reply();
+    assert_eq!((reply.head.status, reply.cause), (408, Cause::RequestReceiveTimeout));
+    // once it is whole, the limit is over
+    let mut call = world.start_seeded(get("a", "/"), 1, false);
+    drop(call.attempt());
+    call.exchange.request_complete(call.now.mono);
+    assert_eq!(call.exchange.deadline(), None);
+}
+
+#[test]
+fn a_client_that_breaks_the_protocol_is_told_in_its_own_form() {
+    let world = Http::simple().build();
+    for grpc in [false, true] {
+        let mut head = get("a", "/");
+        if grpc {
+            head.fields.push("content-type", b"application/grpc");
+        }
+        let mut call = world.start_seeded(head, 1, false);
+        drop(call.attempt());
+        let env = world.env();
+        let Step::Reply(reply) =
+            call.exchange.refuse(&env, Cause::BadRequest, &call.head, &mut crate::record::NoRecord)
+        else {
+            panic!("no reply");
+        };
+        assert_eq!(reply.head.status, if grpc { 200 } else { 400 });
+        assert_eq!(reply.head.fields.get_str("grpc-status"), grpc.then_some("13"));
+        assert!(reply.close);
+    }
+}
+
+#[test]
+fn names_with_underscores() {
+    use envoy_types::pb::envoy::config::core::v3::HttpProtocolOptions;
+    let world = |action: i32| {
+        let mut http = Http::simple();
+        http.hcm.common_http_protocol_options =
+            Some(HttpProtocolOptions { headers_with_underscores_action: action, ..Default::default() });
+        http.build()
+    };
+    let mut head = get("a", "/");
+    head.fields.push("x_y", b"1");
+    assert!(world(0).start(head.clone()).head.fields.contains("x_y"));
+    assert_eq!(world(1).start(head.clone()).reply().head.status, 400);
+    assert!(!world(2).start(head).head.fields.contains("x_y"));
+}
+
+#[test]
+fn header_mutations_of_every_level_run_in_order() {
+    use envoy_types::pb::envoy::config::common::mutation_rules::v3 as rules;
+    use envoy_types::pb::envoy::extensions::filters::http::header_mutation::v3 as mutation;
+    let add = |value: &str| mutation::Mutations {
+        request_mutations: vec![rules::HeaderMutation {
+            action: Some(rules::header_mutation::Action::Append(header("x", value, true))),
+        }],
+        response_mutations: vec![rules::HeaderMutation {
+            action: Some(rules::header_mutation::Action::Append(header("y", value, true))),
+        }],
+        ..Default::default()
+    };
+    let per_route = |value: &str| pack(&mutation::HeaderMutationPerRoute { mutations: Some(add(value)) });
+    for (wins, expect) in [(false, ["own", "route", "host", "table"]), (true, ["own", "table", "host", "route"])] {
+        let mut one = to("/", "a");
+        one.typed_per_filter_config.insert("mutation".to_owned(), per_route("route"));
+        let mut hosts = host(&["*"], vec![one]);
+        hosts.typed_per_filter_config.insert("mutation".to_owned(), per_route("host"));
+        let mut http = Http::new(vec![hosts], vec![cluster("a", &[1])]);
+        http.table.typed_per_filter_config.insert("mutation".to_owned(), per_route("table"));
+        let own = mutation::HeaderMutation { mutations: Some(add("own")), most_specific_header_mutations_wins: wins };
+        let world = http.filter("mutation", pack(&own)).build();
+        let mut call = world.start(get("a", "/"));
+        drop(call.attempt());
+        let seen: Vec<_> = call.head.fields.get_all("x").collect();
+        assert_eq!(seen, expect.map(str::as_bytes));
+        let response = call.upstream(ResponseHead::new(200));
+        assert_eq!(response.fields.get_all("y").collect::<Vec<_>>(), expect.map(str::as_bytes));
+    }
 }
 
 #[test]

@@ -243,11 +243,11 @@ async fn a_body_unlike_its_length_is_cut_and_trailers_are_filtered() {
         let got = answer(running.at("in"), &frames).await;
         assert!(got.iter().any(|(kind, _)| *kind == 3), "the stream is reset: {got:?}");
     }
-    assert!(
-        !seen.text().iter().any(|sent| sent.ends_with("short") && sent.contains("content-length: 5")),
-        "{:?}",
-        seen.text()
-    );
+    for sent in seen.text() {
+        let (head, body) = sent.split_once("\r\n\r\n").expect("a head");
+        let most = if head.contains("content-length: 3") { 3 } else { 9 };
+        assert!(body.len() <= most, "{sent}");
+    }
     let trailers =
         [literal("content-length", "5"), literal("host", "evil"), literal("x-forwarded-for", "1"), literal("ok", "1")];
     let frames = [post(None), frame(0, 0, 1, b"hi"), frame(1, 5, 1, &trailers.concat())].concat();

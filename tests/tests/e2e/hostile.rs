@@ -1,0 +1,225 @@
+//! A real `lateen proxy` under hostile clients: it lives, and gives back what they took.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use testkit::eventually;
+
+/// A proxy on a bootstrap, with an upstream in this process.
+struct Proxy {
+    child: Child,
+    http: SocketAddr,
+    admin: SocketAddr,
+}
+
+/// A free port: the proxy is told it, since a bootstrap's admin address is not told back.
+fn free() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port")
+}
+
+/// Answers every request of every connection with `ok`.
+fn upstream() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let at = listener.local_addr().expect("an address");
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let Ok(mut write) = stream.try_clone() else { return };
+                for line in BufReader::new(stream).lines().map_while(Result::ok) {
+                    if line.is_empty() && write.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    at
+}
+
+impl Proxy {
+    /// Starts one that may open so many descriptors.
+    fn start(descriptors: u32) -> Self {
+        let (admin, http, up) = (free(), free(), upstream());
+        let address =
+            |at: SocketAddr| format!("{{ socket_address: {{ address: {}, port_value: {} }} }}", at.ip(), at.port());
+        let manager =
+            "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
+        let router = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router";
+        let bootstrap = format!(
+            r#"
+admin: {{ address: {} }}
+static_resources:
+  listeners:
+  - name: http
+    address: {}
+    filter_chains:
+    - filters:
+      - name: hcm
+        typed_config:
+          "@type": {manager}
+          stat_prefix: x
+          request_headers_timeout: 2s
+          route_config: {{ virtual_hosts: [{{ name: a, domains: ["*"], routes: [{{ match: {{ prefix: "/" }}, route: {{ cluster: up }} }}] }}] }}
+          http_filters: [{{ name: r, typed_config: {{ "@type": {router} }} }}]
+  clusters:
+  - name: up
+    connect_timeout: 5s
+    load_assignment: {{ cluster_name: up, endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {} }} }}] }}] }}
+"#,
+            address(admin),
+            address(http),
+            address(up),
+        );
+        let child = Command::new("bash")
+            .arg("-c")
+            .arg(format!("ulimit -n {descriptors}; exec \"$0\" proxy --concurrency 1 --config-yaml \"$1\""))
+            .arg(testkit::lateen())
+            .arg(bootstrap)
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("bash starts");
+        let proxy = Self { child, http, admin };
+        eventually("the proxy is ready", || match proxy.ask(admin, "/ready") {
+            Some(answer) if answer.contains("LIVE") => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+        proxy
+    }
+
+    /// One request; `None` if nothing comes back.
+    fn ask(&self, at: SocketAddr, path: &str) -> Option<String> {
+        let mut stream = TcpStream::connect(at).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes()).ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        (!answer.is_empty()).then_some(answer)
+    }
+
+    fn is_well(&self) {
+        eventually("a request passes", || match self.ask(self.http, "/") {
+            Some(answer) if answer.starts_with("HTTP/1.1 200 ") => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+    }
+
+    fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("it runs").count()
+    }
+
+    fn resident_kib(&self) -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("a size");
+        line.split_whitespace().nth(1).and_then(|size| size.parse().ok()).expect("a number")
+    }
+
+    /// Clock ticks of work so far.
+    fn ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("it runs");
+        let after_name = stat.rsplit_once(") ").expect("a name").1;
+        let field = |at: usize| after_name.split(' ').nth(at).and_then(|text| text.parse::<u64>().ok()).expect("ticks");
+        field(11) + field(12)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        // it may have ended, which the test has told
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+#[test]
+fn connections_give_back_what_they_took() {
+    let proxy = Proxy::start(4096);
+    proxy.is_well();
+    let (descriptors, memory) = (proxy.descriptors(), proxy.resident_kib());
+    let mut held: Vec<TcpStream> = Vec::new();
+    for n in 0..1000 {
+        let mut stream = TcpStream::connect(proxy.http).expect("it is taken");
+        let bytes: &[u8] = match n % 5 {
+            0 => b"",
+            1 => b"GET / HTTP/1.1\r\nHost: a\r\nX: ",
+            2 => b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nhalf",
+            3 => b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
+            _ => b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        };
+        stream.write_all(bytes).expect("it is taken");
+        held.push(stream);
+    }
+    eventually("all are there", || {
+        let now = proxy.descriptors();
+        if now >= descriptors + 600 { Ok(()) } else { Err(format!("{now} descriptors")) }
+    });
+    // others are served meanwhile
+    proxy.is_well();
+    let grown = proxy.resident_kib().saturating_sub(memory);
+    assert!(grown < 100 * 1024, "{grown} KiB for a thousand connections");
+    for stream in &held {
+        // some have been closed from the other side
+        drop(stream.shutdown(Shutdown::Both));
+    }
+    drop(held);
+    eventually("descriptors come back", || {
+        let now = proxy.descriptors();
+        // the upstream's idle connections stay in the pool for their time
+        if now <= descriptors + 450 { Ok(()) } else { Err(format!("{now} descriptors, {descriptors} before")) }
+    });
+    proxy.is_well();
+}
+
+#[test]
+fn a_proxy_out_of_descriptors_lives_on() {
+    let proxy = Proxy::start(80);
+    proxy.is_well();
+    let held: Vec<TcpStream> = (0..200).filter_map(|_| TcpStream::connect(proxy.http).ok()).collect();
+    assert!(held.len() > 100, "the kernel takes them, the proxy cannot");
+    eventually("none is left", || {
+        let now = proxy.descriptors();
+        if now >= 79 { Ok(()) } else { Err(format!("{now} descriptors")) }
+    });
+    // it waits instead of spinning: far from a whole core over half a second
+    let before = proxy.ticks();
+    std::thread::sleep(Duration::from_millis(500));
+    let worked = proxy.ticks() - before;
+    assert!(worked < 25, "{worked} ticks in half a second");
+    drop(held);
+    proxy.is_well();
+}
+
+#[test]
+fn garbage_on_every_listener_of_the_proxy() {
+    let proxy = Proxy::start(1024);
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    for round in 0..400 {
+        let at = if round % 4 == 0 { proxy.admin } else { proxy.http };
+        let mut bytes: Vec<u8> = Vec::new();
+        for _ in 0..(round * 7) % 3000 {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            bytes.extend(&random.to_le_bytes()[..1]);
+        }
+        if round % 3 == 0 {
+            bytes.splice(0..0, *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
+        }
+        bytes.extend(b"\r\n\r\n");
+        let Ok(mut stream) = TcpStream::connect(at) else { continue };
+        // it may be closed before all is written, and says what it likes
+        drop(stream.write_all(&bytes));
+        drop(stream.shutdown(Shutdown::Write));
+        let mut answer = Vec::new();
+        drop(stream.set_read_timeout(Some(Duration::from_secs(5))));
+        drop(stream.read_to_end(&mut answer));
+        let text = String::from_utf8_lossy(&answer);
+        assert!(!text.starts_with("HTTP/1.1 2"), "{round}: {text}");
+    }
+    proxy.is_well();
+    let stats = proxy.ask(proxy.admin, "/stats").expect("the admin interface answers");
+    let panics = stats.lines().find(|line| line.contains("panic")).expect("a counter of panics");
+    assert!(panics.ends_with(": 0"), "{panics}");
+}
