@@ -74,10 +74,13 @@ async fn is_http2(conn: &Conn, hcm: &Hcm, io: &mut Io) -> Option<bool> {
         return Some(&**only == "h2c");
     }
     let Io::Plain(socket) = io else { return Some(false) };
-    let waiting = poll_fn(|cx| socket.poll_readable(cx));
-    match hcm.timeouts.idle {
-        None => waiting.await,
-        Some(idle) => tokio::time::timeout(idle, waiting).await.ok()?,
+    let idle = hcm.timeouts.idle.map(|idle| Instant::now() + idle);
+    // bytes that are here count, whoever wants to leave
+    tokio::select! {
+        biased;
+        () = poll_fn(|cx| socket.poll_readable(cx)) => {}
+        () = leaves(conn) => return None,
+        () = sleep_until(idle) => return None,
     }
     let mut seen = bytes::BytesMut::new();
     let reading = async {
@@ -119,6 +122,15 @@ fn head_timeout(hcm: &Hcm) -> Duration {
 
 /// A leaving connection waits so long for a request that is on its way; then it closes.
 const LEAVE_AFTER: Duration = Duration::from_secs(1);
+
+/// Returns when a connection with nothing under way should end: some time after it began to drain.
+async fn leaves(conn: &Conn) {
+    let drained = conn.state.drained.notified();
+    if !conn.is_draining() {
+        drained.await;
+    }
+    tokio::time::sleep(LEAVE_AFTER).await;
+}
 
 async fn serve_h1(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
     let limits = http1::Limits {
@@ -176,15 +188,10 @@ async fn next_head(conn: &Conn, hcm: &Hcm, server: &mut H1Server, head: &mut Req
     let started = Instant::now();
     let head_timeout = head_timeout(hcm);
     let mut first_byte: Option<Instant> = (!server.is_quiet()).then_some(started);
-    let mut leave: Option<Instant> = None;
     loop {
-        let leaving = conn.is_draining();
-        if leaving {
-            leave.get_or_insert_with(|| Instant::now() + LEAVE_AFTER);
-        }
         let until = match first_byte {
             Some(at) => Some(at + head_timeout),
-            None => hcm.timeouts.idle.map(|idle| started + idle).into_iter().chain(leave).min(),
+            None => hcm.timeouts.idle.map(|idle| started + idle),
         };
         let quiet = first_byte.is_none();
         let reading = poll_fn(|cx| {
@@ -199,7 +206,7 @@ async fn next_head(conn: &Conn, hcm: &Hcm, server: &mut H1Server, head: &mut Req
         let read = tokio::select! {
             biased;
             read = reading => read,
-            () = conn.state.drained.notified(), if !leaving => continue,
+            () = leaves(conn), if quiet => return Next::Over,
             () = sleep_until(until) => {
                 return if first_byte.is_some() { Next::TooSlow } else { Next::Over };
             }

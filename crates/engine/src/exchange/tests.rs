@@ -296,7 +296,7 @@ fn control_headers_of_strangers_are_removed() {
 fn internal_callers_steer_time_outs_and_retries() {
     use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::InternalAddressConfig;
     let range = |prefix: &str| core::CidrRange { address_prefix: prefix.to_owned(), prefix_len: number(24) };
-    for (inside, status_of_failure) in [(true, 3), (false, 1)] {
+    for (inside, expect) in [(true, 3), (false, 1)] {
         let mut http = Http::simple();
         http.hcm.use_remote_address = yes();
         let ranges = vec![range(if inside { "192.0.2.0" } else { "10.9.9.0" })];
@@ -332,7 +332,7 @@ fn internal_callers_steer_time_outs_and_retries() {
                 _ => break,
             }
         }
-        assert_eq!(attempts, status_of_failure);
+        assert_eq!(attempts, expect);
     }
 }
 
@@ -469,7 +469,7 @@ fn what_is_not_built_is_refused_by_name_and_path() {
         &["lua.v3.Lua is not supported"],
     );
     check(&|http| http.hcm.codec_type = 3, &["codec_type is not supported"]);
-    check(&|http| http.hcm.represent_ipv4_remote_address_as_ipv4_mapped_ipv6 = yes(), &["represent_ipv4"]);
+    check(&|http| http.hcm.represent_ipv4_remote_address_as_ipv4_mapped_ipv6 = true, &["represent_ipv4"]);
     check(
         &|http| {
             http.hcm.http_protocol_options = Some(core::Http1ProtocolOptions {
