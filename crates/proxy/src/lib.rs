@@ -19,6 +19,7 @@
 mod accept;
 mod access;
 mod admin;
+pub mod agent;
 pub mod bootstrap;
 mod codec;
 mod control;

@@ -13,12 +13,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use engine::RuntimeConfig;
+use engine::chain::Listener;
 use engine::config::Name;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::mpsc;
 
 use crate::accept::Accepted;
-use crate::worker::{Command, WorkerHandle};
+use crate::worker::{Command, DrainScope, WorkerHandle};
 
 /// Where an accepted connection goes.
 #[derive(Clone)]
@@ -79,6 +80,8 @@ pub(crate) struct Listeners {
     bound: BTreeMap<Place, Bound>,
     inherited: BTreeMap<u16, TcpListener>,
     backlog: i32,
+    /// Listeners that were told to stop, for good.
+    stopped: Option<DrainScope>,
 }
 
 impl Listeners {
@@ -98,6 +101,7 @@ impl Listeners {
             bound: BTreeMap::new(),
             inherited: inherited.into_iter().filter_map(adopt).collect(),
             backlog: 4096,
+            stopped: None,
         }
     }
 
@@ -106,7 +110,10 @@ impl Listeners {
     pub(crate) fn sync(&mut self, config: &RuntimeConfig) -> Vec<(Name, SocketAddr, io::Error)> {
         let mut failed = Vec::new();
         let mut wanted: BTreeMap<Place, (Name, SocketAddr, bool)> = BTreeMap::new();
-        for (name, listener) in config.listeners.iter().filter(|(_, listener)| listener.bind_to_port) {
+        let may_listen = |listener: &Listener| {
+            listener.bind_to_port && !self.stopped.is_some_and(|scope| scope.covers(listener.direction))
+        };
+        for (name, listener) in config.listeners.iter().filter(|(_, listener)| may_listen(listener)) {
             for address in std::iter::once(&listener.address).chain(&listener.additional_addresses) {
                 let own = (address.port() == 0).then(|| Name::clone(name));
                 wanted.entry(Place::Own(*address, own)).or_insert((Name::clone(name), *address, listener.transparent));
@@ -142,6 +149,12 @@ impl Listeners {
     pub(crate) fn addresses(&self) -> Vec<(String, SocketAddr)> {
         let name = |bound: &Bound| bound.listener.lock().unwrap_or_else(PoisonError::into_inner).to_string();
         self.bound.values().map(|bound| (name(bound), bound.address)).collect()
+    }
+
+    /// Closes the sockets of listeners in `scope`, and opens none of them any more.
+    pub(crate) fn stop(&mut self, scope: DrainScope, config: &RuntimeConfig) {
+        self.stopped = Some(scope);
+        self.close(|name| config.listeners.get(name).is_none_or(|listener| scope.covers(listener.direction)));
     }
 
     /// Closes the sockets of listeners for which `which` holds: nothing new is taken there.

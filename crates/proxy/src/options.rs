@@ -101,6 +101,11 @@ pub struct Options {
     pub dns_upstream: Vec<SocketAddr>,
     /// Where the application's own metrics are (`prometheus.io/*`), merged at [`Addresses::merged`].
     pub app_metrics: Option<(u16, String)>,
+    /// A file that is told where the admin interface listens.
+    pub admin_address_path: Option<PathBuf>,
+    /// The program that is the data plane in our place (`binaryPath` of `PROXY_CONFIG`); then we are
+    /// its agent.
+    pub binary: Option<PathBuf>,
     /// What to do when signals come: `true` takes SIGTERM and SIGINT.
     pub take_signals: bool,
     /// The process's own log, for `/logging`; `None`: its levels cannot be changed.
@@ -160,6 +165,8 @@ impl Options {
             host_sockets: None,
             dns_upstream: Vec::new(),
             app_metrics: None,
+            admin_address_path: None,
+            binary: None,
             take_signals: false,
             log_levels: None,
         }
@@ -234,6 +241,15 @@ impl Options {
             options.dns_upstream = servers.split(',').filter_map(|server| server.trim().parse().ok()).collect();
         }
         options.app_metrics = get("ISTIO_PROMETHEUS_ANNOTATIONS").and_then(app_metrics);
+        let config: serde_json::Value = match get("PROXY_CONFIG") {
+            Some(value) => serde_json::from_str(value).map_err(|_| InvalidOptions::Bad {
+                name: "PROXY_CONFIG",
+                value: value.to_owned(),
+                wanted: "JSON",
+            })?,
+            None => serde_json::Value::Null,
+        };
+        options.binary = config["binaryPath"].as_str().filter(|path| !path.is_empty()).map(PathBuf::from);
         options.take_signals = true;
         Ok(options)
     }
@@ -364,6 +380,7 @@ mod tests {
             ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
             ("ISTIO_METAJSON_PORTS", "[1]"),
             ("CA_ADDR", "10.77.0.1:15012"),
+            ("PROXY_CONFIG", r#"{"binaryPath":"/usr/local/bin/envoy","concurrency":1}"#),
             ("ISTIO_PROMETHEUS_ANNOTATIONS", r#"{"scrape":"true","path":"/m","port":"9090"}"#),
         ] {
             variables.insert(name.to_owned(), value.to_owned());
@@ -377,6 +394,9 @@ mod tests {
         assert_eq!(options.ca.unwrap().address, "10.77.0.1:15012");
         assert_eq!(options.xds.unwrap().server_name, "istiod.istio-system.svc");
         assert_eq!(options.app_metrics, Some((9090, "/m".into())));
+        assert_eq!(options.binary, Some("/usr/local/bin/envoy".into()));
+        variables.insert("PROXY_CONFIG".into(), r#"{"binaryPath":""}"#.into());
+        assert_eq!(Options::from_environment(Role::Sidecar, &variables, read).unwrap().binary, None);
         variables.remove("POD_NAME");
         assert!(Options::from_environment(Role::Sidecar, &variables, |_| None).is_err());
     }

@@ -30,6 +30,8 @@ pub(crate) struct Shared {
     pub(crate) own_peer: Arc<Peer>,
     pub(crate) sinks: Arc<Sinks>,
     pub(crate) is_gateway: bool,
+    /// Run from a bootstrap: nothing is known of a mesh.
+    pub(crate) is_standalone: bool,
     pub(crate) drain_time: Duration,
     pub(crate) connection_ids: AtomicU64,
     pub(crate) spans: crate::tracing_spans::Spans,
@@ -39,6 +41,40 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// What is shared from the start; takes the way out of the options.
+    pub(crate) fn new(options: &mut Options) -> Result<Arc<Self>, RunError> {
+        let host = match options.host_sockets.take() {
+            None => None,
+            Some((fd, ranges)) => {
+                let host = HostSockets::new(fd, &ranges).map_err(|error| RunError::Start("the way out", error))?;
+                Some(Arc::new(host))
+            }
+        };
+        let metadata = options.node.metadata.clone().unwrap_or_default();
+        let own_peer = Arc::new(crate::record::own_peer(&metadata));
+        let is_standalone = options.role == Role::Standalone;
+        let service_name = if is_standalone {
+            options.node.cluster.as_str().into()
+        } else {
+            format!("{}.{}", own_peer.canonical_service, own_peer.namespace).into()
+        };
+        Ok(Arc::new(Self {
+            secrets: Secrets::new(),
+            metrics: Metrics::new(),
+            hosts: Arc::new(SharedTable::new(Instant::now())),
+            dialer: Dialer::new(host),
+            own_peer,
+            sinks: Arc::default(),
+            is_gateway: options.role == Role::Router,
+            is_standalone,
+            drain_time: options.drain_time,
+            connection_ids: AtomicU64::new(1),
+            spans: crate::tracing_spans::Spans::default(),
+            service_name,
+            published: Arc::default(),
+        }))
+    }
+
     /// Addresses of a host, by the system's resolver (which asks the proxy's DNS where captured).
     pub(crate) async fn resolve(&self, host: &str) -> Option<Vec<IpAddr>> {
         let found = tokio::net::lookup_host((host, 0)).await.ok()?;
@@ -153,31 +189,15 @@ impl Proxy {
     ///
     /// *Errors*: a service cannot listen, or a resource of the bootstrap is refused.
     pub async fn start(mut options: Options) -> Result<Self, RunError> {
-        let host = match options.host_sockets.take() {
-            None => None,
-            Some((fd, ranges)) => {
-                let host = HostSockets::new(fd, &ranges).map_err(|error| RunError::Start("the way out", error))?;
-                Some(Arc::new(host))
-            }
-        };
-        let metadata = options.node.metadata.clone().unwrap_or_default();
-        let own_peer = Arc::new(crate::record::own_peer(&metadata));
-        let service_name = format!("{}.{}", own_peer.canonical_service, own_peer.namespace).into();
-        let shared = Arc::new(Shared {
-            secrets: Secrets::new(),
-            metrics: Metrics::new(),
-            hosts: Arc::new(SharedTable::new(Instant::now())),
-            dialer: Dialer::new(host),
-            own_peer,
-            sinks: Arc::default(),
-            is_gateway: options.role == Role::Router,
-            drain_time: options.drain_time,
-            connection_ids: AtomicU64::new(1),
-            spans: crate::tracing_spans::Spans::default(),
-            service_name,
-            published: Arc::default(),
-        });
-        Box::pin(Control::start(options, shared)).await
+        let shared = Shared::new(&mut options)?;
+        let told = options.admin_address_path.take();
+        let proxy = Box::pin(Control::start(options, shared)).await?;
+        if let Some(path) = told
+            && let Some((_, address)) = proxy.services().iter().find(|(name, _)| *name == "admin")
+        {
+            std::fs::write(&path, address.to_string()).map_err(|error| RunError::Start("the admin address file", error))?;
+        }
+        Ok(proxy)
     }
 
     pub(crate) fn new(

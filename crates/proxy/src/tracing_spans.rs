@@ -191,7 +191,7 @@ impl Finishing<'_> {
             ("istio.canonical_revision", &own.canonical_revision),
             ("istio.namespace", &own.namespace),
         ] {
-            if !tracing.tags.iter().any(|(tag, _)| &**tag == name) {
+            if !worker.shared.is_standalone && !tracing.tags.iter().any(|(tag, _)| &**tag == name) {
                 tags.push((name.into(), value.clone()));
             }
         }

@@ -47,7 +47,7 @@ pub(crate) enum DrainScope {
 }
 
 impl DrainScope {
-    fn covers(self, direction: Direction) -> bool {
+    pub(crate) fn covers(self, direction: Direction) -> bool {
         self == Self::All || direction == Direction::Inbound
     }
 }

@@ -33,7 +33,7 @@ pub use state::{Names, Rejected, Update, UpdateId};
 use state::{RequestOut, ResourceIn, ResponseIn, State};
 
 /// The largest response that is taken. A mesh of ten thousand services stays well below.
-const RESPONSE_BYTES_MAX: usize = 256 << 20;
+pub(crate) const RESPONSE_BYTES_MAX: usize = 256 << 20;
 /// Requests handed to gRPC and not yet on the wire.
 const REQUESTS_MAX: usize = 64;
 /// Updates handed to the consumer and not yet taken by it.

@@ -3,7 +3,8 @@
 //! [`client`] keeps an aggregated stream (ADS) to a control plane open, delta or state of the
 //! world, and hands resources over; the consumer answers ack or nack once its workers run them.
 //! [`server`] keeps one [`Session`] a stream: it compares what a proxy should
-//! have ([`ResourceSet`]) with what it was sent, and says what to send next.
+//! have ([`ResourceSet`]) with what it was sent, and says what to send next. [`relay`] passes a
+//! foreign proxy's stream on.
 //!
 //! **Invariants.** What a resource means is unknown here, except its name. At most one response a
 //! type is unanswered. Both protocols bring a client to the same resources (a property test holds
@@ -16,6 +17,7 @@
 
 pub mod canonical;
 pub mod client;
+pub mod relay;
 pub mod resources;
 pub mod server;
 

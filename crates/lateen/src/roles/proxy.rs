@@ -41,6 +41,12 @@ pub(crate) struct ProxyArgs {
     /// Gradual drains, in seconds.
     #[arg(long = "drain-time-s")]
     drain_time_s: Option<u64>,
+    /// A file that is told where the admin interface listens.
+    #[arg(long = "admin-address-path", value_name = "FILE")]
+    admin_address_path: Option<std::path::PathBuf>,
+    /// Accepted for compatibility with Envoy.
+    #[arg(long = "skip-deprecated-logs", hide = true)]
+    skip_deprecated_logs: bool,
     /// Accepted for compatibility with Envoy.
     #[arg(long = "base-id", hide = true)]
     base_id: Option<u32>,
@@ -128,6 +134,7 @@ pub(crate) fn run(args: ProxyArgs, levels: Arc<Levels>) -> Result<()> {
             service_node: args.service_node,
             service_cluster: args.service_cluster,
             drain_seconds: args.drain_time_s,
+            admin_address_path: args.admin_address_path,
         };
         let name = args.config_path.map_or_else(|| "--config-yaml".to_owned(), |path| path.display().to_string());
         let mut options = proxy::bootstrap::options(&text, &flags).with_context(|| format!("bootstrap {name}"))?;
@@ -172,6 +179,9 @@ pub(crate) fn run(args: ProxyArgs, levels: Arc<Levels>) -> Result<()> {
     if let Some(number) = variables.get(env::HOST_SOCKETS) {
         options.host_sockets = Some((adopt(number)?, variables.get(env::MESH_RANGES).cloned().unwrap_or_default()));
     }
-    proxy::run(options)?;
+    match options.binary.take() {
+        Some(program) => proxy::agent::run(options, &program)?,
+        None => proxy::run(options)?,
+    }
     Ok(())
 }

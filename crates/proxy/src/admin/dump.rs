@@ -77,34 +77,81 @@ fn failure(kept: &Kept) -> Option<Value> {
     kept.error.as_ref().map(|error| json!({ "details": error, "last_update_attempt": time(kept.updated_nanos) }))
 }
 
+/// Without what only those have that came by a version.
+fn fixed(mut entry: Value) -> Value {
+    if let Value::Object(fields) = &mut entry {
+        fields.remove("version_info");
+    }
+    entry
+}
+
 fn clusters(inspection: &Inspection) -> Value {
-    let (mut active, mut warming) = (Vec::new(), Vec::new());
-    for (name, _, entry) in entries(inspection, type_urls::CLUSTER, "cluster") {
-        let list = if inspection.config.clusters.get(name).is_some() { &mut active } else { &mut warming };
-        list.push(entry);
+    let (mut fixed_ones, mut active, mut warming) = (Vec::new(), Vec::new(), Vec::new());
+    for (name, kept, entry) in entries(inspection, type_urls::CLUSTER, "cluster") {
+        if kept.is_static {
+            fixed_ones.push(fixed(entry));
+        } else if inspection.config.clusters.get(name).is_some() {
+            active.push(entry);
+        } else {
+            warming.push(entry);
+        }
     }
     let version = version(inspection, type_urls::CLUSTER);
-    json!({ "@type": kind("ClustersConfigDump"), "version_info": version, "dynamic_active_clusters": active, "dynamic_warming_clusters": warming })
+    json!({
+        "@type": kind("ClustersConfigDump"), "version_info": version, "static_clusters": fixed_ones,
+        "dynamic_active_clusters": active, "dynamic_warming_clusters": warming,
+    })
 }
 
 fn listeners(inspection: &Inspection) -> Value {
-    let list: Vec<Value> = entries(inspection, type_urls::LISTENER, "listener")
-        .map(|(name, kept, entry)| {
-            let state = if inspection.config.listeners.get(name).is_some() { "active_state" } else { "warming_state" };
-            let mut listener = json!({ "name": name });
-            listener[state] = entry;
-            if let Some(error) = failure(kept) {
-                listener["error_state"] = error;
-            }
-            listener
-        })
-        .collect();
-    json!({ "@type": kind("ListenersConfigDump"), "version_info": version(inspection, type_urls::LISTENER), "dynamic_listeners": list })
+    let (mut fixed_ones, mut list) = (Vec::new(), Vec::new());
+    for (name, kept, entry) in entries(inspection, type_urls::LISTENER, "listener") {
+        if kept.is_static {
+            fixed_ones.push(fixed(entry));
+            continue;
+        }
+        let state = if inspection.config.listeners.get(name).is_some() { "active_state" } else { "warming_state" };
+        let mut listener = json!({ "name": name });
+        listener[state] = entry;
+        if let Some(error) = failure(kept) {
+            listener["error_state"] = error;
+        }
+        list.push(listener);
+    }
+    json!({
+        "@type": kind("ListenersConfigDump"), "version_info": version(inspection, type_urls::LISTENER),
+        "static_listeners": fixed_ones, "dynamic_listeners": list,
+    })
 }
 
 fn routes(inspection: &Inspection) -> Value {
     let list: Vec<Value> = entries(inspection, type_urls::ROUTE, "route_config").map(|(_, _, entry)| entry).collect();
-    json!({ "@type": kind("RoutesConfigDump"), "dynamic_route_configs": list })
+    // Those written into a listener are what Envoy calls static, wherever the listener came from.
+    let mut inline = Vec::new();
+    for (_, _, entry) in entries(inspection, type_urls::LISTENER, "listener") {
+        inline_routes(&entry["listener"], &entry["last_updated"], &mut inline);
+    }
+    json!({ "@type": kind("RoutesConfigDump"), "static_route_configs": inline, "dynamic_route_configs": list })
+}
+
+/// Route tables inside of connection managers.
+fn inline_routes(value: &Value, updated: &Value, into: &mut Vec<Value>) {
+    match value {
+        Value::Object(fields) => {
+            let is_manager = fields.get("@type").and_then(Value::as_str).is_some_and(|kind| kind.ends_with(".HttpConnectionManager"));
+            if is_manager {
+                if let Some(routes) = fields.get("route_config") {
+                    let mut routes = routes.clone();
+                    routes["@type"] = type_urls::ROUTE.into();
+                    into.push(json!({ "route_config": routes, "last_updated": updated }));
+                }
+                return;
+            }
+            fields.values().for_each(|value| inline_routes(value, updated, into));
+        }
+        Value::Array(items) => items.iter().for_each(|item| inline_routes(item, updated, into)),
+        _ => {}
+    }
 }
 
 fn endpoints(inspection: &Inspection) -> Value {

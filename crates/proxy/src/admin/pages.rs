@@ -40,7 +40,7 @@ pub(super) fn stats(context: &Context, filter: Option<&str>) -> String {
 }
 
 /// The application's own metrics; empty if they cannot be had in time.
-pub(super) async fn scrape(port: u16, path: &str) -> String {
+pub(crate) async fn scrape(port: u16, path: &str) -> String {
     let fetching = async {
         let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await?;
         let request = format!("GET {path} HTTP/1.0\r\nHost: localhost:{port}\r\n\r\n");
@@ -67,8 +67,22 @@ pub(super) fn server_info(context: &Context) -> String {
         "PRE_INITIALIZING"
     };
     let version = format!("lateen/{}", env!("CARGO_PKG_VERSION"));
-    json!({ "version": version, "state": word, "node": { "id": context.node.id, "cluster": context.node.cluster } })
-        .to_string()
+    let uptime = format!("{}s", context.started.elapsed().as_secs());
+    json!({
+        "version": version,
+        "state": word,
+        "uptime_current_epoch": uptime,
+        "uptime_all_epochs": uptime,
+        "hot_restart_version": "disabled",
+        "command_line_options": {
+            "concurrency": context.concurrency,
+            "drain_time": format!("{}s", context.shared.drain_time.as_secs()),
+            "service_node": context.node.id,
+            "service_cluster": context.node.cluster,
+        },
+        "node": { "id": context.node.id, "cluster": context.node.cluster },
+    })
+    .to_string()
 }
 
 pub(super) fn memory() -> String {

@@ -121,6 +121,8 @@ pub(crate) struct Kept {
     pub(crate) updated_nanos: u64,
     /// Why its newest version was refused.
     pub(crate) error: Option<String>,
+    /// It is part of the bootstrap.
+    pub(crate) is_static: bool,
 }
 
 impl RawTables {
@@ -149,8 +151,18 @@ impl RawTables {
                     }
                 }
                 None => {
-                    table.insert(raw.name, Kept { body: raw.body, updated_nanos: now, error: None });
+                    table.insert(raw.name, Kept { body: raw.body, updated_nanos: now, error: None, is_static: false });
                 }
+            }
+        }
+    }
+
+    /// Takes note that these came with the bootstrap.
+    pub(crate) fn mark_static(&mut self, url: &'static str, names: &[Name]) {
+        let table = self.by_type.entry(url).or_default();
+        for name in names {
+            if let Some(kept) = table.get_mut(name) {
+                kept.is_static = true;
             }
         }
     }

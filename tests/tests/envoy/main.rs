@@ -1,0 +1,11 @@
+//! A real Envoy beside ours: under our control plane, and from the same bootstrap.
+//!
+//! `LATEEN_ENVOY` names the Envoy; without it every test fails. `cargo test -p tests --features
+//! envoy --test envoy`.
+
+mod admin;
+mod backend;
+mod filters;
+mod mesh;
+mod sources;
+mod standalone;
