@@ -143,8 +143,11 @@ fn http_filters(direction: Direction, of: Filters) -> Vec<Value> {
 /// Other hosts and other paths stand before the one that is called.
 fn routes(direction: Direction, cluster: &str) -> Value {
     let to = |name: &str, matched: Value| {
-        let mut route = json!({ "cluster": cluster, "timeout": "0s", "max_grpc_timeout": "0s" });
-        if direction != Direction::Inbound {
+        let mut route = json!({ "cluster": cluster, "timeout": "0s" });
+        if direction == Direction::Inbound {
+            route["max_stream_duration"] = json!({ "max_stream_duration": "0s", "grpc_timeout_header_max": "0s" });
+        } else {
+            route["max_grpc_timeout"] = "0s".into();
             route["retry_policy"] = json!({
                 "retry_on": "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes",
                 "num_retries": 2,
