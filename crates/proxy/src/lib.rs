@@ -19,6 +19,7 @@
 mod accept;
 mod access;
 mod admin;
+mod alarm;
 pub mod bootstrap;
 mod codec;
 mod control;
