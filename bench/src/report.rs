@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn spread_of_odd_and_even() {
         assert_eq!(Spread::of([3.0, 1.0, 2.0]), Spread { median: 2.0, min: 1.0, max: 3.0 });
-        assert_eq!(Spread::of([4.0, 1.0, 2.0, 3.0]).median, 2.5);
+        assert_eq!(Spread::of([4.0, 1.0, 2.0, 3.0]), Spread { median: 2.5, min: 1.0, max: 4.0 });
         assert_eq!(Spread::of([1.0, 2.0]).show(1), "1.5 (1.0–2.0)");
     }
 }
