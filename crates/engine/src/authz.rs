@@ -10,6 +10,7 @@
 //! in the certificate (property 17). Rules over `:authority` ignore case and a trailing dot; those
 //! that deny ignore the port too (property 10).
 
+use std::borrow::Cow;
 use std::cell::OnceCell;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -39,7 +40,7 @@ pub struct Subject<'a> {
     pub remote: IpAddr,
     /// What earlier filters found out.
     pub metadata: &'a Metadata,
-    principal: OnceCell<Option<String>>,
+    principal: OnceCell<Option<Cow<'a, str>>>,
 }
 
 impl<'a> Subject<'a> {
@@ -54,7 +55,7 @@ impl<'a> Subject<'a> {
     }
 
     fn principal(&self) -> Option<&str> {
-        self.principal.get_or_init(|| self.conn.peer_identity().map(ToString::to_string)).as_deref()
+        self.principal.get_or_init(|| self.conn.peer_identity_text()).as_deref()
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is known about a connection before anything is decided on it.
 
+use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -94,6 +95,20 @@ impl ConnFacts {
     /// The authenticated peer, if it is a mesh identity.
     pub fn peer_identity(&self) -> Option<&SpiffeId> {
         self.tls.as_ref()?.peer.as_ref()?.identity.as_ref()
+    }
+
+    /// The same as text. *Cost*: none where the certificate has one URI, as mesh certificates do.
+    pub fn peer_identity_text(&self) -> Option<Cow<'_, str>> {
+        let peer = self.peer_certificate()?;
+        let identity = peer.identity.as_ref()?;
+        Some(match &peer.uri_sans[..] {
+            // identities are read literally: the only URI is the identity's text
+            [only] => {
+                debug_assert_eq!(**only, identity.to_string(), "an identity is one of its certificate's URIs");
+                Cow::Borrowed(&**only)
+            }
+            _ => Cow::Owned(identity.to_string()),
+        })
     }
 
     /// The peer's certificate, if one was presented and verified.

@@ -39,6 +39,9 @@ pub fn normalize(path_and_query: &[u8], settings: Settings) -> Normalized {
     let whole = &path_and_query[..end];
     let split = whole.iter().position(|b| *b == b'?').unwrap_or(whole.len());
     let (path, query) = whole.split_at(split);
+    if end == path_and_query.len() && is_plain(path) {
+        return Normalized::Same;
+    }
     let mut path = path.to_vec();
     let mut redirect = false;
     if settings.escaped_slashes != EscapedSlashes::Keep
@@ -69,6 +72,18 @@ pub fn normalize(path_and_query: &[u8], settings: Settings) -> Normalized {
     } else {
         Normalized::Changed(path)
     }
+}
+
+/// Whether no setting changes a path: it begins with a slash, and holds neither escapes nor what has
+/// to be escaped, nor dots or slashes after a slash. Nearly all paths are so, and cost one look.
+fn is_plain(path: &[u8]) -> bool {
+    let mut before = b'x';
+    path.first() == Some(&b'/')
+        && path.iter().all(|&b| {
+            let after_slash = before == b'/';
+            before = b;
+            !(must_escape(b) || matches!(b, b'%' | b'\\') || after_slash && matches!(b, b'/' | b'.'))
+        })
 }
 
 /// The path with `%2F` and `%5C` decoded; `None` if there are none.
@@ -311,6 +326,18 @@ mod tests {
             let settings = [BASE, NONE, MERGE, DECODE][mode];
             if let Some(first) = once(path.as_bytes(), settings) {
                 prop_assert_eq!(once(&first, settings), Some(first.clone()), "{}", String::from_utf8_lossy(&first));
+            }
+        }
+
+        /// What is taken for plain is what the long way leaves as it is.
+        #[test]
+        fn plain_paths_stay(path in "/?([./ab?#]|%2[eEfF]|\\PC){0,12}", mode in 0usize..4) {
+            let settings = [BASE, NONE, MERGE, DECODE][mode];
+            if is_plain(path.as_bytes()) {
+                prop_assert_eq!(canonical(path.as_bytes()), Some(path.clone().into_bytes()));
+                prop_assert_eq!(decode_slashes(path.as_bytes()), None);
+                prop_assert!(!path.contains("//"));
+                prop_assert_eq!(normalize(path.as_bytes(), settings), Normalized::Same);
             }
         }
 

@@ -9,12 +9,28 @@ pub fn is_token(bytes: &[u8]) -> bool {
 
 /// Whether `byte` may stand in a token.
 pub fn is_token_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric()
-        || matches!(
-            byte,
-            b'!' | b'#' | b'$' | b'%' | b'&' | b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_' | b'`' | b'|' | b'~'
-        )
+    TOKEN[usize::from(byte)]
 }
+
+/// Letters, digits and `others`: every byte of every head is asked about more than once.
+const fn alphanumeric_and(others: &[u8]) -> [bool; 256] {
+    let mut table = [false; 256];
+    let mut byte: u8 = 0;
+    while byte < 128 {
+        table[byte as usize] = byte.is_ascii_alphanumeric();
+        byte += 1;
+    }
+    let mut at = 0;
+    while at < others.len() {
+        table[others[at] as usize] = true;
+        at += 1;
+    }
+    table
+}
+
+static TOKEN: [bool; 256] = alphanumeric_and(b"!#$%&'*+-.^_`|~");
+/// Unreserved bytes, sub-delimiters but the comma, percent.
+static REGISTERED_NAME: [bool; 256] = alphanumeric_and(b"-._~%!$&'()*+;=");
 
 /// Whether `bytes` may be a field's value: no control byte but tab.
 pub fn is_value(bytes: &[u8]) -> bool {
@@ -59,13 +75,7 @@ pub fn is_authority(bytes: &[u8]) -> bool {
 }
 
 fn is_registered_name(bytes: &[u8]) -> bool {
-    bytes.iter().all(|b| {
-        b.is_ascii_alphanumeric()
-            || matches!(
-                b,
-                b'-' | b'.' | b'_' | b'~' | b'%' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b';' | b'='
-            )
-    })
+    bytes.iter().all(|b| REGISTERED_NAME[usize::from(*b)])
 }
 
 /// Whether a comma-separated list holds `token`, ignoring case.

@@ -142,8 +142,12 @@ async fn supervise(mut options: Options, program: &Path, places: &Places) -> Res
         let Some(address) = address else { continue };
         let failed = |source| RunError::Listen { address, what, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
-        let context =
-            status::Context { admin, app_metrics: options.app_metrics.clone(), end: asks_end.clone(), role: options.role };
+        let context = status::Context {
+            admin,
+            app_metrics: options.app_metrics.clone(),
+            end: asks_end.clone(),
+            role: options.role,
+        };
         tasks.spawn(status::serve(listener, context));
     }
     for (port, socket) in options.inherited.drain(..) {

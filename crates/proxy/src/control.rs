@@ -329,6 +329,7 @@ impl Control {
     }
 
     async fn tick(&mut self) {
+        crate::descriptors::rest();
         if !self.files.is_empty() {
             self.look_at_files().await;
         }

@@ -1,8 +1,10 @@
 //! Envoy's messages by reflection: canonical JSON in and out.
 //!
-//! Read on first use: a proxy that nobody asks for a dump never pays for it.
+//! Read on first use, and given back when nobody has asked for a while ([`rest`]): tens of megabytes
+//! that a proxy needs for its bootstrap or a dump, and for nothing else.
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use envoy_types::pb::google::protobuf::value::Kind;
@@ -17,13 +19,35 @@ use serde_json::{Value, json};
 
 static SET: &[u8] = include_bytes!("../descriptors/envoy.binpb");
 
-fn pool() -> &'static DescriptorPool {
-    static POOL: OnceLock<DescriptorPool> = OnceLock::new();
-    POOL.get_or_init(|| {
+/// The set, read, and when it was used last.
+struct Loaded {
+    pool: DescriptorPool,
+    used: Instant,
+}
+
+static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
+
+/// How long the set is kept after its last use.
+const KEPT: Duration = Duration::from_secs(5);
+
+fn pool() -> DescriptorPool {
+    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let now = Instant::now();
+    let loaded = loaded.get_or_insert_with(|| {
         let mut pool = DescriptorPool::decode(SET).expect("the set is part of the program and tested");
         pool.add_file_descriptor_proto(typed_struct()).expect("it needs nothing but Struct and is tested");
-        pool
-    })
+        Loaded { pool, used: now }
+    });
+    loaded.used = now;
+    loaded.pool.clone()
+}
+
+/// Gives the set back unless somebody used it a moment ago; now and then, by the control side.
+pub(crate) fn rest() {
+    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    if loaded.as_ref().is_some_and(|loaded| loaded.used.elapsed() >= KEPT) {
+        *loaded = None;
+    }
 }
 
 /// `udpa.type.v1.TypedStruct`, in which Istio wraps the settings of its own filters.

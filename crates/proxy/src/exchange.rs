@@ -20,14 +20,15 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use engine::RuntimeConfig;
 use engine::exchange::{Answer, Attempt, Exchange, Failure, LocalReply, Question, Start, Step};
 use engine::record::NoRecord;
+use engine::{Now, RuntimeConfig};
 use telemetry::metrics::{Counter, Gauge};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 use types::{Cause, Fields, RequestHead, ResponseHead};
 
 use crate::accept::Conn;
+use crate::alarm::Alarm;
 use crate::codec::relay::{Download, Fault, Upload, Watch, poll_response};
 use crate::codec::{Broken, Down, Frame};
 use crate::record::{Ending, RequestLog};
@@ -35,8 +36,14 @@ use crate::upstream::{self, Running};
 use crate::worker::Worker;
 use mirror::Mirrors;
 
-/// Serves one request whose head has been read.
-pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Rc<Conn>, down: Down<'_>, head: &mut RequestHead) {
+/// Serves one request whose head has been read. `alarm` is the task's timer.
+pub(crate) async fn serve(
+    worker: &Rc<Worker>,
+    conn: &Rc<Conn>,
+    down: Down<'_>,
+    head: &mut RequestHead,
+    alarm: &mut Alarm,
+) {
     let config = worker.config();
     let chain = conn.state.chain(&config);
     let ended = down.is_finished();
@@ -45,10 +52,10 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Rc<Conn>, down: Down<'_>, 
     worker.recorder.gauge(Gauge::RequestsActive, 1);
     let start = Start { chain: &chain, conn: &conn.facts, ended, seed, recorder: &mut NoRecord };
     let received = worker.now();
-    let (mut exchange, step) = Exchange::start(&worker.env(&config), start, head);
+    let (mut exchange, step) = Exchange::start(&worker.env_at(&config, received), start, head);
     let log = RequestLog::start(received, &chain, head, exchange.info(), seed);
     if ended {
-        exchange.request_complete(worker.now().mono);
+        exchange.request_complete(received.mono);
     }
     let mut driver = Driver {
         worker,
@@ -63,8 +70,8 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Rc<Conn>, down: Down<'_>, 
         traffic: Traffic::default(),
         mirrors: Mirrors::default(),
         log,
-        moved: Instant::now(),
-        timer: None,
+        moved: Instant::from_std(received.mono),
+        alarm,
     };
     driver.run(step).await;
     driver.end();
@@ -211,7 +218,7 @@ struct Driver<'d, 'c> {
     mirrors: Mirrors,
     log: RequestLog,
     moved: Instant,
-    timer: Option<std::pin::Pin<Box<Sleep>>>,
+    alarm: &'d mut Alarm,
 }
 
 impl Driver<'_, '_> {
@@ -247,8 +254,12 @@ impl Driver<'_, '_> {
     }
 
     fn resume(&mut self, answer: Answer<'_>) -> Step {
+        self.resume_at(self.worker.now(), answer)
+    }
+
+    fn resume_at(&mut self, now: Now, answer: Answer<'_>) -> Step {
         self.config = self.worker.config();
-        let env = self.worker.env(&self.config);
+        let env = self.worker.env_at(&self.config, now);
         self.exchange.resume(&env, answer, self.head, &mut NoRecord)
     }
 
@@ -332,16 +343,19 @@ impl Driver<'_, '_> {
         }
         let endpoints = leased.endpoints.clone();
         let over_http2 = leased.is_http2();
-        self.log.sent(&endpoints, self.worker);
+        self.moved = Instant::now();
+        self.log.sent(&endpoints, self.moved.into_std());
         let mut running = match leased.start(self.head, self.upload.ended) {
             Ok(running) => running,
             Err(broken) => return Some(self.failed(failure_of(broken, false))),
         };
         match self.await_head(&mut running).await {
             Awaited::Head { ended } => {
-                self.log.head_arrived(self.worker);
+                let now = self.worker.now();
+                self.moved = Instant::from_std(now.mono);
+                self.log.head_arrived(now.mono);
                 let mut head = std::mem::take(&mut self.response);
-                let step = self.resume(Answer::Upstream { head: &mut head, ended });
+                let step = self.resume_at(now, Answer::Upstream { head: &mut head, ended });
                 self.response = head;
                 if !matches!(step, Step::Respond) {
                     running.cancel();
@@ -404,7 +418,6 @@ impl Driver<'_, '_> {
         let mut stopped = false;
         let mut interim = 0;
         let grpc = self.exchange.info().is_grpc;
-        self.moved = Instant::now();
         poll_fn(|cx| {
             loop {
                 if !stopped {
@@ -467,31 +480,13 @@ impl Driver<'_, '_> {
         }
     }
 
-    /// Ready when the exchange's deadline or the idle time has passed. One timer serves both and is
-    /// made only when somebody really waits.
+    /// Ready when the exchange's deadline or the idle time has passed.
     fn poll_timers(&mut self, cx: &mut Context<'_>) -> Poll<Interrupt> {
-        loop {
-            let deadline = self.exchange.deadline().map(Instant::from_std);
-            let idle = self.exchange.idle_timeout().map(|idle| self.moved + idle);
-            let Some(next) = deadline.into_iter().chain(idle).min() else { return Poll::Pending };
-            let timer = match &mut self.timer {
-                Some(timer) => {
-                    if timer.deadline() != next {
-                        timer.as_mut().reset(next);
-                    }
-                    timer
-                }
-                none => none.insert(Box::pin(tokio::time::sleep_until(next))),
-            };
-            std::task::ready!(timer.as_mut().poll(cx));
-            let now = Instant::now();
-            if deadline.is_some_and(|at| at <= now) {
-                return Poll::Ready(Interrupt::Elapsed);
-            }
-            if idle.is_some_and(|at| at <= now) {
-                return Poll::Ready(Interrupt::Idle);
-            }
-        }
+        let deadline = self.exchange.deadline().map(Instant::from_std);
+        let idle = self.exchange.idle_timeout().map(|idle| self.moved + idle);
+        let Some(next) = deadline.into_iter().chain(idle).min() else { return Poll::Pending };
+        std::task::ready!(self.alarm.poll(cx, next));
+        Poll::Ready(if deadline == Some(next) { Interrupt::Elapsed } else { Interrupt::Idle })
     }
 
     /// Writes the edited head and relays the body; the request goes on meanwhile.
@@ -560,7 +555,6 @@ impl Driver<'_, '_> {
     async fn relay(&mut self, running: &mut Running, download: &mut Download, tunnel: bool) -> Result<(), Cause> {
         let grpc = self.exchange.info().is_grpc;
         let mut uploading = !self.upload.ended;
-        self.moved = Instant::now();
         poll_fn(|cx| {
             if uploading {
                 let mut watch = watching!(self, grpc && !tunnel);

@@ -20,6 +20,7 @@ mod accept;
 mod access;
 mod admin;
 pub mod agent;
+mod alarm;
 pub mod bootstrap;
 mod codec;
 mod control;

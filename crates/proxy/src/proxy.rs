@@ -195,7 +195,8 @@ impl Proxy {
         if let Some(path) = told
             && let Some((_, address)) = proxy.services().iter().find(|(name, _)| *name == "admin")
         {
-            std::fs::write(&path, address.to_string()).map_err(|error| RunError::Start("the admin address file", error))?;
+            std::fs::write(&path, address.to_string())
+                .map_err(|error| RunError::Start("the admin address file", error))?;
         }
         Ok(proxy)
     }

@@ -46,14 +46,18 @@ pub(crate) struct Counts {
 /// One worker's recorders.
 pub(crate) struct Telemetry {
     pub(crate) peers: Peers,
-    services: RefCell<HashMap<ServiceKey, Arc<Destination>>>,
+    services: RefCell<Services>,
     logs: RefCell<HashMap<Box<str>, Batch>>,
     sinks: Arc<crate::proxy::Sinks>,
     secrets: crate::secrets::Secrets,
 }
 
-#[derive(PartialEq, Eq, Hash)]
-struct ServiceKey(Box<str>, Box<str>, Box<str>);
+/// Services by host; a host has more than one entry only where names differ.
+#[derive(Default)]
+struct Services {
+    by_host: HashMap<Box<str>, Vec<Arc<Destination>>>,
+    count: usize,
+}
 
 struct Batch {
     sink: LineSink,
@@ -99,16 +103,17 @@ impl Telemetry {
     }
 
     fn service(&self, host: &str, name: &str, namespace: &str) -> Arc<Destination> {
-        let key = ServiceKey(host.into(), name.into(), namespace.into());
         let mut services = self.services.borrow_mut();
-        if let Some(found) = services.get(&key) {
+        let same = |known: &&Arc<Destination>| *known.name == *name && *known.namespace == *namespace;
+        if let Some(found) = services.by_host.get(host).and_then(|known| known.iter().find(same)) {
             return Arc::clone(found);
         }
-        if services.len() >= SERVICES_MAX {
-            services.clear();
+        if services.count >= SERVICES_MAX {
+            *services = Services::default();
         }
+        services.count += 1;
         let made = Arc::new(Destination { service: host.into(), name: name.into(), namespace: namespace.into() });
-        services.insert(key, Arc::clone(&made));
+        services.by_host.entry(host.into()).or_default().push(Arc::clone(&made));
         made
     }
 
@@ -183,10 +188,12 @@ impl Telemetry {
             Reporter::Source if peers::server_principal(info).is_empty() => self.peers.own(),
             Reporter::Source => {
                 let store = self.secrets.load();
-                let own = store.workload.as_ref().map(|identity| identity.id.to_string());
-                self.peers.own_with_principal(own.as_deref())
+                let own = store.workload.as_ref().and_then(|identity| identity.facts.uris.first());
+                self.peers.own_with_principal(own.map(|uri| &**uri))
             }
-            Reporter::Destination => self.peers.of_header(info.downstream_peer.as_deref(), principal(&conn.facts)),
+            Reporter::Destination => {
+                self.peers.of_header(info.downstream_peer.as_deref(), conn.facts.peer_identity_text().as_deref())
+            }
         }
     }
 
@@ -259,11 +266,6 @@ fn security(conn: &Conn) -> Security {
         Reporter::Destination if conn.facts.peer_certificate().is_some() => Security::MutualTls,
         Reporter::Destination => Security::None,
     }
-}
-
-/// The peer's identity as metrics show it.
-fn principal(facts: &ConnFacts) -> Option<String> {
-    facts.peer_identity().map(ToString::to_string)
 }
 
 /// Our own, when the connection proves it.
@@ -352,13 +354,13 @@ impl RequestLog {
     }
 
     /// The request goes to an upstream.
-    pub(crate) fn sent(&mut self, upstream: &Endpoints, worker: &Worker) {
+    pub(crate) fn sent(&mut self, upstream: &Endpoints, now: std::time::Instant) {
         self.upstream = upstream.clone();
-        self.sent = Some(worker.now().mono);
+        self.sent = Some(now);
     }
 
-    pub(crate) fn head_arrived(&mut self, worker: &Worker) {
-        self.head = Some(worker.now().mono);
+    pub(crate) fn head_arrived(&mut self, now: std::time::Instant) {
+        self.head = Some(now);
     }
 
     pub(crate) fn responding(&mut self, head: &ResponseHead) {

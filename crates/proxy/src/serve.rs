@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::rc::Rc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,6 +16,7 @@ use types::head::is_grpc_content_type;
 use types::{Cause, GrpcCode, RequestHead, ResponseHead, Version};
 
 use crate::accept::Conn;
+use crate::alarm::Alarm;
 use crate::codec::flood::Guarded;
 use crate::codec::h1::H1Server;
 use crate::codec::h2::{BadRequest, H2Down, H2Settings, read_request, server_builder};
@@ -141,8 +143,9 @@ async fn serve_h1(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
     let mut server = H1Server::new(io, limits);
     let mut head = RequestHead::default();
     let mut served: u32 = 0;
+    let mut alarm = Alarm::default();
     loop {
-        match next_head(conn, hcm, &mut server, &mut head).await {
+        match next_head(conn, hcm, &mut server, &mut head, &mut alarm).await {
             Next::Over => break,
             Next::Bad(error) => {
                 worker.recorder.count(Counter::DownstreamProtocolErrors);
@@ -175,7 +178,7 @@ async fn serve_h1(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
             server.keep_alive = false;
         }
         head.scheme = if conn.facts.tls.is_some() { types::Scheme::Https } else { types::Scheme::Http };
-        exchange::serve(worker, conn, Down::H1(&mut server), &mut head).await;
+        exchange::serve(worker, conn, Down::H1(&mut server), &mut head, &mut alarm).await;
         if !server.may_continue() {
             break;
         }
@@ -184,7 +187,15 @@ async fn serve_h1(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
     close(&mut server).await;
 }
 
-async fn next_head(conn: &Conn, hcm: &Hcm, server: &mut H1Server, head: &mut RequestHead) -> Next {
+/// What waiting for a head came to.
+enum Awaited {
+    Read(Result<Option<http1::RequestMeta>, Broken>),
+    /// Its first bytes are here.
+    Begun,
+    Elapsed,
+}
+
+async fn next_head(conn: &Conn, hcm: &Hcm, server: &mut H1Server, head: &mut RequestHead, alarm: &mut Alarm) -> Next {
     let started = Instant::now();
     let head_timeout = head_timeout(hcm);
     let mut first_byte: Option<Instant> = (!server.is_quiet()).then_some(started);
@@ -193,30 +204,31 @@ async fn next_head(conn: &Conn, hcm: &Hcm, server: &mut H1Server, head: &mut Req
             Some(at) => Some(at + head_timeout),
             None => hcm.timeouts.idle.map(|idle| started + idle),
         };
+        // a request that is here is served, even when it came at the last moment
         let quiet = first_byte.is_none();
         let reading = poll_fn(|cx| {
-            let polled = server.poll_head(cx, head);
-            // the head's time begins with its first byte
-            if polled.is_pending() && quiet && !server.is_quiet() {
-                return std::task::Poll::Ready(None);
+            match server.poll_head(cx, head) {
+                Poll::Ready(read) => Poll::Ready(Awaited::Read(read)),
+                // the head's time begins with its first byte
+                Poll::Pending if first_byte.is_none() && !server.is_quiet() => Poll::Ready(Awaited::Begun),
+                Poll::Pending => match until {
+                    Some(until) => alarm.poll(cx, until).map(|()| Awaited::Elapsed),
+                    None => Poll::Pending,
+                },
             }
-            polled.map(Some)
         });
-        // a request that is here is served, even when it came at the last moment
         let read = tokio::select! {
             biased;
             read = reading => read,
             () = leaves(conn), if quiet => return Next::Over,
-            () = sleep_until(until) => {
-                return if first_byte.is_some() { Next::TooSlow } else { Next::Over };
-            }
         };
         match read {
-            None => first_byte = Some(Instant::now()),
-            Some(Ok(Some(_))) => return Next::Head,
-            Some(Ok(None)) => return Next::Over,
-            Some(Err(Broken::Message(error))) => return Next::Bad(error),
-            Some(Err(_)) => return Next::Over,
+            Awaited::Begun => first_byte = Some(Instant::now()),
+            Awaited::Elapsed => return if first_byte.is_some() { Next::TooSlow } else { Next::Over },
+            Awaited::Read(Ok(Some(_))) => return Next::Head,
+            Awaited::Read(Ok(None)) => return Next::Over,
+            Awaited::Read(Err(Broken::Message(error))) => return Next::Bad(error),
+            Awaited::Read(Err(_)) => return Next::Over,
         }
     }
 }
@@ -357,7 +369,8 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
                 Ok(()) => {
                     head.scheme =
                         if stream_conn.facts.tls.is_some() { types::Scheme::Https } else { types::Scheme::Http };
-                    exchange::serve(&on, &stream_conn, Down::H2(Box::new(down)), &mut head).await;
+                    let down = Down::H2(Box::new(down));
+                    exchange::serve(&on, &stream_conn, down, &mut head, &mut Alarm::default()).await;
                 }
                 Err(bad) => {
                     on.recorder.count(Counter::DownstreamProtocolErrors);

@@ -160,7 +160,12 @@ impl Worker {
 
     /// What a decision may read.
     pub(crate) fn env<'a>(&'a self, config: &'a Rc<RuntimeConfig>) -> Env<'a> {
-        Env { config, worker: &self.engine, now: self.now() }
+        self.env_at(config, self.now())
+    }
+
+    /// The same for a moment that is known already.
+    pub(crate) fn env_at<'a>(&'a self, config: &'a Rc<RuntimeConfig>, now: Now) -> Env<'a> {
+        Env { config, worker: &self.engine, now }
     }
 
     /// A fresh seed for one request. Unpredictable from outside only as far as its start is.

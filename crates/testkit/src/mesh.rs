@@ -20,7 +20,8 @@ read -r _; kill -TERM $pid 2>/dev/null; wait $pid; rm -rf "$dir""#;
 /// Seconds until a mesh must be ready.
 const START_MAX: Duration = Duration::from_secs(90);
 
-/// The `lateen` binary of this build: built on first use, so that `cargo test` alone is enough.
+/// The `lateen` binary of this build, with the features `cargo test --workspace` builds it with; built on
+/// first use, so that `cargo test` of one package is enough.
 pub fn lateen() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
@@ -29,7 +30,9 @@ pub fn lateen() -> &'static Path {
         let profile = test.parent().and_then(Path::parent).expect("tests run from target/PROFILE/deps");
         let target = profile.parent().expect("a profile is a folder of target");
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.args(["build", "--quiet", "--workspace", "--bin", "lateen", "--target-dir"]).arg(target);
+        cargo
+            .args(["test", "--quiet", "--workspace", "--no-run", "--test", "command_line", "--target-dir"])
+            .arg(target);
         cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
         if profile.ends_with("release") {
             cargo.arg("--release");

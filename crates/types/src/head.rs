@@ -179,6 +179,21 @@ impl Fields {
         })
     }
 
+    /// The buffer in which all names and values lie, among others: for a codec that copies it once
+    /// instead of each value. [`Self::spans`] tells where each lies.
+    pub fn buffer(&self) -> &[u8] {
+        &self.buf
+    }
+
+    /// All fields in order, each value by its place in [`Self::buffer`].
+    pub fn spans(&self) -> impl Iterator<Item = (&str, std::ops::Range<usize>)> + '_ {
+        self.list.iter().map(|entry| {
+            let name = std::str::from_utf8(entry.name.of(&self.buf)).unwrap_or_default();
+            let start = entry.value.start as usize;
+            (name, start..start + entry.value.len as usize)
+        })
+    }
+
     /// Replaces every occurrence of `name` by one with `value`, at the place of the first.
     pub fn set(&mut self, name: &str, value: &[u8]) {
         let Some(at) = self.position(name) else { return self.push(name, value) };
@@ -423,6 +438,16 @@ mod tests {
         fields.push_any_case(b"X", b"1");
         fields.push("x", b"2");
         assert_eq!(&*fields.joined("x").unwrap(), b"1,2");
+    }
+
+    #[test]
+    fn spans_lead_to_the_values() {
+        let mut head = RequestHead::new("GET", "a", "/");
+        head.fields.push("x", b"1");
+        head.fields.set("x", b"22");
+        head.fields.push("y", b"");
+        let by_span: Vec<_> = head.fields.spans().map(|(name, span)| (name, &head.fields.buffer()[span])).collect();
+        assert_eq!(by_span, head.fields.iter().collect::<Vec<_>>());
     }
 
     #[test]

@@ -43,14 +43,30 @@ fn pages_have_the_same_shape() {
     let pair = pair();
     let [theirs, ours] = pair.both();
     for (page, wanted) in [
-        ("/clusters?format=json", &["name", "host_statuses", "address", "port_value", "stats", "health_status", "weight", "observability_name"][..]),
+        (
+            "/clusters?format=json",
+            &[
+                "name",
+                "host_statuses",
+                "address",
+                "port_value",
+                "stats",
+                "health_status",
+                "weight",
+                "observability_name",
+            ][..],
+        ),
         ("/listeners?format=json", &["name", "local_address", "port_value"]),
         ("/config_dump", &["bootstrap", "static_listeners", "static_clusters", "static_route_configs", "last_updated"]),
-        ("/server_info", &["version", "state", "node", "id", "uptime_current_epoch", "command_line_options", "concurrency"]),
+        (
+            "/server_info",
+            &["version", "state", "node", "id", "uptime_current_epoch", "command_line_options", "concurrency"],
+        ),
     ] {
         let [theirs, ours] = [theirs, ours].map(|proxy| shape(&proxy.json(page)));
         for word in wanted {
-            let has = |shape: &BTreeSet<String>| shape.iter().any(|path| path.split(['.', '[']).any(|part| part == *word));
+            let has =
+                |shape: &BTreeSet<String>| shape.iter().any(|path| path.split(['.', '[']).any(|part| part == *word));
             assert!(has(&theirs), "{page}: Envoy has no {word}: {theirs:#?}");
             assert!(has(&ours), "{page}: Lateen has no {word}: {ours:#?}");
         }
@@ -63,13 +79,27 @@ fn pages_have_the_same_shape() {
     assert_eq!(names[1], names[0]);
     for proxy in [theirs, ours] {
         let clusters = proxy.page("/clusters");
-        for key in ["cx_active::", "rq_active::", "health_flags::healthy", "weight::1", "priority::0", "default_priority::max_connections::1024"] {
-            assert!(clusters.lines().any(|line| line.starts_with("echo::") && line.contains(key)), "{}: {key}: {clusters}", proxy.kind);
+        for key in [
+            "cx_active::",
+            "rq_active::",
+            "health_flags::healthy",
+            "weight::1",
+            "priority::0",
+            "default_priority::max_connections::1024",
+        ] {
+            assert!(
+                clusters.lines().any(|line| line.starts_with("echo::") && line.contains(key)),
+                "{}: {key}: {clusters}",
+                proxy.kind
+            );
         }
         assert!(proxy.page("/listeners").starts_with(&format!("http::{}", proxy.listener("http"))), "{}", proxy.kind);
         let metrics = proxy.page("/stats?format=prometheus");
         assert!(metrics.contains("# TYPE envoy_server_live gauge\nenvoy_server_live"), "{}: {metrics}", proxy.kind);
-        assert_eq!(proxy.page("/stats/prometheus").lines().filter(|line| line.starts_with("# TYPE envoy_server_live")).count(), 1);
+        assert_eq!(
+            proxy.page("/stats/prometheus").lines().filter(|line| line.starts_with("# TYPE envoy_server_live")).count(),
+            1
+        );
         assert!(proxy.page("/stats?filter=server.live").contains("server.live") || proxy.kind == "lateen");
         assert_eq!(proxy.page("/ready"), "LIVE\n");
         assert_eq!(proxy.ask("GET", "/nobody").unwrap().status, 404);
@@ -117,8 +147,7 @@ fn a_proxy_that_is_told_to_quit_ends() {
     let Pair { envoy, lateen } = pair();
     for mut proxy in [envoy, lateen] {
         assert_eq!(proxy.ask("POST", "/quitquitquit").unwrap().status, 200);
-        let ended = eventually("the end", |
-        | Standalone::ended(&mut proxy).ok_or_else(|| "it runs".to_owned()));
+        let ended = eventually("the end", || Standalone::ended(&mut proxy).ok_or_else(|| "it runs".to_owned()));
         assert!(ended.success(), "{}: {ended}", proxy.kind);
     }
 }

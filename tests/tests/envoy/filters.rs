@@ -129,7 +129,11 @@ fn routes_match_and_act_the_same_way() {
             { "name": "echo", "weight": 0 }, { "name": "other", "weight": 10, "response_headers_to_add": [{ "header": { "key": "x-weighted", "value": "yes" } }] }] } } },
         { "match": { "prefix": "/" }, "route": to("echo") },
     ]);
-    let mut manager = hcm(&[], &routes, &json!({ "normalize_path": true, "merge_slashes": true, "path_with_escaped_slashes_action": "UNESCAPE_AND_REDIRECT" }));
+    let mut manager = hcm(
+        &[],
+        &routes,
+        &json!({ "normalize_path": true, "merge_slashes": true, "path_with_escaped_slashes_action": "UNESCAPE_AND_REDIRECT" }),
+    );
     manager["typed_config"]["route_config"]["validate_clusters"] = false.into();
     let clusters = [cluster("echo", &[echo.address]), cluster("other", &[other.address]), cluster("nobody", &[])];
     let pair = Pair::start(&bootstrap(&[listener("http", &[manager])], &clusters));
@@ -177,7 +181,12 @@ fn routes_match_and_act_the_same_way() {
     for path in ["/redirect/scheme?a=b", "/redirect/host/x?a=b", "/direct/x", "/a%2fb", "/a%5cb/c"] {
         pair.get("http", "a.example:8080", path, &[]);
     }
-    pair.get("http", "a.example", "/edit", &[("x-in", "in"), ("x-gone", "1"), ("x-appended", "one"), ("x-absent", "there")]);
+    pair.get(
+        "http",
+        "a.example",
+        "/edit",
+        &[("x-in", "in"), ("x-gone", "1"), ("x-appended", "one"), ("x-absent", "there")],
+    );
     pair.get("http", "a.example", "/edit", &[]);
     assert_eq!(by("/unknown", &[("x-cluster", "other")]), "200 other /unknown");
     assert_eq!(by("/unknown", &[("x-cluster", "none")]), "503");
@@ -194,12 +203,17 @@ fn what_is_no_good_request_is_answered_the_same_way() {
         ("no host", "GET / HTTP/1.1\r\n\r\n", false),
         ("HTTP/1.0", "GET / HTTP/1.0\r\nhost: a\r\n\r\n", false),
         ("two lengths", "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab", true),
-        ("length and chunks", "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", true),
+        (
+            "length and chunks",
+            "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+            true,
+        ),
         ("nonsense", "hello\r\n\r\n", true),
         ("bad header", "GET / HTTP/1.1\r\nhost: a\r\nb c: d\r\n\r\n", true),
     ] {
         let statuses = pair.both().map(|proxy| {
-            let answer = Client::plain(proxy.listener("http")).and_then(|mut client| client.raw(request.as_bytes(), false));
+            let answer =
+                Client::plain(proxy.listener("http")).and_then(|mut client| client.raw(request.as_bytes(), false));
             answer.map_or(0, |answer| answer.status)
         });
         // A connection that is closed says as much as a 400.
@@ -229,7 +243,8 @@ fn rbac_decides_the_same_way() {
     });
     let more = json!({ "use_remote_address": false, "xff_num_trusted_hops": 0 });
     let pair = pair(&[rbac(&rules)], &to_echo(), &more);
-    let status = |method: &str, path: &str, headers: &[(&str, &str)]| pair.send("http", method, "a", path, headers).status;
+    let status =
+        |method: &str, path: &str, headers: &[(&str, &str)]| pair.send("http", method, "a", path, headers).status;
     assert_eq!(status("GET", "/public", &[]), 200);
     assert_eq!(status("GET", "/private/x", &[]), 403);
     assert_eq!(status("GET", "/private?x", &[]), 403);
@@ -252,14 +267,18 @@ fn tokens_are_checked_the_same_way() {
         "claim_to_headers": [{ "header_name": "x-sub", "claim_name": "sub" }],
         "forward_payload_header": "x-payload",
     });
-    let jwt = typed("envoy.filters.http.jwt_authn", "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication", json!({
-        "providers": { "one": provider },
-        "rules": [
-            { "match": { "prefix": "/open" }, "requires": { "requires_any": { "requirements": [{ "provider_name": "one" }, { "allow_missing": {} }] } } },
-            { "match": { "prefix": "/free" } },
-            { "match": { "prefix": "/" }, "requires": { "provider_name": "one" } },
-        ],
-    }));
+    let jwt = typed(
+        "envoy.filters.http.jwt_authn",
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
+        json!({
+            "providers": { "one": provider },
+            "rules": [
+                { "match": { "prefix": "/open" }, "requires": { "requires_any": { "requirements": [{ "provider_name": "one" }, { "allow_missing": {} }] } } },
+                { "match": { "prefix": "/free" } },
+                { "match": { "prefix": "/" }, "requires": { "provider_name": "one" } },
+            ],
+        }),
+    );
     let pair = pair(&[jwt], &to_echo(), &json!({}));
     let claims = json!({ "iss": "https://issuer.example", "sub": "ada", "aud": ["x", "shop"], "exp": now + 3600 });
     let changed = |name: &str, value: Value| {
@@ -294,7 +313,10 @@ fn tokens_are_checked_the_same_way() {
     }
     assert_eq!(pair.get("http", "a", &format!("/x?token={good}"), &[]).status, 200);
     assert_eq!(pair.get("http", "a", "/x", &[("x-token", &good)]).status, 200);
-    assert_eq!(pair.get("http", "a", "/x", &[("x-token", &good), ("x-sub", "forged"), ("x-payload", "forged")]).status, 200);
+    assert_eq!(
+        pair.get("http", "a", "/x", &[("x-token", &good), ("x-sub", "forged"), ("x-payload", "forged")]).status,
+        200
+    );
 }
 
 #[test]
@@ -306,20 +328,26 @@ fn a_service_is_asked_for_permission_the_same_way() {
         _ => (200, vec![("x-user", "ada".into()), ("x-other", "o".into())], String::new()),
     });
     let echo = Backend::echo("echo");
-    let authz = |allow: bool| typed("envoy.filters.http.ext_authz", "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz", json!({
-        "failure_mode_allow": allow,
-        "status_on_error": { "code": "ServiceUnavailable" },
-        "allowed_headers": { "patterns": [{ "exact": "x-verdict" }] },
-        "http_service": {
-            "server_uri": { "uri": "http://judge", "cluster": "judge", "timeout": "5s" },
-            "path_prefix": "/check",
-            "authorization_request": { "headers_to_add": [{ "key": "x-asked-by", "value": "proxy" }] },
-            "authorization_response": {
-                "allowed_upstream_headers": { "patterns": [{ "exact": "x-user" }] },
-                "allowed_client_headers": { "patterns": [{ "exact": "x-why" }] },
-            },
-        },
-    }));
+    let authz = |allow: bool| {
+        typed(
+            "envoy.filters.http.ext_authz",
+            "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz",
+            json!({
+                "failure_mode_allow": allow,
+                "status_on_error": { "code": "ServiceUnavailable" },
+                "allowed_headers": { "patterns": [{ "exact": "x-verdict" }] },
+                "http_service": {
+                    "server_uri": { "uri": "http://judge", "cluster": "judge", "timeout": "5s" },
+                    "path_prefix": "/check",
+                    "authorization_request": { "headers_to_add": [{ "key": "x-asked-by", "value": "proxy" }] },
+                    "authorization_response": {
+                        "allowed_upstream_headers": { "patterns": [{ "exact": "x-user" }] },
+                        "allowed_client_headers": { "patterns": [{ "exact": "x-why" }] },
+                    },
+                },
+            }),
+        )
+    };
     let gone = SocketAddr::from(([127, 0, 0, 1], backend::free_port()));
     let off = json!([
         { "match": { "prefix": "/off" }, "route": { "cluster": "echo" }, "typed_per_filter_config": { "envoy.filters.http.ext_authz":
@@ -328,26 +356,41 @@ fn a_service_is_asked_for_permission_the_same_way() {
     ]);
     let start = |judge: SocketAddr| {
         Pair::start(&bootstrap(
-            &[listener("closed", &[hcm(&[authz(false)], &off, &json!({}))]), listener("open", &[hcm(&[authz(true)], &off, &json!({}))])],
+            &[
+                listener("closed", &[hcm(&[authz(false)], &off, &json!({}))]),
+                listener("open", &[hcm(&[authz(true)], &off, &json!({}))]),
+            ],
             &[cluster("echo", &[echo.address]), cluster("judge", &[judge])],
         ))
     };
     let pair = start(judge.address);
     for name in ["closed", "open"] {
-        let ask = |path: &str, verdict: &str| pair.get(name, "a.example", path, &[("x-verdict", verdict), ("x-user", "forged")]);
+        let ask = |path: &str, verdict: &str| {
+            pair.get(name, "a.example", path, &[("x-verdict", verdict), ("x-user", "forged")])
+        };
         let yes = ask("/x?a=b", "yes");
         assert_eq!((yes.status, yes.json()["headers"]["x-user"].as_str()), (200, Some("ada")), "{yes:?}");
         let no = ask("/x", "no");
-        assert_eq!((no.status, no.body.as_str(), no.header("x-why")), (403, "denied by judge", Some("because")), "{no:?}");
+        assert_eq!(
+            (no.status, no.body.as_str(), no.header("x-why")),
+            (403, "denied by judge", Some("because")),
+            "{no:?}"
+        );
         assert_eq!(ask("/x", "login").status, 302);
         assert_eq!(ask("/x", "broken").status, if name == "open" { 200 } else { 503 });
         assert_eq!(ask("/off", "no").status, 200);
     }
     // What the service was asked.
-    let asked: Vec<_> = judge.seen().into_iter().map(|mut seen| {
-        seen.headers.retain(|name, _| !name.starts_with("x-request-id") && !name.contains("trace") && !name.starts_with("x-b3"));
-        (seen.method, seen.path, seen.headers)
-    }).collect();
+    let asked: Vec<_> = judge
+        .seen()
+        .into_iter()
+        .map(|mut seen| {
+            seen.headers.retain(|name, _| {
+                !name.starts_with("x-request-id") && !name.contains("trace") && !name.starts_with("x-b3")
+            });
+            (seen.method, seen.path, seen.headers)
+        })
+        .collect();
     for (position, question) in asked.iter().enumerate() {
         let same = asked.iter().filter(|other| *other == question).count();
         assert!(same % 2 == 0, "question {position} was asked in two ways: {question:?} in {asked:#?}");
@@ -359,7 +402,8 @@ fn a_service_is_asked_for_permission_the_same_way() {
 
 #[test]
 fn faults_are_injected_the_same_way() {
-    let fault = |config: Value| typed("envoy.filters.http.fault", "envoy.extensions.filters.http.fault.v3.HTTPFault", config);
+    let fault =
+        |config: Value| typed("envoy.filters.http.fault", "envoy.extensions.filters.http.fault.v3.HTTPFault", config);
     let of_route = |config: Value| {
         let mut config = config;
         config["@type"] = "type.googleapis.com/envoy.extensions.filters.http.fault.v3.HTTPFault".into();
@@ -417,33 +461,58 @@ fn origins_are_allowed_the_same_way() {
     }
     let preflight = [("origin", "https://a.example"), ("access-control-request-method", "PUT")];
     let answer = pair.send("http", "OPTIONS", "a", "/cors", &preflight);
-    assert_eq!((answer.status, answer.header("access-control-allow-origin")), (200, Some("https://a.example")), "{answer:?}");
+    assert_eq!(
+        (answer.status, answer.header("access-control-allow-origin")),
+        (200, Some("https://a.example")),
+        "{answer:?}"
+    );
     assert_eq!(answer.header("access-control-allow-methods"), Some("GET, PUT"));
 }
 
 #[test]
 fn grpc_statistics_leave_requests_alone() {
-    let stats = typed("envoy.filters.http.grpc_stats", "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
-        json!({ "emit_filter_state": true, "stats_for_all_methods": false }));
+    let stats = typed(
+        "envoy.filters.http.grpc_stats",
+        "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
+        json!({ "emit_filter_state": true, "stats_for_all_methods": false }),
+    );
     let pair = pair(&[stats], &to_echo(), &json!({}));
-    let answer = pair.send("http", "POST", "a", "/some.Service/Method", &[("content-type", "application/grpc"), ("te", "trailers")]);
+    let answer = pair.send(
+        "http",
+        "POST",
+        "a",
+        "/some.Service/Method",
+        &[("content-type", "application/grpc"), ("te", "trailers")],
+    );
     assert_eq!(answer.status, 200, "{answer:?}");
 }
 
 #[test]
 fn request_ids_are_kept_and_made_the_same_way() {
-    let id = |config: Value| json!({ "request_id_extension": { "typed_config": {
+    let id = |config: Value| {
+        json!({ "request_id_extension": { "typed_config": {
         "@type": "type.googleapis.com/envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
         "pack_trace_reason": config["pack_trace_reason"], "use_request_id_for_trace_sampling": config["use_request_id_for_trace_sampling"] } },
-        "preserve_external_request_id": config["preserve"], "use_remote_address": config["edge"] });
+        "preserve_external_request_id": config["preserve"], "use_remote_address": config["edge"] })
+    };
     const GIVEN: &str = "01234567-89ab-4cde-8f01-23456789abcd";
     for (preserve, edge) in [(false, false), (false, true), (true, true)] {
         let backend = Backend::echo("echo");
-        let more = id(json!({ "pack_trace_reason": false, "use_request_id_for_trace_sampling": true, "preserve": preserve, "edge": edge }));
-        let pair = Pair::start(&bootstrap(&[listener("http", &[hcm(&[], &to_echo(), &more)])], &[cluster("echo", &[backend.address])]));
+        let more = id(
+            json!({ "pack_trace_reason": false, "use_request_id_for_trace_sampling": true, "preserve": preserve, "edge": edge }),
+        );
+        let pair = Pair::start(&bootstrap(
+            &[listener("http", &[hcm(&[], &to_echo(), &more)])],
+            &[cluster("echo", &[backend.address])],
+        ));
         pair.get("http", "a", "/with", &[("x-request-id", GIVEN)]);
         pair.get("http", "a", "/without", &[]);
-        let kept: Vec<bool> = backend.seen().iter().filter(|seen| seen.path == "/with").map(|seen| seen.headers["x-request-id"] == GIVEN).collect();
+        let kept: Vec<bool> = backend
+            .seen()
+            .iter()
+            .filter(|seen| seen.path == "/with")
+            .map(|seen| seen.headers["x-request-id"] == GIVEN)
+            .collect();
         assert_eq!(kept[0], kept[1], "preserve {preserve}, edge {edge}: {:?}", backend.seen());
         for seen in backend.seen().iter().filter(|seen| seen.path == "/without") {
             let made = &seen.headers["x-request-id"];
@@ -517,29 +586,55 @@ fn spans_are_reported_the_same_way() {
         &[cluster("echo", &[echo.address]), cluster("collector", &[collector.address])],
     ));
     let context = [
-        ("x-b3-traceid", "463ac35c9f6413ad48485a3953bb6124"), ("x-b3-spanid", "a2fb4a1d1a96d312"), ("x-b3-sampled", "1"),
-        ("x-from", "test"), ("user-agent", "tester"), ("x-request-id", "01234567-89ab-4cde-8f01-23456789abcd"),
+        ("x-b3-traceid", "463ac35c9f6413ad48485a3953bb6124"),
+        ("x-b3-spanid", "a2fb4a1d1a96d312"),
+        ("x-b3-sampled", "1"),
+        ("x-from", "test"),
+        ("user-agent", "tester"),
+        ("x-request-id", "01234567-89ab-4cde-8f01-23456789abcd"),
     ];
     pair.get("http", "a.example", "/traced?a=b", &context);
     let spans = eventually("both spans", || {
-        let all: Vec<Value> = collector.seen().iter().flat_map(|seen| serde_json::from_str::<Vec<Value>>(&seen.body).unwrap_or_default()).collect();
+        let all: Vec<Value> = collector
+            .seen()
+            .iter()
+            .flat_map(|seen| serde_json::from_str::<Vec<Value>>(&seen.body).unwrap_or_default())
+            .collect();
         if all.len() >= 2 { Ok(all) } else { Err(format!("{all:?}")) }
     });
     let comparable = |mut span: Value| {
         for volatile in ["id", "timestamp", "duration", "localEndpoint", "annotations"] {
             span.as_object_mut().unwrap().remove(volatile);
         }
-        for volatile in ["peer.address", "guid:x-request-id", "request_size", "response_size", "node_id", "upstream_address", "upstream_cluster.name", "zone", "component", "http.url"] {
+        for volatile in [
+            "peer.address",
+            "guid:x-request-id",
+            "request_size",
+            "response_size",
+            "node_id",
+            "upstream_address",
+            "upstream_cluster.name",
+            "zone",
+            "component",
+            "http.url",
+        ] {
             span["tags"].as_object_mut().unwrap().remove(volatile);
         }
         span
     };
     let [one, two] = [spans[0].clone(), spans[1].clone()].map(comparable);
     assert_eq!(one, two);
-    assert_eq!((one["traceId"].as_str(), one["kind"].as_str()), (Some("463ac35c9f6413ad48485a3953bb6124"), Some("SERVER")));
+    assert_eq!(
+        (one["traceId"].as_str(), one["kind"].as_str()),
+        (Some("463ac35c9f6413ad48485a3953bb6124"), Some("SERVER"))
+    );
     assert_eq!((one["tags"]["fixed"].as_str(), one["tags"]["from"].as_str()), (Some("yes"), Some("test")));
     // What the application is told.
-    let told: Vec<_> = echo.seen().iter().map(|seen| (seen.headers["x-b3-traceid"].clone(), seen.headers["x-b3-sampled"].clone())).collect();
+    let told: Vec<_> = echo
+        .seen()
+        .iter()
+        .map(|seen| (seen.headers["x-b3-traceid"].clone(), seen.headers["x-b3-sampled"].clone()))
+        .collect();
     assert_eq!(told[0], told[1]);
 }
 
@@ -562,11 +657,17 @@ fn line(at: SocketAddr, words: &str) -> String {
 
 #[test]
 fn bytes_are_proxied_the_same_way() {
-    let network_rbac = |cidr: &str| typed("envoy.filters.network.rbac", "envoy.extensions.filters.network.rbac.v3.RBAC", json!({
-        "stat_prefix": "rbac",
-        "rules": { "action": "DENY", "policies": { "ips": { "permissions": [{ "any": true }],
-            "principals": [{ "direct_remote_ip": { "address_prefix": cidr, "prefix_len": 32 } }] } } },
-    }));
+    let network_rbac = |cidr: &str| {
+        typed(
+            "envoy.filters.network.rbac",
+            "envoy.extensions.filters.network.rbac.v3.RBAC",
+            json!({
+                "stat_prefix": "rbac",
+                "rules": { "action": "DENY", "policies": { "ips": { "permissions": [{ "any": true }],
+                    "principals": [{ "direct_remote_ip": { "address_prefix": cidr, "prefix_len": 32 } }] } } },
+            }),
+        )
+    };
     let weighted = json!({ "weighted_clusters": { "clusters": [{ "name": "one", "weight": 1 }, { "name": "two", "weight": 999_999 }] } });
     let gone = SocketAddr::from(([127, 0, 0, 1], backend::free_port()));
     let pair = Pair::start(&bootstrap(
@@ -578,9 +679,21 @@ fn bytes_are_proxied_the_same_way() {
             listener("denied", &[network_rbac("127.0.0.1"), tcp_proxy(json!({ "cluster": "one" }))]),
             listener("allowed", &[network_rbac("127.0.0.2"), tcp_proxy(json!({ "cluster": "one" }))]),
         ],
-        &[cluster("one", &[backend::tcp("one")]), cluster("two", &[backend::tcp("two")]), cluster("gone", &[gone]), cluster("empty", &[])],
+        &[
+            cluster("one", &[backend::tcp("one")]),
+            cluster("two", &[backend::tcp("two")]),
+            cluster("gone", &[gone]),
+            cluster("empty", &[]),
+        ],
     ));
-    for (name, expect) in [("plain", "one hi"), ("weighted", "two hi"), ("gone", ""), ("empty", ""), ("denied", ""), ("allowed", "one hi")] {
+    for (name, expect) in [
+        ("plain", "one hi"),
+        ("weighted", "two hi"),
+        ("gone", ""),
+        ("empty", ""),
+        ("denied", ""),
+        ("allowed", "one hi"),
+    ] {
         for proxy in pair.both() {
             assert_eq!(line(proxy.listener(name), "hi"), expect, "{name} of {}", proxy.kind);
         }
@@ -607,11 +720,19 @@ fn client_tls(root: &str, name: &str) -> Value {
 }
 
 fn direct(body: &str) -> Value {
-    hcm(&[], &json!([{ "match": { "prefix": "/" }, "direct_response": { "status": 200, "body": { "inline_string": body } } }]), &json!({}))
+    hcm(
+        &[],
+        &json!([{ "match": { "prefix": "/" }, "direct_response": { "status": 200, "body": { "inline_string": body } } }]),
+        &json!({}),
+    )
 }
 
 fn inspector(name: &str, kind: &str) -> Value {
-    typed(&format!("envoy.filters.listener.{name}"), &format!("envoy.extensions.filters.listener.{name}.v3.{kind}"), json!({}))
+    typed(
+        &format!("envoy.filters.listener.{name}"),
+        &format!("envoy.extensions.filters.listener.{name}.v3.{kind}"),
+        json!({}),
+    )
 }
 
 #[test]
@@ -619,7 +740,11 @@ fn chains_are_chosen_by_what_inspectors_see() {
     let (tls_a, root_a, _) = server_tls("a.example", &[]);
     let (tls_b, root_b, _) = server_tls("x.b.example", &["http/1.1"]);
     let mut chains = listener("chains", &[]);
-    chains["listener_filters"] = json!([inspector("original_dst", "OriginalDst"), inspector("tls_inspector", "TlsInspector"), inspector("http_inspector", "HttpInspector")]);
+    chains["listener_filters"] = json!([
+        inspector("original_dst", "OriginalDst"),
+        inspector("tls_inspector", "TlsInspector"),
+        inspector("http_inspector", "HttpInspector")
+    ]);
     chains["filter_chains"] = json!([
         { "filter_chain_match": { "server_names": ["a.example"], "transport_protocol": "tls" }, "filters": [direct("a")], "transport_socket": tls_a },
         { "filter_chain_match": { "server_names": ["*.b.example"], "transport_protocol": "tls" }, "filters": [direct("b")], "transport_socket": tls_b },
@@ -632,7 +757,11 @@ fn chains_are_chosen_by_what_inspectors_see() {
     let pair = Pair::start(&bootstrap(&[chains], &[cluster("tcp", &[backend::tcp("tcp")])]));
     for proxy in pair.both() {
         let at = proxy.listener("chains");
-        let tls = |name: &str, root: &[u8]| Client::tls(at, name, root).and_then(|mut client| client.send("GET", name, "/", &[])).map(|answer| answer.body);
+        let tls = |name: &str, root: &[u8]| {
+            Client::tls(at, name, root)
+                .and_then(|mut client| client.send("GET", name, "/", &[]))
+                .map(|answer| answer.body)
+        };
         assert_eq!(tls("a.example", &root_a).unwrap(), "a", "{}", proxy.kind);
         assert_eq!(tls("x.b.example", &root_b).unwrap(), "b", "{}", proxy.kind);
         assert!(tls("c.example", &root_a).is_err(), "{}: no chain for the name", proxy.kind);
@@ -662,7 +791,8 @@ fn sockets_towards_upstreams_are_chosen_by_endpoint() {
         { "name": "raw", "match": {}, "transport_socket": { "name": "envoy.transport_sockets.raw_buffer",
             "typed_config": { "@type": "type.googleapis.com/envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer" } } },
     ]);
-    mixed["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["metadata"] = json!({ "filter_metadata": { "envoy.transport_socket_match": { "tlsMode": "istio" } } });
+    mixed["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["metadata"] =
+        json!({ "filter_metadata": { "envoy.transport_socket_match": { "tlsMode": "istio" } } });
     mixed["typed_extension_protocol_options"] = http2;
     let mut wrong = cluster("wrong", &[at(tls_port)]);
     wrong["transport_socket"] = client_tls(&root, "else.example");
@@ -671,7 +801,10 @@ fn sockets_towards_upstreams_are_chosen_by_endpoint() {
         { "match": { "prefix": "/" }, "route": { "cluster": "mixed" } },
     ]);
     let echo = Backend::echo("echo");
-    let text = bootstrap(&[listener("http", &[hcm(&[], &routes, &json!({}))]), secure, clear], &[cluster("echo", &[echo.address]), mixed, wrong]);
+    let text = bootstrap(
+        &[listener("http", &[hcm(&[], &routes, &json!({}))]), secure, clear],
+        &[cluster("echo", &[echo.address]), mixed, wrong],
+    );
     let answers = ["envoy", "lateen"].map(|kind| {
         let proxy = crate::standalone::Standalone::start(kind, &text, |_| {});
         let mut client = Client::plain(proxy.listener("http")).unwrap();
@@ -699,7 +832,10 @@ fn retries_avoid_hosts_that_failed_before() {
     ]);
     let mut both = cluster("both", &[good.address, bad.address]);
     both["lb_policy"] = "RANDOM".into();
-    let pair = Pair::start(&bootstrap(&[listener("http", &[hcm(&[], &routes, &json!({}))])], &[both, cluster("bad", &[bad.address])]));
+    let pair = Pair::start(&bootstrap(
+        &[listener("http", &[hcm(&[], &routes, &json!({}))])],
+        &[both, cluster("bad", &[bad.address])],
+    ));
     assert_eq!(pair.get("http", "a", "/once", &[]).status, 503);
     for _ in 0..20 {
         assert_eq!(pair.get("http", "a", "/", &[]).status, 200);
@@ -732,7 +868,10 @@ fn timeouts_are_the_same() {
         { "match": { "prefix": "/slow/tries" }, "route": { "cluster": "slow", "timeout": "2s", "retry_policy": { "retry_on": "reset,5xx", "num_retries": 1, "per_try_timeout": "0.2s" } } },
         { "match": { "prefix": "/" }, "route": { "cluster": "slow" } },
     ]);
-    let pair = Pair::start(&bootstrap(&[listener("http", &[hcm(&[], &routes, &json!({}))])], &[cluster("slow", &[slow.address])]));
+    let pair = Pair::start(&bootstrap(
+        &[listener("http", &[hcm(&[], &routes, &json!({}))])],
+        &[cluster("slow", &[slow.address])],
+    ));
     assert_eq!(pair.get("http", "a", "/fast", &[]).status, 200);
     let late = pair.get("http", "a", "/slow/timeout", &[]);
     assert_eq!((late.status, late.body.as_str()), (504, "upstream request timeout"));
@@ -743,16 +882,37 @@ fn timeouts_are_the_same() {
 #[test]
 fn what_is_not_built_is_refused_by_name_and_path() {
     let echo = cluster("echo", &[SocketAddr::from(([127, 0, 0, 1], 1))]);
-    let http = |filters: &[Value]| bootstrap(&[listener("http", &[hcm(filters, &to_echo(), &json!({}))])], std::slice::from_ref(&echo));
+    let http = |filters: &[Value]| {
+        bootstrap(&[listener("http", &[hcm(filters, &to_echo(), &json!({}))])], std::slice::from_ref(&echo))
+    };
     let check = |text: &str, words: &[&str]| {
         let said = refused("lateen", text);
         for word in words {
             assert!(said.contains(word), "{word:?} is not in {said}");
         }
     };
-    check(&http(&[typed("envoy.filters.http.lua", "envoy.extensions.filters.http.lua.v3.Lua", json!({}))]), &["http", "envoy.filters.http.lua"]);
-    check(&http(&[json!({ "name": "nobody", "typed_config": { "@type": "type.googleapis.com/nobody.knows.This" } })]), &["nobody"]);
-    check(&bootstrap(&[listener("tcp", &[typed("envoy.filters.network.redis_proxy", "envoy.extensions.filters.network.redis_proxy.v3.RedisProxy", json!({}))])], &[]), &["redis_proxy"]);
+    check(
+        &http(&[typed("envoy.filters.http.lua", "envoy.extensions.filters.http.lua.v3.Lua", json!({}))]),
+        &["http", "envoy.filters.http.lua"],
+    );
+    check(
+        &http(&[json!({ "name": "nobody", "typed_config": { "@type": "type.googleapis.com/nobody.knows.This" } })]),
+        &["nobody"],
+    );
+    check(
+        &bootstrap(
+            &[listener(
+                "tcp",
+                &[typed(
+                    "envoy.filters.network.redis_proxy",
+                    "envoy.extensions.filters.network.redis_proxy.v3.RedisProxy",
+                    json!({}),
+                )],
+            )],
+            &[],
+        ),
+        &["redis_proxy"],
+    );
     let mut odd = echo.clone();
     odd["lb_policy"] = "NOBODY".into();
     check(&bootstrap(&[], &[odd]), &["static_resources.clusters[0]", "NOBODY"]);

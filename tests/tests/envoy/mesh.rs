@@ -31,7 +31,9 @@ fn manifests() -> String {
     });
     let mut all = vec![mesh.to_string()];
     for (name, injection) in [("foo", "enabled"), ("legacy", "disabled")] {
-        all.push(format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: {name}, labels: {{istio-injection: {injection}}}}}}}"));
+        all.push(format!(
+            "{{apiVersion: v1, kind: Namespace, metadata: {{name: {name}, labels: {{istio-injection: {injection}}}}}}}"
+        ));
     }
     for name in PODS {
         all.push(workload("foo", name, "sidecar"));
@@ -41,7 +43,12 @@ fn manifests() -> String {
     all.push(service("legacy", "judge", "curl", HTTP));
     for name in PODS {
         all.push(service("foo", name, name, &[HTTP, TCP, GRPC].join(", ")));
-        all.push(service("istio-system", &format!("gateway-{name}"), &format!("gateway-{name}"), "{name: http, port: 80, targetPort: 8080}, {name: https, port: 443, targetPort: 8443}"));
+        all.push(service(
+            "istio-system",
+            &format!("gateway-{name}"),
+            &format!("gateway-{name}"),
+            "{name: http, port: 80, targetPort: 8080}, {name: https, port: 443, targetPort: 8443}",
+        ));
     }
     all.push(format!(
         "apiVersion: v1\nkind: Service\nmetadata: {{name: all, namespace: foo}}\nspec: {{selector: {{role: server}}, ports: [{HTTP}, {TCP}]}}"
@@ -95,7 +102,8 @@ fn workload(namespace: &str, name: &str, template: &str) -> String {
             {"name": "grpc", "image": "lateen/grpc-echo", "ports": [{"containerPort": 7070}], "readinessProbe": ready(7070)},
         ])
     };
-    let account = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": namespace}});
+    let account =
+        json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": namespace}});
     let deployment = json!({
         "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": namespace},
         "spec": {
@@ -199,7 +207,8 @@ fn at_all(mesh: &Mesh, host: &str, path: &str, args: &[&str]) -> Response {
 
 /// An answer without what differs by nature.
 fn answer(mut answer: Response) -> Response {
-    let volatile = ["date", "x-envoy-upstream-service-time", "x-request-id", "server", "transfer-encoding", "content-length"];
+    let volatile =
+        ["date", "x-envoy-upstream-service-time", "x-request-id", "server", "transfer-encoding", "content-length"];
     answer.headers.retain(|(name, _)| !volatile.contains(&name.as_str()));
     answer.headers.sort();
     answer
@@ -207,7 +216,9 @@ fn answer(mut answer: Response) -> Response {
 
 #[track_caller]
 fn agreed(what: &str, answers: Vec<(String, Response)>) -> Response {
-    let shown = |answer: &Response| (answer.status, answer.headers.clone(), if answer.status == 200 { String::new() } else { answer.body.clone() });
+    let shown = |answer: &Response| {
+        (answer.status, answer.headers.clone(), if answer.status == 200 { String::new() } else { answer.body.clone() })
+    };
     let (first, expect) = answers.last().cloned().unwrap();
     for (who, have) in &answers {
         assert_eq!(shown(have), shown(&expect), "{what}: {who} (left) and {first} (right)");
@@ -265,7 +276,9 @@ fn every_mode_of_mutual_tls_holds_on_every_pair() {
 #[test]
 fn policies_see_the_same_principals() {
     let mesh = ENVOYS.turn();
-    let by = |source: &str| security("AuthorizationPolicy", &format!("{{action: DENY, rules: [{{from: [{{source: {source}}}]}}]}}"));
+    let by = |source: &str| {
+        security("AuthorizationPolicy", &format!("{{action: DENY, rules: [{{from: [{{source: {source}}}]}}]}}"))
+    };
     for denied in PODS {
         let _policy = with(&mesh, &by(&format!("{{principals: [cluster.local/ns/foo/sa/{denied}]}}")));
         for from in PODS {
@@ -300,7 +313,8 @@ fn policies_see_the_same_principals() {
 #[test]
 fn requests_are_routed_the_same_way() {
     let mesh = ENVOYS.turn();
-    let destination = |subset: &str| format!("{{destination: {{host: all, subset: {subset}, port: {{number: 8000}}}}}}");
+    let destination =
+        |subset: &str| format!("{{destination: {{host: all, subset: {subset}, port: {{number: 8000}}}}}}");
     let to = |subset: &str| format!("route: [{}]", destination(subset));
     let http = format!(
         "[{{match: [{{headers: {{end-user: {{exact: jason}}}}}}], {}}},
@@ -359,7 +373,9 @@ fn weights_split_the_same_way() {
     };
     let _route = with(&mesh, &split(0, 100));
     let count = 200;
-    let script = format!("for i in $(seq {count}); do echo http://gateway-GATEWAY.istio-system/headers; done | xargs curl -s -H 'host: {HOST}'");
+    let script = format!(
+        "for i in $(seq {count}); do echo http://gateway-GATEWAY.istio-system/headers; done | xargs curl -s -H 'host: {HOST}'"
+    );
     let tally = |gateway: &str| {
         let output = mesh.exec("legacy/curl", &["bash", "-c", &script.replace("GATEWAY", gateway)]);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -390,9 +406,14 @@ fn echo(mesh: &Mesh, from: &str, host: &str, port: u16) -> String {
 fn bytes_are_routed_by_weight() {
     let mesh = ENVOYS.turn();
     let tcp = |subset: &str| {
-        object("networking.istio.io", "VirtualService", "all", &format!(
-            "{{hosts: [all], tcp: [{{match: [{{port: 9000}}], route: [{{destination: {{host: all, subset: {subset}}}}}]}}]}}"
-        ))
+        object(
+            "networking.istio.io",
+            "VirtualService",
+            "all",
+            &format!(
+                "{{hosts: [all], tcp: [{{match: [{{port: 9000}}], route: [{{destination: {{host: all, subset: {subset}}}}}]}}]}}"
+            ),
+        )
     };
     for to in PODS {
         let _route = with(&mesh, &tcp(to));
@@ -447,7 +468,8 @@ spec: {hosts: [tls.foo.test], gateways: [tls], http: [{route: [{destination: {ho
     let _gateway = with(&mesh, gateway);
     let moved = at_all(&mesh, "redirect.example", "/a?b=c", &[]);
     assert_eq!((moved.status, moved.header("location")), (301, Some("https://redirect.example/a?b=c")));
-    let script = "exec curl -sk --max-time 10 --connect-to ::gateway-GATEWAY.istio-system:443 https://tls.foo.test/headers";
+    let script =
+        "exec curl -sk --max-time 10 --connect-to ::gateway-GATEWAY.istio-system:443 https://tls.foo.test/headers";
     for gateway in PODS {
         let seen = eventually("TLS at the gateway", || {
             let output = mesh.exec("legacy/curl", &["bash", "-c", &script.replace("GATEWAY", gateway)]);
@@ -534,7 +556,11 @@ fn a_changed_certificate_and_a_restart_reach_envoys_too() {
     let serial = |name: &str| {
         let page = admin(&mesh, &format!("foo/{name}"), "/certs");
         let page: Value = serde_json::from_str(&page).unwrap();
-        let chain = page["certificates"].as_array().into_iter().flatten().flat_map(|one| one["cert_chain"].as_array().into_iter().flatten());
+        let chain = page["certificates"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .flat_map(|one| one["cert_chain"].as_array().into_iter().flatten());
         chain.map(|one| one["serial_number"].as_str().unwrap_or_default().to_owned()).collect::<BTreeSet<_>>()
     };
     let before: BTreeMap<&str, BTreeSet<String>> = ENVOY_PODS.into_iter().map(|name| (name, serial(name))).collect();
@@ -559,7 +585,11 @@ fn the_agent_answers_for_its_envoy() {
         assert_eq!(ready.status, 200, "{name}: {ready:?}");
         for port in [15020, 15090] {
             let metrics = mesh.curl(whence, &[&format!("http://127.0.0.1:{port}/stats/prometheus")]);
-            assert!(metrics.body.contains("envoy_cluster_manager_cds_update_success"), "{name} {port}: {}", metrics.status);
+            assert!(
+                metrics.body.contains("envoy_cluster_manager_cds_update_success"),
+                "{name} {port}: {}",
+                metrics.status
+            );
         }
         // Names of the mesh, from the table that the agent keeps.
         let found = mesh.exec(whence, &["getent", "ahostsv4", "all.foo.svc.cluster.local"]);

@@ -12,7 +12,8 @@ use crate::standalone::{Pair, Standalone};
 
 /// Replaces a file as watchers expect: by a rename.
 fn put(dir: &Path, name: &str, resources: &[Value]) {
-    let text = json!({ "version_info": "1", "resources": resources }).to_string().replace("@DIR@", dir.to_str().unwrap());
+    let text =
+        json!({ "version_info": "1", "resources": resources }).to_string().replace("@DIR@", dir.to_str().unwrap());
     let fresh = dir.join(format!(".{name}.new"));
     std::fs::write(&fresh, text).unwrap();
     std::fs::rename(&fresh, dir.join(name)).unwrap();
@@ -45,21 +46,33 @@ fn listeners() -> Vec<Value> {
 }
 
 fn clusters() -> Vec<Value> {
-    vec![with_type(CLUSTER, json!({ "name": "eds", "type": "EDS", "connect_timeout": "1s", "eds_cluster_config": { "eds_config": file("eds.yaml") } }))]
+    vec![with_type(
+        CLUSTER,
+        json!({ "name": "eds", "type": "EDS", "connect_timeout": "1s", "eds_cluster_config": { "eds_config": file("eds.yaml") } }),
+    )]
 }
 
 fn endpoints(at: SocketAddr) -> Vec<Value> {
-    vec![with_type(ENDPOINTS, json!({ "cluster_name": "eds", "endpoints": [{ "lb_endpoints": [{ "endpoint": { "address": address(at) } }] }] }))]
+    vec![with_type(
+        ENDPOINTS,
+        json!({ "cluster_name": "eds", "endpoints": [{ "lb_endpoints": [{ "endpoint": { "address": address(at) } }] }] }),
+    )]
 }
 
 fn routes(prefix: &str) -> Vec<Value> {
-    vec![with_type(ROUTES, json!({ "name": "routes", "virtual_hosts": [{ "name": "all", "domains": ["*"], "routes": [
-        { "match": { "prefix": prefix }, "route": { "cluster": "eds" } }] }] }))]
+    vec![with_type(
+        ROUTES,
+        json!({ "name": "routes", "virtual_hosts": [{ "name": "all", "domains": ["*"], "routes": [
+        { "match": { "prefix": prefix }, "route": { "cluster": "eds" } }] }] }),
+    )]
 }
 
 fn secret(pair: &rcgen::CertifiedKey<rcgen::KeyPair>) -> Vec<Value> {
-    vec![with_type(SECRET, json!({ "name": "pair", "tls_certificate": {
-        "certificate_chain": { "inline_string": pair.cert.pem() }, "private_key": { "inline_string": pair.signing_key.serialize_pem() } } }))]
+    vec![with_type(
+        SECRET,
+        json!({ "name": "pair", "tls_certificate": {
+        "certificate_chain": { "inline_string": pair.cert.pem() }, "private_key": { "inline_string": pair.signing_key.serialize_pem() } } }),
+    )]
 }
 
 #[test]
@@ -93,7 +106,9 @@ fn every_kind_of_resource_follows_its_file() {
             });
         };
         soon("the first state", "/x", (200, "one"));
-        let tls = |root: &[u8]| Client::tls(proxy.listener("secure"), "a.example", root).map(|_| ()).map_err(|error| error.to_string());
+        let tls = |root: &[u8]| {
+            Client::tls(proxy.listener("secure"), "a.example", root).map(|_| ()).map_err(|error| error.to_string())
+        };
         eventually("the first certificate", || tls(old.cert.der()));
         put(dir, "eds.yaml", &endpoints(two.address));
         soon("another endpoint", "/x", (200, "two"));
@@ -104,7 +119,11 @@ fn every_kind_of_resource_follows_its_file() {
         eventually(&format!("{}: another certificate", proxy.kind), || tls(new.cert.der()));
         assert!(tls(old.cert.der()).is_err(), "{}", proxy.kind);
         // What is no good leaves what is there.
-        put(dir, "rds.yaml", &[json!({ "@type": format!("type.googleapis.com/{ROUTES}"), "name": "routes", "nobody": 1 })]);
+        put(
+            dir,
+            "rds.yaml",
+            &[json!({ "@type": format!("type.googleapis.com/{ROUTES}"), "name": "routes", "nobody": 1 })],
+        );
         std::fs::write(dir.join(".broken"), "{").unwrap();
         std::fs::rename(dir.join(".broken"), dir.join("eds.yaml")).unwrap();
         let mut all = clusters();

@@ -161,10 +161,20 @@ impl Pair {
 
     /// Sends one request to the listener of this name, to both; the answers must be the same.
     #[track_caller]
-    pub(crate) fn send(&self, listener: &str, method: &str, host: &str, path: &str, headers: &[(&str, &str)]) -> Response {
+    pub(crate) fn send(
+        &self,
+        listener: &str,
+        method: &str,
+        host: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+    ) -> Response {
         let [theirs, ours] = self.both().map(|proxy| {
             let answer = Client::plain(proxy.listener(listener)).and_then(|mut c| c.send(method, host, path, headers));
-            comparable(answer.unwrap_or_else(|error| panic!("{}: {method} {host}{path}: {error}\n{}", proxy.kind, proxy.log())))
+            comparable(
+                answer
+                    .unwrap_or_else(|error| panic!("{}: {method} {host}{path}: {error}\n{}", proxy.kind, proxy.log())),
+            )
         });
         assert_eq!(ours, theirs, "{method} {host}{path} {headers:?}: Lateen (left) and Envoy (right)");
         ours

@@ -1,5 +1,6 @@
 //! Text with command operators.
 
+use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -89,7 +90,91 @@ enum Found<'a> {
     Nothing,
     Number(u64),
     Bytes(std::borrow::Cow<'a, [u8]>),
+    Address(SocketAddr),
+    Ip(IpAddr),
+    Time(&'a TimeFormat, u64),
     Json(Value),
+}
+
+impl Found<'_> {
+    /// Appends the text; without allocation for all that stands in Istio's default line.
+    fn write(&self, absent: &[u8], out: &mut Vec<u8>) {
+        match self {
+            Self::Nothing => out.extend_from_slice(absent),
+            Self::Number(number) => put_number(out, *number),
+            Self::Bytes(bytes) => out.extend_from_slice(bytes),
+            Self::Ip(ip) => put_ip(out, *ip),
+            Self::Address(SocketAddr::V4(address)) => {
+                put_ip(out, IpAddr::V4(*address.ip()));
+                out.push(b':');
+                put_number(out, address.port().into());
+            }
+            // Writing to memory cannot fail.
+            Self::Address(SocketAddr::V6(address)) => _ = write!(out, "{address}"),
+            Self::Time(TimeFormat::Iso, nanos) => put_iso(out, *nanos),
+            Self::Time(TimeFormat::Strftime(format), nanos) => {
+                out.extend_from_slice(strftime(format, *nanos).as_bytes())
+            }
+            Self::Json(Value::String(text)) => out.extend_from_slice(text.as_bytes()),
+            Self::Json(value) => _ = write!(out, "{value}"),
+        }
+    }
+}
+
+fn put_number(out: &mut Vec<u8>, mut number: u64) {
+    let mut digits = [0; 20];
+    let mut at = digits.len();
+    loop {
+        at -= 1;
+        digits[at] = b'0' + u8::try_from(number % 10).unwrap_or(0);
+        number /= 10;
+        if number == 0 {
+            return out.extend_from_slice(&digits[at..]);
+        }
+    }
+}
+
+/// `width` digits, with zeros in front.
+fn put_padded<const WIDTH: usize>(out: &mut Vec<u8>, mut number: u64) {
+    let mut digits = [b'0'; WIDTH];
+    for digit in digits.iter_mut().rev() {
+        *digit = b'0' + u8::try_from(number % 10).unwrap_or(0);
+        number /= 10;
+    }
+    out.extend_from_slice(&digits);
+}
+
+fn put_ip(out: &mut Vec<u8>, ip: IpAddr) {
+    match ip {
+        IpAddr::V4(ip) => {
+            for (index, octet) in ip.octets().into_iter().enumerate() {
+                if index > 0 {
+                    out.push(b'.');
+                }
+                put_number(out, octet.into());
+            }
+        }
+        // Writing to memory cannot fail.
+        IpAddr::V6(ip) => _ = write!(out, "{ip}"),
+    }
+}
+
+/// `2016-12-15T16:07:14.321Z`
+fn put_iso(out: &mut Vec<u8>, nanos: u64) {
+    let seconds = nanos / 1_000_000_000;
+    let (year, month, day) = civil(seconds / 86_400);
+    put_padded::<4>(out, year);
+    out.push(b'-');
+    put_padded::<2>(out, month);
+    out.push(b'-');
+    put_padded::<2>(out, day);
+    for (mark, part) in [(b'T', seconds / 3600 % 24), (b':', seconds / 60 % 60), (b':', seconds % 60)] {
+        out.push(mark);
+        put_padded::<2>(out, part);
+    }
+    out.push(b'.');
+    put_padded::<3>(out, nanos / 1_000_000 % 1000);
+    out.push(b'Z');
 }
 
 fn text(value: impl Into<String>) -> Found<'static> {
@@ -148,15 +233,7 @@ impl Template {
                 Part::Text(text) => out.extend_from_slice(text.as_bytes()),
                 Part::Operator(operator, length) => {
                     let start = out.len();
-                    match operator.find(record) {
-                        Found::Nothing => out.extend_from_slice(absent),
-                        Found::Number(number) => {
-                            out.extend_from_slice(number.to_string().as_bytes());
-                        }
-                        Found::Bytes(bytes) => out.extend_from_slice(&bytes),
-                        Found::Json(Value::String(text)) => out.extend_from_slice(text.as_bytes()),
-                        Found::Json(value) => out.extend_from_slice(value.to_string().as_bytes()),
-                    }
+                    operator.find(record).write(absent, out);
                     if let Some(length) = length {
                         out.truncate(out.len().min(start + length));
                     }
@@ -175,8 +252,12 @@ impl Template {
             return match operator.find(record) {
                 Found::Nothing => Value::Null,
                 Found::Number(number) => number.into(),
-                Found::Bytes(bytes) => cut(&String::from_utf8_lossy(&bytes)).into(),
                 Found::Json(value) => value,
+                found => {
+                    let mut bytes = Vec::new();
+                    found.write(b"", &mut bytes);
+                    cut(&String::from_utf8_lossy(&bytes)).into()
+                }
             };
         }
         let mut bytes = Vec::new();
@@ -290,11 +371,8 @@ fn millis(duration: Duration) -> Found<'static> {
 
 fn address(address: SocketAddr, side: Side) -> Found<'static> {
     match side {
-        Side::Both => text(address.to_string()),
-        Side::Ip => text(match address.ip() {
-            IpAddr::V4(ip) => ip.to_string(),
-            IpAddr::V6(ip) => ip.to_string(),
-        }),
+        Side::Both => Found::Address(address),
+        Side::Ip => Found::Ip(address.ip()),
         Side::Port => Found::Number(address.port().into()),
     }
 }
@@ -304,7 +382,7 @@ fn header<'a>(get: impl Fn(&str) -> Option<std::borrow::Cow<'a, [u8]>>, main: &s
 }
 
 impl Operator {
-    fn find<'a>(&self, record: &LogRecord<'a>) -> Found<'a> {
+    fn find<'a>(&'a self, record: &LogRecord<'a>) -> Found<'a> {
         let LogRecord { conn, info, .. } = *record;
         let fields = |fields: Option<&'a Fields>, main: &str, other: &Option<Box<str>>| match fields {
             Some(fields) => header(|name| fields.joined(name), main, other.as_deref()),
@@ -312,20 +390,17 @@ impl Operator {
         };
         let peer = conn.peer_certificate();
         match self {
-            Self::StartTime(format) => text(format.write(record.start_nanos)),
+            Self::StartTime(format) => Found::Time(format, record.start_nanos),
             Self::Request(main, other) => match record.request {
                 Some(head) => header(|name| head.header(name), main, other.as_deref()),
                 None => Found::Nothing,
             },
-            Self::Response(main, other) if &**main == ":status" => {
-                let _ = other;
-                Self::ResponseCode.find(record)
-            }
+            Self::Response(main, _) if &**main == ":status" => Found::Number(status(record)),
             Self::Response(main, other) => fields(record.response.map(|head| &head.fields), main, other),
             Self::Trailer(main, other) => fields(record.trailers, main, other),
             Self::Protocol => record.request.map_or(Found::Nothing, |head| known(head.version.as_str())),
             Self::UpstreamProtocol => record.upstream_protocol.map_or(Found::Nothing, |v| known(v.as_str())),
-            Self::ResponseCode => Found::Number(record.response.map_or(0, |head| head.status.into())),
+            Self::ResponseCode => Found::Number(status(record)),
             Self::ResponseFlags => flags(info).map_or(Found::Nothing, text),
             Self::ResponseCodeDetails => known(info.details.as_str()),
             Self::TerminationDetails => known(record.termination_details),
@@ -380,53 +455,48 @@ impl Operator {
     }
 }
 
+fn status(record: &LogRecord<'_>) -> u64 {
+    record.response.map_or(0, |head| head.status.into())
+}
+
 fn known_list(list: &[Box<str>]) -> Found<'static> {
     if list.is_empty() { Found::Nothing } else { text(list.join(",")) }
 }
 
-impl TimeFormat {
-    fn write(&self, nanos: u64) -> String {
-        let seconds = nanos / 1_000_000_000;
-        let (year, month, day) = civil(seconds / 86_400);
-        let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-        let fraction = nanos % 1_000_000_000;
-        match self {
-            Self::Iso => {
-                let milli = fraction / 1_000_000;
-                format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{milli:03}Z")
-            }
-            Self::Strftime(format) => {
-                let mut out = String::with_capacity(32);
-                let mut rest = &**format;
-                while let Some(at) = rest.find('%') {
-                    out.push_str(&rest[..at]);
-                    rest = &rest[at + 1..];
-                    let take = if rest.starts_with(|c: char| c.is_ascii_digit()) { 2 } else { 1 };
-                    let Some((directive, after)) = rest.split_at_checked(take.min(rest.len())) else { break };
-                    rest = after;
-                    let text = match directive {
-                        "Y" => format!("{year:04}"),
-                        "m" => format!("{month:02}"),
-                        "d" => format!("{day:02}"),
-                        "H" => format!("{hour:02}"),
-                        "M" => format!("{minute:02}"),
-                        "S" => format!("{second:02}"),
-                        "F" => format!("{year:04}-{month:02}-{day:02}"),
-                        "T" => format!("{hour:02}:{minute:02}:{second:02}"),
-                        "s" => seconds.to_string(),
-                        "z" => "+0000".to_owned(),
-                        "Z" => "UTC".to_owned(),
-                        "f" | "9f" => format!("{fraction:09}"),
-                        "3f" => format!("{:03}", fraction / 1_000_000),
-                        "6f" => format!("{:06}", fraction / 1000),
-                        "%" => "%".to_owned(),
-                        other => format!("%{other}"),
-                    };
-                    out.push_str(&text);
-                }
-                out.push_str(rest);
-                out
-            }
-        }
+/// `strftime` of a Unix time, with what Envoy adds for parts of a second.
+fn strftime(format: &str, nanos: u64) -> String {
+    let seconds = nanos / 1_000_000_000;
+    let (year, month, day) = civil(seconds / 86_400);
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    let fraction = nanos % 1_000_000_000;
+    let mut out = String::with_capacity(32);
+    let mut rest = format;
+    while let Some(at) = rest.find('%') {
+        out.push_str(&rest[..at]);
+        rest = &rest[at + 1..];
+        let take = if rest.starts_with(|c: char| c.is_ascii_digit()) { 2 } else { 1 };
+        let Some((directive, after)) = rest.split_at_checked(take.min(rest.len())) else { break };
+        rest = after;
+        let text = match directive {
+            "Y" => format!("{year:04}"),
+            "m" => format!("{month:02}"),
+            "d" => format!("{day:02}"),
+            "H" => format!("{hour:02}"),
+            "M" => format!("{minute:02}"),
+            "S" => format!("{second:02}"),
+            "F" => format!("{year:04}-{month:02}-{day:02}"),
+            "T" => format!("{hour:02}:{minute:02}:{second:02}"),
+            "s" => seconds.to_string(),
+            "z" => "+0000".to_owned(),
+            "Z" => "UTC".to_owned(),
+            "f" | "9f" => format!("{fraction:09}"),
+            "3f" => format!("{:03}", fraction / 1_000_000),
+            "6f" => format!("{:06}", fraction / 1000),
+            "%" => "%".to_owned(),
+            other => format!("%{other}"),
+        };
+        out.push_str(&text);
     }
+    out.push_str(rest);
+    out
 }

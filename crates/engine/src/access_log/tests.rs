@@ -65,6 +65,8 @@ fn operators() {
     check("%BYTES_RECEIVED% %BYTES_SENT% %DURATION% %RESPONSE_TX_DURATION%", "1 2 42 2");
     check("%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% %RESP(NO)%", "7 -");
     check("%DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%", "10.0.0.2:99 10.0.0.2");
+    check("%DOWNSTREAM_LOCAL_ADDRESS%:%DOWNSTREAM_REMOTE_PORT%:%CONNECTION_ID%", "10.0.0.1:80:99:5");
+    check("%START_TIME:10% %DOWNSTREAM_REMOTE_ADDRESS:4%", "2023-11-14 10.0");
     check("%REQ(USER-AGENT):4%|%ROUTE_NAME%|%UPSTREAM_HOST%|%UPSTREAM_CLUSTER%", "curl|default|-|-");
     check("100%% %FILTER_STATE(wasm.x:PLAIN)%", "100% -");
     for bad in ["%NOPE%", "%REQ%", "%REQ(x", "%REQ(x):y%", "50%"] {
@@ -74,9 +76,31 @@ fn operators() {
 }
 
 #[test]
+fn addresses_and_moments_are_written_as_the_library_writes_them() {
+    let mut sample = sample();
+    for address in ["255.1.0.100:65535", "[2001:db8::1]:443", "[::ffff:1.2.3.4]:0"] {
+        sample.conn.local = address.parse().unwrap();
+        let mut out = Vec::new();
+        let template = Template::compile("%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%").unwrap();
+        template.text(&sample.record(), &mut out);
+        let expect = format!("{} {}", sample.conn.local, sample.conn.local.ip());
+        assert_eq!(String::from_utf8(out).unwrap(), expect);
+    }
+    for nanos in [0, 999_999_999, 951_782_399_007_000_000, 4_102_444_800_000_000_000] {
+        let record = LogRecord { start_nanos: nanos, ..sample.record() };
+        let mut both = Vec::new();
+        Template::compile("%START_TIME% %START_TIME(%FT%T.%3fZ)%").unwrap().text(&record, &mut both);
+        let both = String::from_utf8(both).unwrap();
+        let (plain, formatted) = both.split_once(' ').unwrap();
+        assert_eq!(plain, formatted);
+    }
+}
+
+#[test]
 fn json_keeps_numbers_and_nulls() {
     let template = |text: &str| JsonValue::Template(Template::compile(text).unwrap());
     let members = vec![
+        ("client".into(), template("%DOWNSTREAM_REMOTE_ADDRESS%")),
         ("code".into(), template("%RESPONSE_CODE%")),
         ("host".into(), template("%UPSTREAM_HOST%")),
         ("mixed".into(), template("c=%RESPONSE_CODE%")),
@@ -89,7 +113,8 @@ fn json_keeps_numbers_and_nulls() {
     };
     let mut out = Vec::new();
     log.write(&sample().record(), &mut out);
-    let expect = "{\"code\":503,\"host\":null,\"mixed\":\"c=503\",\"ua\":\"curl \\\"x\\\"\"}\n";
+    let expect =
+        "{\"client\":\"10.0.0.2:99\",\"code\":503,\"host\":null,\"mixed\":\"c=503\",\"ua\":\"curl \\\"x\\\"\"}\n";
     assert_eq!(String::from_utf8(out).unwrap(), expect);
 }
 

@@ -138,7 +138,10 @@ fn routes(inspection: &Inspection) -> Value {
 fn inline_routes(value: &Value, updated: &Value, into: &mut Vec<Value>) {
     match value {
         Value::Object(fields) => {
-            let is_manager = fields.get("@type").and_then(Value::as_str).is_some_and(|kind| kind.ends_with(".HttpConnectionManager"));
+            let is_manager = fields
+                .get("@type")
+                .and_then(Value::as_str)
+                .is_some_and(|kind| kind.ends_with(".HttpConnectionManager"));
             if is_manager {
                 if let Some(routes) = fields.get("route_config") {
                     let mut routes = routes.clone();

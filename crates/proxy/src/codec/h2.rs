@@ -353,14 +353,39 @@ fn fields_from(map: &HeaderMap, keep: impl Fn(&str) -> bool) -> Fields {
 
 fn map_from(fields: &Fields) -> Result<HeaderMap, Broken> {
     let mut map = HeaderMap::with_capacity(fields.len());
-    for (name, value) in fields.iter() {
+    // one copy for all values, each a part of it
+    let buffer = Bytes::copy_from_slice(fields.buffer());
+    for (name, value) in fields.spans() {
         if is_hop_by_hop(name) || name == "host" {
             continue;
         }
-        let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| Broken::Unwritable)?;
-        map.append(name, HeaderValue::from_bytes(value).map_err(|_| Broken::Unwritable)?);
+        let name = match known_name(name) {
+            Some(known) => known,
+            None => HeaderName::from_bytes(name.as_bytes()).map_err(|_| Broken::Unwritable)?,
+        };
+        let value = HeaderValue::from_maybe_shared(buffer.slice(value)).map_err(|_| Broken::Unwritable)?;
+        map.append(name, value);
     }
     Ok(map)
+}
+
+/// Names of the mesh that the `http` crate does not know, and would copy each time.
+fn known_name(name: &str) -> Option<HeaderName> {
+    macro_rules! known {
+        ($($text:literal)*) => {
+            match name {
+                $($text => Some(const { HeaderName::from_static($text) }),)*
+                _ => None,
+            }
+        };
+    }
+    known! {
+        "x-request-id" "x-forwarded-proto" "x-forwarded-for" "x-forwarded-client-cert"
+        "x-envoy-attempt-count" "x-envoy-internal" "x-envoy-external-address" "x-envoy-upstream-service-time"
+        "x-envoy-expected-rq-timeout-ms" "x-envoy-decorator-operation" "x-envoy-peer-metadata"
+        "x-envoy-peer-metadata-id" "x-b3-traceid" "x-b3-spanid" "x-b3-parentspanid" "x-b3-sampled" "traceparent"
+        "tracestate" "grpc-status" "grpc-message" "grpc-timeout" "grpc-encoding" "grpc-accept-encoding"
+    }
 }
 
 /// Why an HTTP/2 request is refused before anything looks at it.

@@ -14,14 +14,20 @@ use types::Labels;
 /// Peers remembered before all are forgotten.
 const PEERS_MAX: usize = 2048;
 
-type Known = RefCell<HashMap<(Box<[u8]>, Box<str>), Arc<Peer>>>;
+/// Peers by what they told of themselves, under each identity they proved. Looked up with what a
+/// request brings, without a copy of it.
+#[derive(Default)]
+struct Known {
+    by_principal: HashMap<Box<str>, HashMap<Box<[u8]>, Arc<Peer>>>,
+    count: usize,
+}
 
 /// The peers a worker has met.
 pub(crate) struct Peers {
     own: Arc<Peer>,
     unknown: Arc<Peer>,
-    headers: Known,
-    endpoints: Known,
+    headers: RefCell<Known>,
+    endpoints: RefCell<Known>,
 }
 
 impl Peers {
@@ -47,13 +53,13 @@ impl Peers {
     }
 
     /// A client, by the metadata it sent and the identity it proved.
-    pub(crate) fn of_header(&self, header: Option<&[u8]>, principal: Option<String>) -> Arc<Peer> {
+    pub(crate) fn of_header(&self, header: Option<&[u8]>, principal: Option<&str>) -> Arc<Peer> {
         let principal = principal.unwrap_or_default();
         let header = header.unwrap_or_default();
         if header.is_empty() && principal.is_empty() {
             return Arc::clone(&self.unknown);
         }
-        remember(&self.headers, header, &principal, || Some(from_metadata(header, &principal)))
+        remember(&self.headers, header, principal, || Some(from_metadata(header, principal)))
             .unwrap_or_else(|| Arc::clone(&self.unknown))
     }
 
@@ -67,39 +73,44 @@ impl Peers {
             return Arc::clone(&self.unknown);
         }
         if !header.is_empty() {
-            return remember(&self.headers, header, &principal, || Some(from_metadata(header, &principal)))
+            return remember(&self.headers, header, principal, || Some(from_metadata(header, principal)))
                 .unwrap_or_else(|| Arc::clone(&self.unknown));
         }
-        remember(&self.endpoints, workload.as_bytes(), &principal, || {
-            Peer::from_endpoint_metadata(workload, Some(principal.as_str()).filter(|p| !p.is_empty()))
+        remember(&self.endpoints, workload.as_bytes(), principal, || {
+            Peer::from_endpoint_metadata(workload, Some(principal).filter(|p| !p.is_empty()))
         })
         .unwrap_or_else(|| Arc::clone(&self.unknown))
     }
 }
 
 /// The identity mutual TLS demanded of the server: the only SAN its cluster takes.
-pub(super) fn server_principal(info: &StreamInfo) -> String {
-    let Some(cluster) = &info.cluster else { return String::new() };
+pub(super) fn server_principal(info: &StreamInfo) -> &str {
+    let Some(cluster) = &info.cluster else { return "" };
     let endpoint = info.picked.as_ref().and_then(|picked| picked.endpoint.as_deref());
     let tls = cluster.transport_for(endpoint).and_then(|transport| transport.tls.as_ref());
     let sans = tls.map_or(&[][..], |tls| tls.validation.san_matchers.as_slice());
     match sans {
-        [only] => only.matcher.exact_text().map(|text| String::from_utf8_lossy(text).into_owned()).unwrap_or_default(),
-        _ => String::new(),
+        [only] => only.matcher.exact_text().and_then(|text| std::str::from_utf8(text).ok()).unwrap_or_default(),
+        _ => "",
     }
 }
 
-fn remember(known: &Known, bytes: &[u8], principal: &str, make: impl FnOnce() -> Option<Peer>) -> Option<Arc<Peer>> {
+fn remember(
+    known: &RefCell<Known>,
+    bytes: &[u8],
+    principal: &str,
+    make: impl FnOnce() -> Option<Peer>,
+) -> Option<Arc<Peer>> {
     let mut known = known.borrow_mut();
-    let key = (Box::from(bytes), Box::from(principal));
-    if let Some(found) = known.get(&key) {
+    if let Some(found) = known.by_principal.get(principal).and_then(|peers| peers.get(bytes)) {
         return Some(Arc::clone(found));
     }
-    if known.len() >= PEERS_MAX {
-        known.clear();
+    if known.count >= PEERS_MAX {
+        *known = Known::default();
     }
     let made = Arc::new(make()?);
-    known.insert(key, Arc::clone(&made));
+    known.count += 1;
+    known.by_principal.entry(principal.into()).or_default().insert(bytes.into(), Arc::clone(&made));
     Some(made)
 }
 
