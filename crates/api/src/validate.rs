@@ -35,7 +35,10 @@ pub fn validate(object: &Object) -> Vec<Finding> {
         Spec::IstioOperator(spec) => mesh::operator(&mut check, spec),
         Spec::Service(spec) => kubernetes::service(&mut check, spec),
         Spec::Deployment(spec) => kubernetes::deployment(&mut check, spec),
-        Spec::Pod(spec) => kubernetes::pod(&mut check, &spec.spec, "spec"),
+        Spec::Pod(spec) => {
+            kubernetes::proxy_config(&mut check, "metadata.annotations", &object.meta.annotations);
+            kubernetes::pod(&mut check, &spec.spec, "spec");
+        }
         Spec::EndpointSlice(spec) => kubernetes::endpoint_slice(&mut check, spec),
         Spec::ConfigMap(spec) => kubernetes::config_map(&mut check, spec),
         Spec::Secret(spec) => kubernetes::secret(&mut check, spec),

@@ -6,9 +6,6 @@ use serde_json::{Map, Value, json};
 
 use types::wellknown::{self, annotations, labels};
 
-/// A pod's own part of the proxy's configuration, as YAML over `meshConfig.defaultConfig`.
-const PROXY_CONFIG: &str = "proxy.istio.io/config";
-
 /// Name of the proxy's container.
 pub const PROXY: &str = "istio-proxy";
 
@@ -169,11 +166,11 @@ fn overlay(pod: &mut Value, fields: Map<String, Value>) {
 /// *Source*: Istio's `proxy.istio.io/config`: fields replace, mappings are merged.
 fn proxy_config(annotations: &Value, mesh: &Mesh) -> Value {
     let mut config = mesh.proxy_config.clone();
-    let Some(text) = annotations.get(PROXY_CONFIG).and_then(Value::as_str) else { return config };
+    let Some(text) = annotations.get(annotations::PROXY_CONFIG).and_then(Value::as_str) else { return config };
     match serde_saphyr::from_str::<Value>(text) {
         Ok(own @ Value::Object(_)) => merge(&mut config, own),
         Ok(_) | Err(_) => {
-            tracing::warn!(annotation = PROXY_CONFIG, "not a YAML mapping; the mesh's configuration counts");
+            tracing::warn!(annotation = annotations::PROXY_CONFIG, "not a YAML mapping; the mesh's configuration counts");
         }
     }
     config

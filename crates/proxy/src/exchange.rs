@@ -710,7 +710,10 @@ async fn until(deadline: Option<Instant>) {
 }
 
 fn gone(down: &Down<'_>) -> Cause {
-    if matches!(down, Down::H2(_)) { Cause::DownstreamReset } else { Cause::DownstreamGone }
+    match down {
+        Down::H2(stream) if stream.is_cancelled() => Cause::DownstreamReset,
+        _ => Cause::DownstreamGone,
+    }
 }
 
 /// A client that failed within its request.

@@ -35,6 +35,7 @@ pub fn stand_in(image: &str, command: &[String], args: &[String]) -> Option<Vec<
             sample(&words)
         }
         "grpc-echo" => sample(&["grpc-echo"]),
+        "any-echo" => sample(&["any-echo"]),
         _ => None,
     }
 }

@@ -1,7 +1,9 @@
 //! What the HTTP samples share: a small server, a small client, forwarding of trace headers.
 
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -20,7 +22,7 @@ use crate::SampleError;
 const BODY_MAX: usize = 1024 * 1024;
 
 /// Time a stopping sample gives what is in flight.
-const DRAIN: Duration = Duration::from_secs(20);
+pub(crate) const DRAIN: Duration = Duration::from_secs(20);
 
 /// An answer.
 pub(crate) type Answer = Response<Full<Bytes>>;
@@ -34,6 +36,45 @@ pub(crate) async fn listen(port: u16) -> Result<TcpListener, SampleError> {
         return Ok(listener);
     }
     TcpListener::bind(("0.0.0.0", port)).await.map_err(|source| SampleError::Listen { port, source })
+}
+
+/// What a sample does instead of, or before, answering.
+///
+/// A program in the sample's own pod sets it: `PUT http://127.0.0.1:PORT/-/fault?status=503&delay-ms=200`
+/// (both optional), and `DELETE` of the same path takes it back. Others get the sample's own answer
+/// for that path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Fault {
+    status: Option<StatusCode>,
+    delay: Duration,
+}
+
+/// Where the switch is.
+const FAULT_PATH: &str = "/-/fault";
+
+/// Longest delay of a fault.
+const FAULT_DELAY_MAX: Duration = Duration::from_mins(1);
+
+impl Fault {
+    /// The fault a call asks for; `None` when it is no such call.
+    fn asked(call: &Call, peer: IpAddr) -> Option<Self> {
+        // A proxy beside the sample connects from 127.0.0.6.
+        let is_own_pod =
+            matches!(peer.to_canonical(), IpAddr::V4(Ipv4Addr::LOCALHOST) | IpAddr::V6(Ipv6Addr::LOCALHOST));
+        if !is_own_pod || call.uri().path() != FAULT_PATH {
+            return None;
+        }
+        let query = call.uri().query().unwrap_or_default();
+        let number = |name: &str| query_value(query, name).and_then(|value| value.parse::<u16>().ok());
+        match *call.method() {
+            http::Method::PUT => Some(Self {
+                status: number("status").and_then(|code| StatusCode::from_u16(code).ok()),
+                delay: Duration::from_millis(number("delay-ms").unwrap_or(0).into()).min(FAULT_DELAY_MAX),
+            }),
+            http::Method::DELETE => Some(Self::default()),
+            _ => None,
+        }
+    }
 }
 
 /// Serves `app` on `port` until the process is told to stop, then finishes what is in flight.
@@ -55,19 +96,22 @@ where
 {
     let (stop, stopping) = watch::channel(false);
     let (alive, mut ended) = mpsc::channel::<Infallible>(1);
+    let fault: Rc<Cell<Fault>> = Rc::default();
     let told = crate::plain::until_told_to_stop();
     tokio::pin!(told);
     loop {
-        let stream = tokio::select! {
+        let (stream, peer) = tokio::select! {
             () = &mut told => break,
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
+                Ok(accepted) => accepted,
                 // Out of descriptors: let others finish first.
                 Err(_) => { tokio::task::yield_now().await; continue }
             },
         };
         let (app, stopping, alive) = (Rc::clone(&app), stopping.clone(), alive.clone());
+        let fault = Rc::clone(&fault);
         tokio::task::spawn_local(async move {
+            let app = |call: Call| switched(&*app, &fault, peer.ip(), call);
             connection(stream, app, stopping).await;
             drop(alive);
         });
@@ -77,16 +121,35 @@ where
     _ = tokio::time::timeout(DRAIN, ended.recv()).await;
 }
 
-async fn connection<F, A>(stream: TcpStream, app: Rc<F>, mut stopping: watch::Receiver<bool>)
+async fn switched<F, A>(app: &F, fault: &Cell<Fault>, peer: IpAddr, call: Call) -> Answer
 where
-    F: Fn(Call) -> A + 'static,
-    A: Future<Output = Answer> + 'static,
+    F: Fn(Call) -> A,
+    A: Future<Output = Answer>,
+{
+    if let Some(asked) = Fault::asked(&call, peer) {
+        fault.set(asked);
+        return text(StatusCode::OK, "");
+    }
+    let Fault { status, delay } = fault.get();
+    if !delay.is_zero() {
+        tokio::time::sleep(delay).await;
+    }
+    match status {
+        Some(status) => text(status, "told to fail\n"),
+        None => app(call).await,
+    }
+}
+
+/// Serves one HTTP/1 connection.
+pub(crate) async fn connection<F, A>(stream: TcpStream, app: F, mut stopping: watch::Receiver<bool>)
+where
+    F: Fn(Call) -> A,
+    A: Future<Output = Answer>,
 {
     _ = stream.set_nodelay(true);
-    let service = service_fn(move |request: Request<Incoming>| {
-        let app = Rc::clone(&app);
-        async move { Ok::<_, Infallible>(answer(&*app, request).await) }
-    });
+    let app = &app;
+    let service =
+        service_fn(move |request: Request<Incoming>| async move { Ok::<_, Infallible>(answer(app, request).await) });
     let connection =
         hyper::server::conn::http1::Builder::new().half_close(true).serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
@@ -257,6 +320,21 @@ pub(crate) fn decode(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fault_is_set_from_inside_the_pod_only() {
+        let call = |method: &str, uri: &str| Request::builder().method(method).uri(uri).body(Bytes::new()).unwrap();
+        let put = call("PUT", "/-/fault?status=503&delay-ms=20");
+        let fault = Fault { status: Some(StatusCode::SERVICE_UNAVAILABLE), delay: Duration::from_millis(20) };
+        assert_eq!(Fault::asked(&put, "127.0.0.1".parse().unwrap()), Some(fault));
+        assert_eq!(Fault::asked(&put, "::ffff:127.0.0.1".parse().unwrap()), Some(fault));
+        assert_eq!(Fault::asked(&put, "127.0.0.6".parse().unwrap()), None);
+        assert_eq!(Fault::asked(&put, "10.0.0.1".parse().unwrap()), None);
+        let own = "::1".parse().unwrap();
+        assert_eq!(Fault::asked(&call("DELETE", "/-/fault"), own), Some(Fault::default()));
+        assert_eq!(Fault::asked(&call("GET", "/-/fault"), own), None);
+        assert_eq!(Fault::asked(&call("PUT", "/other"), own), None);
+    }
 
     #[test]
     fn forms_are_decoded() {

@@ -61,7 +61,8 @@ fn whole(call: &Call) -> Value {
     })
 }
 
-async fn app(call: Call) -> Answer {
+/// Every page.
+pub(crate) async fn app(call: Call) -> Answer {
     let path = call.uri().path().to_owned();
     let mut parts = path.trim_start_matches('/').splitn(2, '/');
     let (page, rest) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());

@@ -3,13 +3,16 @@
 //! A pod of the local mesh runs programs of this machine. So that Istio's own sample YAML works
 //! unmodified, [`stand_in`] says which of our programs plays which image, and [`run`] is that
 //! program: bookinfo's four services with their versions, links and documented time-outs, a mail
-//! catcher, httpbin, helloworld, tcp-echo, a gRPC echo, and a container that only sleeps.
+//! catcher, httpbin, helloworld, tcp-echo, a gRPC echo, an echo of whatever comes, and a container
+//! that only sleeps.
 //!
 //! **Invariants.** No stand-in knows of the mesh: it speaks plain HTTP, SMTP or TCP on its port and
 //! finds others by name, as it would in its container. All memory that a peer can fill is bounded.
 
 mod bookinfo;
+mod any_echo;
 mod catalogue;
+mod grpc_echo;
 mod http_app;
 mod httpbin;
 mod maildev;
@@ -58,6 +61,7 @@ pub const NAMES: &[&str] = &[
     "helloworld",
     "tcp-echo",
     "grpc-echo",
+    "any-echo",
     "sleep",
 ];
 
@@ -92,6 +96,13 @@ fn parse(sample: &str, args: &[String]) -> Result<Options, SampleError> {
     Ok(options)
 }
 
+/// A line of the container's log.
+pub(crate) fn say(line: &str) {
+    use std::io::Write as _;
+    // A log that nobody takes is no reason to stop.
+    _ = writeln!(std::io::stdout(), "{line}");
+}
+
 /// Runs the sample `name` until SIGTERM or SIGINT. Blocks.
 pub fn run(name: &str, args: &[String]) -> Result<(), SampleError> {
     if !NAMES.contains(&name) {
@@ -109,7 +120,8 @@ pub fn run(name: &str, args: &[String]) -> Result<(), SampleError> {
             "httpbin" => httpbin::serve(&options).await,
             "helloworld" => plain::helloworld(&options).await,
             "tcp-echo" => plain::tcp_echo(&options).await,
-            "grpc-echo" => plain::grpc_echo(&options).await,
+            "any-echo" => any_echo::serve(&options).await,
+            "grpc-echo" => grpc_echo::serve(&options).await,
             _ => {
                 plain::until_told_to_stop().await;
                 Ok(())

@@ -1,11 +1,8 @@
-//! The small ones: sleep, helloworld, tcp-echo, gRPC echo.
+//! The small ones: sleep, helloworld, tcp-echo.
 
 use std::rc::Rc;
 
-use bytes::Bytes;
-use h2::RecvStream;
-use h2::server::SendResponse;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
+use http::StatusCode;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
@@ -74,9 +71,13 @@ pub(crate) async fn tcp_echo(options: &Options) -> Result<(), SampleError> {
     Ok(())
 }
 
-async fn echo(mut stream: TcpStream, prefix: Rc<str>) {
+/// Bytes of a request that the log shows.
+const SHOWN_MAX: usize = 64;
+
+pub(crate) async fn echo(mut stream: TcpStream, prefix: Rc<str>) {
     let mut buf = [0; 4096];
     while let Ok(read @ 1..) = stream.read(&mut buf).await {
+        crate::say(&format!("request: {}", buf[..read.min(SHOWN_MAX)].escape_ascii()));
         let mut out = Vec::with_capacity(prefix.len() + 1 + read);
         out.extend_from_slice(prefix.as_bytes());
         out.push(b' ');
@@ -85,59 +86,4 @@ async fn echo(mut stream: TcpStream, prefix: Rc<str>) {
             return;
         }
     }
-}
-
-/// Any gRPC method: every byte of the request stream comes back as it arrives, then
-/// `grpc-status: 0`. `/…/Fail` answers with trailers only, status 7.
-pub(crate) async fn grpc_echo(options: &Options) -> Result<(), SampleError> {
-    let listener = listen(if options.port == 0 { 7070 } else { options.port }).await?;
-    let local = tokio::task::LocalSet::new();
-    local.spawn_local(async move {
-        loop {
-            match listener.accept().await {
-                Ok((stream, _)) => _ = tokio::task::spawn_local(grpc_connection(stream)),
-                Err(_) => tokio::task::yield_now().await,
-            }
-        }
-    });
-    local.run_until(until_told_to_stop()).await;
-    Ok(())
-}
-
-async fn grpc_connection(stream: TcpStream) {
-    _ = stream.set_nodelay(true);
-    let Ok(mut connection) = h2::server::handshake(stream).await else { return };
-    while let Some(Ok((request, respond))) = connection.accept().await {
-        tokio::task::spawn_local(grpc_call(request, respond));
-    }
-}
-
-async fn grpc_call(request: Request<RecvStream>, mut respond: SendResponse<Bytes>) -> Option<()> {
-    let mut response = Response::new(());
-    response.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
-    if let Ok(value) = HeaderValue::from_str(&hostname()) {
-        response.headers_mut().insert("x-echo-host", value);
-    }
-    if request.uri().path().ends_with("/Fail") {
-        response.headers_mut().insert("grpc-status", HeaderValue::from_static("7"));
-        response.headers_mut().insert("grpc-message", HeaderValue::from_static("told to fail"));
-        respond.send_response(response, true).ok()?;
-        return Some(());
-    }
-    let mut body = request.into_body();
-    let mut out = respond.send_response(response, false).ok()?;
-    while let Some(chunk) = body.data().await {
-        let mut chunk = chunk.ok()?;
-        body.flow_control().release_capacity(chunk.len()).ok()?;
-        while !chunk.is_empty() {
-            out.reserve_capacity(chunk.len());
-            let room = std::future::poll_fn(|cx| out.poll_capacity(cx)).await?.ok()?;
-            if room > 0 {
-                out.send_data(chunk.split_to(room.min(chunk.len())), false).ok()?;
-            }
-        }
-    }
-    let mut trailers = HeaderMap::new();
-    trailers.insert("grpc-status", HeaderValue::from_static("0"));
-    out.send_trailers(trailers).ok()
 }

@@ -14,12 +14,20 @@ pub struct Response {
     pub headers: Vec<(String, String)>,
     /// The whole body, lossily as text.
     pub body: String,
+    /// What followed the body, names in lower case.
+    pub trailers: Vec<(String, String)>,
 }
 
 impl Response {
     /// The first value of a header.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(have, _)| have == name).map(|(_, value)| value.as_str())
+    }
+
+    /// The first value of a trailer, or, of an answer without body, of a header.
+    pub fn trailer(&self, name: &str) -> Option<&str> {
+        let trailer = self.trailers.iter().find(|(have, _)| have == name).map(|(_, value)| value.as_str());
+        trailer.or_else(|| if self.body.is_empty() { self.header(name) } else { None })
     }
 
     /// The body as JSON, or null.
@@ -71,6 +79,11 @@ impl Client {
         Ok(Self { stream: BufReader::new(Box::new(stream)) })
     }
 
+    /// Over any bytes, such as a [`Tunnel`](crate::Tunnel) that begins in a pod.
+    pub fn over(stream: impl Read + Write + Send + 'static) -> Self {
+        Self { stream: BufReader::new(Box::new(stream)) }
+    }
+
     /// Sends one request without body and reads the answer.
     pub fn send(&mut self, method: &str, host: &str, path: &str, headers: &[(&str, &str)]) -> io::Result<Response> {
         let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {host}\r\n");
@@ -110,7 +123,7 @@ impl Client {
             let Some((name, value)) = line.split_once(':') else { break };
             headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
         }
-        let mut response = Response { status, headers, body: String::new() };
+        let mut response = Response { status, headers, body: String::new(), trailers: Vec::new() };
         let mut body = Vec::new();
         if is_head || status == 204 || status == 304 {
             return Ok(response);
@@ -121,7 +134,9 @@ impl Client {
                 let size = usize::from_str_radix(line.split(';').next().unwrap_or_default(), 16)
                     .map_err(|_| io::Error::other(format!("no chunk size: {line:?}")))?;
                 if size == 0 {
-                    while !self.line()?.is_empty() {}
+                    while let Some((name, value)) = self.line()?.split_once(':') {
+                        response.trailers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
+                    }
                     break;
                 }
                 let start = body.len();

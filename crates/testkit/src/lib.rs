@@ -7,11 +7,15 @@
 //! asked for holds, or fails at its deadline with what was seen last. Nothing leaves the loopback.
 
 pub mod http;
+pub mod http2;
 pub mod mesh;
 pub mod token;
+pub mod tunnel;
 
 pub use http::{Client, Response};
+pub use http2::{Client2, Stream2};
 pub use mesh::{Applied, Mesh, Shared};
+pub use tunnel::Tunnel;
 
 use std::time::{Duration, Instant};
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::http::{Client, Response};
+use crate::tunnel::Tunnel;
 
 /// Runs its arguments until standard input ends, which it does when the test process does; then
 /// stops the mesh as Ctrl-C would and removes its folder.
@@ -214,7 +215,17 @@ impl Mesh {
             status: code.parse().unwrap_or(0),
             headers: head.lines().filter_map(header).collect(),
             body: body.to_owned(),
+            trailers: Vec::new(),
         }
+    }
+
+    /// A connection from a deployment's pod to `host:port`, as a program in there would open it.
+    pub fn dial(&self, whence: &str, host: &str, port: u16) -> Tunnel {
+        let (namespace, deployment) = whence.split_once('/').expect("namespace/deployment");
+        let mut command = Command::new(lateen());
+        command.args(["exec", &format!("deploy/{deployment}"), "-n", namespace, "--"]);
+        command.env("LATEEN_STATE_DIR", self.dir.join("s"));
+        Tunnel::open(command, host, port)
     }
 
     /// The log of a container: `namespace/deployment`.

@@ -87,6 +87,8 @@ pub mod labels {
 pub mod annotations {
     /// Pod annotation that forces injection on or off (older than the label).
     pub const INJECT: &str = "sidecar.istio.io/inject";
+    /// `meshConfig.defaultConfig` of this pod's proxy, as YAML, over the mesh's.
+    pub const PROXY_CONFIG: &str = "proxy.istio.io/config";
     /// What an injected pod got, as JSON.
     pub const STATUS: &str = "sidecar.istio.io/status";
     /// Outbound ports that are not captured, comma-separated.

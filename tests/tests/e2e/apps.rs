@@ -1,5 +1,7 @@
 //! What runs in the meshes of these tests.
 
+use std::time::Duration;
+
 use testkit::Shared;
 
 /// Bookinfo and the mail catcher as `lateen demo` has them, and the namespaces `shop` (with
@@ -10,18 +12,25 @@ pub(crate) static SECURITY: Shared = Shared::new("security", security);
 
 const DEMO: &str = include_str!("../../../crates/lateen/src/manifests/demo.yaml");
 
-const MESH_CONFIG: &str = "
+/// How long [`TRAFFIC`]'s proxies wait for the first bytes of a port that does not say its protocol.
+pub(crate) const DETECTION: Duration = Duration::from_secs(3);
+
+fn mesh_config(more: &str) -> String {
+    format!(
+        "
 apiVersion: install.istio.io/v1alpha1
 kind: IstioOperator
-metadata: {name: mesh, namespace: istio-system}
-spec: {meshConfig: {accessLogFile: /dev/stdout}}
-";
+metadata: {{name: mesh, namespace: istio-system}}
+spec: {{meshConfig: {{accessLogFile: /dev/stdout{more}}}}}
+"
+    )
+}
 
 fn traffic() -> String {
     // Its gateway takes every host; ours must not.
     let mut all: Vec<String> =
         DEMO.split("\n---\n").filter(|document| !document.contains("bookinfo-gateway")).map(str::to_owned).collect();
-    all.push(MESH_CONFIG.to_owned());
+    all.push(mesh_config(&format!(", protocolDetectionTimeout: {}s", DETECTION.as_secs())));
     all.push(namespace("shop", true));
     all.push(namespace("plain", false));
     for home in ["shop", "plain"] {
@@ -36,6 +45,8 @@ fn traffic() -> String {
     all.push(service("shop", "echo", "{name: tcp, port: 9000}"));
     all.push(workload("shop", "grpc", "v1", "lateen/grpc-echo", Some(7070), ""));
     all.push(service("shop", "grpc", "{name: grpc, port: 7070}"));
+    all.push(workload("shop", "any", "v1", "lateen/any-echo", Some(9000), ""));
+    all.push(service("shop", "any", "{port: 9000}"));
     // Two pods of one service: one serves, the other one listens nowhere.
     all.push(labelled("shop", "good", "flaky", "docker.io/kong/httpbin", Some(80), ""));
     all.push(labelled("shop", "dead", "flaky", "curlimages/curl", None, ""));
@@ -55,8 +66,7 @@ spec:
 }
 
 fn security() -> String {
-    let mut all =
-        vec![MESH_CONFIG.to_owned(), namespace("foo", true), namespace("bar", true), namespace("legacy", false)];
+    let mut all = vec![mesh_config(""), namespace("foo", true), namespace("bar", true), namespace("legacy", false)];
     for home in ["foo", "bar", "legacy"] {
         all.push(workload(home, "curl", "v1", "curlimages/curl", None, ""));
     }

@@ -3,6 +3,7 @@
 use testkit::{Client, eventually};
 
 use crate::apps::{TRAFFIC, virtual_service};
+use crate::rollouts::under_load;
 
 #[test]
 fn a_host_reaches_the_mail_catcher_and_an_unknown_host_is_404() {
@@ -62,9 +63,31 @@ spec:
     assert_eq!(seen.status, 200, "{seen:?}");
     assert_eq!(seen.json()["headers"]["x-forwarded-proto"][0], "https", "{seen:?}");
 
+    // Old connections go on and new ones are opened while the certificate is replaced.
     let new = pair(host);
-    mesh.apply(&new.secret);
-    eventually("the new certificate", || open(&new.root).map(|_| ()).map_err(|error| error.to_string()));
+    let send = |client: &mut Client| client.send("GET", host, "/status/200", &[]);
+    let reopen = |(): &mut ()| open(&old.root).or_else(|_| open(&new.root)).and_then(|mut client| send(&mut client));
+    let served = under_load(
+        &mesh,
+        1,
+        || open(&old.root),
+        send,
+        || {
+            under_load(
+                &mesh,
+                1,
+                || Ok(()),
+                reopen,
+                || {
+                    mesh.apply(&new.secret);
+                    eventually("the new certificate", || {
+                        open(&new.root).map(|_| ()).map_err(|error| error.to_string())
+                    });
+                },
+            );
+        },
+    );
+    assert!(served > 5, "the load was on: {served}");
     assert!(open(&old.root).is_err(), "the old certificate is gone");
     assert_eq!(kept.send("GET", host, "/status/200", &[]).unwrap().status, 200, "the old connection goes on");
     assert!(Client::tls(mesh.https, "other.shop.test", &new.root).is_err(), "no chain for another server name");
@@ -85,6 +108,40 @@ spec:
     );
     let answer = mesh.get("redirect.example", "/a?b=c", &[]);
     assert_eq!((answer.status, answer.header("location")), (301, Some("https://redirect.example/a?b=c")), "{answer:?}");
+}
+
+#[test]
+fn pods_reach_the_gateway_by_its_service() {
+    let mesh = TRAFFIC.turn();
+    let _route =
+        mesh.with(&virtual_service("inside", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
+    for whence in ["plain/curl", "shop/curl"] {
+        let url = "http://istio-ingressgateway.istio-system/status/202";
+        let answer = mesh.curl(whence, &["-H", "host: inside.shop.test", url]);
+        assert_eq!(
+            (answer.status, answer.header("server")),
+            (202, Some(if whence == "plain/curl" { "istio-envoy" } else { "envoy" })),
+            "{whence}: {answer:?}"
+        );
+        assert_eq!(mesh.curl(whence, &["-H", "host: nobody.example", url]).status, 404, "{whence}");
+    }
+}
+
+#[test]
+fn pods_reach_the_gateway_by_the_machines_own_address() {
+    let mesh = TRAFFIC.turn();
+    let _route =
+        mesh.with(&virtual_service("inside", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
+    let target = format!("inside.shop.test:{}", mesh.http.port());
+    for whence in ["plain/curl", "shop/curl"] {
+        // The name that Kubernetes gives its node, as status.hostIP of every pod.
+        let script = format!(
+            "curl -s -o /dev/null -w '%{{http_code}}' --max-time 10 -H 'host: {target}' http://$HOST_IP:{}/status/202",
+            mesh.http.port()
+        );
+        let output = mesh.exec(whence, &["bash", "-c", &script]);
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "202", "{whence}");
+    }
 }
 
 #[test]

@@ -1,10 +1,9 @@
-//! Pods, rollouts, metrics, logs.
+//! Pods, control plane, metrics, logs.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use testkit::{Client, eventually};
 
-use testkit::{Client, Mesh, eventually};
-
-use crate::apps::{TRAFFIC, virtual_service, workload};
+use crate::apps::{TRAFFIC, virtual_service};
+use crate::rollouts::under_load;
 
 #[test]
 fn pods_get_a_proxy_by_namespace_label_and_pods_without_one_are_reached_both_ways() {
@@ -25,91 +24,6 @@ fn pods_get_a_proxy_by_namespace_label_and_pods_without_one_are_reached_both_way
 }
 
 #[test]
-fn a_pods_label_is_over_its_namespaces() {
-    let mesh = TRAFFIC.turn();
-    let with_label = |namespace: &str, name: &str, inject: bool| {
-        workload(namespace, name, "v1", "curlimages/curl", None, "")
-            .replace("version: v1}", &format!("version: v1, sidecar.istio.io/inject: \"{inject}\"}}"))
-    };
-    let _pods =
-        mesh.with(&format!("{}\n---\n{}", with_label("shop", "without", false), with_label("plain", "with", true)));
-    eventually("pods by their own label", || {
-        let pods = mesh.must(&["get", "pods", "-A"], "");
-        let has = |name: &str, ready: &str| {
-            pods.lines().any(|line| line.contains(&format!(" {name}-")) && line.contains(ready))
-        };
-        // The second one's namespace opts out, which a pod's label does not overrule.
-        if has("without", "1/1") && has("with", "1/1") { Ok(()) } else { Err(pods) }
-    });
-}
-
-/// Keeps two connections busy until `during` is done; every request must be answered with 200.
-fn under_load(mesh: &Mesh, host: &str, path: &str, during: impl FnOnce()) -> usize {
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let load = || {
-            let mut client = Client::plain(mesh.http).unwrap();
-            let mut served = 0;
-            while !done.load(Ordering::Relaxed) {
-                let answer = client.send("GET", host, path, &[]).unwrap();
-                if answer.status != 200 {
-                    let line = eventually("the access log", || {
-                        let log = mesh.logs("istio-system/istio-ingressgateway", "istio-proxy");
-                        let code = format!(" {} ", answer.status);
-                        log.lines().rfind(|line| line.contains(&code)).map(str::to_owned).ok_or(log.clone())
-                    });
-                    let pods = mesh.must(&["get", "pods", "-A", "-o", "wide"], "");
-                    let upstream = line.split('"').filter_map(|part| part.split_once(':')).map(|(ip, _)| ip.to_owned());
-                    let upstreams: Vec<String> = upstream.collect();
-                    for row in pods.lines().filter(|row| upstreams.iter().any(|ip| row.contains(&format!(" {ip} ")))) {
-                        let words: Vec<&str> = row.split_whitespace().collect();
-                        for container in ["istio-proxy", "app"] {
-                            let args = ["logs", words[1], "-n", words[0], "-c", container, "--tail", "6"];
-                            eprintln!("{args:?}:\n{}", mesh.must(&args, ""));
-                        }
-                    }
-                    let log = mesh.logs("istio-system/istio-ingressgateway", "istio-proxy");
-                    let local =
-                        line.split("svc.cluster.local ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap_or("?");
-                    let same = log.lines().filter(|line| line.contains(local)).collect::<Vec<_>>();
-                    eprintln!("same connection: {} {:#?}", same.len(), &same[same.len().saturating_sub(4)..]);
-                    let at = log.lines().position(|have| have == line).unwrap_or(0);
-                    eprintln!("before: {:#?}", log.lines().skip(at.saturating_sub(8)).take(12).collect::<Vec<_>>());
-                    panic!("after {served}: {answer:?}\n{line}\n{pods}");
-                }
-                served += 1;
-            }
-            served
-        };
-        let loads = [scope.spawn(load), scope.spawn(load)];
-        // Also when `during` fails, or the loads would go on for ever.
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(during));
-        done.store(true, Ordering::Relaxed);
-        let served = loads.into_iter().map(|load| load.join().unwrap()).sum();
-        if let Err(failure) = result {
-            std::panic::resume_unwind(failure);
-        }
-        served
-    })
-}
-
-#[test]
-fn a_rolling_restart_and_scaling_lose_no_request() {
-    let mesh = TRAFFIC.turn();
-    let _route =
-        mesh.with(&virtual_service("rolling", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
-    let served = under_load(&mesh, "rolling.shop.test", "/get", || {
-        mesh.must(&["scale", "deploy/httpbin", "--replicas", "2", "-n", "shop"], "");
-        mesh.must(&["rollout", "status", "deploy/httpbin", "-n", "shop", "--timeout", "60"], "");
-        mesh.must(&["rollout", "restart", "deploy/httpbin", "-n", "shop"], "");
-        mesh.must(&["rollout", "status", "deploy/httpbin", "-n", "shop", "--timeout", "60"], "");
-        mesh.must(&["scale", "deploy/httpbin", "--replicas", "1", "-n", "shop"], "");
-        mesh.must(&["rollout", "status", "deploy/httpbin", "-n", "shop", "--timeout", "60"], "");
-    });
-    assert!(served > 50, "the load was on: {served}");
-}
-
-#[test]
 fn a_crashed_control_plane_leaves_traffic_flowing_and_comes_back() {
     let mesh = TRAFFIC.turn();
     let host = "crash.shop.test";
@@ -122,10 +36,17 @@ fn a_crashed_control_plane_leaves_traffic_flowing_and_comes_back() {
         )
     };
     let _route = mesh.with(&httpbin("/get"));
-    under_load(&mesh, host, "/", || {
-        mesh.must(&["rollout", "restart", "deploy/istiod", "-n", "istio-system"], "");
-        mesh.must(&["rollout", "status", "deploy/istiod", "-n", "istio-system", "--timeout", "60"], "");
-    });
+    let load = |client: &mut Client| client.send("GET", host, "/", &[]);
+    under_load(
+        &mesh,
+        2,
+        || Client::plain(mesh.http),
+        load,
+        || {
+            mesh.must(&["rollout", "restart", "deploy/istiod", "-n", "istio-system"], "");
+            mesh.must(&["rollout", "status", "deploy/istiod", "-n", "istio-system", "--timeout", "60"], "");
+        },
+    );
     mesh.must(&["apply", "-f", "-"], &httpbin("/status/202"));
     eventually("a change after the restart", || match mesh.get(host, "/", &[]).status {
         202 => Ok(()),

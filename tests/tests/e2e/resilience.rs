@@ -1,15 +1,17 @@
-//! Time-outs, retries, ejected pods, limits.
+//! Time-outs, retries, ejected pods, limits, and the flags that tell of them.
 
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use testkit::eventually;
+use testkit::{Client, Client2, Mesh, eventually};
 
-use crate::apps::{TRAFFIC, virtual_service};
+use crate::apps::{TRAFFIC, virtual_service, workload};
 
 const GATEWAY: &str = "istio-system/istio-ingressgateway";
 
 /// The gateway's log line of a request, once it is written.
-fn line(mesh: &testkit::Mesh, path: &str) -> String {
+fn line(mesh: &Mesh, path: &str) -> String {
     eventually("the access log", || {
         let log = mesh.logs(GATEWAY, "istio-proxy");
         log.lines().rfind(|line| line.contains(path)).map(str::to_owned).ok_or_else(|| "no line".to_owned())
@@ -102,4 +104,325 @@ spec:
     assert_eq!((count(200), count(503)), (2, 4), "one served, one waits, four overflow: {statuses:?}");
     let log = mesh.logs(GATEWAY, "istio-proxy");
     assert!(log.lines().any(|line| line.contains("/delay/1") && line.contains(" 503 UO ")), "{log}");
+}
+
+const TO_HTTPBIN: &str = "    route: [{destination: {host: httpbin, port: {number: 8000}}}]";
+
+/// How often the server's own proxy saw the path.
+#[track_caller]
+fn tries(mesh: &Mesh, path: &str, expect: usize) {
+    eventually("the server's log", || {
+        let log = mesh.logs("shop/httpbin", "istio-proxy");
+        match log.lines().filter(|line| line.contains(path)).count() {
+            count if count == expect => Ok(()),
+            other => Err(format!("{other} tries")),
+        }
+    });
+}
+
+#[test]
+fn a_try_that_takes_too_long_is_repeated_where_the_policy_says_so() {
+    let mesh = TRAFFIC.turn();
+    let _routes = mesh.with(&virtual_service(
+        "tries",
+        &format!(
+            "  - match: [{{uri: {{prefix: /delay/11}}}}]
+    retries: {{attempts: 2, retryOn: 5xx, perTryTimeout: 0.3s}}
+{TO_HTTPBIN}
+  - match: [{{uri: {{prefix: /delay/12}}}}]
+    retries: {{attempts: 2, perTryTimeout: 0.3s}}
+{TO_HTTPBIN}
+  - match: [{{uri: {{prefix: /delay/13}}}}]
+    timeout: 1s
+    retries: {{attempts: 10, retryOn: 5xx, perTryTimeout: 0.4s}}
+{TO_HTTPBIN}"
+        ),
+    ));
+    // Three tries of 0.3 s.
+    let began = Instant::now();
+    let answer = mesh.get("tries.shop.test", "/delay/11", &[]);
+    assert_eq!((answer.status, answer.body.as_str()), (504, "upstream request timeout"), "{answer:?}");
+    assert!(began.elapsed() >= Duration::from_millis(900), "{:?}", began.elapsed());
+    let seen = line(&mesh, "/delay/11");
+    assert!(seen.contains(" 504 URX,UT ") && seen.contains("upstream_per_try_timeout"), "{seen}");
+    tries(&mesh, "/delay/11", 3);
+    // The default list does not name time-outs.
+    assert_eq!(mesh.get("tries.shop.test", "/delay/12", &[]).status, 504);
+    let seen = line(&mesh, "/delay/12");
+    assert!(seen.contains(" 504 UT ") && seen.contains("upstream_per_try_timeout"), "{seen}");
+    tries(&mesh, "/delay/12", 1);
+    // The route's time-out is over all tries.
+    let began = Instant::now();
+    assert_eq!(mesh.get("tries.shop.test", "/delay/13", &[]).status, 504);
+    assert!((Duration::from_secs(1)..Duration::from_secs(5)).contains(&began.elapsed()), "{:?}", began.elapsed());
+    let seen = line(&mesh, "/delay/13");
+    assert!(seen.contains(" 504 UT ") && seen.contains("response_timeout"), "{seen}");
+}
+
+#[test]
+fn an_unreachable_pod_is_passed_over_by_default() {
+    let mesh = TRAFFIC.turn();
+    let _routes =
+        mesh.with(&virtual_service("passed", "  - route: [{destination: {host: flaky, port: {number: 80}}}]"));
+    let tally = mesh.tally("passed.shop.test", "/get", 40, |answer| answer.status.to_string());
+    assert_eq!(tally.get("200"), Some(&40), "one of two pods refuses, the next try finds the other: {tally:?}");
+}
+
+#[test]
+fn an_applications_own_503_is_not_tried_again_by_default() {
+    let mesh = TRAFFIC.turn();
+    let _routes = mesh.with(&virtual_service("own", &format!("  - rewrite: {{uri: /status/503}}\n{TO_HTTPBIN}")));
+    let answer = mesh.get("own.shop.test", "/anything", &[("user-agent", "own-503")]);
+    assert_eq!(answer.status, 503);
+    eventually("one try", || {
+        let log = mesh.logs("shop/httpbin", "istio-proxy");
+        match log.lines().filter(|line| line.contains("own-503")).count() {
+            1 => Ok(()),
+            other => Err(other.to_string()),
+        }
+    });
+}
+
+#[test]
+fn failures_have_envoys_flags_and_bodies() {
+    let mesh = TRAFFIC.turn();
+    let route = |prefix: &str, host: &str, subset: &str| {
+        format!(
+            "  - match: [{{uri: {{prefix: {prefix}}}}}]\n    retries: {{attempts: 0}}\n    route: [{{destination: {{host: {host}, port: {{number: 80}}{subset}}}}}]\n"
+        )
+    };
+    let rules = [
+        route("/nobody", "nobody", ""),
+        route("/dead", "dead", ""),
+        route("/garbage", "garbage", ""),
+        route("/missing", "flaky", ", subset: missing"),
+    ]
+    .concat();
+    let services = [
+        "apiVersion: v1\nkind: Service\nmetadata: {name: nobody, namespace: shop}\nspec: {selector: {app: nobody}, ports: [{name: http, port: 80}]}\n".to_owned(),
+        "apiVersion: v1\nkind: Service\nmetadata: {name: dead, namespace: shop}\nspec: {selector: {deployment: dead}, ports: [{name: http, port: 80}]}\n".to_owned(),
+        "apiVersion: v1\nkind: Service\nmetadata: {name: garbage, namespace: shop}\nspec: {selector: {app: echo, version: v1}, ports: [{name: http, port: 80, targetPort: 9000}]}\n".to_owned(),
+    ];
+    let _objects = mesh.with(&format!("{}\n---\n{}", services.join("---\n"), virtual_service("flags", &rules)));
+    let check = |path: &str, status: u16, body: &str, logged: &str| {
+        let answer = mesh.get("flags.shop.test", path, &[]);
+        assert_eq!(answer.status, status, "{path}: {answer:?}");
+        assert!(answer.body.starts_with(body) && (!body.is_empty() || answer.body.is_empty()), "{path}: {answer:?}");
+        let seen = line(&mesh, path);
+        assert!(seen.contains(logged), "{path}: {seen}");
+    };
+    check("/nobody/1", 503, "no healthy upstream", " 503 UH no_healthy_upstream ");
+    check("/missing/1", 503, "", " 503 NC cluster_not_found ");
+    check("/elsewhere/1", 404, "", " 404 NR route_not_found ");
+    check(
+        "/garbage/1",
+        502,
+        "upstream connect error or disconnect/reset before headers. reset reason: protocol error",
+        " 502 UPE upstream_reset_before_response_started{protocol_error} ",
+    );
+    // Nobody listens behind the server's proxy: it is the one that fails.
+    check("/dead/1", 503, "upstream connect error or disconnect/reset before headers.", " 503 - via_upstream ");
+    let server = eventually("the server's log", || {
+        let log = mesh.logs("shop/dead", "istio-proxy");
+        log.lines().rfind(|line| line.contains("/dead/1")).map(str::to_owned).ok_or(log.clone())
+    });
+    assert!(server.contains("UF") && server.contains("Connection_refused"), "{server}");
+}
+
+#[test]
+fn a_pod_without_proxy_that_refuses_is_the_callers_failure() {
+    let mesh = TRAFFIC.turn();
+    // Nothing listens on this port of a pod that has no proxy to say so.
+    let _service = mesh.with(
+        "
+apiVersion: v1
+kind: Service
+metadata: {name: refusing, namespace: plain}
+spec: {selector: {app: curl}, ports: [{name: http, port: 80, targetPort: 8099}]}
+",
+    );
+    let answer = mesh.curl("shop/curl", &["http://refusing.plain/refused"]);
+    assert_eq!(answer.status, 503, "{answer:?}");
+    let wanted = "upstream connect error or disconnect/reset before headers. retried and the latest reset reason: remote connection failure";
+    assert_eq!(answer.body, wanted);
+    let seen = eventually("the caller's log", || {
+        let log = mesh.logs("shop/curl", "istio-proxy");
+        log.lines().rfind(|line| line.contains("/refused")).map(str::to_owned).ok_or(log.clone())
+    });
+    assert!(seen.contains(" 503 URX,UF ") && seen.contains("delayed_connect_error:_Connection_refused"), "{seen}");
+}
+
+#[test]
+fn a_client_that_leaves_is_told_in_the_log() {
+    let mesh = TRAFFIC.turn();
+    let _routes = mesh.with(&virtual_service("leaving", &format!("  -{}", TO_HTTPBIN.trim_start_matches("   "))));
+    let mut stream = std::net::TcpStream::connect(mesh.http).unwrap();
+    stream.write_all(b"GET /delay/31 HTTP/1.1\r\nhost: leaving.shop.test\r\n\r\n").unwrap();
+    let client = Client2::plain(mesh.http).unwrap();
+    let call = client.open("GET", "leaving.shop.test", "/delay/32", &[], true).unwrap();
+    // Both have arrived at the server when its proxy counts them.
+    eventually("two requests under way", || {
+        let text = mesh.curl("shop/httpbin", &["http://127.0.0.1:15000/stats/prometheus"]).body;
+        let active = text.lines().find(|line| line.contains("requests_active") || line.contains("rq_active"));
+        match active.and_then(|line| line.rsplit(' ').next()) {
+            Some("2") => Ok(()),
+            other => Err(format!("{other:?} of {active:?}")),
+        }
+    });
+    drop(stream);
+    call.cancel();
+    for (path, flag) in [("/delay/31", " 0 DC "), ("/delay/32", " 0 D")] {
+        let seen = line(&mesh, path);
+        assert!(seen.contains(flag) && seen.contains("downstream_remote_"), "{seen}");
+        // The server hears of it too.
+        let seen = eventually("the server's log", || {
+            let log = mesh.logs("shop/httpbin", "istio-proxy");
+            log.lines().rfind(|line| line.contains(path)).map(str::to_owned).ok_or_else(|| "nothing".to_owned())
+        });
+        assert!(seen.contains(" 0 D"), "{seen}");
+    }
+}
+
+#[test]
+fn a_failing_reviews_pod_is_ejected_and_taken_back() {
+    let mesh = TRAFFIC.turn();
+    let _objects = mesh.with(&format!(
+        "
+apiVersion: v1
+kind: Service
+metadata: {{name: opinions, namespace: bookinfo}}
+spec: {{selector: {{app: reviews}}, ports: [{{name: http, port: 9080}}]}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: opinions, namespace: bookinfo}}
+spec:
+  host: opinions
+  trafficPolicy:
+    outlierDetection: {{consecutive5xxErrors: 3, interval: 1s, baseEjectionTime: 10s, maxEjectionPercent: 100}}
+---
+{}",
+        virtual_service(
+            "opinions",
+            "  - retries: {attempts: 0}\n    route: [{destination: {host: opinions.bookinfo.svc.cluster.local, port: {number: 9080}}}]"
+        )
+    ));
+    let version = |answer: &testkit::Response| {
+        let pod = answer.json()["podname"].as_str().unwrap_or_default().to_owned();
+        pod.split('-').nth(1).map_or_else(|| answer.status.to_string(), str::to_owned)
+    };
+    let tally = || mesh.tally("opinions.shop.test", "/reviews/0", 40, version);
+    let before = tally();
+    assert_eq!(before.keys().collect::<Vec<_>>(), ["v1", "v2", "v3"], "{before:?}");
+
+    let switch = |method: &str, query: &str| {
+        let url = format!("http://127.0.0.1:9080/-/fault{query}");
+        assert_eq!(mesh.curl("bookinfo/reviews-v3", &["-X", method, &url]).status, 200);
+    };
+    switch("PUT", "?status=500");
+    let failing = tally();
+    let ejected = tally();
+    switch("DELETE", "");
+    assert_eq!(failing.get("500"), Some(&3), "three failures in a row, then no more: {failing:?}");
+    assert_eq!(ejected.keys().collect::<Vec<_>>(), ["v1", "v2"], "the others serve: {ejected:?}");
+    eventually("the pod to be taken back", || {
+        let after = tally();
+        if after.contains_key("v3") { Ok(()) } else { Err(format!("{after:?}")) }
+    });
+}
+
+/// A client with two workers in its proxy: `shop/busy`.
+fn busy() -> String {
+    workload("shop", "busy", "v1", "curlimages/curl", None, "").replace(
+        "deployment: busy, version: v1}",
+        "deployment: busy, version: v1}, annotations: {proxy.istio.io/config: \"concurrency: 2\"}",
+    )
+}
+
+/// The statuses of as many requests at once, each on a connection of its own.
+fn at_once(mesh: &Mesh, whence: &str, count: usize, host: &str, port: u16, path: &str) -> Vec<u16> {
+    let ready = Barrier::new(count);
+    std::thread::scope(|scope| {
+        let call = || {
+            let mut client = Client::over(mesh.dial(whence, host, port));
+            // The connection is there once a request has been answered on it.
+            assert_eq!(client.send("GET", host, "/status/200", &[]).unwrap().status, 200);
+            ready.wait();
+            client.send("GET", host, path, &[]).unwrap().status
+        };
+        let calls: Vec<_> = (0..count).map(|_| scope.spawn(call)).collect();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn limits_are_counted_per_proxy_whatever_its_workers() {
+    let mesh = TRAFFIC.turn();
+    let limits = "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: limited, namespace: shop}
+spec: {host: limited, trafficPolicy: {connectionPool: {http: {http2MaxRequests: 3}}}}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: limited, namespace: shop}
+spec: {hosts: [limited], http: [{retries: {attempts: 0}, route: [{destination: {host: limited}}]}]}
+";
+    // The limit holds at the server too, so three servers take what three callers may send.
+    let target = "apiVersion: v1\nkind: Service\nmetadata: {name: limited, namespace: shop}\nspec: {selector: {app: httpbin}, ports: [{name: http, port: 8001, targetPort: 80}]}\n";
+    let _objects = mesh.with(&format!("{}\n---\n{target}\n---\n{limits}", busy()));
+    mesh.must(&["rollout", "status", "deploy/busy", "-n", "shop", "--timeout", "60"], "");
+    mesh.synced();
+    let statuses = at_once(&mesh, "shop/busy", 8, "limited", 8001, "/delay/3");
+    let count = |status| statuses.iter().filter(|have| **have == status).count();
+    assert_eq!((count(200), count(503)), (3, 5), "three for both workers together: {statuses:?}");
+    let log = eventually("the overflow in the log", || {
+        let log = mesh.logs("shop/busy", "istio-proxy");
+        match log.lines().filter(|line| line.contains(" 503 UO ")).count() {
+            5 => Ok(log),
+            other => Err(other.to_string()),
+        }
+    });
+    assert!(log.contains("upstream_reset_before_response_started{overflow}"), "{log}");
+}
+
+#[test]
+fn connections_of_bytes_are_limited_per_proxy_whatever_its_workers() {
+    let mesh = TRAFFIC.turn();
+    let limits = "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: echo, namespace: shop}
+spec: {host: echo, trafficPolicy: {connectionPool: {tcp: {maxConnections: 2}}}}
+";
+    let _objects = mesh.with(&format!("{}\n---\n{limits}", busy()));
+    mesh.must(&["rollout", "status", "deploy/busy", "-n", "shop", "--timeout", "60"], "");
+    mesh.synced();
+    let open = || {
+        let mut tunnel = mesh.dial("shop/busy", "echo", 9000);
+        // A connection over the limit may be closed before this is written.
+        _ = tunnel.write_all(b"hi\n");
+        let mut line = String::new();
+        let mut tunnel = BufReader::new(tunnel);
+        tunnel.read_line(&mut line).unwrap();
+        (tunnel, line)
+    };
+    // Kept open all at once; the workers take them in turn.
+    let kept: Vec<_> = (0..5).map(|_| open()).collect();
+    let served = kept.iter().filter(|(_, line)| line.ends_with(" hi\n")).count();
+    assert_eq!(served, 2, "{:?}", kept.iter().map(|(_, line)| line).collect::<Vec<_>>());
+    let refused = eventually("the log", || {
+        let log = mesh.logs("shop/busy", "istio-proxy");
+        match log.lines().filter(|line| line.contains(" UO ")).count() {
+            3 => Ok(log),
+            other => Err(format!("{other}: {log}")),
+        }
+    });
+    assert!(refused.contains("\"- - -\" 0 UO"), "{refused}");
+    drop(kept);
+    eventually("a place", || match open().1 {
+        line if line.ends_with(" hi\n") => Ok(()),
+        line => Err(line),
+    });
 }

@@ -1,11 +1,12 @@
 //! Routes by content, weights, faults.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use testkit::{Client, Response};
+use testkit::{Client, Response, eventually};
 
 use crate::apps::{TRAFFIC, virtual_service};
+use crate::rollouts::under_load;
+use crate::stats::assert_share;
 
 /// `v1` of `reviews-v1-…`, the pod that answered.
 fn version(answer: &Response) -> String {
@@ -80,7 +81,15 @@ fn the_first_rule_that_matches_wins() {
         ("uri: {regex: \"/three/[0-9]+\"}", "path-regex"),
         ("uri: {exact: /FOUR}, ignoreUriCase: true", "path-any-case"),
         ("method: {exact: DELETE}", "method"),
+        ("method: {prefix: PA}", "method-prefix"),
+        ("method: {regex: \"PUT|POST\"}, uri: {exact: /write}", "method-regex"),
         ("queryParams: {q: {exact: yes}}", "query"),
+        ("queryParams: {p: {prefix: \"ab\"}}", "query-prefix"),
+        ("queryParams: {r: {regex: \"[0-9]+\"}}", "query-regex"),
+        ("queryParams: {present: {}}", "query-present"),
+        ("headers: {x-present: {}}", "present"),
+        ("authority: {prefix: \"MATCHES.\"}, uri: {prefix: /host}", "authority-is-case-sensitive"),
+        ("authority: {prefix: \"matches.\"}, uri: {prefix: /host}", "authority"),
         ("headers: {x-both: {exact: a}}, uri: {prefix: /both}", "both"),
         ("withoutHeaders: {x-needed: {}}, uri: {prefix: /without}", "without"),
     ]
@@ -105,8 +114,20 @@ fn the_first_rule_that_matches_wins() {
     check("GET", "/three/33x", &[], "default");
     check("GET", "/four", &[], "path-any-case");
     check("DELETE", "/", &[], "method");
+    check("PATCH", "/", &[], "method-prefix");
+    check("PUT", "/write", &[], "method-regex");
+    check("POST", "/write", &[], "method-regex");
+    check("GET", "/write", &[], "default");
     check("GET", "/?q=yes", &[], "query");
     check("GET", "/?q=yess", &[], "default");
+    check("GET", "/?a=1&p=abc", &[], "query-prefix");
+    check("GET", "/?p=ba", &[], "default");
+    check("GET", "/?r=42", &[], "query-regex");
+    check("GET", "/?r=42x", &[], "default");
+    check("GET", "/?present=", &[], "query-present");
+    check("GET", "/", &[("x-present", "")], "present");
+    check("GET", "/host", &[], "authority");
+    check("GET", "/three/33?q=yes", &[], "path-regex");
     check("GET", "/both", &[("x-both", "a")], "both");
     check("GET", "/both", &[], "default");
     check("GET", "/without", &[], "without");
@@ -137,6 +158,86 @@ fn paths_are_rewritten_requests_redirected_headers_changed() {
     assert_eq!((moved.status, moved.header("location")), (302, Some("http://new.example/new")), "{moved:?}");
 }
 
+#[test]
+fn rewrites_replace_what_was_matched() {
+    let mesh = TRAFFIC.turn();
+    let to = "    route: [{destination: {host: httpbin, port: {number: 8000}}}]\n";
+    let rules: String = [
+        ("match: [{uri: {exact: /exact}}]", "uri: /anything/whole"),
+        ("match: [{uri: {prefix: /prefix}}]", "uri: /anything/p"),
+        ("match: [{uri: {regex: \"/regex/.*\"}}]", "uri: /anything/r"),
+        (
+            "match: [{uri: {prefix: /parts}}]",
+            "uriRegexRewrite: {match: \"^/parts/([^/]+)/(.*)$\", rewrite: \"/anything/\\\\2/\\\\1\"}",
+        ),
+        ("match: [{uri: {prefix: /host}}]", "{uri: /anything, authority: other.example}"),
+    ]
+    .iter()
+    .map(|(rule, rewrite)| {
+        let rewrite = rewrite.trim_matches(['{', '}']);
+        let rewrite = if rewrite.starts_with("uriRegex") { format!("{rewrite}}}") } else { rewrite.to_owned() };
+        format!("  - {rule}\n    rewrite: {{{rewrite}}}\n{to}")
+    })
+    .collect();
+    let _routes = mesh.with(&virtual_service("rewrites", &rules));
+    let check = |path: &str, url: &str| {
+        let answer = mesh.get("rewrites.shop.test", path, &[]);
+        assert_eq!(answer.json()["url"], url, "{path}: {answer:?}");
+        assert_eq!(answer.json()["headers"]["x-envoy-original-path"][0], path, "{path}: {answer:?}");
+    };
+    let host = "http://rewrites.shop.test";
+    check("/exact?a=b", &format!("{host}/anything/whole?a=b"));
+    check("/prefix/x?a=b", &format!("{host}/anything/p/x?a=b"));
+    check("/regex/x?a=b", &format!("{host}/anything/r?a=b"));
+    check("/parts/one/two?a=b", &format!("{host}/anything/two/one?a=b"));
+    check("/host/x", "http://other.example/anything/x");
+}
+
+#[test]
+fn redirects_say_where_to() {
+    let mesh = TRAFFIC.turn();
+    let rules: String = [
+        ("exact: /whole", "uri: /new"),
+        ("prefix: /code", "uri: /new, redirectCode: 308"),
+        ("prefix: /scheme", "scheme: https"),
+        ("prefix: /port", "authority: new.example, port: 8081"),
+        ("prefix: /query", "uri: \"/new?b=c\""),
+    ]
+    .iter()
+    .map(|(rule, to)| format!("  - match: [{{uri: {{{rule}}}}}]\n    redirect: {{{to}}}\n"))
+    .collect();
+    let _routes = mesh.with(&virtual_service("redirects", &rules));
+    let check = |path: &str, status: u16, location: &str| {
+        let answer = mesh.get("redirects.shop.test", path, &[]);
+        assert_eq!((answer.status, answer.header("location")), (status, Some(location)), "{path}: {answer:?}");
+    };
+    check("/whole?a=b", 301, "http://redirects.shop.test/new?a=b");
+    check("/code", 308, "http://redirects.shop.test/new");
+    check("/scheme/x?a=b", 301, "https://redirects.shop.test/scheme/x?a=b");
+    check("/port", 301, "http://new.example:8081/port");
+    check("/query?a=b", 301, "http://redirects.shop.test/new?b=c");
+}
+
+#[test]
+fn headers_of_a_destination_come_after_those_of_its_route() {
+    let mesh = TRAFFIC.turn();
+    let _routes = mesh.with(&virtual_service(
+        "levels",
+        "  - headers: {request: {set: {x-both: route, x-route: r}}, response: {add: {x-answer: route}}}
+    route:
+    - destination: {host: httpbin, port: {number: 8000}}
+      headers: {request: {set: {x-both: destination}, add: {x-more: m}}, response: {add: {x-answer: destination}}}",
+    ));
+    let answer = mesh.get("levels.shop.test", "/headers", &[("x-more", "client")]);
+    let seen = &answer.json()["headers"];
+    assert_eq!(seen["x-both"], serde_json::json!(["destination"]), "{seen}");
+    assert_eq!(seen["x-route"], serde_json::json!(["r"]), "{seen}");
+    assert_eq!(seen["x-more"], serde_json::json!(["client", "m"]), "{seen}");
+    let values: Vec<&str> =
+        answer.headers.iter().filter(|(name, _)| name == "x-answer").map(|(_, value)| value.as_str()).collect();
+    assert_eq!(values.len(), 2, "{answer:?}");
+}
+
 fn weights(v1: u32, v2: u32) -> String {
     virtual_service("weights", &format!("  - route: [{}, {}]", reviews("v1", v1), reviews("v2", v2)))
 }
@@ -146,32 +247,30 @@ fn weights_shift_under_load_without_a_failed_request() {
     let mesh = TRAFFIC.turn();
     let host = "weights.shop.test";
     let _routes = mesh.with(&weights(90, 10));
-    let tally = mesh.tally(host, "/reviews/0", 400, version);
-    let second = tally.get("v2").copied().unwrap_or(0);
-    // 40 ± six standard deviations.
-    assert!((5..=76).contains(&second) && tally.len() == 2, "90/10: {tally:?}");
+    for (first, second, count) in [(90, 10, 800), (50, 50, 800), (0, 100, 100)] {
+        mesh.apply(&weights(first, second));
+        let tally = mesh.tally(host, "/reviews/0", count, version);
+        assert_eq!(tally.values().sum::<usize>(), count);
+        assert!(tally.keys().all(|version| version == "v1" || version == "v2"), "{tally:?}");
+        let hits = tally.get("v2").copied().unwrap_or(0);
+        assert_share(&format!("{first}/{second}"), hits, count, f64::from(second) / 100.0);
+    }
+    mesh.apply(&weights(90, 10));
 
-    let done = AtomicBool::new(false);
-    let served = std::thread::scope(|scope| {
-        let load = || {
-            let mut client = Client::plain(mesh.http).unwrap();
-            let mut served = 0;
-            while !done.load(Ordering::Relaxed) {
-                let answer = client.send("GET", host, "/reviews/0", &[]).unwrap();
-                assert_eq!(answer.status, 200, "{answer:?}");
-                served += 1;
+    let load = |client: &mut Client| client.send("GET", host, "/reviews/0", &[]);
+    let served = under_load(
+        &mesh,
+        2,
+        || Client::plain(mesh.http),
+        load,
+        || {
+            for (first, second) in [(50, 50), (20, 80), (80, 20), (0, 100)] {
+                mesh.apply(&weights(first, second));
             }
-            served
-        };
-        let loads = [scope.spawn(load), scope.spawn(load)];
-        for step in [weights(50, 50), weights(20, 80), weights(0, 100)] {
-            mesh.apply(&step);
-        }
-        let after = mesh.tally(host, "/reviews/0", 50, version);
-        done.store(true, Ordering::Relaxed);
-        assert_eq!(after.get("v2"), Some(&50), "0/100: {after:?}");
-        loads.into_iter().map(|load| load.join().unwrap()).sum::<usize>()
-    });
+            let after = mesh.tally(host, "/reviews/0", 50, version);
+            assert_eq!(after.get("v2"), Some(&50), "0/100: {after:?}");
+        },
+    );
     assert!(served > 20, "the load was on: {served}");
 }
 
@@ -196,8 +295,49 @@ fn faults_hit_jason_alone() {
     assert!(late.status == 200 && took >= Duration::from_secs(2), "{took:?} {late:?}");
     let (prompt, took) = timed("/delay-me", &[]);
     assert!(prompt.status == 200 && took < Duration::from_secs(2), "{took:?} {prompt:?}");
-    let tally = mesh.tally("faults.shop.test", "/half", 200, |answer| answer.status.to_string());
-    assert!(tally.len() == 2 && tally.get("418").is_some_and(|hit| (58..=142).contains(hit)), "{tally:?}");
+    let tally = mesh.tally("faults.shop.test", "/half", 400, |answer| answer.status.to_string());
+    assert_eq!(tally.values().sum::<usize>(), 400, "{tally:?}");
+    assert_share("50 % aborted", tally.get("418").copied().unwrap_or(0), 400, 0.5);
+}
+
+#[test]
+fn a_delay_and_an_abort_are_drawn_by_themselves() {
+    let mesh = TRAFFIC.turn();
+    let to_httpbin = "    route: [{destination: {host: httpbin, port: {number: 8000}}}]\n";
+    let _routes = mesh.with(&virtual_service(
+        "both",
+        &format!(
+            "  - match: [{{uri: {{prefix: /always}}}}]
+    fault: {{delay: {{fixedDelay: 1s, percentage: {{value: 100}}}}, abort: {{httpStatus: 418, percentage: {{value: 100}}}}}}
+{to_httpbin}  - match: [{{uri: {{prefix: /anything/sometimes}}}}]
+    fault: {{delay: {{fixedDelay: 0.01s, percentage: {{value: 30}}}}, abort: {{httpStatus: 418, percentage: {{value: 40}}}}}}
+{to_httpbin}  - match: [{{uri: {{prefix: /anything/unsaid}}}}]
+    fault: {{delay: {{fixedDelay: 5s}}, abort: {{httpStatus: 418}}}}
+{to_httpbin}"
+        ),
+    ));
+    let began = Instant::now();
+    let answer = mesh.get("both.shop.test", "/always", &[]);
+    assert_eq!((answer.status, answer.body.as_str()), (418, "fault filter abort"), "{answer:?}");
+    assert!(began.elapsed() >= Duration::from_secs(1), "first the delay: {:?}", began.elapsed());
+    let began = Instant::now();
+    assert_eq!(mesh.get("both.shop.test", "/anything/unsaid", &[]).status, 200, "no percentage is none");
+    assert!(began.elapsed() < Duration::from_secs(5));
+
+    let count = 500;
+    let tally = mesh.tally("both.shop.test", "/anything/sometimes", count, |answer| answer.status.to_string());
+    assert_share("40 % aborted", tally.get("418").copied().unwrap_or(0), count, 0.4);
+    let lines = eventually("the access log", || {
+        let log = mesh.logs("istio-system/istio-ingressgateway", "istio-proxy");
+        let lines: Vec<String> =
+            log.lines().filter(|line| line.contains("/anything/sometimes")).map(str::to_owned).collect();
+        if lines.len() >= count { Ok(lines) } else { Err(lines.len().to_string()) }
+    });
+    let with = |flags: &str| lines.iter().filter(|line| line.contains(&format!(" {flags} "))).count();
+    let (delayed, aborted, both) = (with("200 DI"), with("418 FI"), with("418 DI,FI"));
+    assert_share("30 % delayed", delayed + both, count, 0.3);
+    assert_share("40 % aborted", aborted + both, count, 0.4);
+    assert_share("12 % both", both, count, 0.12);
 }
 
 #[test]

@@ -1,21 +1,34 @@
 //! Bytes, HTTP/2 and gRPC.
 
-use testkit::Mesh;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
-use crate::apps::TRAFFIC;
+use testkit::{Client2, Mesh, eventually};
+
+use crate::apps::{TRAFFIC, virtual_service};
+use crate::stats::assert_share;
 
 /// Says `hi` to the echo of the address and reads a line.
 fn echo(mesh: &Mesh, whence: &str, host: &str, port: u16) -> String {
-    let script = format!("exec 3<>/dev/tcp/{host}/{port}; echo hi >&3; read -r -t 10 line <&3; echo \"$line\"");
-    String::from_utf8_lossy(&mesh.exec(whence, &["bash", "-c", &script]).stdout).trim().to_owned()
+    echoes(mesh, whence, host, port, 1).pop_first().map_or_else(String::new, |(line, _)| line)
 }
 
-#[test]
-fn bytes_are_routed_by_weight() {
-    let mesh = TRAFFIC.turn();
-    let route = |v1: u32, v2: u32| {
-        format!(
-            "
+/// How often each line comes back from as many connections, one after the other.
+fn echoes(mesh: &Mesh, whence: &str, host: &str, port: u16, count: usize) -> BTreeMap<String, usize> {
+    let script = format!(
+        "for _ in {{1..{count}}}; do exec 3<>/dev/tcp/{host}/{port}; echo hi >&3; read -r -t 10 line <&3; echo \"$line\"; exec 3>&-; done"
+    );
+    let output = mesh.exec(whence, &["bash", "-c", &script]);
+    let mut out = BTreeMap::new();
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        *out.entry(line.to_owned()).or_default() += 1;
+    }
+    out
+}
+
+fn echo_route(v1: u32, v2: u32) -> String {
+    format!(
+        "
 apiVersion: networking.istio.io/v1
 kind: DestinationRule
 metadata: {{name: echo, namespace: shop}}
@@ -30,60 +43,257 @@ spec:
   - match: [{{port: 9000}}]
     route: [{{destination: {{host: echo, subset: v1}}, weight: {v1}}}, {{destination: {{host: echo, subset: v2}}, weight: {v2}}}]
 "
-        )
+    )
+}
+
+#[test]
+fn bytes_are_routed_by_weight() {
+    let mesh = TRAFFIC.turn();
+    let _objects = mesh.with(&echo_route(100, 0));
+    assert_eq!(echoes(&mesh, "shop/curl", "echo", 9000, 10), [("one hi".to_owned(), 10)].into());
+    mesh.apply(&echo_route(0, 100));
+    assert_eq!(echoes(&mesh, "shop/curl", "echo", 9000, 10), [("two hi".to_owned(), 10)].into());
+    mesh.apply(&echo_route(80, 20));
+    let seen = echoes(&mesh, "shop/curl", "echo", 9000, 300);
+    assert_eq!(seen.values().sum::<usize>(), 300, "{seen:?}");
+    assert_share("80/20", seen.get("two hi").copied().unwrap_or(0), 300, 0.2);
+}
+
+#[test]
+fn bytes_between_proxies_are_mutual_tls_on_the_wire() {
+    let mesh = TRAFFIC.turn();
+    // A pod without a proxy that says it has one: it sees what a proxy would, and logs it.
+    let tap = crate::apps::workload("shop", "tap", "v1", "docker.io/istio/tcp-echo-server:1.3", Some(9000), "\"9000\"")
+        .replace("version: v1}", "version: v1, sidecar.istio.io/inject: \"false\", security.istio.io/tlsMode: istio}");
+    let _tap = mesh.with(&format!("{tap}\n---\n{}", crate::apps::service("shop", "tap", "{name: tcp, port: 9000}")));
+    mesh.must(&["rollout", "status", "deploy/tap", "-n", "shop", "--timeout", "60"], "");
+    mesh.synced();
+    let log = eventually("the tap's log", || {
+        // Its endpoint may have to become ready first.
+        echo(&mesh, "shop/curl", "tap", 9000);
+        let log = mesh.logs("shop/tap", "app");
+        if log.contains("request:") { Ok(log) } else { Err(log) }
+    });
+    assert!(log.contains("request: \\x16\\x03\\x01"), "a ClientHello: {log}");
+    assert!(!log.contains("request: hi"), "nothing in the clear: {log}");
+
+    // And the real one knows whom it talks to.
+    assert!(echo(&mesh, "shop/curl", "echo", 9000).ends_with(" hi"));
+    let metrics = |pod: &str| mesh.curl(pod, &["http://127.0.0.1:15090/stats/prometheus"]).body;
+    eventually("the connection in the server's metrics", || {
+        let wanted = [
+            "istio_tcp_connections_opened_total{reporter=\"destination\"",
+            "source_principal=\"spiffe://cluster.local/ns/shop/sa/curl\"",
+            "destination_principal=\"spiffe://cluster.local/ns/shop/sa/echo\"",
+            "connection_security_policy=\"mutual_tls\"",
+        ];
+        let all = metrics("shop/echo") + &metrics("shop/echo-v2");
+        let found = all.lines().any(|line| wanted.iter().all(|part| line.contains(part)));
+        let near: Vec<&str> = all.lines().filter(|line| line.starts_with("istio_tcp_connections_opened")).collect();
+        if found { Ok(()) } else { Err(near.join("\n")) }
+    });
+}
+
+/// A client of the gRPC echo, and the host it calls.
+type Way<'a> = (&'a str, Box<dyn Fn() -> Client2 + 'a>, &'a str);
+
+/// Through the gateway and the server's sidecar; through two sidecars; through the gateway's TLS
+/// is `gateway.rs`'s.
+fn both_ways(mesh: &Mesh) -> [Way<'_>; 2] {
+    [
+        ("gateway", Box::new(|| Client2::plain(mesh.http).unwrap()), "grpc.shop.test"),
+        ("sidecars", Box::new(|| Client2::over(mesh.dial("shop/curl", "grpc", 7070)).unwrap()), "grpc:7070"),
+    ]
+}
+
+fn grpc_route() -> String {
+    virtual_service("grpc", "  - route: [{destination: {host: grpc, port: {number: 7070}}}]")
+}
+
+#[test]
+fn unary_calls_pass_with_their_trailers() {
+    let mesh = TRAFFIC.turn();
+    let _route = mesh.with(&grpc_route());
+    for (way, open, host) in both_ways(&mesh) {
+        let client = open();
+        let answer = client.unary(host, "/echo.Echo/Unary", &[("x-echo-trailer", "kept")], b"hello").unwrap();
+        assert_eq!(answer.status, 200, "{way}");
+        assert!(answer.body.ends_with("hello"), "{way}: {answer:?}");
+        assert_eq!(answer.trailers.len(), 2, "{way}: {answer:?}");
+        assert_eq!((answer.trailer("grpc-status"), answer.trailer("x-echo-trailer")), (Some("0"), Some("kept")));
+        // A failure after the message, and one instead of it.
+        let late = client.unary(host, "/echo.Echo/Unary", &[("x-echo-status", "13")], b"hello").unwrap();
+        assert_eq!((late.status, late.trailer("grpc-status")), (200, Some("13")), "{way}: {late:?}");
+        let failed = client.unary(host, "/echo.Echo/Fail", &[], b"hello").unwrap();
+        assert_eq!(
+            (failed.header("grpc-status"), failed.header("grpc-message")),
+            (Some("7"), Some("told to fail")),
+            "{way}: {failed:?}"
+        );
+    }
+}
+
+#[test]
+fn client_streams_pass_message_by_message() {
+    let mesh = TRAFFIC.turn();
+    let _route = mesh.with(&grpc_route());
+    for (way, open, host) in both_ways(&mesh) {
+        let client = open();
+        let mut call = client.call(host, "/echo.Echo/Collect", &[]).unwrap();
+        for part in ["a", "bc", "def"] {
+            call.say(part.as_bytes()).unwrap();
+        }
+        call.end().unwrap();
+        assert_eq!(call.hear().unwrap().as_deref(), Some(&b"abcdef"[..]), "{way}");
+        assert_eq!(call.hear().unwrap(), None, "{way}");
+        assert_eq!(call.trailers().unwrap(), [("grpc-status".to_owned(), "0".to_owned())], "{way}");
+    }
+}
+
+#[test]
+fn server_streams_pass_message_by_message() {
+    let mesh = TRAFFIC.turn();
+    let _route = mesh.with(&grpc_route());
+    for (way, open, host) in both_ways(&mesh) {
+        let client = open();
+        // More than every buffer on the way holds.
+        let message = vec![b'x'; 10_000];
+        let mut call = client.call(host, "/echo.Echo/Repeat", &[("x-echo-repeat", "300")]).unwrap();
+        call.say(&message).unwrap();
+        // The request is not over yet, and the answer comes all the same.
+        for _ in 0..300 {
+            assert_eq!(call.hear().unwrap().as_deref(), Some(&message[..]), "{way}");
+        }
+        assert_eq!(call.hear().unwrap(), None, "{way}");
+        assert_eq!(call.trailers().unwrap(), [("grpc-status".to_owned(), "0".to_owned())], "{way}");
+    }
+}
+
+#[test]
+fn both_streams_are_open_at_once() {
+    let mesh = TRAFFIC.turn();
+    let _route = mesh.with(&grpc_route());
+    for (way, open, host) in both_ways(&mesh) {
+        let client = open();
+        let mut call = client.call(host, "/echo.Echo/Chat", &[]).unwrap();
+        // Each answer is heard before the next message is said.
+        for turn in 0..20 {
+            let text = format!("message {turn}");
+            call.say(text.as_bytes()).unwrap();
+            assert_eq!(call.hear().unwrap().as_deref(), Some(text.as_bytes()), "{way}");
+        }
+        call.end().unwrap();
+        assert_eq!(call.hear().unwrap(), None, "{way}");
+        assert_eq!(call.trailers().unwrap(), [("grpc-status".to_owned(), "0".to_owned())], "{way}");
+    }
+}
+
+#[test]
+fn many_streams_share_a_connection() {
+    let mesh = TRAFFIC.turn();
+    let _route = mesh.with(&grpc_route());
+    for (way, open, host) in both_ways(&mesh) {
+        let client = open();
+        let mut calls: Vec<_> = (0..30).map(|_| client.call(host, "/echo.Echo/Chat", &[]).unwrap()).collect();
+        for (index, call) in calls.iter_mut().enumerate() {
+            call.say(format!("{way} {index}").as_bytes()).unwrap();
+        }
+        for (index, call) in calls.iter_mut().enumerate().rev() {
+            assert_eq!(call.hear().unwrap().as_deref(), Some(format!("{way} {index}").as_bytes()));
+        }
+    }
+}
+
+#[test]
+fn a_cancelled_call_is_cancelled_at_the_server() {
+    let mesh = TRAFFIC.turn();
+    let _route = mesh.with(&grpc_route());
+    for (way, open, host) in both_ways(&mesh) {
+        let client = open();
+        let cancelled = || {
+            let answer = client.unary(host, "/echo.Echo/Cancelled", &[], b"").unwrap();
+            answer.body.trim_start_matches(|c: char| !c.is_ascii_digit()).parse::<u64>().unwrap()
+        };
+        let before = cancelled();
+        // Before the response's head, and in the midst of both streams.
+        let early = client.call(host, "/echo.Echo/Chat", &[("x-echo-delay-ms", "50000")]).unwrap();
+        let mut late = client.call(host, "/echo.Echo/Chat", &[]).unwrap();
+        late.say(b"begun").unwrap();
+        late.hear().unwrap();
+        early.cancel();
+        late.cancel();
+        eventually("the server to know", || match cancelled() - before {
+            2 => Ok(()),
+            other => Err(format!("{way}: {other}")),
+        });
+    }
+}
+
+#[test]
+fn a_call_ends_at_its_deadline() {
+    let mesh = TRAFFIC.turn();
+    let _route = mesh.with(&grpc_route());
+    for (way, open, host) in both_ways(&mesh) {
+        let client = open();
+        let began = Instant::now();
+        let headers = [("x-echo-delay-ms", "20000"), ("grpc-timeout", "500m")];
+        let answer = client.unary(host, "/echo.Echo/Unary", &headers, b"hello").unwrap();
+        // 504 is told as UNAVAILABLE, DEADLINE_EXCEEDED where the stream's own limit ended it.
+        assert!(matches!(answer.header("grpc-status"), Some("4" | "14")), "{way}: {answer:?}");
+        let took = began.elapsed();
+        assert!((Duration::from_millis(450)..Duration::from_secs(10)).contains(&took), "{way}: {took:?}");
+    }
+}
+
+#[test]
+fn answers_of_the_mesh_are_grpcs_own() {
+    let mesh = TRAFFIC.turn();
+    let _route = mesh.with(&virtual_service(
+        "grpc",
+        "  - match: [{uri: {prefix: /echo.Echo/Abort}}]
+    fault: {abort: {grpcStatus: UNAVAILABLE, percentage: {value: 100}}}
+    route: [{destination: {host: grpc, port: {number: 7070}}}]
+  - match: [{uri: {prefix: /echo.Echo/}}]
+    route: [{destination: {host: grpc, port: {number: 7070}}}]",
+    ));
+    let client = Client2::plain(mesh.http).unwrap();
+    let check = |host: &str, method: &str, expect: (&str, &str)| {
+        let answer = client.unary(host, method, &[], b"x").unwrap();
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let said = (answer.header("grpc-status").unwrap_or(""), answer.header("grpc-message").unwrap_or(""));
+        assert_eq!(said, expect, "{host}{method}: {answer:?}");
     };
-    let _objects = mesh.with(&route(100, 0));
-    for _ in 0..4 {
-        assert_eq!(echo(&mesh, "shop/curl", "echo", 9000), "one hi");
-    }
-    mesh.apply(&route(0, 100));
-    for _ in 0..4 {
-        assert_eq!(echo(&mesh, "shop/curl", "echo", 9000), "two hi");
-    }
-    mesh.apply(&route(50, 50));
-    let mut seen = std::collections::BTreeSet::new();
-    for _ in 0..30 {
-        seen.insert(echo(&mesh, "shop/curl", "echo", 9000));
-    }
-    assert_eq!(seen.into_iter().collect::<Vec<_>>(), ["one hi", "two hi"]);
-}
-
-/// One gRPC message with these bytes in it.
-const GRPC: &str = r"printf '\0\0\0\0\5hello'";
-
-fn grpc(mesh: &Mesh, method: &str) -> (String, String) {
-    let script = format!(
-        "{GRPC} | curl -sv --http2-prior-knowledge --max-time 10 -H 'content-type: application/grpc' -H 'te: trailers' --data-binary @- http://grpc:7070/echo.Echo/{method} 2>&1 | tr -d '\\0'"
-    );
-    let output = mesh.exec("shop/curl", &["bash", "-c", &script]);
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let status = text.lines().find_map(|line| line.strip_prefix("< grpc-status: ")).unwrap_or("none").trim().to_owned();
-    (status, text)
+    check("grpc.shop.test", "/echo.Echo/Abort", ("14", "fault filter abort"));
+    // No route is UNIMPLEMENTED, by host and by path.
+    check("grpc.shop.test", "/other/Method", ("12", ""));
+    check("nobody.example", "/echo.Echo/Unary", ("12", ""));
 }
 
 #[test]
-fn grpc_passes_two_sidecars_with_its_trailers() {
+fn an_http1_client_reaches_an_http2_server() {
     let mesh = TRAFFIC.turn();
-    let (status, text) = grpc(&mesh, "Unary");
-    assert!(status == "0" && text.contains("hello"), "{text}");
-    let (status, text) = grpc(&mesh, "Fail");
-    assert!(status == "7" && text.contains("told to fail"), "{text}");
+    let _route = mesh.with(&grpc_route());
+    let answer = mesh.get("grpc.shop.test", "/anything", &[]);
+    assert_eq!((answer.status, answer.header("x-echo-protocol")), (200, Some("HTTP/2")), "{answer:?}");
+    let answer = mesh.curl("shop/curl", &["--http1.1", "http://grpc:7070/anything"]);
+    assert_eq!((answer.status, answer.header("x-echo-protocol")), (200, Some("HTTP/2")), "{answer:?}");
 }
 
 #[test]
-fn grpc_passes_the_gateway() {
+fn an_http2_client_reaches_an_http1_server() {
     let mesh = TRAFFIC.turn();
-    let _route = mesh
-        .with(&crate::apps::virtual_service("grpc", "  - route: [{destination: {host: grpc, port: {number: 7070}}}]"));
-    let script = format!(
-        "{GRPC} | curl -sv --http2-prior-knowledge --max-time 10 -H 'content-type: application/grpc' -H 'te: trailers' -H 'host: grpc.shop.test' --data-binary @- http://{}/echo.Echo/Unary 2>&1 | tr -d '\\0'",
-        mesh.http
-    );
-    let output = std::process::Command::new("bash").args(["-c", &script]).output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains("< grpc-status: 0") && text.contains("hello"), "{text}");
-    let absent = script.replace("grpc.shop.test", "nobody.example");
-    let output = std::process::Command::new("bash").args(["-c", &absent]).output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains("< grpc-status: 12"), "no route is UNIMPLEMENTED: {text}");
+    let _route =
+        mesh.with(&virtual_service("down", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
+    let big = "y".repeat(200_000);
+    let through = Client2::plain(mesh.http).unwrap();
+    let between = Client2::over(mesh.dial("shop/curl", "httpbin", 8000)).unwrap();
+    for (client, host) in [(&through, "down.shop.test"), (&between, "httpbin:8000")] {
+        let mut stream = client.open("POST", host, "/anything", &[("x-a", "b")], false).unwrap();
+        stream.push(big.as_bytes()).unwrap();
+        stream.end().unwrap();
+        let answer = stream.rest().unwrap();
+        let seen = answer.json();
+        assert_eq!((answer.status, &seen["headers"]["x-a"][0]), (200, &"b".into()));
+        assert_eq!(seen["data"].as_str().map(str::len), Some(big.len()), "{host}");
+    }
 }

@@ -132,9 +132,24 @@ pub(super) fn deployment(check: &mut Check<'_>, deployment: &Deployment) {
         other => check.error("spec.strategy.type", format!("{other:?} is neither RollingUpdate nor Recreate"), ""),
     }
     labels(check, "spec.template.metadata.labels", &spec.template.metadata.labels);
+    proxy_config(check, "spec.template.metadata.annotations", &spec.template.metadata.annotations);
     pod(check, &spec.template.spec, "spec.template.spec");
     if !matches!(spec.template.spec.restart_policy.as_str(), "" | "Always") {
         check.error("spec.template.spec.restartPolicy", "a Deployment needs restartPolicy Always", "");
+    }
+}
+
+/// The annotation that sets up a pod's own proxy.
+pub(super) fn proxy_config(check: &mut Check<'_>, at: &str, annotations: &BTreeMap<String, String>) {
+    let field = format!("{at}.{}", types::wellknown::annotations::PROXY_CONFIG);
+    match crate::injection::proxy_config(annotations) {
+        None => {}
+        Some(Err(why)) => check.error(&field, why, "write the fields of meshConfig.defaultConfig as YAML"),
+        Some(Ok(set)) => {
+            for name in set.keys().filter(|name| *name != "concurrency") {
+                check.unbuilt(&format!("{field}.{name}"));
+            }
+        }
     }
 }
 

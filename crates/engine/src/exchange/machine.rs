@@ -765,7 +765,7 @@ impl Exchange {
             details = details.replace('}', &format!("|{}}}", failure.detail.replace(' ', "_")));
         }
         self.info.details = Details::Owned(details.into());
-        let body = reply::reset_body(failure.cause, retried, &failure.detail);
+        let body = reply::reset_body(failure.cause, retried);
         let headers = match failure.cause {
             Cause::UpstreamOverflow => vec![("x-envoy-overloaded", b"true".to_vec())],
             _ => Vec::new(),

@@ -98,20 +98,17 @@ fn grpc_message(body: &[u8]) -> String {
     text
 }
 
-/// The body of a failed attempt: the cause's row, "retried" if there was a retry, and the transport's reason.
-pub(super) fn reset_body(cause: Cause, retried: bool, detail: &str) -> Bytes {
-    let surface = cause.surface();
-    let Some(reason) = cause.reset_reason() else { return Bytes::from_static(surface.body.as_bytes()) };
-    if !retried && detail.is_empty() {
-        return Bytes::from_static(surface.body.as_bytes());
+/// The body of a failed attempt: the cause's row, and "retried" if there was a retry.
+///
+/// The transport's own reason is for logs only: it may tell of certificates and addresses.
+/// *Source*: Envoy 1.38.1 and later.
+pub(super) fn reset_body(cause: Cause, retried: bool) -> Bytes {
+    match cause.reset_reason() {
+        Some(reason) if retried => {
+            format!("upstream connect error or disconnect/reset before headers. retried and the latest reset reason: {reason}").into()
+        }
+        _ => Bytes::from_static(cause.surface().body.as_bytes()),
     }
-    let latest = if retried { "retried and the latest reset reason: " } else { "reset reason: " };
-    let mut text = format!("upstream connect error or disconnect/reset before headers. {latest}{reason}");
-    if !detail.is_empty() {
-        text.push_str(", transport failure reason: ");
-        text.push_str(detail);
-    }
-    text.into()
 }
 
 /// Where a redirect sends the client.

@@ -197,19 +197,27 @@ pub(crate) struct H2Down {
     sending: Option<Sending>,
     head_request: bool,
     reset: bool,
+    cancelled: bool,
 }
 
 impl H2Down {
     pub(crate) fn new(respond: SendResponse<Bytes>, body: RecvStream, head_request: bool) -> Self {
-        Self { respond, receiving: Receiving::new(body), sending: None, head_request, reset: false }
+        Self { respond, receiving: Receiving::new(body), sending: None, head_request, reset: false, cancelled: false }
     }
 
     pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Frame>, Broken>> {
-        self.receiving.poll_frame(cx)
+        let frame = ready!(self.receiving.poll_frame(cx));
+        self.cancelled |= matches!(frame, Err(Broken::Reset));
+        Poll::Ready(frame)
     }
 
     pub(crate) fn is_finished(&self) -> bool {
         self.receiving.done
+    }
+
+    /// Whether the client reset the stream; else its connection is gone.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancelled
     }
 
     pub(crate) fn consumed(&mut self, n: usize) {
@@ -217,11 +225,13 @@ impl H2Down {
     }
 
     pub(crate) fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        match &mut self.sending {
-            None => self.respond.poll_reset(cx).map(|_| ()),
-            Some(sending) if sending.ended => Poll::Pending,
-            Some(sending) => sending.stream.poll_reset(cx).map(|_| ()),
-        }
+        let reset = match &mut self.sending {
+            None => ready!(self.respond.poll_reset(cx)),
+            Some(sending) if sending.ended => return Poll::Pending,
+            Some(sending) => ready!(sending.stream.poll_reset(cx)),
+        };
+        self.cancelled |= reset.is_ok();
+        Poll::Ready(())
     }
 
     pub(crate) fn send_interim(&mut self, head: &ResponseHead) -> Result<(), Broken> {
@@ -260,7 +270,9 @@ impl H2Down {
     }
 
     pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        self.sending.as_mut().map_or(Poll::Ready(Ok(())), |sending| sending.poll_drain(cx))
+        let flushed = ready!(self.sending.as_mut().map_or(Poll::Ready(Ok(())), |sending| sending.poll_drain(cx)));
+        self.cancelled |= flushed == Err(Broken::Reset);
+        Poll::Ready(flushed)
     }
 
     /// Ends the stream so that the client sees that it is not complete.
