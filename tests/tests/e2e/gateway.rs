@@ -128,23 +128,6 @@ fn pods_reach_the_gateway_by_its_service() {
 }
 
 #[test]
-fn pods_reach_the_gateway_by_the_machines_own_address() {
-    let mesh = TRAFFIC.turn();
-    let _route =
-        mesh.with(&virtual_service("inside", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
-    let target = format!("inside.shop.test:{}", mesh.http.port());
-    for whence in ["plain/curl", "shop/curl"] {
-        // The name that Kubernetes gives its node, as status.hostIP of every pod.
-        let script = format!(
-            "curl -s -o /dev/null -w '%{{http_code}}' --max-time 10 -H 'host: {target}' http://$HOST_IP:{}/status/202",
-            mesh.http.port()
-        );
-        let output = mesh.exec(whence, &["bash", "-c", &script]);
-        assert_eq!(String::from_utf8_lossy(&output.stdout), "202", "{whence}");
-    }
-}
-
-#[test]
 fn ambiguous_and_broken_requests_are_refused() {
     let mesh = TRAFFIC.turn();
     let _route =

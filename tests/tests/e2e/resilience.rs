@@ -271,16 +271,20 @@ fn a_client_that_leaves_is_told_in_the_log() {
     });
     drop(stream);
     call.cancel();
-    for (path, flag) in [("/delay/31", " 0 DC "), ("/delay/32", " 0 D")] {
+    // A closed connection, and one stream of a connection that stays.
+    for (path, expect) in
+        [("/delay/31", " 0 DC downstream_remote_disconnect "), ("/delay/32", " 0 DR http2.remote_reset ")]
+    {
         let seen = line(&mesh, path);
-        assert!(seen.contains(flag) && seen.contains("downstream_remote_"), "{seen}");
+        assert!(seen.contains(expect), "{seen}");
         // The server hears of it too.
         let seen = eventually("the server's log", || {
             let log = mesh.logs("shop/httpbin", "istio-proxy");
             log.lines().rfind(|line| line.contains(path)).map(str::to_owned).ok_or_else(|| "nothing".to_owned())
         });
-        assert!(seen.contains(" 0 D"), "{seen}");
+        assert!(seen.contains(" 0 DC "), "{seen}");
     }
+    assert_eq!(client.send("GET", "leaving.shop.test", "/status/200", &[]).unwrap().status, 200);
 }
 
 #[test]

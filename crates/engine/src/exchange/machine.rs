@@ -732,7 +732,10 @@ impl Exchange {
         head: &mut RequestHead,
         recorder: &mut dyn Recorder,
     ) -> Step {
-        self.mark_host(env, crate::outlier::Event::Local);
+        // A limit of our own says nothing of the host.
+        if failure.cause != Cause::UpstreamOverflow {
+            self.mark_host(env, crate::outlier::Event::Local);
+        }
         self.info.transport_failure.clone_from(&failure.detail);
         let retriable =
             self.attempt.policy.as_ref().is_some_and(|policy| {

@@ -123,6 +123,8 @@ impl Stream {
                 self.mark_host(env, outlier::Event::Status(200));
                 StreamStep::Relay { idle_timeout: proxy.idle_timeout, duration_max: proxy.connection_duration_max }
             }
+            // A limit of our own says nothing of the host, and another try would meet it again.
+            StreamAnswer::Failed(Cause::UpstreamOverflow, _) => self.close(Cause::UpstreamOverflow, recorder),
             StreamAnswer::Failed(cause, detail) => {
                 self.mark_host(env, outlier::Event::Local);
                 self.info.transport_failure = detail;

@@ -101,3 +101,14 @@ fn policy_and_missing_clusters_close() {
     let (_, step) = start(&world(&[("gone", 1)], None, 1), 1);
     assert!(matches!(step, StreamStep::Close(Cause::ClusterNotFound)));
 }
+
+#[test]
+fn a_full_pool_is_not_tried_again() {
+    let world = world(&[("a", 1)], None, 3);
+    let (mut stream, step) = start(&world, 1);
+    assert!(matches!(step, StreamStep::Connect(_)));
+    let full = StreamAnswer::Failed(Cause::UpstreamOverflow, "".into());
+    let step = stream.resume(&world.env(), full, &mut NoRecord);
+    assert!(matches!(step, StreamStep::Close(Cause::UpstreamOverflow)));
+    assert_eq!(crate::access_log::flags(stream.info()).as_deref(), Some("UO"));
+}
