@@ -888,6 +888,24 @@ fn outliers_are_left_out_and_come_back() {
     assert!(shared.clusters()[0].ejected.get() == 0);
 }
 
+#[test]
+fn a_full_pool_ejects_nobody() {
+    let mut watched = cluster("a", &[1]);
+    watched.outlier_detection = Some(cluster_pb::OutlierDetection {
+        consecutive_5xx: number(1),
+        enforcing_success_rate: number(0),
+        ..Default::default()
+    });
+    let world = Http::new(vec![host(&["*"], vec![to("/", "a")])], vec![watched]).build();
+    let mut call = world.start(get("a", "/"));
+    call.fail(Failure::unsent(Cause::UpstreamOverflow));
+    assert_eq!(call.reply().head.status, 503);
+    assert_eq!(world.worker.shared().clusters()[0].ejected.get(), 0);
+    let mut call = world.start(get("a", "/"));
+    call.fail(Failure::unsent(Cause::ConnectFailed));
+    assert_eq!(world.worker.shared().clusters()[0].ejected.get(), 1);
+}
+
 fn all_of(action: i32) -> rbac_pb::Rbac {
     let policy = rbac_pb::Policy {
         permissions: vec![rbac_pb::Permission { rule: Some(rbac_pb::permission::Rule::Any(true)) }],
