@@ -4,9 +4,10 @@ use std::io::{self, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// Connects and copies both ways; ends when either side does. `$1` is the host, `$2` the port.
-const RELAY: &str = r#"exec 3<>"/dev/tcp/$1/$2" || exit 1
+/// A background job's standard input is empty unless it is named otherwise.
+const RELAY: &str = r#"exec 3<>"/dev/tcp/$1/$2" 4<&0 || exit 1
 cat <&3 & reader=$!
-cat >&3 & writer=$!
+cat <&4 >&3 & writer=$!
 wait -n; kill $reader $writer 2>/dev/null"#;
 
 /// Seconds after which a connection is cut, so that a test that waits for ever fails instead.

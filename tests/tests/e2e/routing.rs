@@ -163,21 +163,14 @@ fn rewrites_replace_what_was_matched() {
     let mesh = TRAFFIC.turn();
     let to = "    route: [{destination: {host: httpbin, port: {number: 8000}}}]\n";
     let rules: String = [
-        ("match: [{uri: {exact: /exact}}]", "uri: /anything/whole"),
-        ("match: [{uri: {prefix: /prefix}}]", "uri: /anything/p"),
-        ("match: [{uri: {regex: \"/regex/.*\"}}]", "uri: /anything/r"),
-        (
-            "match: [{uri: {prefix: /parts}}]",
-            "uriRegexRewrite: {match: \"^/parts/([^/]+)/(.*)$\", rewrite: \"/anything/\\\\2/\\\\1\"}",
-        ),
-        ("match: [{uri: {prefix: /host}}]", "{uri: /anything, authority: other.example}"),
+        ("exact: /exact", "{uri: /anything/whole}"),
+        ("prefix: /prefix", "{uri: /anything/p}"),
+        ("regex: \"/regex/.*\"", "{uri: /anything/r}"),
+        ("prefix: /parts", r#"{uriRegexRewrite: {match: "^/parts/([^/]+)/(.*)$", rewrite: "/anything/\\2/\\1"}}"#),
+        ("prefix: /host", "{uri: /anything, authority: other.example}"),
     ]
     .iter()
-    .map(|(rule, rewrite)| {
-        let rewrite = rewrite.trim_matches(['{', '}']);
-        let rewrite = if rewrite.starts_with("uriRegex") { format!("{rewrite}}}") } else { rewrite.to_owned() };
-        format!("  - {rule}\n    rewrite: {{{rewrite}}}\n{to}")
-    })
+    .map(|(path, rewrite)| format!("  - match: [{{uri: {{{path}}}}}]\n    rewrite: {rewrite}\n{to}"))
     .collect();
     let _routes = mesh.with(&virtual_service("rewrites", &rules));
     let check = |path: &str, url: &str| {
