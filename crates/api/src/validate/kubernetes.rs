@@ -1,6 +1,6 @@
 //! Metadata and the Kubernetes kinds.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::virtual_service::labels;
 use super::{Check, rules};
