@@ -22,20 +22,6 @@ pub struct Candidate<'a> {
     pub host_network: bool,
 }
 
-/// What a pod's annotation `proxy.istio.io/config` sets of its proxy's configuration, if it has one.
-///
-/// *Errors*: it is not a YAML mapping.
-pub fn proxy_config(
-    of: &std::collections::BTreeMap<String, String>,
-) -> Option<Result<serde_json::Map<String, serde_json::Value>, String>> {
-    let text = of.get(annotations::PROXY_CONFIG)?;
-    Some(match serde_saphyr::from_str(text) {
-        Ok(serde_json::Value::Object(map)) => Ok(map),
-        Ok(_) => Err("it is not a mapping".to_owned()),
-        Err(error) => Err(error.to_string()),
-    })
-}
-
 /// Whether the pod gets a proxy from the default revision.
 pub fn wants_proxy(of: &Candidate<'_>) -> bool {
     if of.host_network || SYSTEM.contains(&of.namespace) {

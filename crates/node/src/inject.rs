@@ -170,7 +170,10 @@ fn proxy_config(annotations: &Value, mesh: &Mesh) -> Value {
     match serde_saphyr::from_str::<Value>(text) {
         Ok(own @ Value::Object(_)) => merge(&mut config, own),
         Ok(_) | Err(_) => {
-            tracing::warn!(annotation = annotations::PROXY_CONFIG, "not a YAML mapping; the mesh's configuration counts");
+            tracing::warn!(
+                annotation = annotations::PROXY_CONFIG,
+                "not a YAML mapping; the mesh's configuration counts"
+            );
         }
     }
     config

@@ -141,16 +141,14 @@ pub(super) fn deployment(check: &mut Check<'_>, deployment: &Deployment) {
 
 /// The annotation that sets up a pod's own proxy.
 pub(super) fn proxy_config(check: &mut Check<'_>, at: &str, annotations: &BTreeMap<String, String>) {
-    let field = format!("{at}.{}", types::wellknown::annotations::PROXY_CONFIG);
-    match crate::injection::proxy_config(annotations) {
-        None => {}
-        Some(Err(why)) => check.error(&field, why, "write the fields of meshConfig.defaultConfig as YAML"),
-        Some(Ok(set)) => {
-            for name in set.keys().filter(|name| *name != "concurrency") {
-                check.unbuilt(&format!("{field}.{name}"));
-            }
-        }
-    }
+    let name = types::wellknown::annotations::PROXY_CONFIG;
+    let Some(text) = annotations.get(name) else { return };
+    let why = match serde_saphyr::from_str(text) {
+        Ok(serde_json::Value::Object(_)) => return,
+        Ok(_) => "it is not a mapping".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    check.error(&format!("{at}.{name}"), why, "write the fields of meshConfig.defaultConfig as YAML");
 }
 
 pub(super) fn pod(check: &mut Check<'_>, spec: &PodSpec, at: &str) {
