@@ -9,8 +9,8 @@
 //! **Invariants.** No stand-in knows of the mesh: it speaks plain HTTP, SMTP or TCP on its port and
 //! finds others by name, as it would in its container. All memory that a peer can fill is bounded.
 
-mod bookinfo;
 mod any_echo;
+mod bookinfo;
 mod catalogue;
 mod grpc_echo;
 mod http_app;

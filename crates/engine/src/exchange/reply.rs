@@ -104,9 +104,10 @@ fn grpc_message(body: &[u8]) -> String {
 /// *Source*: Envoy 1.38.1 and later.
 pub(super) fn reset_body(cause: Cause, retried: bool) -> Bytes {
     match cause.reset_reason() {
-        Some(reason) if retried => {
-            format!("upstream connect error or disconnect/reset before headers. retried and the latest reset reason: {reason}").into()
-        }
+        Some(reason) if retried => format!(
+            "upstream connect error or disconnect/reset before headers. retried and the latest reset reason: {reason}"
+        )
+        .into(),
         _ => Bytes::from_static(cause.surface().body.as_bytes()),
     }
 }
