@@ -34,10 +34,10 @@ impl Backend {
                 let grpc = TcpListener::bind("127.0.0.1:0").await?;
                 let backend = Self { http1: http1.local_addr()?, grpc: grpc.local_addr()? };
                 if tell.send(backend).is_err() {
-                    return Ok(());
+                    return anyhow::Ok(());
                 }
                 tokio::join!(serve_http1(http1), serve_grpc(grpc));
-                Ok(())
+                anyhow::Ok(())
             })
         })?;
         told.blocking_recv().context("the backend did not start")

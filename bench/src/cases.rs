@@ -111,7 +111,7 @@ impl Bench<'_> {
         let start = |part: &str, text: &str, spot: &Spot<'_>| -> Result<Proxy> {
             let file = self.write(&name(part), text)?;
             let place = (self.cores, case.place());
-            Proxy::start(self.programs, kind, (&file, spot.admin), case.workers(), place)
+            Proxy::start(self.programs, kind, (file.as_path(), spot.admin), case.workers(), place)
         };
         let (proxies, entry) = match case {
             Case::Gateway | Case::Grpc | Case::TwoWorkers => {
@@ -119,13 +119,13 @@ impl Bench<'_> {
                     Case::Gateway => (self.backend.http1, Upstream::Http1),
                     _ => (self.backend.grpc, Upstream::Http2),
                 };
-                let spot = spot(upstream, &logs[0])?;
+                let spot = spot(upstream, logs[0].as_path())?;
                 (vec![start("a", &bootstrap::gateway(&spot, protocol), &spot)?], spot.listen)
             }
             Case::Mesh => {
                 let [client, server] = self.identities;
-                let inbound = spot(self.backend.http1, &logs[1])?;
-                let outbound = spot(inbound.listen, &logs[0])?;
+                let inbound = spot(self.backend.http1, logs[1].as_path())?;
+                let outbound = spot(inbound.listen, logs[0].as_path())?;
                 let proxies = vec![
                     start("b", &bootstrap::inbound(&inbound, server), &inbound)?,
                     start("a", &bootstrap::outbound(&outbound, client, server), &outbound)?,

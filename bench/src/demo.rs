@@ -78,7 +78,7 @@ pub(crate) fn measure(folder: &std::path::Path) -> Result<Demo> {
     let cpu = || -> Duration { pids.iter().filter_map(|pid| process::cpu(*pid).ok()).sum() };
     let (from, before) = (Instant::now(), cpu());
     std::thread::sleep(REST);
-    let idle = (cpu() - before).as_secs_f64() / from.elapsed().as_secs_f64();
+    let idle = cpu().saturating_sub(before).as_secs_f64() / from.elapsed().as_secs_f64();
     let mut largest = Vec::new();
     for pid in &pids {
         let Ok(kib) = process::pss_kib(*pid) else { continue };

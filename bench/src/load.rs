@@ -60,7 +60,7 @@ impl Running {
     pub(crate) fn start(load: Load, to: SocketAddr, limit: Option<u64>, cores: &Cores) -> Result<Self> {
         let state = Arc::new(State { limit: limit.unwrap_or(0).into(), ..State::default() });
         let (own, cores) = (Arc::clone(&state), cores.clone());
-        let thread = std::thread::Builder::new().name("load".into()).spawn(move || {
+        let thread = std::thread::Builder::new().name("load".into()).spawn(move || -> Result<()> {
             cores.bind(Place::Load)?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(run(load, to, own))

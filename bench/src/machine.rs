@@ -40,7 +40,7 @@ impl Cores {
             Place::Load => all.last(),
             Place::Anywhere => None,
         };
-        let mut set = self.0.clone();
+        let mut set = self.0;
         if let Some(only) = only {
             set = CpuSet::new();
             set.set(only);

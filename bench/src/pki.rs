@@ -17,7 +17,7 @@ pub(crate) struct Identity {
 /// Identities of `accounts` in the namespace `default`, signed by one new root.
 pub(crate) fn identities<const N: usize>(accounts: [&str; N]) -> Result<[Identity; N]> {
     let key = KeyPair::generate().context("a key for the root")?;
-    let mut params = CertificateParams::new(Vec::new())?;
+    let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let roots = params.self_signed(&key).context("the root")?.pem();
@@ -26,7 +26,7 @@ pub(crate) fn identities<const N: usize>(accounts: [&str; N]) -> Result<[Identit
     for account in accounts {
         let id = format!("spiffe://cluster.local/ns/default/sa/{account}");
         let key = KeyPair::generate().context("a key for a workload")?;
-        let mut params = CertificateParams::new(Vec::new())?;
+        let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::URI(id.as_str().try_into()?)];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];

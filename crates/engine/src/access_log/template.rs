@@ -113,7 +113,7 @@ impl Found<'_> {
             Self::Address(SocketAddr::V6(address)) => _ = write!(out, "{address}"),
             Self::Time(TimeFormat::Iso, nanos) => put_iso(out, *nanos),
             Self::Time(TimeFormat::Strftime(format), nanos) => {
-                out.extend_from_slice(strftime(format, *nanos).as_bytes())
+                out.extend_from_slice(strftime(format, *nanos).as_bytes());
             }
             Self::Json(Value::String(text)) => out.extend_from_slice(text.as_bytes()),
             Self::Json(value) => _ = write!(out, "{value}"),
@@ -129,9 +129,10 @@ fn put_number(out: &mut Vec<u8>, mut number: u64) {
         digits[at] = b'0' + u8::try_from(number % 10).unwrap_or(0);
         number /= 10;
         if number == 0 {
-            return out.extend_from_slice(&digits[at..]);
+            break;
         }
     }
+    out.extend_from_slice(&digits[at..]);
 }
 
 /// `width` digits, with zeros in front.
