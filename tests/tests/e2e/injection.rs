@@ -13,8 +13,8 @@ const INJECT: &str = "sidecar.istio.io/inject";
 
 const PODS: [Candidate; 9] = [
     ("none", "", "", ""),
-    ("yes", "true", "", ""),
-    ("no", "false", "", ""),
+    ("wants", "true", "", ""),
+    ("refuses", "false", "", ""),
     ("other-word", "yes", "", ""),
     ("asks", "", "true", ""),
     ("declines", "", "false", ""),
@@ -28,8 +28,8 @@ const PODS: [Candidate; 9] = [
 /// *Source*: Istio, sidecar injection: the namespace selects, a pod's label may decline or, where
 /// the namespace says nothing, ask; the older annotation counts where there is no such label.
 const MATRIX: [(&str, &str, &[&str]); 4] = [
-    ("m-none", "", &["yes", "label-wins"]),
-    ("m-enabled", "enabled", &["none", "yes", "other-word", "asks", "label-wins"]),
+    ("m-none", "", &["wants", "label-wins"]),
+    ("m-enabled", "enabled", &["none", "wants", "other-word", "asks", "label-wins"]),
     ("m-disabled", "disabled", &[]),
     ("m-other", "perhaps", &[]),
 ];
@@ -74,7 +74,7 @@ fn the_matrix_of_namespaces_and_pods() {
         assert_eq!(with_proxy, expect, "{namespace}");
     }
     // What has a proxy runs beside it, what has none runs alone.
-    for (pod, ready) in [("yes", "2/2"), ("none", "1/1")] {
+    for (pod, ready) in [("wants", "2/2"), ("none", "1/1")] {
         eventually("a ready pod", || {
             let row = mesh.must(&["get", "pods", "-n", "m-none"], "");
             let line = row.lines().find(|line| line.starts_with(&format!("{pod} "))).unwrap_or_default();

@@ -1,7 +1,7 @@
 //! Time-outs, retries, ejected pods, limits, and the flags that tell of them.
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::sync::Barrier;
+use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use testkit::{Client, Client2, Mesh, eventually};
@@ -263,7 +263,7 @@ fn a_client_that_leaves_is_told_in_the_log() {
     // Both have arrived at the server when its proxy counts them.
     eventually("two requests under way", || {
         let text = mesh.curl("shop/httpbin", &["http://127.0.0.1:15000/stats/prometheus"]).body;
-        let active = text.lines().find(|line| line.contains("requests_active") || line.contains("rq_active"));
+        let active = text.lines().find(|line| line.starts_with("envoy_http_downstream_rq_active"));
         match active.and_then(|line| line.rsplit(' ').next()) {
             Some("2") => Ok(()),
             other => Err(format!("{other:?} of {active:?}")),
@@ -345,13 +345,18 @@ fn busy() -> String {
 
 /// The statuses of as many requests at once, each on a connection of its own.
 fn at_once(mesh: &Mesh, whence: &str, count: usize, host: &str, port: u16, path: &str) -> Vec<u16> {
-    let ready = Barrier::new(count);
+    let (ready, opening) = (Barrier::new(count), Mutex::new(()));
     std::thread::scope(|scope| {
         let call = || {
             let mut client = Client::over(mesh.dial(whence, host, port));
-            // The connection is there once a request has been answered on it.
-            assert_eq!(client.send("GET", host, "/status/200", &[]).unwrap().status, 200);
+            // The connection is there once a request has been answered on it; one by one, lest the
+            // limit is met here already. Nobody fails before all are there, or they would wait for ever.
+            let opened = {
+                let _one = opening.lock();
+                client.send("GET", host, "/status/200", &[])
+            };
             ready.wait();
+            assert_eq!(opened.unwrap().status, 200);
             client.send("GET", host, path, &[]).unwrap().status
         };
         let calls: Vec<_> = (0..count).map(|_| scope.spawn(call)).collect();
@@ -373,7 +378,6 @@ kind: VirtualService
 metadata: {name: limited, namespace: shop}
 spec: {hosts: [limited], http: [{retries: {attempts: 0}, route: [{destination: {host: limited}}]}]}
 ";
-    // The limit holds at the server too, so three servers take what three callers may send.
     let target = "apiVersion: v1\nkind: Service\nmetadata: {name: limited, namespace: shop}\nspec: {selector: {app: httpbin}, ports: [{name: http, port: 8001, targetPort: 80}]}\n";
     let _objects = mesh.with(&format!("{}\n---\n{target}\n---\n{limits}", busy()));
     mesh.must(&["rollout", "status", "deploy/busy", "-n", "shop", "--timeout", "60"], "");
