@@ -1,7 +1,7 @@
 //! The watch protocol of the local mesh: one JSON event a line.
 //!
-//! The node answers `GET /watch` with the present objects as `ADDED`, then `SYNCED`, then changes as
-//! they come. A client that reconnects takes the objects up to `SYNCED` as the whole truth.
+//! The node answers `GET /watch` with the present objects as `ADDED`, then `SYNCED` with the version
+//! of the whole, then changes as they come, each with a version of its own, deletions too. A client that reconnects takes the objects up to `SYNCED` as the whole truth.
 
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ pub struct Event {
     /// What happened.
     #[serde(rename = "type")]
     pub kind: EventKind,
-    /// The object as JSON; absent for `SYNCED`.
+    /// The object as JSON; for `SYNCED` no more than the version of the list, if that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub object: Option<Arc<Value>>,
 }
@@ -42,9 +42,16 @@ impl Event {
         Self { kind, object: Some(object) }
     }
 
-    /// All present objects were sent.
+    /// All present objects were sent, by a sender without versions.
     pub fn synced() -> Self {
         Self { kind: EventKind::Synced, object: None }
+    }
+
+    /// All present objects were sent, as they were at `version`: the last change may have been a
+    /// deletion, which leaves no object to tell.
+    pub fn synced_at(version: u64) -> Self {
+        let object = serde_json::json!({"metadata": {"resourceVersion": version.to_string()}});
+        Self { kind: EventKind::Synced, object: Some(Arc::new(object)) }
     }
 
     /// The event as one line, with its newline.

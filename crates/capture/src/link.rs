@@ -50,6 +50,8 @@ pub struct Network {
     pub switch: Ipv4Addr,
     /// The same for IPv6.
     pub switch6: Ipv6Addr,
+    /// Stands for the loopback of the machine; the switch answers there and relays.
+    pub host: Ipv4Addr,
     /// Pod addresses.
     pub pods: (Ipv4Addr, u8),
     /// Service addresses.
@@ -67,6 +69,7 @@ impl Network {
     pub const LOCAL: Self = Self {
         switch: Ipv4Addr::new(10, 77, 0, 1),
         switch6: Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1),
+        host: Ipv4Addr::new(10, 77, 0, 2),
         pods: (Ipv4Addr::new(10, 77, 0, 0), 16),
         services: (Ipv4Addr::new(10, 96, 0, 0), 12),
         mesh6: (Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 0), 48),

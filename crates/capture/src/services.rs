@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! from a pod ─► prerouting(nat)  service address? ─► chain of the service ─► one endpoint at random
-//!                                outside, TCP?    ─► relay port of the switch
+//!                                outside or the machine, TCP? ─► relay port of the switch
 //!               prerouting(filter) service address still? reset / unreachable; outside, not TCP? unreachable
 //! from a program of the switch ─► output: the same
 //! ```
@@ -93,6 +93,9 @@ impl Services {
                     rule.family(v6).service_lookup(v6, map(v6));
                 });
             }
+            batch.rule(chain, |rule| {
+                rule.family(false).protocol(TCP).destined(network.host.into(), 32, true).redirect(relay);
+            });
             for v6 in [false, true] {
                 batch.rule(chain, |rule| {
                     outside(rule.family(v6).protocol(TCP), network, v6).redirect(relay);

@@ -19,10 +19,12 @@ use crate::cli::{Format, MeshArgs};
 use crate::output;
 
 pub(crate) use explain::{ExplainArgs, explain};
-pub(crate) use get::{GetArgs, get};
+pub(crate) use get::{GetArgs, get, pod_status};
 pub(crate) use manifests::{ApplyArgs, DeleteArgs, ValidateArgs, apply, delete, validate};
 pub(crate) use pods::{ExecArgs, LabelArgs, LogsArgs, RolloutCommand, ScaleArgs, exec, label, logs, rollout, scale};
-pub(crate) use proxies::{ProxyStatusArgs, VersionArgs, WaitArgs, proxy_status, synced, synced_at, version, wait};
+pub(crate) use proxies::{
+    ProxyStatusArgs, VersionArgs, WaitArgs, mesh_findings, proxy_status, synced, synced_at, version, wait,
+};
 pub(crate) use proxy_config::{AdminGetArgs, ProxyConfigArgs, admin_get, proxy_config};
 
 /// Where a mesh keeps everything.
@@ -60,6 +62,17 @@ pub(crate) fn read_stdin() -> Result<String> {
     let mut text = String::new();
     std::io::Read::read_to_string(&mut std::io::stdin(), &mut text).context("cannot read standard input")?;
     Ok(text)
+}
+
+/// A kind as kubectl prints it before a name: `pod`, `deployment.apps`.
+fn resource(kind: api::Kind) -> String {
+    let (name, group) = (kind.name().to_lowercase(), kind.info().group);
+    if group.is_empty() { name } else { format!("{name}.{group}") }
+}
+
+/// [`resource`] of a kind by its name.
+fn resource_named(kind: &str) -> String {
+    api::Kind::parse(kind).map_or_else(|| kind.to_lowercase(), resource)
 }
 
 /// Splits `kind/name`, or takes a pod's name.

@@ -30,6 +30,14 @@ pub(crate) fn note(text: &str) {
     eprintln!("{text}");
 }
 
+/// Shows what is being done, on a terminal only, over what was shown before; empty: clears it.
+pub(crate) fn progress(text: &str) {
+    if std::io::stderr().is_terminal() {
+        let text = if text.is_empty() { String::new() } else { dim(&format!("  {text} …")) };
+        eprint!("\r\x1b[2K{text}");
+    }
+}
+
 fn paint(text: &str, code: &str, is_terminal: bool) -> String {
     let wanted = is_terminal && std::env::var_os("NO_COLOR").is_none();
     if wanted { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }

@@ -6,7 +6,7 @@
 //!  files ───────┘  └── Controller ─► PodRuntime ─► istiod, gateways, applications
 //! ```
 
-use std::io::IsTerminal;
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -22,10 +22,10 @@ use node::server::{Api, Machine, Reviewed};
 use node::state::StateDir;
 use node::store::{Action, Store};
 use node::token::{TokenReview, Tokens};
-use node::{HostListener, PodRuntime, RuntimeEvent, RuntimeOptions};
+use node::{HostListener, PodRuntime, RuntimeEvent, RuntimeOptions, StartError};
 use serde_json::{Value, json};
 use tokio::sync::watch;
-use types::{Finding, Severity};
+use types::{Finding, NamespacedName, Severity};
 
 use crate::cli::{ExitWith, MeshArgs, exit};
 use crate::{commands, output, roles};
@@ -35,6 +35,15 @@ const DEMO: &str = include_str!("manifests/demo.yaml");
 
 /// Seconds that proxies have to run what they were sent, once every pod is ready.
 const SYNC_MAX: u64 = 10;
+
+/// The kernel's limit for the path of a socket, less what `istiod/debug.sock` is longer than ours.
+const SOCKET_PATH_MAX: usize = 97;
+
+/// Seconds that the control plane has to read what findings are asked for.
+const FINDINGS_MAX: u64 = 2;
+
+/// A mesh in motion is looked at this often for new findings.
+const FINDINGS_EVERY: Duration = Duration::from_millis(300);
 
 /// How pods get their network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -129,13 +138,19 @@ fn detach(args: &UpArgs, command: &str) -> Result<()> {
         let status: Result<Value, _> = runtime.block_on(client.get("/status"));
         if let Ok(status) = status
             && status["pid"] == child.id()
-            && status["ready"] == true
+            && status["settled"] == true
         {
             if let Err(error) = runtime.block_on(commands::synced(&args.mesh, SYNC_MAX)) {
                 output::note(&format!("{error:#}"));
             }
             commands::print_status(&status);
-            return Ok(());
+            if status["ready"] == true {
+                return Ok(());
+            }
+            let wrong: Value = runtime.block_on(client.get("/findings"))?;
+            output::findings(&serde_json::from_value::<Vec<Finding>>(wrong["findings"].clone())?);
+            let message = "the mesh runs, but not everything is ready; `lateen down` stops it".to_owned();
+            return Err(ExitWith { code: exit::ERROR, message }.into());
         }
         if Instant::now() > deadline {
             bail!("the mesh is not ready after {} s; see {}", args.timeout, log_path.display());
@@ -178,16 +193,18 @@ impl Machine for Mesh {
 
     fn status(&self) -> Value {
         let pods = pods(&self.store);
-        let ready = !pods.is_empty() && pods.iter().all(|pod| pod["is_ready"] == true) && is_complete(&self.store);
+        let ready = is_ready(&self.store, &pods);
         let address = |port: u16| self.runtime.host_address(port).map(|address| address.to_string());
         json!({
             "name": self.name,
             "pid": std::process::id(),
             "version": env!("CARGO_PKG_VERSION"),
             "ready": ready,
+            "settled": ready || self.is_settled(&pods),
             "resourceVersion": *self.store.version().borrow(),
             "pods": pods,
             "addresses": { "ingress-http": address(8080), "ingress-https": address(8443) },
+            "listening": self.listening(),
         })
     }
 
@@ -200,6 +217,7 @@ impl Machine for Mesh {
     fn findings(&self) -> Vec<Finding> {
         let mut all = self.files.findings();
         all.extend(self.controller.get().map(Controller::findings).unwrap_or_default());
+        all.iter_mut().for_each(|finding| self.files.place(finding));
         all
     }
 
@@ -208,6 +226,53 @@ impl Machine for Mesh {
     fn shutdown(&self) {
         self.shutdown.send_replace(true);
     }
+}
+
+impl Mesh {
+    /// Whether all that can be ready is: the pods that are not lack something that only the user has.
+    fn is_settled(&self, pods: &[Value]) -> bool {
+        let Some(controller) = self.controller.get() else { return false };
+        let is_blamed = |pod: &Value| {
+            let text = |key: &str| pod[key].as_str().unwrap_or_default();
+            controller.is_blamed(&NamespacedName::new(text("namespace"), text("name")))
+        };
+        let mut all_pods = pods.iter();
+        !pods.is_empty() && has_all_pods(&self.store) && all_pods.all(|pod| pod["is_ready"] == true || is_blamed(pod))
+    }
+
+    /// Every listening address with its role and pod: those of the machine first, then each pod's.
+    fn listening(&self) -> Vec<Value> {
+        let row = |role: &str, namespace: &str, pod: &str, address: SocketAddr| json!({ "role": role, "namespace": namespace, "pod": pod, "address": address.to_string() });
+        let mut rows = Vec::new();
+        let objects = self.store.objects();
+        for pod in objects.of_kind(api::Kind::Pod) {
+            let Some(ports) = pod.meta.annotations.get(types::wellknown::annotations::HOST_PORTS) else { continue };
+            for port in ports.split(',').filter_map(|port| port.trim().parse::<u16>().ok()) {
+                if let Some(address) = self.runtime.host_address(port) {
+                    let role = if port == 8443 { "ingress-https" } else { "ingress-http" };
+                    rows.push(row(role, &pod.meta.namespace, &pod.meta.name, address));
+                }
+            }
+        }
+        for one in self.controller.get().map(Controller::listening).unwrap_or_default() {
+            rows.push(row(&one.role, &one.pod.namespace, &one.pod.name, one.address));
+        }
+        rows
+    }
+}
+
+/// Whether every deployment has as many pods as it wants, ready or not.
+fn has_all_pods(store: &Store) -> bool {
+    let objects = store.objects();
+    objects.of_kind(api::Kind::Deployment).all(|deployment| {
+        let wanted = deployment.raw["spec"]["replicas"].as_u64().unwrap_or(1);
+        deployment.raw["status"]["replicas"].as_u64().unwrap_or(0) >= wanted
+    })
+}
+
+/// Whether there are pods, as many as wanted, and every one of them is ready.
+fn is_ready(store: &Store, pods: &[Value]) -> bool {
+    !pods.is_empty() && pods.iter().all(|pod| pod["is_ready"] == true) && is_complete(store)
 }
 
 /// Whether every deployment has as many ready pods as it wants.
@@ -226,14 +291,12 @@ fn pods(store: &Store) -> Vec<Value> {
         let statuses = raw["status"]["containerStatuses"].as_array();
         let ready = statuses.into_iter().flatten().filter(|status| status["ready"] == true).count();
         let all = raw["spec"]["containers"].as_array().map_or(0, Vec::len);
-        let mut waiting = raw["status"]["containerStatuses"].as_array().into_iter().flatten();
-        let reason = waiting.find_map(|status| status["state"]["waiting"]["reason"].as_str());
         json!({
             "namespace": pod.meta.namespace,
             "name": pod.meta.name,
             "ready": format!("{ready}/{all}"),
-            "is_ready": ready == all,
-            "status": reason.or_else(|| raw["status"]["phase"].as_str()).unwrap_or("Pending"),
+            "is_ready": ready == all || raw["status"]["phase"] == "Succeeded",
+            "status": commands::pod_status(raw),
             "address": raw["status"]["podIP"],
             "version": pod.meta.labels.get("version").map_or("-", String::as_str),
         })
@@ -267,6 +330,14 @@ fn start(args: &UpArgs, mut sources: Vec<Source>, is_demo: bool) -> Result<()> {
     }
     let images = image_programs(&args.images)?;
     let state = commands::state_dir(&args.mesh)?;
+    let socket = commands::api_socket(&args.mesh)?;
+    if socket.as_os_str().len() > SOCKET_PATH_MAX {
+        let message = format!(
+            "the path {} is too long for a socket: {SOCKET_PATH_MAX} bytes; give a shorter --state-dir",
+            socket.display()
+        );
+        return Err(ExitWith { code: exit::ERROR, message }.into());
+    }
     let state_dir = StateDir::open(&state)?;
     let (store, findings) = Store::open(state_dir)?;
     output::findings(&findings);
@@ -288,13 +359,13 @@ async fn run(
     let outputs = Outputs::new(Arc::clone(&logs));
     let run_dir = state.join("run");
     let plane_dir = state.join("istiod");
-    for dir in [&run_dir, &plane_dir] {
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    }
-    progress("making the mesh's network");
+    std::fs::create_dir_all(&plane_dir).with_context(|| format!("cannot make {}", plane_dir.display()))?;
+    let socket = commands::api_socket(&args.mesh)?;
+    output::progress("making the mesh's network");
     let options = RuntimeOptions {
         mesh: args.mesh.name.clone(),
         run_dir,
+        run_files: vec![socket.clone(), commands::debug_socket(&args.mesh)?],
         host_listeners: vec![
             HostListener { port: 8080, address: args.ingress_http },
             HostListener { port: 8443, address: args.ingress_https },
@@ -302,14 +373,22 @@ async fn run(
         hidden: vec![state.to_owned()],
         output: outputs.sink(),
     };
-    let (pods, events) = PodRuntime::start(options).await?;
+    let (pods, events) = PodRuntime::start(options).await.map_err(|error| match &error {
+        StartError::HostPort { port, .. } => {
+            let flag = if *port == 8443 { "--ingress-https" } else { "--ingress-http" };
+            anyhow::Error::new(error).context(format!("{flag} cannot be served"))
+        }
+        _ => error.into(),
+    })?;
     let files = Arc::new(Files::new(sources, Arc::clone(&store)));
     admit_system(&store, state)?;
-    let outcomes = files.sync()?;
-    let refused = outcomes.iter().filter(|outcome| outcome.action == Action::Refused).count();
+    files.sync()?;
+    output::progress("");
+    let said = Said::of(&files.findings());
     output::findings(&files.findings());
-    if refused > 0 {
-        output::note(&format!("{refused} objects are not admitted; the rest runs"));
+    let grave = files.findings().iter().filter(|finding| finding.severity == Severity::Error).count();
+    if grave > 0 {
+        output::note(&format!("{grave} errors; what is not admitted keeps its last good version, the rest runs"));
     }
     let tokens = Arc::new(Tokens::new());
     let (shutdown, mut stopping) = watch::channel(false);
@@ -322,7 +401,6 @@ async fn run(
         controller: OnceLock::new(),
         shutdown,
     });
-    let socket = commands::api_socket(&args.mesh)?;
     let listener = node::server::bind(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
     let api = Api { store: Arc::clone(&store), logs, machine: Arc::clone(&mesh) as Arc<dyn Machine> };
     let serving = tokio::spawn(node::server::serve(listener, api));
@@ -356,13 +434,7 @@ async fn run(
             output::note(&format!("{error:#}"));
         }
         announce(&mesh, is_ready, is_demo, began);
-        files
-            .watch(|round| match round {
-                Ok(outcomes) => report_round(&outcomes, &files),
-                Err(error) => output::error(&format!("{error}")),
-            })
-            .await;
-        std::future::pending::<()>().await;
+        tokio::join!(follow_files(&files), follow_findings(args, &mesh, said));
     };
     let lost = tokio::select! {
         () = working => false,
@@ -378,7 +450,6 @@ async fn run(
     for task in [serving, reading, forwarding] {
         task.abort();
     }
-    _ = std::fs::remove_file(&socket);
     if lost {
         bail!("the pod manager is gone, and all pods with it");
     }
@@ -395,12 +466,6 @@ fn settled(mesh: &MeshArgs) -> node::controller::Settled {
             _ = commands::synced_at(&mesh, version, 3).await;
         })
     })
-}
-
-fn progress(text: &str) {
-    if std::io::stderr().is_terminal() {
-        output::note(&output::dim(&format!("  {text} …")));
-    }
 }
 
 fn admit_system(store: &Store, state: &Path) -> Result<()> {
@@ -458,20 +523,85 @@ async fn forward(
     }
 }
 
-/// Waits for changes until everything is ready; `false` when the time is up.
+/// Waits for changes until everything is ready (`true`), or all that can be, or the time is up.
 async fn wait_ready(mesh: &Mesh, patience: Duration) -> bool {
     let mut version = mesh.store.version();
     let ready = async {
-        while mesh.status()["ready"] != true {
+        loop {
+            let pods = pods(&mesh.store);
+            if is_ready(&mesh.store, &pods) {
+                return true;
+            }
+            if mesh.is_settled(&pods) {
+                return false;
+            }
+            let count = pods.iter().filter(|pod| pod["is_ready"] == true).count();
+            output::progress(&format!("{count} of {} pods are ready", pods.len()));
             if version.changed().await.is_err() {
-                return;
+                return false;
             }
         }
     };
-    tokio::time::timeout(patience, ready).await.is_ok()
+    let is_ready = tokio::time::timeout(patience, ready).await.unwrap_or(false);
+    output::progress("");
+    is_ready
 }
 
-fn report_round(outcomes: &[node::store::Outcome], files: &Files) {
+/// Applies what changes in the files, and says what became of it. Ends never.
+async fn follow_files(files: &Files) {
+    loop {
+        match files.changed().await {
+            Ok(outcomes) => report_round(&outcomes),
+            Err(error) => output::error(&format!("{error}")),
+        }
+    }
+}
+
+/// Says what is found wrong after each change, also what pods lack some time after it. Ends never.
+async fn follow_findings(args: &UpArgs, mesh: &Mesh, mut said: Said) {
+    let mut version = mesh.store.version();
+    loop {
+        version.borrow_and_update();
+        said.all_new(&args.mesh, mesh).await;
+        if version.changed().await.is_err() {
+            return;
+        }
+        // A rollout is many changes.
+        tokio::time::sleep(FINDINGS_EVERY).await;
+    }
+}
+
+/// Findings that were printed: each is said once, and again when it comes back.
+struct Said(BTreeSet<String>);
+
+impl Said {
+    fn of(findings: &[Finding]) -> Self {
+        Self(findings.iter().map(ToString::to_string).collect())
+    }
+
+    /// Prints what is new among the findings of files, pods and control plane.
+    async fn all_new(&mut self, args: &MeshArgs, mesh: &Mesh) {
+        let mut all = mesh.findings();
+        // The control plane reads behind the store. Without one there is nothing more to say.
+        if commands::synced(args, FINDINGS_MAX).await.is_ok()
+            && let Ok(of_plane) = commands::mesh_findings(args).await
+        {
+            all.extend(of_plane);
+        }
+        all.iter_mut().for_each(|finding| mesh.files.place(finding));
+        let now = Self::of(&all);
+        let mut fresh: Vec<Finding> = Vec::new();
+        for finding in all {
+            if !self.0.contains(&finding.to_string()) && !fresh.contains(&finding) {
+                fresh.push(finding);
+            }
+        }
+        output::findings(&fresh);
+        *self = now;
+    }
+}
+
+fn report_round(outcomes: &[node::store::Outcome]) {
     for outcome in outcomes.iter().filter(|outcome| !matches!(outcome.action, Action::Unchanged | Action::Refused)) {
         if let Some(object) = &outcome.object {
             let word = match outcome.action {
@@ -482,7 +612,6 @@ fn report_round(outcomes: &[node::store::Outcome], files: &Files) {
             output::line(&format!("{}/{} {word}", object.kind.to_lowercase(), object.name));
         }
     }
-    output::findings(&files.findings());
 }
 
 fn announce(mesh: &Mesh, is_ready: bool, is_demo: bool, began: Instant) {
@@ -493,8 +622,7 @@ fn announce(mesh: &Mesh, is_ready: bool, is_demo: bool, began: Instant) {
     if is_ready {
         output::line(&output::green(&format!("Ready after {:.1} s.", began.elapsed().as_secs_f64())));
     } else {
-        output::error("not everything is ready; see STATUS above, `lateen logs`, and:");
-        output::findings(&mesh.findings());
+        output::error("not everything is ready; see STATUS above, what follows, and `lateen logs`");
     }
     let http = status["addresses"]["ingress-http"].as_str().unwrap_or("-");
     let https = status["addresses"]["ingress-https"].as_str().unwrap_or("-");

@@ -31,6 +31,8 @@ pub enum ClientError {
         status: u16,
         /// Its words.
         message: String,
+        /// The whole answer, if it was JSON.
+        body: Value,
     },
     /// The connection broke.
     #[error("the mesh went away in the middle of a call")]
@@ -69,7 +71,7 @@ impl Client {
         let bytes = response.into_body().collect().await.map_err(broken)?.to_bytes();
         let said: Value = serde_json::from_slice(&bytes).unwrap_or_default();
         let message = said["error"].as_str().map_or_else(|| format!("status {status}"), str::to_owned);
-        Err(ClientError::Refused { status, message })
+        Err(ClientError::Refused { status, message, body: said })
     }
 
     async fn decoded<T: DeserializeOwned>(&self, method: Method, uri: &str, body: Vec<u8>) -> Result<T, ClientError> {

@@ -13,6 +13,7 @@ mod endpoints;
 mod pod;
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -26,12 +27,12 @@ use types::{Finding, NamespacedName};
 
 use crate::env::ImageProgram;
 use crate::exec::ExecTarget;
-use crate::inject;
 use crate::logs::Logs;
 use crate::runtime::{Output, OutputSink, PodRuntime, RuntimeEvent};
 use crate::spec::PodId;
 use crate::store::Store;
 use crate::token::Tokens;
+use crate::{inject, listening};
 
 /// Name of the one node.
 pub const NODE_NAME: &str = "lateen";
@@ -144,6 +145,17 @@ impl Shared {
     }
 }
 
+/// An address that something in a pod listens at.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Listening {
+    /// What for: `inbound`, `readiness`, …; the port's name for an application's.
+    pub role: String,
+    /// Whose network it is in.
+    pub pod: NamespacedName,
+    /// Where.
+    pub address: SocketAddr,
+}
+
 /// The running controller.
 pub struct Controller {
     shared: Arc<Shared>,
@@ -174,9 +186,38 @@ impl Controller {
         self.shared.options.runtime.exec_target(id, container).map_err(|error| error.to_string())
     }
 
-    /// Why pods do not run, as far as their objects are to blame.
+    /// Every TCP address that something listens at, by pod.
+    pub fn listening(&self) -> Vec<Listening> {
+        let pods: Vec<(NamespacedName, PodId)> =
+            self.shared.running().iter().filter_map(|(key, running)| Some((key.clone(), running.id?))).collect();
+        let objects = self.shared.options.store.objects();
+        let of_pod = |(key, id): (NamespacedName, PodId)| {
+            let pid = self.shared.options.runtime.network_pid(id)?;
+            let (_, pod) = objects.get::<k8s::Pod>(&key.namespace, &key.name)?;
+            let each = |address: SocketAddr| Listening {
+                role: listening::role(address.port(), pod),
+                pod: key.clone(),
+                address,
+            };
+            Some(listening::addresses(pid).into_iter().map(each).collect::<Vec<_>>())
+        };
+        pods.into_iter().filter_map(of_pod).flatten().collect()
+    }
+
+    /// Why pods do not run, as far as their objects are to blame; once for all pods of an object.
     pub fn findings(&self) -> Vec<Finding> {
-        self.shared.findings.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        let mut out: Vec<Finding> = Vec::new();
+        for finding in self.shared.findings.lock().unwrap_or_else(PoisonError::into_inner).values() {
+            if !out.contains(finding) {
+                out.push(finding.clone());
+            }
+        }
+        out
+    }
+
+    /// Whether a pod waits for something that its objects, or the machine's programs, lack.
+    pub fn is_blamed(&self, pod: &NamespacedName) -> bool {
+        self.shared.findings.lock().unwrap_or_else(PoisonError::into_inner).contains_key(pod)
     }
 
     /// Stops working; pods are left to the runtime's shutdown.
@@ -200,6 +241,7 @@ async fn run(shared: Arc<Shared>, mut events: mpsc::Receiver<RuntimeEvent>) {
         version.borrow_and_update();
         root_cert.borrow_and_update();
         root_certificates(&shared);
+        default_accounts(&shared.options.store);
         deployment::reconcile(&shared.options.store, &mesh(&shared));
         start_workers(&shared, &mut workers);
         network.reconcile(&shared.options.store, &shared.options.runtime).await;
@@ -271,6 +313,19 @@ fn root_certificates(shared: &Shared) {
             "metadata": {"name": ROOT_CERT_MAP, "namespace": &*namespace, "labels": {"istio.io/config": "true"}},
             "data": {"root-cert.pem": pem}});
         report(store.put(&map));
+    }
+}
+
+/// Every namespace has its default account, as Kubernetes' controller does it.
+fn default_accounts(store: &Store) {
+    let objects = store.objects();
+    for (namespace, _) in objects.all::<k8s::Namespace>() {
+        let key = NamespacedName::new(&namespace.meta.name, "default");
+        if objects.find(Kind::ServiceAccount, &key).is_none() {
+            let account = json!({"apiVersion": "v1", "kind": "ServiceAccount",
+                "metadata": {"name": "default", "namespace": &*namespace.meta.name}});
+            report(store.put(&account));
+        }
     }
 }
 

@@ -170,7 +170,8 @@ pub fn program(
     app_containers: usize,
     images: &[ImageProgram],
     env: &BTreeMap<String, String>,
-) -> Result<Vec<String>, String> {
+) -> Result<Vec<String>, NoProgram> {
+    let no_program = |message: String| NoProgram { message, hint: String::new() };
     let arguments = |list: &[String]| list.iter().map(|word| expand(word, env)).collect::<Vec<_>>();
     if container.name == PROXY
         && container.command.is_empty()
@@ -181,9 +182,10 @@ pub fn program(
     let of_container = pod_annotations.get(&format!("{}.{}", annotations::COMMAND, container.name));
     let of_pod = pod_annotations.get(annotations::COMMAND).filter(|_| app_containers == 1);
     if let Some(line) = of_container.or(of_pod) {
-        let mut argv = words(&expand(line, env))?;
+        let mut argv = words(&expand(line, env)).map_err(no_program)?;
         argv.extend(arguments(&container.args));
-        return own(argv).ok_or_else(|| format!("the annotation {} names no program", annotations::COMMAND));
+        return own(argv)
+            .ok_or_else(|| no_program(format!("the annotation {} names no program", annotations::COMMAND)));
     }
     let bare = |image: &str| {
         let end = image.rfind(':').filter(|at| !image[*at..].contains('/')).unwrap_or(image.len());
@@ -193,7 +195,7 @@ pub fn program(
     if let Some(mapped) = images.iter().find(|mapped| mapped.image == image || mapped.image == bare(image)) {
         let mut argv = mapped.argv.clone();
         argv.extend(arguments(&container.args));
-        return own(argv).ok_or_else(|| format!("--image {image}= names no program"));
+        return own(argv).ok_or_else(|| no_program(format!("--image {image}= names no program")));
     }
     if let Some(stand_in) = samples::stand_in(image, &arguments(&container.command), &arguments(&container.args)) {
         return Ok(std::iter::once(SELF_EXE.to_owned()).chain(stand_in).collect());
@@ -205,10 +207,20 @@ pub fn program(
             annotations::COMMAND,
             container.name
         );
-        return Err(format!("no program of this machine plays the image {image:?}: {hint}"));
+        return Err(NoProgram { message: format!("no program of this machine plays the image {image:?}"), hint });
     }
     argv.extend(arguments(&container.args));
-    own(argv).ok_or_else(|| "command is empty".to_owned())
+    own(argv).ok_or_else(|| no_program("command is empty".to_owned()))
+}
+
+/// Why no program plays a container.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct NoProgram {
+    /// What is wrong.
+    pub message: String,
+    /// What to do about it; may be empty.
+    pub hint: String,
 }
 
 /// `lateen` is the running binary, whatever its name.
@@ -337,6 +349,6 @@ mod tests {
                 .starts_with("/proc/self/exe|sample|reviews")
         );
         let error = run(json!({"name": "c", "image": "unknown/thing:1"}), "").unwrap_err();
-        assert!(error.contains("--image unknown/thing:1=PROGRAM"), "{error}");
+        assert!(error.hint.contains("--image unknown/thing:1=PROGRAM"), "{error:?}");
     }
 }

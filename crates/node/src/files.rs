@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use api::Positions;
 use types::{Finding, ObjectRef, Severity};
 
 use crate::state::StateError;
@@ -37,12 +38,27 @@ pub struct Files {
     store: Arc<Store>,
     seen: Mutex<BTreeMap<PathBuf, Stamp>>,
     findings: Mutex<Vec<Finding>>,
+    positions: Mutex<BTreeMap<ObjectRef, Positions>>,
 }
 
 impl Files {
     /// Nothing is read yet.
     pub fn new(sources: Vec<Source>, store: Arc<Store>) -> Self {
-        Self { sources, store, seen: Mutex::default(), findings: Mutex::default() }
+        Self {
+            sources,
+            store,
+            seen: Mutex::default(),
+            findings: Mutex::default(),
+            positions: Mutex::default(),
+        }
+    }
+
+    /// Adds file and line to a finding about an object of these files that has none: those of its
+    /// field, or of the nearest parent that was written.
+    pub fn place(&self, finding: &mut Finding) {
+        let (None, Some(object)) = (&finding.position, &finding.object) else { return };
+        let positions = self.positions.lock().unwrap_or_else(PoisonError::into_inner);
+        finding.position = positions.get(object).map(|positions| positions.at(&finding.field));
     }
 
     /// What there is to say about the files as they are now.
@@ -71,6 +87,7 @@ impl Files {
             }
         }
         let mut documents = Vec::new();
+        let mut positions = BTreeMap::new();
         let mut named: BTreeMap<ObjectRef, Arc<str>> = BTreeMap::new();
         for (file, text) in &texts {
             let read = api::parse_documents(file, text);
@@ -95,7 +112,8 @@ impl Files {
                     });
                     continue;
                 }
-                named.insert(reference, Arc::clone(file));
+                named.insert(reference.clone(), Arc::clone(file));
+                positions.insert(reference, parsed.positions);
                 documents.push(((*parsed.object.raw).clone(), Origin::File(Arc::clone(file))));
             }
         }
@@ -109,14 +127,18 @@ impl Files {
                 self.store.delete(kind, &key)?;
             }
         }
+        *self.positions.lock().unwrap_or_else(PoisonError::into_inner) = positions;
+        for finding in &mut findings {
+            self.place(finding);
+        }
         *self.findings.lock().unwrap_or_else(PoisonError::into_inner) = findings;
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = stamps;
         Ok(outcomes)
     }
 
-    /// Looks again and again, and applies what changed; `report` hears of each round. Ends never;
-    /// stop it by dropping the future between rounds.
-    pub async fn watch(&self, report: impl Fn(Result<Vec<Outcome>, StateError>)) {
+    /// Looks until something changed, and applies it; for ever when nothing can change. Cancel safe: a
+    /// look is taken whole or not at all.
+    pub async fn changed(&self) -> Result<Vec<Outcome>, StateError> {
         if !self.sources.iter().any(|source| matches!(source, Source::Path(_))) {
             return std::future::pending().await;
         }
@@ -126,7 +148,7 @@ impl Files {
             let now: BTreeMap<PathBuf, Stamp> = paths.into_iter().map(|path| (path.clone(), stamp(&path))).collect();
             let changed = *self.seen.lock().unwrap_or_else(PoisonError::into_inner) != now;
             if changed {
-                report(self.sync());
+                return self.sync();
             }
         }
     }

@@ -48,6 +48,7 @@ pub fn inject(pod: &mut Value, workload: Workload<'_>, mesh: &Mesh) {
         .collect();
 
     let config = proxy_config(&pod["metadata"]["annotations"], mesh);
+    let holds = !is_gateway && config["holdApplicationUntilProxyStarts"] == true;
     let mut fields = Map::new();
     let env = environment(&workload, mesh, &config, &apps, &ports, is_gateway, &namespace);
     let role = if is_gateway { "router" } else { "sidecar" };
@@ -83,7 +84,11 @@ pub fn inject(pod: &mut Value, workload: Workload<'_>, mesh: &Mesh) {
             {"name": "workload-socket", "mountPath": "/var/run/secrets/workload-spiffe-uds"},
         ]),
     );
-    overlay(pod, fields);
+    if holds {
+        // As Istio writes it; the node knows what it means.
+        fields.insert("lifecycle".to_owned(), json!({"postStart": {"exec": {"command": ["pilot-agent", "wait"]}}}));
+    }
+    overlay(pod, fields, if holds { Place::First } else { Place::Last });
 
     let volumes = json!([
         {"name": "istio-envoy", "emptyDir": {"medium": "Memory"}},
@@ -133,15 +138,23 @@ fn mark(pod: &mut Value, workload: Workload<'_>, volumes: &[Value], is_gateway: 
     }
 }
 
+/// Where an injected container stands in the list: those after a container wait for its `postStart`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    First,
+    Last,
+}
+
 /// Puts the proxy's fields under a container of its name that the user wrote (whose fields win), or
 /// adds the container.
-fn overlay(pod: &mut Value, fields: Map<String, Value>) {
+fn overlay(pod: &mut Value, fields: Map<String, Value>, place: Place) {
     if !pod["spec"]["containers"].is_array() {
         pod["spec"]["containers"] = json!([]);
     }
     let Some(list) = pod["spec"]["containers"].as_array_mut() else { return };
     let Some(Value::Object(own)) = list.iter_mut().find(|c| c["name"] == PROXY) else {
-        list.push(Value::Object(fields));
+        let at = if place == Place::First { 0 } else { list.len() };
+        list.insert(at, Value::Object(fields));
         return;
     };
     for (key, value) in fields {
@@ -395,6 +408,27 @@ mod tests {
         let broken = env_of("[");
         let config: Value = serde_json::from_str(&broken("PROXY_CONFIG")).unwrap();
         assert_eq!(config["binaryPath"], "/a");
+    }
+
+    #[test]
+    fn an_application_that_waits_comes_after_its_proxy() {
+        let inject_with = |annotation: &str, mesh: &Mesh| {
+            let mut pod = json!({"apiVersion": "v1", "kind": "Pod",
+                "metadata": {"name": "p", "namespace": "shop", "annotations": {"proxy.istio.io/config": annotation}},
+                "spec": {"containers": [{"name": "app", "image": "i"}]}});
+            inject(&mut pod, Workload { kind: "Pod", name: "p" }, mesh);
+            assert!(api::from_json(&pod).1.is_empty());
+            pod["spec"]["containers"].as_array().unwrap().clone()
+        };
+        let held = inject_with("concurrency: 2\nholdApplicationUntilProxyStarts: true\n", &mesh());
+        assert_eq!(held[0]["name"], PROXY);
+        assert_eq!(held[0]["lifecycle"]["postStart"]["exec"]["command"], json!(["pilot-agent", "wait"]));
+        let env = |name: &str| held[0]["env"].as_array().unwrap().iter().find(|e| e["name"] == name).cloned().unwrap();
+        assert_eq!(env("ISTIO_META_CONCURRENCY")["value"], "2");
+        assert!(env("PROXY_CONFIG")["value"].as_str().unwrap().contains("\"concurrency\":2"));
+        let all = Mesh { proxy_config: json!({"holdApplicationUntilProxyStarts": true}), ..mesh() };
+        assert_eq!(inject_with("", &all)[0]["name"], PROXY);
+        assert_eq!(inject_with("holdApplicationUntilProxyStarts: false", &all)[1]["name"], PROXY);
     }
 
     #[test]

@@ -32,6 +32,7 @@ pub mod exec;
 pub mod files;
 mod host_sockets;
 pub mod inject;
+mod listening;
 pub mod logs;
 mod manager;
 mod mounts;

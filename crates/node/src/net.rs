@@ -128,10 +128,7 @@ async fn relay(server: &Server, mut client: TcpStream) -> io::Result<()> {
         let original =
             if client.local_addr()?.is_ipv4() { reference.original_dst_v4() } else { reference.original_dst_v6() };
         let to = original?.as_socket().ok_or(io::ErrorKind::InvalidInput)?;
-        // Somebody dialled the relay's own port: nothing to relay to.
-        if Network::LOCAL.contains(to.ip()) || to.ip().is_loopback() || to.ip().is_unspecified() {
-            return Err(io::ErrorKind::ConnectionRefused.into());
-        }
+        let to = destination(to).ok_or(io::ErrorKind::ConnectionRefused)?;
         let socket = server.host.one(Kind::Tcp, to.is_ipv6()).await?;
         let socket = TcpSocket::from_std_stream(socket.into());
         tokio::time::timeout(CONNECT_TIMEOUT, socket.connect(to)).await.map_err(io::Error::from)?
@@ -148,6 +145,16 @@ async fn relay(server: &Server, mut client: TcpStream) -> io::Result<()> {
             Err(error)
         }
     }
+}
+
+/// Where a connection to `to` leads on the machine; `None`: nowhere.
+fn destination(to: SocketAddr) -> Option<SocketAddr> {
+    if to.ip() == Network::LOCAL.host {
+        return Some((Ipv4Addr::LOCALHOST, to.port()).into());
+    }
+    // Somebody dialled the relay's own port: nothing to relay to.
+    let is_inside = Network::LOCAL.contains(to.ip()) || to.ip().is_loopback() || to.ip().is_unspecified();
+    (!is_inside).then_some(to)
 }
 
 async fn dns_udp_loop(server: &Arc<Server>, socket: std::net::UdpSocket) {
@@ -240,6 +247,16 @@ async fn ask_one(server: &Server, upstream: SocketAddr, question: &[u8]) -> io::
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_relay_leads_out_and_to_the_machines_loopback_by_its_own_address_only() {
+        let to = |text: &str| destination(text.parse().unwrap()).map(|to| to.to_string());
+        assert_eq!(to("10.77.0.2:8000").as_deref(), Some("127.0.0.1:8000"));
+        assert_eq!(to("192.0.2.1:80").as_deref(), Some("192.0.2.1:80"));
+        for inside in ["127.0.0.1:80", "10.77.0.1:80", "10.77.0.9:80", "10.96.0.1:80", "0.0.0.0:80", "[::1]:80"] {
+            assert_eq!(to(inside), None, "{inside}");
+        }
+    }
 
     #[test]
     fn the_machines_name_servers_are_read() {

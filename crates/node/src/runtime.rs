@@ -57,8 +57,10 @@ pub type OutputSink = Arc<dyn Fn(Output<'_>) + Send + Sync>;
 pub struct RuntimeOptions {
     /// Name of the mesh; the bridge is named after it.
     pub mesh: String,
-    /// An existing folder of the user that nobody else uses. Only a mount point is made in it.
+    /// A folder of the user that nobody else uses: a mount point. Made, and removed in the end.
     pub run_dir: PathBuf,
+    /// Files that must not outlive the mesh, whatever way it ends (sockets). Their absence is fine.
+    pub run_files: Vec<PathBuf>,
     /// Ports of the machine for gateways.
     pub host_listeners: Vec<HostListener>,
     /// Folders of the machine that containers must not see (state with keys). Shown empty.
@@ -243,9 +245,12 @@ impl PodRuntime {
     /// Must be called within a tokio runtime. The receiver gets every event in order; a controller
     /// that stops reading it eventually stalls the runtime.
     pub async fn start(options: RuntimeOptions) -> Result<(Self, mpsc::Receiver<RuntimeEvent>), StartError> {
+        // Before the ports: an earlier mesh that was killed may still hold them for a moment.
+        starter::prepare(&options.run_dir).map_err(StartError::Spawn)?;
         let mut listeners = Vec::new();
         for listener in &options.host_listeners {
-            listeners.push((*listener, bind_host(*listener)?));
+            let bound = bind_host(*listener).inspect_err(|_| crate::tolerate(std::fs::remove_dir(&options.run_dir)))?;
+            listeners.push((*listener, bound));
         }
         let probe = starter::probe();
         let mut started = starter::start(&options).map_err(StartError::Spawn)?;
@@ -475,6 +480,13 @@ impl PodRuntime {
     /// The process id of a container's first process as the machine sees it.
     pub fn host_pid(&self, pod: PodId, container: &str) -> Result<u32, RuntimeError> {
         self.running(pod, container).map(|running| running.host_pid)
+    }
+
+    /// A process in the pod's network, as the machine numbers it; none before a container runs.
+    pub(crate) fn network_pid(&self, pod: PodId) -> Option<u32> {
+        let state = self.state();
+        let containers = &state.pods.get(&pod)?.containers;
+        containers.values().map(|running| running.host_pid).find(|pid| *pid != 0)
     }
 
     /// Connects from the switch to an address of the mesh (a pod, a service).

@@ -6,7 +6,7 @@
 //! | `GET /objects/KIND[?namespace=N]` | `{"kind":…,"items":[…]}` |
 //! | `GET /objects/KIND/NAMESPACE/NAME` | the object; `_` stands for no namespace |
 //! | `DELETE /objects/KIND/NAMESPACE/NAME` | a [`Report`] |
-//! | `POST /objects[?dryRun=true][&file=NAME]` | body YAML or JSON; a [`Report`] |
+//! | `POST /objects[?dryRun=true][&file=NAME][&namespace=N]` | body YAML or JSON; a [`Report`]; `namespace` is for objects that name none |
 //! | `POST /objects/KIND/NAMESPACE/NAME/merge` | body a JSON merge patch; the object |
 //! | `GET /watch` | [`api::watch`] events, a line each |
 //! | `GET /findings` | findings of the files, as they stand |
@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use api::watch::{Event, EventKind};
-use api::{Kind, Object, parse_documents};
+use api::{Kind, Object, ReadOptions, parse_documents_with};
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
@@ -44,6 +44,8 @@ use crate::store::{Action, Mode, Origin, Store, StoreEvent};
 
 /// Largest request body.
 const BODY_MAX: usize = 32 * 1024 * 1024;
+/// Of objects that name none.
+const DEFAULT_NAMESPACE: &str = "default";
 /// Connections at a time.
 const CONNECTIONS_MAX: usize = 256;
 
@@ -288,11 +290,13 @@ async fn body(request: Request<Incoming>) -> Result<Bytes, Answer> {
 async fn apply(api: &Api, request: Request<Incoming>) -> Answer {
     let dry_run = query(&request, "dryRun") == Some("true");
     let file = query(&request, "file").unwrap_or("-").to_owned();
+    let namespace = query(&request, "namespace").unwrap_or(DEFAULT_NAMESPACE).to_owned();
     let bytes = match body(request).await {
         Ok(bytes) => bytes,
         Err(answer) => return answer,
     };
-    let documents = parse_documents(&file, &String::from_utf8_lossy(&bytes));
+    let options = ReadOptions { default_namespace: &namespace, ..ReadOptions::default() };
+    let documents = parse_documents_with(&file, &String::from_utf8_lossy(&bytes), options);
     let mut report = Report { outcomes: Vec::new(), findings: documents.findings };
     report
         .outcomes
@@ -399,7 +403,7 @@ fn watch(api: &Api) -> Answer {
                 return;
             }
         }
-        if to.send(Event::synced().to_line().into()).await.is_err() {
+        if to.send(Event::synced_at(subscription.version).to_line().into()).await.is_err() {
             return;
         }
         loop {
@@ -520,11 +524,15 @@ mod tests {
     async fn a_watch_lists_then_follows() {
         let folder = tempfile::tempdir().unwrap();
         let (client, api) = start(folder.path());
-        let object = parse_documents("t", TEXT).objects.remove(0).object;
+        let object = api::parse_documents("t", TEXT).objects.remove(0).object;
         api.store.apply(vec![((*object.raw).clone(), Origin::Api)], Mode::Apply, false).unwrap();
         let mut lines = client.lines("/watch").await.unwrap();
         assert!(lines.next().await.unwrap().starts_with("{\"type\":\"ADDED\""));
-        assert_eq!(lines.next().await.unwrap(), "{\"type\":\"SYNCED\"}");
+        let version = *api.store.version().borrow();
+        assert_eq!(
+            lines.next().await.unwrap(),
+            format!("{{\"type\":\"SYNCED\",\"object\":{{\"metadata\":{{\"resourceVersion\":\"{version}\"}}}}}}")
+        );
         api.store.delete(Kind::Namespace, &NamespacedName::new("", "shop")).unwrap();
         assert!(lines.next().await.unwrap().starts_with("{\"type\":\"DELETED\""));
     }

@@ -95,6 +95,8 @@ impl StoreEvent {
 pub struct Subscription {
     /// The objects at the moment of subscribing.
     pub objects: ConfigSet,
+    /// The version they are at.
+    pub version: u64,
     /// What happens from then on, without a gap; lags when the subscriber is too slow.
     pub events: broadcast::Receiver<StoreEvent>,
 }
@@ -165,7 +167,7 @@ impl Store {
     /// All objects now and every change after.
     pub fn subscribe(&self) -> Subscription {
         let inner = self.lock();
-        Subscription { objects: inner.objects.clone(), events: self.events.subscribe() }
+        Subscription { objects: inner.objects.clone(), version: inner.version, events: self.events.subscribe() }
     }
 
     /// Wakes with every change.
@@ -416,10 +418,6 @@ impl Draft {
             Arc::make_mut(&mut self.next.applied).insert(key, (Arc::new(document), Origin::Api));
             self.is_saved = true;
         }
-        let account =
-            json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": name}});
-        // A namespace always has its default account, as on Kubernetes.
-        drop(self.admit(Kind::ServiceAccount, None, account));
     }
 
     /// Gives a service its address; keeps the one it has.
@@ -528,7 +526,12 @@ impl Draft {
         let Some(live) = self.next.objects.find(kind, key).cloned() else { return };
         self.next.version += 1;
         self.next.objects.apply(&Change::Delete(live.reference()));
-        self.events.push(StoreEvent { kind: EventKind::Deleted, object: live });
+        // The last state under the number of the deletion, as an API server sends it: a watcher that
+        // waits for a version sees it pass.
+        let mut last = (*live.raw).clone();
+        last["metadata"]["resourceVersion"] = self.next.version.to_string().into();
+        let object = Arc::new(Object { raw: Arc::new(last), ..(*live).clone() });
+        self.events.push(StoreEvent { kind: EventKind::Deleted, object });
     }
 }
 
@@ -676,6 +679,19 @@ mod tests {
         store.patch(Kind::Service, &key, |service| service["spec"]["ports"][0]["port"] = 90.into()).unwrap();
         assert_eq!(store.apply(of_file(), Mode::Apply, false).unwrap()[0].action, Action::Unchanged);
         assert_eq!(store.objects().get::<api::k8s::Service>("shop", "a").unwrap().1.spec.ports[0].port, 90);
+    }
+
+    #[test]
+    fn a_deletion_has_a_version_of_its_own() {
+        let store = Store::in_memory();
+        apply(&store, SERVICE);
+        let mut subscription = store.subscribe();
+        assert_eq!(subscription.version, *store.version().borrow());
+        store.delete(Kind::Service, &NamespacedName::new("shop", "a")).unwrap();
+        let event = subscription.events.try_recv().unwrap();
+        let version = *store.version().borrow();
+        assert_eq!(version, subscription.version + 1);
+        assert_eq!(event.object.raw["metadata"]["resourceVersion"], version.to_string());
     }
 
     #[test]

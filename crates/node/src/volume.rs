@@ -25,11 +25,23 @@ pub struct Contents<'a> {
     pub now: i64,
 }
 
+/// A volume whose content is not there (yet).
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("volume {volume:?} cannot be filled")]
+pub struct UnfilledVolume {
+    /// Which.
+    pub volume: String,
+    /// What it needs.
+    #[source]
+    pub missing: Missing,
+}
+
 /// All volumes of a pod, with the one of its service account.
-pub fn volumes(facts: &PodFacts<'_>, from: &Contents<'_>) -> Result<Vec<Volume>, Missing> {
+pub fn volumes(facts: &PodFacts<'_>, from: &Contents<'_>) -> Result<Vec<Volume>, UnfilledVolume> {
     let mut out = Vec::new();
     for volume in &facts.pod.spec.volumes {
-        out.push(Volume { name: volume.name.clone(), source: source(volume, facts, from)? });
+        let unfilled = |missing| UnfilledVolume { volume: volume.name.clone(), missing };
+        out.push(Volume { name: volume.name.clone(), source: source(volume, facts, from).map_err(unfilled)? });
     }
     if has_account(facts) {
         out.push(Volume { name: ACCOUNT_VOLUME.to_owned(), source: VolumeSource::Files(account(facts, from)) });
@@ -219,7 +231,7 @@ mod tests {
         let facts = PodFacts { object: &object, pod: &typed, ip: "", host_ip: "", node_name: "" };
         let tokens = Tokens::new();
         let missing = volumes(&facts, &Contents { objects: &set(false), tokens: &tokens, now: 0 }).unwrap_err();
-        assert_eq!(missing.0, "Secret shop/s is not there");
+        assert_eq!((missing.volume.as_str(), missing.missing.0.as_str()), ("two", "Secret shop/s is not there"));
         let full = set(true);
         let made = volumes(&facts, &Contents { objects: &full, tokens: &tokens, now: 0 }).unwrap();
         let files = |index: usize| match &made[index].source {

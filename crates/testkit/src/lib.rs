@@ -14,7 +14,7 @@ pub mod tunnel;
 
 pub use http::{Client, Response};
 pub use http2::{Client2, Stream2};
-pub use mesh::{Applied, Mesh, Shared};
+pub use mesh::{Applied, Mesh, Setup, Shared};
 pub use tunnel::Tunnel;
 
 use std::time::{Duration, Instant};

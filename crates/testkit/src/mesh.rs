@@ -57,10 +57,79 @@ fn run(command: &mut Command, input: &str) -> Output {
     child.wait_with_output().expect("its output is piped")
 }
 
+/// Who plays the ordinary user when root runs the tests: nobody.
+const ORDINARY_USER: u32 = 65534;
+
+/// A mesh that is to be started.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    name: String,
+    command: &'static str,
+    manifests: String,
+    args: Vec<String>,
+    is_ordinary: bool,
+}
+
+impl Setup {
+    /// `lateen up` of these manifests.
+    pub fn up(name: &str, manifests: &str) -> Self {
+        let name = format!("{name}-{}", std::process::id());
+        Self { name, command: "up", manifests: manifests.to_owned(), args: Vec::new(), is_ordinary: false }
+    }
+
+    /// `lateen demo`.
+    pub fn demo(name: &str) -> Self {
+        Self { command: "demo", ..Self::up(name, "") }
+    }
+
+    /// With these further arguments.
+    #[must_use]
+    pub fn args(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().map(|&arg| arg.to_owned()));
+        self
+    }
+
+    /// As a user without any right, also when root runs the tests.
+    #[must_use]
+    pub fn as_ordinary_user(mut self) -> Self {
+        self.is_ordinary = true;
+        self
+    }
+
+    /// Starts it and waits until every pod is ready and every proxy synced.
+    pub fn start(self) -> Mesh {
+        Mesh::start(self)
+    }
+}
+
+/// Whether root runs the tests.
+pub fn is_root() -> bool {
+    // Our own entry in /proc belongs to our user.
+    std::os::unix::fs::MetadataExt::uid(&std::fs::metadata("/proc/self").expect("Linux has /proc")) == 0
+}
+
+/// `lateen`, or its stand-in as another user.
+fn program(dir: &Path, as_ordinary_user: bool) -> Vec<PathBuf> {
+    if !(as_ordinary_user && is_root()) {
+        return vec![lateen().to_owned()];
+    }
+    // The folder of the build may be closed to others.
+    let own = dir.join("lateen");
+    if !own.exists() && std::fs::hard_link(lateen(), &own).is_err() {
+        std::fs::copy(lateen(), &own).expect("a copy of lateen");
+    }
+    let user = ORDINARY_USER.to_string();
+    let words = ["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups", "--bounding-set", "-all"];
+    let mut program: Vec<PathBuf> = words.iter().map(PathBuf::from).collect();
+    program.extend(["--inh-caps".into(), "-all".into(), own]);
+    program
+}
+
 /// A running mesh.
 #[derive(Debug)]
 pub struct Mesh {
     dir: PathBuf,
+    program: Vec<PathBuf>,
     keeper: Child,
     /// Where the ingress gateway takes HTTP.
     pub http: SocketAddr,
@@ -78,17 +147,28 @@ impl Drop for Mesh {
 impl Mesh {
     /// Starts a mesh with these manifests and waits until every pod is ready and every proxy synced.
     pub fn up(name: &str, manifests: &str) -> Self {
-        let name = format!("{name}-{}", std::process::id());
+        Setup::up(name, manifests).start()
+    }
+
+    fn start(setup: Setup) -> Self {
         let dir = tempfile::Builder::new().prefix("lt-").tempdir().expect("a folder for the mesh").keep();
         let file = dir.join("mesh.yaml");
-        std::fs::write(&file, manifests).expect("its folder takes files");
+        std::fs::write(&file, &setup.manifests).expect("its folder takes files");
+        let program = program(&dir, setup.is_ordinary);
+        if setup.is_ordinary && is_root() {
+            std::os::unix::fs::chown(&dir, Some(ORDINARY_USER), Some(ORDINARY_USER)).expect("root gives folders away");
+        }
         let mut keeper = Command::new("sh");
-        keeper.args(["-c", KEEPER, "sh"]).arg(&dir).arg(lateen()).args(["up", "--name", &name, "--state-dir"]);
-        keeper.arg(dir.join("s")).args(["--ingress-http", "127.0.0.1:0", "--ingress-https", "127.0.0.1:0", "-f"]);
-        keeper.arg(&file).stdin(Stdio::piped());
+        keeper.args(["-c", KEEPER, "sh"]).arg(&dir).args(&program).args([setup.command, "--name", &setup.name]);
+        keeper.arg("--state-dir").arg(dir.join("s"));
+        keeper.args(["--ingress-http", "127.0.0.1:0", "--ingress-https", "127.0.0.1:0"]);
+        if setup.command == "up" {
+            keeper.arg("-f").arg(&file);
+        }
+        keeper.args(&setup.args).stdin(Stdio::piped());
         let keeper = keeper.spawn().expect("sh starts");
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut mesh = Self { dir, keeper, http: nowhere, https: nowhere };
+        let mut mesh = Self { dir, program, keeper, http: nowhere, https: nowhere };
         let status = mesh.wait_ready();
         let address = |role: &str| {
             let text = status["addresses"][role].as_str().unwrap_or_default();
@@ -125,9 +205,27 @@ impl Mesh {
         self.dir.join("mesh.yaml")
     }
 
+    /// The mesh's state folder.
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.join("s")
+    }
+
+    /// `status -o json`.
+    #[track_caller]
+    pub fn status(&self) -> Value {
+        serde_json::from_str(&self.must(&["status", "-o", "json"], "")).expect("the status is JSON")
+    }
+
+    /// A command of `lateen` against this mesh, by the user who runs it, for tests that steer its streams.
+    pub fn prepared(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.program[0]);
+        command.args(&self.program[1..]).args(args).env("LATEEN_STATE_DIR", self.state_dir());
+        command
+    }
+
     /// Runs a command of `lateen` against this mesh.
     pub fn command(&self, args: &[&str], input: &str) -> Output {
-        run(Command::new(lateen()).args(args).env("LATEEN_STATE_DIR", self.dir.join("s")), input)
+        run(&mut self.prepared(args), input)
     }
 
     /// [`command`](Self::command) that must succeed; its standard output.

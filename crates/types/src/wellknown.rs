@@ -6,6 +6,8 @@ pub const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
 pub const DEFAULT_DOMAIN_SUFFIX: &str = "cluster.local";
 /// Namespace whose policies hold for the whole mesh.
 pub const DEFAULT_ROOT_NAMESPACE: &str = "istio-system";
+/// Name by which pods of a local mesh reach what listens on the machine's loopback.
+pub const HOST_NAME: &str = "host.lateen.internal";
 /// Audience of the tokens that the CA accepts.
 pub const TOKEN_AUDIENCE: &str = "istio-ca";
 

@@ -10,6 +10,9 @@ pub(crate) static TRAFFIC: Shared = Shared::new("traffic", traffic);
 /// The namespaces `foo` and `bar` (with proxies) and `legacy` (without).
 pub(crate) static SECURITY: Shared = Shared::new("security", security);
 
+/// The namespaces `plain` (without proxies) and `shop` (with): a few programs of this machine.
+pub(crate) static NODE: Shared = Shared::new("node", node);
+
 const DEMO: &str = include_str!("../../../crates/lateen/src/manifests/demo.yaml");
 
 /// How long [`TRAFFIC`]'s proxies wait for the first bytes of a port that does not say its protocol.
@@ -64,6 +67,39 @@ spec:
     );
     all.join("\n---\n")
 }
+
+fn node() -> String {
+    let all = [
+        namespace("plain", false),
+        namespace("shop", true),
+        workload("plain", "curl", "v1", "curlimages/curl", None, ""),
+        workload("shop", "curl", "v1", "curlimages/curl", None, ""),
+        workload("plain", "httpbin", "v1", "docker.io/kong/httpbin", Some(80), ""),
+        service("plain", "httpbin", "{name: http, port: 8000, targetPort: 80}"),
+        TWO_CONTAINERS.to_owned(),
+    ];
+    all.join("\n---\n")
+}
+
+const TWO_CONTAINERS: &str = "
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: two, namespace: plain, labels: {app: two}}
+spec:
+  selector: {matchLabels: {app: two}}
+  template:
+    metadata: {labels: {app: two}}
+    spec:
+      containers:
+      - name: left
+        image: local/shell
+        command: [sh, -c, 'echo left starts; while [ ! -e /tmp/go-$HOSTNAME ]; do sleep 0.1; done; echo left goes on; exec sleep infinity']
+        env: [{name: SIDE, value: left}]
+      - name: right
+        image: local/shell
+        command: [sh, -c, 'echo right starts; exec sleep infinity']
+        env: [{name: SIDE, value: right}]
+";
 
 fn security() -> String {
     let mut all = vec![mesh_config(""), namespace("foo", true), namespace("bar", true), namespace("legacy", false)];

@@ -1,8 +1,14 @@
 //! What is wrong is said with file, line, object, field and remedy, and harms nothing.
 
-use testkit::mesh::run_lateen;
+use std::io::Write as _;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
 
-use crate::apps::{TRAFFIC, virtual_service};
+use testkit::mesh::{is_root, lateen, run_lateen};
+use testkit::{Setup, eventually};
+
+use crate::apps::{NODE, TRAFFIC, namespace, service, virtual_service, workload};
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
@@ -76,10 +82,190 @@ fn a_command_without_a_mesh_says_so() {
 #[test]
 fn a_second_mesh_of_the_same_folder_says_who_runs() {
     let mesh = TRAFFIC.turn();
-    let second =
-        mesh.command(&["up", "-f", "-", "--ingress-http", "127.0.0.1:0", "--ingress-https", "127.0.0.1:0"], "");
+    let second = mesh.command(&[&["up", "-f", "-"][..], &ANY_PORTS].concat(), "");
     let said = text(&second.stdout) + &text(&second.stderr);
-    assert!(!second.status.success(), "{said}");
-    assert!(said.contains("run"), "{said}");
+    assert_eq!(second.status.code(), Some(1), "{said}");
+    let pid = mesh.status()["pid"].to_string();
+    assert!(said.contains("runs already") && said.contains(&pid) && said.contains("--name"), "{said}");
     assert_eq!(mesh.get("maildev.localhost", "/email", &[]).status, 200);
+}
+
+const ANY_PORTS: [&str; 4] = ["--ingress-http", "127.0.0.1:0", "--ingress-https", "127.0.0.1:0"];
+
+/// `lateen up` that must not start: says all of these words, ends with this code, leaves no mesh.
+#[track_caller]
+fn refused(output: &Output, state: &Path, words: &[&str]) {
+    let said = text(&output.stdout) + &text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for word in words {
+        assert!(said.contains(word), "{word:?} is not in: {said}");
+    }
+    let status = run_lateen(&["status", "--state-dir", state.to_str().unwrap()], "");
+    assert!(!status.status.success(), "no mesh runs");
+}
+
+fn up(state: &Path, more: &[&str]) -> Output {
+    run_lateen(&[&["up", "-f", "-", "--state-dir", state.to_str().unwrap()][..], more].concat(), SMALL)
+}
+
+const SMALL: &str = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: small}\ndata: {k: v}\n";
+
+#[test]
+fn a_taken_port_is_named_with_the_way_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let output = up(dir.path(), &["--ingress-http", &address, "--ingress-https", "127.0.0.1:0"]);
+    refused(&output, dir.path(), &[&address, "8080", "--ingress-http", "port 0 picks a free one"]);
+    let bad = run_lateen(&["up", "-f", "-", "--ingress-http", "nonsense"], "");
+    assert_eq!(bad.status.code(), Some(64));
+}
+
+#[test]
+fn a_truncated_state_file_is_named_and_left_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("objects.json");
+    std::fs::write(&file, "lateen-objects-1 900 0123456789abcdef0123456789abcdef\n{\"ver").unwrap();
+    refused(&up(dir.path(), &ANY_PORTS), dir.path(), &["objects.json", "5 of 900 bytes", "remove it"]);
+    assert!(std::fs::read_to_string(&file).unwrap().ends_with("{\"ver"));
+}
+
+/// Runs a script with `$0` a small file system of its own, and `lateen` as `$1`.
+fn on_own_file_system(dir: &Path, options: &str, script: &str) -> Output {
+    let mount = format!("mount -t tmpfs -o {options} lateen-test \"$0\" && {script}");
+    let mut unshare = Command::new("unshare");
+    if !is_root() {
+        unshare.args(["--user", "--map-root-user"]);
+    }
+    let mut child = unshare
+        .args(["--mount", "sh", "-c", &mount])
+        .arg(dir)
+        .arg(lateen())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(SMALL.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn a_read_only_state_folder_is_named_with_the_way_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = format!("exec \"$1\" up -f - --state-dir \"$0/s\" {}", ANY_PORTS.join(" "));
+    let output = on_own_file_system(dir.path(), "ro", &script);
+    refused(&output, &dir.path().join("s"), &["state folder", "Read-only file system", "--state-dir"]);
+}
+
+#[test]
+fn a_full_state_folder_refuses_changes_and_harms_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = format!(
+        "\"$1\" up --detach -f - --state-dir \"$0/s\" {ports} >/dev/null || exit 99
+         head -c 3000000 /dev/zero > \"$0/filler\" 2>/dev/null
+         printf '%s' '{map}' | \"$1\" apply --state-dir \"$0/s\" -f -; echo \"apply ended with $?\"
+         \"$1\" get configmap --state-dir \"$0/s\" -o name
+         rm \"$0/filler\"
+         printf '%s' '{map}' | \"$1\" apply --state-dir \"$0/s\" -f -; echo \"then with $?\"
+         \"$1\" down --state-dir \"$0/s\"",
+        ports = ANY_PORTS.join(" "),
+        map = SMALL.replace("small", "large").replace("k: v", &format!("k: {}", "v".repeat(200_000))),
+    );
+    let output = on_own_file_system(dir.path(), "size=1200k", &script);
+    let said = text(&output.stdout) + &text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    for word in ["No space left on device", "nothing was changed", "apply ended with 1", "configmap/small", "then with 0"] {
+        assert!(said.contains(word), "{word:?} is not in: {said}");
+    }
+}
+
+#[test]
+fn a_missing_program_is_a_finding_about_the_container() {
+    let mesh = NODE.turn();
+    let pod = "
+apiVersion: v1
+kind: Pod
+metadata: {name: no-program, namespace: plain}
+spec: {containers: [{name: main, image: local/none, command: [no-such-program-anywhere]}]}
+";
+    let _pod = mesh.with(pod);
+    eventually("the finding", || {
+        let said = mesh.said();
+        let words = ["Pod plain/no-program", "spec.containers[0].command", "no-such-program-anywhere", "install the program"];
+        if words.iter().all(|word| said.contains(word)) { Ok(()) } else { Err(said) }
+    });
+    assert!(mesh.must(&["get", "pods", "-n", "plain"], "").contains("StartError"));
+    assert_eq!(mesh.curl("plain/curl", &["http://httpbin:8000/get"]).status, 200, "the rest runs");
+}
+
+/// `apply` of objects that are admitted but wrong together: file, line, object, field and remedy are
+/// said by `apply`, which succeeds, and by `up` for what its file holds.
+#[test]
+fn what_is_wrong_between_objects_is_said_with_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("routes.yaml");
+    let routes = "# one
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: wrong, namespace: plain}
+spec:
+  hosts: [wrong.test]
+  gateways:
+  - no-such-gateway
+  http:
+  - route:
+    - destination: {host: no-such-host}
+---
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {name: tls, namespace: istio-system}
+spec:
+  selector: {istio: ingressgateway}
+  servers:
+  - port: {number: 443, name: https, protocol: HTTPS}
+    hosts: [wrong.test]
+    tls: {mode: SIMPLE, credentialName: no-such-secret}
+";
+    std::fs::write(&file, routes).unwrap();
+    let mesh = NODE.turn();
+    let applied = mesh.command(&["apply", "-f", file.to_str().unwrap()], "");
+    let said = text(&applied.stderr);
+    mesh.must(&["delete", "-f", file.to_str().unwrap()], "");
+    assert!(applied.status.success(), "{said}");
+    for (line, words) in [
+        (8, ["VirtualService plain/wrong", "spec.gateways[0]", "no-such-gateway"]),
+        (11, ["VirtualService plain/wrong", "spec.http[0].route[0].destination.host", "no-such-host"]),
+        (20, ["Gateway istio-system/tls", "spec.servers[0]", "no-such-secret"]),
+    ] {
+        let place = format!("{}:{line}:", file.display());
+        let has_all = |said: &str| said.contains(&place) && words.iter().all(|word| said.contains(word));
+        assert!(said.lines().any(has_all), "{line} {words:?}: {said}");
+    }
+}
+
+#[test]
+fn a_file_with_mistakes_runs_all_but_these() {
+    let manifests = [
+        namespace("shop", true),
+        workload("shop", "httpbin", "v1", "docker.io/kong/httpbin", Some(80), ""),
+        service("shop", "httpbin", "{name: http, port: 8000, targetPort: 80}"),
+        service("shop", "httpbin", "{name: http, port: 8001, targetPort: 80}"),
+        virtual_service("weights", "  - route: [{destination: {host: a}, weight: -1}]"),
+    ]
+    .join("\n---\n");
+    let mesh = Setup::up("mistakes", &manifests).start();
+    let said = eventually("the announcement", || match mesh.said() {
+        said if said.contains("Ctrl-C") => Ok(said),
+        other => Err(other),
+    });
+    let file = mesh.file().display().to_string();
+    for words in [
+        [file.as_str(), "Service shop/httpbin", "written twice", "the first one holds"],
+        [file.as_str(), "VirtualService shop/weights", "spec.http[0].route[0].weight", "weight"],
+    ] {
+        assert!(said.lines().any(|line| words.iter().all(|word| line.contains(word))), "{words:?}: {said}");
+    }
+    assert!(mesh.must(&["get", "svc", "httpbin", "-n", "shop"], "").contains("8000/TCP"));
+    assert!(!mesh.must(&["get", "vs", "-A", "-o", "name"], "").contains("weights"));
 }

@@ -1,7 +1,8 @@
 //! Real meshes of real processes, steered with Istio's YAML.
 //!
-//! Two meshes run, [`apps::TRAFFIC`] and [`apps::SECURITY`]; the tests of one take turns, and each
-//! takes back what it applied. They need what `lateen up` needs: Linux namespaces, and `curl` and
+//! Four meshes are shared, [`apps::TRAFFIC`], [`apps::SECURITY`], [`apps::NODE`] and that of
+//! `samples`; the tests of one take turns, and each takes back what it applied. Tests of starting and
+//! ending (`node_life`) run small meshes of their own. They need what `lateen up` needs: Linux namespaces, and `curl` and
 //! `bash` on the machine, which the tests run inside pods.
 
 mod apps;
@@ -11,10 +12,14 @@ mod gateway;
 mod hostile;
 mod identity;
 mod injection;
+mod node_commands;
+mod node_life;
+mod node_pods;
 mod operations;
 mod resilience;
 mod rollouts;
 mod routing;
+mod samples;
 mod sniffing;
 mod stats;
 mod streams;

@@ -281,10 +281,6 @@ fn container(check: &mut Check<'_>, at: &str, container: &Container, volumes: &B
         }
         check.unbuilt_if(!mount.sub_path_expr.is_empty(), format!("{at}.subPathExpr"));
     }
-    check.unbuilt_if(
-        container.lifecycle.as_ref().is_some_and(|l| l.post_start.is_some()),
-        format!("{at}.lifecycle.postStart"),
-    );
 }
 
 fn env(check: &mut Check<'_>, at: &str, variable: &EnvVar) {

@@ -14,7 +14,7 @@ use crate::output;
 pub(crate) struct GetArgs {
     #[command(flatten)]
     mesh: MeshArgs,
-    /// `KIND`, `KIND/NAME`, or `KIND NAME`; several kinds with commas.
+    /// `KIND`, `KIND NAME…`, or `KIND/NAME…`; several kinds with commas.
     #[arg(required = true)]
     what: Vec<String>,
     /// Namespace.
@@ -45,15 +45,33 @@ fn selected(object: &Value, selector: &str) -> bool {
     })
 }
 
+/// Kinds, each with a name or none for all, as they were typed.
+fn targets(what: &[String]) -> Result<Vec<(Kind, Option<&str>)>> {
+    let kind = |word: &str| Kind::parse(word).with_context(|| format!("the mesh has no kind {word:?}"));
+    if what.iter().any(|word| word.contains('/')) {
+        let pair = |word: &'_ String| -> Result<(Kind, Option<&str>)> {
+            let (of, name) = word.split_once('/').with_context(|| format!("{word:?} is not KIND/NAME"))?;
+            Ok((kind(of)?, Some(name)))
+        };
+        return what.iter().map(pair).collect();
+    }
+    let Some((kinds, names)) = what.split_first() else { return Ok(Vec::new()) };
+    let mut out = Vec::new();
+    for word in kinds.split(',') {
+        let kind = kind(word)?;
+        if names.is_empty() {
+            out.push((kind, None));
+        }
+        out.extend(names.iter().map(|name| (kind, Some(name.as_str()))));
+    }
+    Ok(out)
+}
+
 pub(crate) fn get(args: &GetArgs) -> Result<()> {
-    let (kinds, name) = match args.what[0].split_once('/') {
-        Some((kind, name)) => (kind, Some(name)),
-        None => (args.what[0].as_str(), args.what.get(1).map(String::as_str)),
-    };
+    let targets = targets(&args.what)?;
     let client = client(&args.mesh)?;
     let mut found: Vec<(Kind, Value)> = Vec::new();
-    for word in kinds.split(',') {
-        let kind = Kind::parse(word).with_context(|| format!("the mesh has no kind {word:?}"))?;
+    for &(kind, name) in &targets {
         let namespace = if kind.is_namespaced() { args.namespace.as_str() } else { "_" };
         let objects: Vec<Value> = block_on(async {
             if let Some(name) = name {
@@ -67,7 +85,8 @@ pub(crate) fn get(args: &GetArgs) -> Result<()> {
         let wanted = |object: &Value| args.selector.as_deref().is_none_or(|selector| selected(object, selector));
         found.extend(objects.into_iter().filter(wanted).map(|object| (kind, object)));
     }
-    print(args, name.is_some(), found);
+    let is_single = targets.len() == 1 && targets[0].1.is_some();
+    print(args, is_single, found);
     Ok(())
 }
 
@@ -84,11 +103,8 @@ fn print(args: &GetArgs, single: bool, found: Vec<(Kind, Value)>) {
         }
         Format::Name => {
             for (kind, object) in &found {
-                output::line(&format!(
-                    "{}/{}",
-                    kind.name().to_lowercase(),
-                    object["metadata"]["name"].as_str().unwrap_or_default()
-                ));
+                let name = object["metadata"]["name"].as_str().unwrap_or_default();
+                output::line(&format!("{}/{name}", super::resource(*kind)));
             }
         }
         Format::Table | Format::Wide => {
@@ -136,8 +152,37 @@ fn text(value: &Value) -> String {
     }
 }
 
-fn joined(list: &Value) -> String {
-    list.as_array().into_iter().flatten().map(text).collect::<Vec<_>>().join(",")
+/// A list as kubectl shows it in a column of a custom resource: JSON.
+fn listed(list: &Value) -> String {
+    if list.is_array() { list.to_string() } else { String::new() }
+}
+
+/// Values with commas; `<none>` when there are none.
+fn joined(values: impl Iterator<Item = String>) -> String {
+    or_none(values.collect::<Vec<_>>().join(","))
+}
+
+fn labels(map: &Value) -> String {
+    joined(map.as_object().into_iter().flatten().map(|(key, value)| format!("{key}={}", text(value))))
+}
+
+fn template_containers<'a>(object: &'a Value, field: &'a str) -> String {
+    let containers = object["spec"]["template"]["spec"]["containers"].as_array().into_iter().flatten();
+    joined(containers.map(|container| text(&container[field])))
+}
+
+/// The first three endpoints, as kubectl shows them.
+fn endpoints(slice: &Value) -> String {
+    let all = slice["endpoints"].as_array().into_iter().flatten();
+    let all: Vec<String> =
+        all.flat_map(|endpoint| endpoint["addresses"].as_array().into_iter().flatten()).map(text).collect();
+    match all.as_slice() {
+        [] => "<unset>".to_owned(),
+        [first @ .., _] if all.len() > 3 => {
+            format!("{} + {} more...", first[..3].join(","), all.len() - 3)
+        }
+        few => few.join(","),
+    }
 }
 
 type Cell = fn(&Value) -> String;
@@ -153,13 +198,24 @@ fn pod_ready(pod: &Value) -> String {
     format!("{ready}/{all}")
 }
 
-fn pod_status(pod: &Value) -> String {
+/// One word for where a pod is, as kubectl finds it.
+pub(crate) fn pod_status(pod: &Value) -> String {
     if !pod["metadata"]["deletionTimestamp"].is_null() {
         return "Terminating".to_owned();
     }
-    let mut waiting = pod["status"]["containerStatuses"].as_array().into_iter().flatten();
-    let reason = waiting.find_map(|status| status["state"]["waiting"]["reason"].as_str());
-    reason.map_or_else(|| text(&pod["status"]["phase"]), str::to_owned)
+    let statuses = |list: &str| pod["status"][list].as_array().map_or(&[][..], Vec::as_slice);
+    let init = statuses("initContainerStatuses");
+    let is_done = |status: &&Value| status["state"]["terminated"]["exitCode"] == 0;
+    let done = init.iter().filter(is_done).count();
+    if done < init.len() && pod["status"]["phase"] == "Pending" {
+        let reason = init[done]["state"]["waiting"]["reason"].as_str().filter(|reason| *reason != "ContainerCreating");
+        return reason.map_or_else(|| format!("Init:{done}/{}", init.len()), |reason| format!("Init:{reason}"));
+    }
+    let main = statuses("containerStatuses");
+    let reason = |state: &str| main.iter().find_map(|status| status["state"][state]["reason"].as_str());
+    let has_ended = main.iter().all(|status| status["state"].get("terminated").is_some());
+    let reason = reason("waiting").or_else(|| if has_ended { reason("terminated") } else { None });
+    reason.map_or_else(|| pod["status"]["phase"].as_str().unwrap_or("Pending").to_owned(), str::to_owned)
 }
 
 fn restarts(pod: &Value) -> String {
@@ -182,6 +238,8 @@ fn columns(kind: Kind) -> Vec<(&'static str, Cell, bool)> {
             ("AGE", age, false),
             ("IP", |pod| or_none(text(&pod["status"]["podIP"])), true),
             ("NODE", |pod| or_none(text(&pod["spec"]["nodeName"])), true),
+            ("NOMINATED NODE", |_| "<none>".to_owned(), true),
+            ("READINESS GATES", |_| "<none>".to_owned(), true),
         ],
         Kind::Deployment => vec![
             (
@@ -198,6 +256,36 @@ fn columns(kind: Kind) -> Vec<(&'static str, Cell, bool)> {
             ("UP-TO-DATE", |it| it["status"]["updatedReplicas"].as_u64().unwrap_or(0).to_string(), false),
             ("AVAILABLE", |it| it["status"]["availableReplicas"].as_u64().unwrap_or(0).to_string(), false),
             ("AGE", age, false),
+            ("CONTAINERS", |it| template_containers(it, "name"), true),
+            ("IMAGES", |it| template_containers(it, "image"), true),
+            ("SELECTOR", |it| labels(&it["spec"]["selector"]["matchLabels"]), true),
+        ],
+        Kind::ReplicaSet => vec![
+            ("DESIRED", |it| it["spec"]["replicas"].as_u64().unwrap_or(1).to_string(), false),
+            ("CURRENT", |it| it["status"]["replicas"].as_u64().unwrap_or(0).to_string(), false),
+            ("READY", |it| it["status"]["readyReplicas"].as_u64().unwrap_or(0).to_string(), false),
+            ("AGE", age, false),
+            ("CONTAINERS", |it| template_containers(it, "name"), true),
+            ("IMAGES", |it| template_containers(it, "image"), true),
+            ("SELECTOR", |it| labels(&it["spec"]["selector"]["matchLabels"]), true),
+        ],
+        Kind::EndpointSlice => vec![
+            ("ADDRESSTYPE", |it| text(&it["addressType"]), false),
+            (
+                "PORTS",
+                |it| {
+                    let ports = it["ports"].as_array().into_iter().flatten().map(|port| text(&port["port"]));
+                    let ports = ports.collect::<Vec<_>>().join(",");
+                    if ports.is_empty() { "<unset>".to_owned() } else { ports }
+                },
+                false,
+            ),
+            ("ENDPOINTS", endpoints, false),
+            ("AGE", age, false),
+        ],
+        Kind::ServiceAccount => vec![
+            ("SECRETS", |it| it["secrets"].as_array().map_or(0, Vec::len).to_string(), false),
+            ("AGE", age, false),
         ],
         Kind::Service => vec![
             ("TYPE", |it| it["spec"]["type"].as_str().unwrap_or("ClusterIP").to_owned(), false),
@@ -205,6 +293,7 @@ fn columns(kind: Kind) -> Vec<(&'static str, Cell, bool)> {
             ("EXTERNAL-IP", |_| "<none>".to_owned(), false),
             ("PORT(S)", ports, false),
             ("AGE", age, false),
+            ("SELECTOR", |it| labels(&it["spec"]["selector"]), true),
         ],
         Kind::Namespace => vec![("STATUS", |_| "Active".to_owned(), false), ("AGE", age, false)],
         Kind::ConfigMap => vec![
@@ -217,20 +306,21 @@ fn columns(kind: Kind) -> Vec<(&'static str, Cell, bool)> {
             ("AGE", age, false),
         ],
         Kind::VirtualService => vec![
-            ("GATEWAYS", |it| joined(&it["spec"]["gateways"]), false),
-            ("HOSTS", |it| joined(&it["spec"]["hosts"]), false),
+            ("GATEWAYS", |it| listed(&it["spec"]["gateways"]), false),
+            ("HOSTS", |it| listed(&it["spec"]["hosts"]), false),
             ("AGE", age, false),
         ],
+        Kind::WorkloadEntry => vec![("AGE", age, false), ("ADDRESS", |it| text(&it["spec"]["address"]), false)],
         Kind::DestinationRule => vec![("HOST", |it| text(&it["spec"]["host"]), false), ("AGE", age, false)],
         Kind::ServiceEntry => vec![
-            ("HOSTS", |it| joined(&it["spec"]["hosts"]), false),
+            ("HOSTS", |it| listed(&it["spec"]["hosts"]), false),
             ("LOCATION", |it| text(&it["spec"]["location"]), false),
             ("RESOLUTION", |it| text(&it["spec"]["resolution"]), false),
             ("AGE", age, false),
         ],
         Kind::PeerAuthentication => vec![("MODE", |it| text(&it["spec"]["mtls"]["mode"]), false), ("AGE", age, false)],
         Kind::AuthorizationPolicy => vec![
-            ("ACTION", |it| it["spec"]["action"].as_str().unwrap_or("ALLOW").to_owned(), false),
+            ("ACTION", |it| text(&it["spec"]["action"]), false),
             ("AGE", age, false),
         ],
         _ => vec![("AGE", age, false)],
@@ -264,6 +354,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_typed() {
+        let check = |words: &[&str], expect: &[(Kind, Option<&str>)]| {
+            let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+            assert_eq!(targets(&words).unwrap(), expect, "{words:?}");
+        };
+        check(&["po,svc"], &[(Kind::Pod, None), (Kind::Service, None)]);
+        check(&["pods", "a", "b"], &[(Kind::Pod, Some("a")), (Kind::Pod, Some("b"))]);
+        check(&["deploy/a", "svc/b"], &[(Kind::Deployment, Some("a")), (Kind::Service, Some("b"))]);
+        assert!(targets(&["deploy/a".to_owned(), "b".to_owned()]).is_err());
+        assert!(targets(&["gizmos".to_owned()]).unwrap_err().to_string().contains("gizmos"));
+    }
+
+    #[test]
     fn selectors() {
         let object = json!({ "metadata": { "labels": { "app": "a", "version": "v1" } } });
         for (selector, fits) in [
@@ -279,6 +382,20 @@ mod tests {
     }
 
     #[test]
+    fn lists_as_kubectl_shows_them() {
+        let route = json!({ "spec": { "gateways": ["a"], "hosts": ["*", "x.y"] } });
+        let cells: Vec<String> = columns(Kind::VirtualService).iter().take(2).map(|(_, cell, _)| cell(&route)).collect();
+        assert_eq!(cells, ["[\"a\"]", "[\"*\",\"x.y\"]"]);
+        let slice = |count: u8| {
+            let all: Vec<Value> = (0..count).map(|last| json!({ "addresses": [format!("10.0.0.{last}")] })).collect();
+            endpoints(&json!({ "endpoints": all }))
+        };
+        assert_eq!(slice(0), "<unset>");
+        assert_eq!(slice(3), "10.0.0.0,10.0.0.1,10.0.0.2");
+        assert_eq!(slice(5), "10.0.0.0,10.0.0.1,10.0.0.2 + 2 more...");
+    }
+
+    #[test]
     fn a_pod_as_kubectl_shows_it() {
         let pod = json!({
             "spec": { "containers": [{}, {}] },
@@ -288,5 +405,16 @@ mod tests {
             (pod_ready(&pod), pod_status(&pod), restarts(&pod)),
             ("1/2".into(), "CrashLoopBackOff".into(), "3".into())
         );
+        let status = |status: Value| pod_status(&json!({ "status": status }));
+        let ended = |code: u8, reason: &str| json!({ "state": { "terminated": { "exitCode": code, "reason": reason } } });
+        let waits = json!({ "state": { "waiting": { "reason": "PodInitializing" } } });
+        let running = json!({ "state": { "running": {} } });
+        assert_eq!(status(json!({ "phase": "Succeeded", "containerStatuses": [ended(0, "Completed")] })), "Completed");
+        assert_eq!(status(json!({ "phase": "Failed", "containerStatuses": [ended(1, "Error")] })), "Error");
+        assert_eq!(status(json!({ "phase": "Running", "containerStatuses": [ended(1, "Error"), running] })), "Running");
+        let init = json!([ended(0, "Completed"), running]);
+        let main = json!([waits]);
+        let starting = json!({ "phase": "Pending", "initContainerStatuses": init, "containerStatuses": main });
+        assert_eq!(status(starting), "Init:1/2");
     }
 }

@@ -1,12 +1,15 @@
 //! `apply`, `delete`, `validate`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use api::{Positions, ReadOptions};
 use clap::Args;
+use node::client::ClientError;
 use node::server::Report;
 use serde_json::Value;
-use types::{Finding, Severity};
+use types::{Finding, ObjectRef, Severity};
 
 use super::{block_on, client, target};
 use crate::cli::{ExitWith, MeshArgs, exit};
@@ -48,6 +51,10 @@ fn read_path(path: &Path, named: bool, out: &mut Vec<(String, String)>) -> Resul
     Ok(())
 }
 
+fn parse(name: &str, text: &str, namespace: &str) -> api::Documents {
+    api::parse_documents_with(name, text, ReadOptions { default_namespace: namespace, ..ReadOptions::default() })
+}
+
 fn grave(findings: &[Finding]) -> usize {
     findings.iter().filter(|finding| finding.severity == Severity::Error).count()
 }
@@ -60,30 +67,60 @@ pub(crate) struct ApplyArgs {
     /// File, folder, or `-`.
     #[arg(short = 'f', long = "filename", required = true, value_name = "PATH")]
     files: Vec<PathBuf>,
+    /// Namespace of objects that name none.
+    #[arg(short, long, default_value = "default")]
+    namespace: String,
     /// Say what would happen.
     #[arg(long)]
     dry_run: bool,
+    /// Seconds to wait until every proxy runs what is applied.
+    #[arg(long, default_value = "10")]
+    timeout: u64,
 }
 
 pub(crate) fn apply(args: &ApplyArgs) -> Result<()> {
     let inputs = read_inputs(&args.files)?;
     let client = client(&args.mesh)?;
     let mut refused = 0;
+    let mut applied = BTreeMap::new();
     for (name, text) in inputs {
-        let uri = format!("/objects?file={}&dryRun={}", name.replace(['&', ' ', '#', '?'], "_"), args.dry_run);
+        let parsed = parse(&name, &text, &args.namespace).objects;
+        applied.extend(parsed.into_iter().map(|parsed| (parsed.object.reference(), parsed.positions)));
+        let file = name.replace(['&', ' ', '#', '?'], "_");
+        let uri = format!("/objects?file={file}&namespace={}&dryRun={}", args.namespace, args.dry_run);
         let report: Report = block_on(async { Ok(client.post(&uri, text.into_bytes()).await?) })?;
         for outcome in &report.outcomes {
             let object = &outcome.object;
-            output::line(&format!("{}/{} {}", object.kind.to_lowercase(), object.name, outcome.action));
+            output::line(&format!("{}/{} {}", super::resource_named(&object.kind), object.name, outcome.action));
         }
         output::findings(&report.findings);
         refused += grave(&report.findings);
+    }
+    if !args.dry_run && !applied.is_empty() {
+        block_on(settle(args, &applied))?;
     }
     if refused > 0 {
         return Err(
             ExitWith { code: exit::ERROR, message: format!("{refused} errors; the last good versions stay") }.into()
         );
     }
+    Ok(())
+}
+
+/// Waits until every proxy runs what was applied, and says what the mesh finds wrong with it. What
+/// takes longer, or cannot be asked, is a remark: the objects are admitted.
+async fn settle(args: &ApplyArgs, applied: &BTreeMap<ObjectRef, Positions>) -> Result<()> {
+    if let Err(error) = super::synced(&args.mesh, args.timeout).await {
+        output::note(&format!("admitted, but {error:#}"));
+        return Ok(());
+    }
+    let mut findings = super::mesh_findings(&args.mesh).await?;
+    findings.retain_mut(|finding| {
+        let Some(positions) = finding.object.as_ref().and_then(|object| applied.get(object)) else { return false };
+        finding.position = Some(positions.at(&finding.field));
+        true
+    });
+    output::findings(&findings);
     Ok(())
 }
 
@@ -97,6 +134,9 @@ pub(crate) struct DeleteArgs {
     files: Vec<PathBuf>,
     /// `KIND/NAME`, or `KIND NAME…`.
     objects: Vec<String>,
+    /// What is not there is no error.
+    #[arg(long)]
+    ignore_not_found: bool,
     /// Namespace.
     #[arg(short, long, default_value = "default")]
     namespace: String,
@@ -105,7 +145,7 @@ pub(crate) struct DeleteArgs {
 pub(crate) fn delete(args: &DeleteArgs) -> Result<()> {
     let mut wanted: Vec<(String, String, String)> = Vec::new();
     for (name, text) in read_inputs(&args.files)? {
-        for parsed in api::parse_documents(&name, &text).objects.into_iter().rev() {
+        for parsed in parse(&name, &text, &args.namespace).objects.into_iter().rev() {
             let object = parsed.object.reference();
             wanted.push((object.kind.into(), object.namespace.into(), object.name.into()));
         }
@@ -129,11 +169,27 @@ pub(crate) fn delete(args: &DeleteArgs) -> Result<()> {
         bail!("nothing to delete: give KIND/NAME or -f PATH");
     }
     let client = client(&args.mesh)?;
+    let mut missing = 0;
     for (kind, namespace, name) in wanted {
         let is_namespaced = api::Kind::parse(&kind).is_none_or(api::Kind::is_namespaced);
         let namespace = if is_namespaced { namespace.as_str() } else { "_" };
-        block_on(async { Ok(client.delete(&format!("/objects/{kind}/{namespace}/{name}")).await?) })?;
-        output::line(&format!("{}/{name} deleted", kind.to_lowercase()));
+        let deleted = block_on(async { Ok(client.delete(&format!("/objects/{kind}/{namespace}/{name}")).await) })?;
+        match deleted {
+            Ok(_) => {}
+            // The others go all the same.
+            Err(ClientError::Refused { status: 404, message, .. }) => {
+                missing += 1;
+                if !args.ignore_not_found {
+                    output::error(&message);
+                }
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        }
+        output::line(&format!("{} {name:?} deleted", super::resource_named(&kind)));
+    }
+    if missing > 0 && !args.ignore_not_found {
+        return Err(ExitWith { code: exit::ERROR, message: String::new() }.into());
     }
     Ok(())
 }

@@ -266,7 +266,7 @@ pub(crate) struct LabelArgs {
     /// Namespace.
     #[arg(short, long, default_value = "default")]
     namespace: String,
-    /// Accepted for compatibility: a label is always overwritten.
+    /// Change labels that have another value.
     #[arg(long)]
     overwrite: bool,
 }
@@ -294,9 +294,20 @@ pub(crate) fn label(args: &LabelArgs) -> Result<()> {
     let parsed = api::Kind::parse(kind).with_context(|| format!("the mesh has no kind {kind:?}"))?;
     let namespace = if parsed.is_namespaced() { args.namespace.as_str() } else { "_" };
     let client = client(&args.mesh)?;
+    let uri = format!("/objects/{}/{namespace}/{name}", parsed.name());
+    let live: Value = block_on(async { Ok(client.get(&uri).await?) })?;
+    let differs = |(key, value): &(&String, &Value)| {
+        let has = &live["metadata"]["labels"][key.as_str()];
+        !value.is_null() && !has.is_null() && has != *value
+    };
+    if !args.overwrite
+        && let Some((key, _)) = patch.iter().find(differs)
+    {
+        bail!("label {key:?} has the value {} already; give --overwrite to change it", live["metadata"]["labels"][key]);
+    }
     let body = json!({ "metadata": { "labels": patch } }).to_string().into_bytes();
-    block_on(async { Ok(client.post::<Value>(&format!("/objects/{kind}/{namespace}/{name}/merge"), body).await?) })?;
-    output::line(&format!("{}/{name} labeled", parsed.name().to_lowercase()));
+    block_on(async { Ok(client.post::<Value>(&format!("{uri}/merge"), body).await?) })?;
+    output::line(&format!("{}/{name} labeled", super::resource(parsed)));
     Ok(())
 }
 

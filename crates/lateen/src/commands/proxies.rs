@@ -4,6 +4,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use node::client::{Client, ClientError};
 use serde_json::{Value, json};
+use types::Finding;
 
 use super::{block_on, debug_socket};
 use crate::cli::{ExitWith, Format, MeshArgs, exit};
@@ -35,9 +36,37 @@ pub(crate) async fn synced_at(mesh: &MeshArgs, version: u64, seconds: u64) -> Re
     let plane = Client::new(&debug_socket(mesh)?);
     match plane.get::<Value>(&format!("/debug/synced?resourceVersion={version}&timeout={seconds}")).await {
         Ok(_) => Ok(()),
-        Err(ClientError::Refused { status: 504, message }) => bail!("not synced after {seconds} s: {message}"),
+        Err(ClientError::Refused { status: 504, body, .. }) => {
+            let laggards = body["laggards"].as_array().into_iter().flatten().map(|laggard| {
+                laggard.as_str().map_or_else(|| laggard["proxy"].as_str().unwrap_or("?").to_owned(), str::to_owned)
+            });
+            let laggards: Vec<String> = laggards.collect();
+            match laggards.as_slice() {
+                [] => bail!("the control plane has not read every object after {seconds} s"),
+                some => bail!("not synced after {seconds} s; still behind: {}", some.join(", ")),
+            }
+        }
         Err(error) => Err(error.into()),
     }
+}
+
+/// What the control plane finds wrong with the objects together, as it last read them. What an
+/// object's own text tells is left out: it was said, with its place, when the text was read.
+pub(crate) async fn mesh_findings(mesh: &MeshArgs) -> Result<Vec<Finding>> {
+    use api::codes;
+    const OF_TEXT: [&str; 6] = [
+        codes::SYNTAX,
+        codes::UNKNOWN_KIND,
+        codes::NOT_EFFECTIVE,
+        codes::UNKNOWN_FIELD,
+        codes::SCHEMA,
+        codes::DUBIOUS,
+    ];
+    let plane = Client::new(&debug_socket(mesh)?);
+    let answer: Value = plane.get("/debug/findings").await?;
+    let mut findings: Vec<Finding> = serde_json::from_value(answer["findings"].clone())?;
+    findings.retain(|finding| !OF_TEXT.contains(&&*finding.code));
+    Ok(findings)
 }
 
 pub(crate) fn wait(args: &WaitArgs) -> Result<()> {

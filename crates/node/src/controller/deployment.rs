@@ -52,7 +52,7 @@ pub(super) fn reconcile(store: &Store, mesh: &Mesh) {
 }
 
 /// The deployment behind a pod's ReplicaSet: its name without the template's hash.
-fn deployment_of<'a>(pod: &Object, replica_set: &'a str) -> Option<&'a str> {
+pub(super) fn deployment_of<'a>(pod: &Object, replica_set: &'a str) -> Option<&'a str> {
     let hash = pod.meta.labels.get(POD_TEMPLATE_HASH)?;
     replica_set.strip_suffix(hash.as_str())?.strip_suffix('-')
 }

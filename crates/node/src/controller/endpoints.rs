@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use api::k8s::{self, IntOrString};
 use api::{ConfigSet, Kind, Object};
-use types::wellknown::{DEFAULT_DOMAIN_SUFFIX, labels};
+use types::wellknown::{DEFAULT_DOMAIN_SUFFIX, HOST_NAME, labels};
 use types::{NamespacedName, Selector};
 
 use super::{NODE_NAME, report};
@@ -158,9 +158,10 @@ fn is_ready(endpoint: &k8s::Endpoint) -> bool {
     endpoint.conditions.ready != Some(false)
 }
 
-/// Full names of services and of pods of headless services.
+/// Full names of services, of pods of headless services, and of the machine.
 fn names(objects: &ConfigSet) -> BTreeMap<String, Vec<IpAddr>> {
     let mut out: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
+    out.insert(HOST_NAME.to_owned(), vec![capture::Network::LOCAL.host.into()]);
     for (object, service) in objects.all::<k8s::Service>() {
         let key = object.key();
         let full = format!("{}.{}.svc.{DEFAULT_DOMAIN_SUFFIX}", key.name, key.namespace);
@@ -260,5 +261,6 @@ mod tests {
         assert_eq!(names["web.shop.svc.cluster.local"], ["10.96.1.1".parse::<IpAddr>().unwrap()]);
         assert_eq!(names["pods.shop.svc.cluster.local"].len(), 2);
         assert!(names.contains_key("a.pods.shop.svc.cluster.local"));
+        assert_eq!(names["host.lateen.internal"], ["10.77.0.2".parse::<IpAddr>().unwrap()]);
     }
 }

@@ -8,15 +8,17 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use api::k8s::{self, Container, Probe};
+use api::k8s::{self, Container, LifecycleHandler, Probe};
 use api::{ConfigSet, Kind, Object};
 use types::wellknown::annotations;
 use types::{Finding, NamespacedName, Severity};
@@ -25,12 +27,12 @@ use super::{NODE_NAME, Shared};
 use crate::env::{PodFacts, environment, program};
 use crate::inject::PROXY;
 use crate::probe::{self, Target};
-use crate::runtime::RuntimeError;
+use crate::runtime::{PodRuntime, RuntimeError};
 use crate::spec::{
     ContainerRequest, DnsPolicy, PodId, PodNetwork, PodRequest, Rights, SELF_EXE, Signal, VolumeFile, VolumeSource,
 };
 use crate::store::now;
-use crate::volume::{Contents, mounts, volumes};
+use crate::volume::{Contents, UnfilledVolume, mounts, volumes};
 
 /// [`crate::SWITCH_IP`] as text.
 const HOST_IP: &str = "10.77.0.1";
@@ -43,6 +45,8 @@ const EAGER: Duration = Duration::from_millis(100);
 const EAGER_FOR: Duration = Duration::from_secs(10);
 /// A failed sandbox is tried again after this long.
 const SANDBOX_RETRY: Duration = Duration::from_secs(2);
+/// A `postStart` that takes longer has failed; Kubernetes sets no limit, but shows nothing either.
+const HOOK_SECONDS_MAX: u32 = 120;
 /// How long the end of a pod waits for proxies that have not heard of it.
 const SETTLED_MAX: Duration = Duration::from_secs(3);
 /// The proxy drains 5 s (`terminationDrainDuration`) and needs a moment more.
@@ -70,8 +74,15 @@ pub(super) async fn run(
         volumes: BTreeMap::new(),
         message: None,
     };
-    worker.live().await;
-    worker.end().await;
+    let work = async {
+        worker.live().await;
+        worker.end().await;
+    };
+    // Whatever goes wrong in here concerns this pod only, and its name must become free again.
+    if AssertUnwindSafe(work).catch_unwind().await.is_err() {
+        tracing::error!(pod = %key, "the pod's worker failed; the pod is made anew");
+        worker.abandon().await;
+    }
     key
 }
 
@@ -102,6 +113,7 @@ struct Slot {
     is_ready: bool,
     /// The startup probe succeeded, or there is none.
     is_started: bool,
+    hook: Hook,
     probes: [Check; 3],
     /// Asked to end by its liveness probe: killed at this time.
     kill_at: Option<Instant>,
@@ -129,6 +141,15 @@ struct Ended {
     finished: String,
 }
 
+/// Progress of `lifecycle.postStart`. The containers listed after this one wait for it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hook {
+    Due,
+    Running,
+    /// Or there is none.
+    Done,
+}
+
 /// Progress of one probe.
 #[derive(Clone)]
 struct Check {
@@ -143,6 +164,10 @@ struct Check {
 const STARTUP: usize = 0;
 const READINESS: usize = 1;
 const LIVENESS: usize = 2;
+/// Not a probe, but answered like one.
+const POST_START: usize = 3;
+/// How Istio's injected proxy says, as its `postStart`, that the application is to wait for it.
+const WAIT_FOR_PROXY: [&str; 2] = ["pilot-agent", "wait"];
 
 impl Slot {
     fn new(container: &Container, is_init: bool) -> Self {
@@ -160,6 +185,7 @@ impl Slot {
             last: None,
             is_ready: false,
             is_started: false,
+            hook: Hook::Done,
             probes: [idle.clone(), idle.clone(), idle],
             kill_at: None,
         }
@@ -174,12 +200,28 @@ impl Slot {
         matches!(self.state, State::Running { .. })
     }
 
+    fn post_start(&self) -> Option<&LifecycleHandler> {
+        self.container.lifecycle.as_ref()?.post_start.as_ref()
+    }
+
+    /// Whether `postStart` asks for nothing but that the container has started.
+    fn waits_until_started(&self) -> bool {
+        self.post_start().and_then(|hook| hook.exec.as_ref()).is_some_and(|exec| exec.command == WAIT_FOR_PROXY)
+    }
+
+    /// Whether containers listed after this one have to wait.
+    fn holds_others(&self) -> bool {
+        let is_through = self.is_running() && self.hook == Hook::Done;
+        self.post_start().is_some() && !is_through && !matches!(self.state, State::Ended(_))
+    }
+
     /// Readiness and the first looks of the probes of a container that has just started.
     fn begin(&mut self, now_at: Instant) {
         self.state = State::Running { since: now_at, at: now() };
         self.is_started = self.container.startup_probe.is_none();
         self.is_ready = self.is_started && self.container.readiness_probe.is_none();
         self.kill_at = None;
+        self.hook = if self.post_start().is_none() { Hook::Done } else { Hook::Due };
         for which in [STARTUP, READINESS, LIVENESS] {
             let delay = self.probe(which).map(|probe| Duration::from_secs(u64::from(probe.initial_delay_seconds)));
             let mut first = delay.map(|delay| now_at + delay);
@@ -275,6 +317,7 @@ impl Worker {
             }
         }
         self.message = None;
+        self.shared.set_finding(&self.key, None);
         let mut answers: JoinSet<(usize, usize, Result<(), String>)> = JoinSet::new();
         let mut renewal = Instant::now() + TOKEN_RENEWAL;
         loop {
@@ -304,20 +347,38 @@ impl Worker {
         }
     }
 
-    /// Init containers run one after the other; the rest waits for them.
+    /// Init containers run one after the other; the rest waits for them, and for the `postStart` of
+    /// those listed before.
     fn may_run(&self, slot: &Slot) -> bool {
         let blocking =
             self.slots.iter().find(|s| s.is_init && !matches!(&s.state, State::Ended(ended) if ended.code == 0));
         match blocking {
-            None => true,
+            None => {
+                let mut before = self.slots.iter().take_while(|s| s.container.name != slot.container.name);
+                slot.is_running() || !before.any(Slot::holds_others)
+            }
             Some(first) => slot.container.name == first.container.name,
         }
+    }
+
+    /// What is left of the pod after its worker failed.
+    async fn abandon(&mut self) {
+        if let Some(id) = self.id.take() {
+            // It may have been deleted before the failure.
+            drop(self.shared.options.runtime.delete_pod(id).await);
+            self.shared.options.outputs.set(id, None);
+        }
+        // What failed once may fail again.
+        tokio::time::sleep(SANDBOX_RETRY).await;
     }
 
     async fn sandbox(&mut self, objects: &ConfigSet, object: &Object, pod: &k8s::Pod) -> Result<(), (String, String)> {
         let facts = facts(object, pod, "");
         let from = self.contents(objects);
-        let made = volumes(&facts, &from).map_err(|missing| ("ContainerCreating".to_owned(), missing.0))?;
+        let made = volumes(&facts, &from).map_err(|unfilled| {
+            self.shared.set_finding(&self.key, unfilled_volume(objects, object, &unfilled));
+            ("ContainerCreating".to_owned(), unfilled.missing.0)
+        })?;
         for volume in &made {
             if let VolumeSource::Files(files) = &volume.source {
                 self.volumes.insert(volume.name.clone(), files.clone());
@@ -390,18 +451,25 @@ impl Worker {
             let outcome = match self.request(&self.slots[index].container, objects, object, pod) {
                 Ok(request) => {
                     self.shared.options.runtime.start_container(id, request).await.map_err(|error| match error {
-                        RuntimeError::Program { .. } => ("StartError".to_owned(), error.to_string(), true),
-                        _ => ("RunContainerError".to_owned(), error.to_string(), false),
+                        RuntimeError::Program { .. } => Trouble {
+                            reason: "StartError",
+                            message: error.to_string(),
+                            at: Some(("command", MISSING_PROGRAM.to_owned())),
+                        },
+                        _ => Trouble { reason: "RunContainerError", message: error.to_string(), at: None },
                     })
                 }
-                Err(reason) => Err(reason),
+                Err(trouble) => Err(trouble),
             };
             match outcome {
                 Ok(()) => self.slots[index].begin(Instant::now()),
-                Err((reason, message, is_users)) => {
+                Err(trouble) => {
+                    let finding = blame(objects, object, &self.slots[index].container, &trouble);
+                    let is_users = finding.is_some();
                     if is_users {
-                        self.blame(object, &self.slots[index].container.name.clone(), &message);
+                        self.shared.set_finding(&self.key, finding);
                     }
+                    let (reason, message) = (trouble.reason.to_owned(), trouble.message);
                     let slot = &mut self.slots[index];
                     slot.backoff =
                         if slot.backoff.is_zero() { BACKOFF_FIRST } else { (slot.backoff * 2).min(BACKOFF_MAX) };
@@ -416,28 +484,6 @@ impl Worker {
         }
     }
 
-    /// Says in a finding why a container cannot start, with the owner's object to blame.
-    fn blame(&self, object: &Object, container: &str, message: &str) {
-        let reference = match object.meta.owners.iter().find(|owner| owner.kind == "ReplicaSet") {
-            Some(owner) => {
-                let hash =
-                    object.meta.labels.get(types::wellknown::labels::POD_TEMPLATE_HASH).map_or("", String::as_str);
-                let name = owner.name.strip_suffix(hash).map_or(owner.name.as_str(), |name| name.trim_end_matches('-'));
-                types::ObjectRef::new("Deployment", &self.key.namespace, name)
-            }
-            None => object.reference(),
-        };
-        let finding = Finding {
-            code: "LAT0010".into(),
-            severity: Severity::Error,
-            object: Some(reference),
-            field: format!("container {container}").into(),
-            position: None,
-            message: message.into(),
-            hint: "".into(),
-        };
-        self.shared.set_finding(&self.key, Some(finding));
-    }
 
     fn request(
         &self,
@@ -445,13 +491,18 @@ impl Worker {
         objects: &ConfigSet,
         object: &Object,
         pod: &k8s::Pod,
-    ) -> Result<ContainerRequest, (String, String, bool)> {
+    ) -> Result<ContainerRequest, Trouble> {
         let facts = facts(object, pod, &self.ip);
-        let env = environment(container, &facts, objects)
-            .map_err(|missing| ("CreateContainerConfigError".to_owned(), missing.0, true))?;
+        let env = environment(container, &facts, objects).map_err(|missing| Trouble {
+            reason: "CreateContainerConfigError",
+            message: missing.0,
+            at: Some(("env", "apply what is missing, or mark the reference optional".to_owned())),
+        })?;
         let apps = pod.spec.containers.iter().filter(|c| c.name != PROXY).count();
-        let argv = program(container, &object.meta.annotations, apps, &self.shared.options.images, &env)
-            .map_err(|message| ("ErrImageNeverPull".to_owned(), message, true))?;
+        let argv =
+            program(container, &object.meta.annotations, apps, &self.shared.options.images, &env).map_err(|error| {
+                Trouble { reason: "ErrImageNeverPull", message: error.message, at: Some(("image", error.hint)) }
+            })?;
         // Rights come with our own program in the proxy's role, never with a name alone.
         let is_proxy = is_proxy(container) && argv.first().is_some_and(|first| first == SELF_EXE);
         let listeners = object.meta.annotations.get(annotations::HOST_PORTS).filter(|_| is_proxy);
@@ -488,6 +539,15 @@ impl Worker {
             if !slot.is_running() {
                 continue;
             }
+            if slot.hook == Hook::Due && slot.waits_until_started() {
+                if slot.is_started {
+                    slot.hook = Hook::Done;
+                }
+            } else if slot.hook == Hook::Due {
+                slot.hook = Hook::Running;
+                let (runtime, container) = (self.shared.options.runtime.clone(), slot.container.clone());
+                answers.spawn(async move { (index, POST_START, post_start(id, ip, &container, &runtime).await) });
+            }
             for which in [STARTUP, READINESS, LIVENESS] {
                 let may_ask = if which == STARTUP { !slot.is_started } else { slot.is_started };
                 let is_due = slot.probes[which].next.is_some_and(|next| next <= at) && !slot.probes[which].is_asking;
@@ -512,6 +572,9 @@ impl Worker {
         let at = Instant::now();
         let Some(slot) = self.slots.get_mut(index) else { return };
         let State::Running { since, .. } = slot.state else { return };
+        if which == POST_START {
+            return self.hooked(index, outcome).await;
+        }
         let Some(probe) = slot.probe(which).cloned() else { return };
         let is_young = since.elapsed() < EAGER_FOR;
         let check = &mut slot.probes[which];
@@ -553,6 +616,19 @@ impl Worker {
                 self.signal(&name, Signal::Term).await;
             }
             _ => {}
+        }
+    }
+
+    /// A container whose `postStart` fails is ended and starts again, as on Kubernetes.
+    async fn hooked(&mut self, index: usize, outcome: Result<(), String>) {
+        let slot = &mut self.slots[index];
+        match outcome {
+            Ok(()) => slot.hook = Hook::Done,
+            Err(message) => {
+                tracing::warn!(pod = %self.key, container = slot.container.name, message, "postStart failed");
+                let name = slot.container.name.clone();
+                self.signal(&name, Signal::Kill).await;
+            }
         }
     }
 
@@ -761,6 +837,85 @@ impl Worker {
         }
         status
     }
+}
+
+/// Why a container does not start.
+struct Trouble {
+    /// As Kubernetes calls it.
+    reason: &'static str,
+    message: String,
+    /// The container's field that is to blame, and what to do; none when the machine is.
+    at: Option<(&'static str, String)>,
+}
+
+const MISSING_PROGRAM: &str = "install the program, or name another one; programs of containers are this machine's";
+
+/// The object that the user wrote for a pod, and where the pod's `spec` is in it.
+fn written<'a>(objects: &'a ConfigSet, pod: &'a Object) -> (&'a Object, &'static str) {
+    let deployment = pod.meta.owners.iter().find(|owner| owner.kind == "ReplicaSet").and_then(|owner| {
+        let name = super::deployment::deployment_of(pod, &owner.name)?;
+        objects.get::<k8s::Deployment>(&pod.meta.namespace, name).map(|(object, _)| object)
+    });
+    deployment.map_or((pod, "spec"), |deployment| (&**deployment, "spec.template.spec"))
+}
+
+/// Nothing to say about volumes that the user did not write: the mesh's own come by themselves.
+fn unfilled_volume(objects: &ConfigSet, pod: &Object, unfilled: &UnfilledVolume) -> Option<Finding> {
+    let (object, spec) = written(objects, pod);
+    let volumes = object.raw.pointer(&format!("/{}/volumes", spec.replace('.', "/")))?.as_array()?;
+    let at = volumes.iter().position(|volume| volume["name"] == *unfilled.volume)?;
+    Some(Finding {
+        code: "LAT0010".into(),
+        severity: Severity::Error,
+        object: Some(object.reference()),
+        field: format!("{spec}.volumes[{at}]").into(),
+        position: None,
+        message: unfilled.missing.0.clone().into(),
+        hint: "apply it, or mark the reference optional; the pod waits for it".into(),
+    })
+}
+
+/// Why a container cannot start, as a finding about the object that the user wrote, if that is to
+/// blame.
+fn blame(objects: &ConfigSet, pod: &Object, container: &Container, trouble: &Trouble) -> Option<Finding> {
+    let (field, hint) = trouble.at.as_ref()?;
+    let (object, spec) = written(objects, pod);
+    let pointer = format!("/{}", spec.replace('.', "/"));
+    let place = ["containers", "initContainers"].iter().find_map(|list| {
+        let all = object.raw.pointer(&pointer)?.get(list)?.as_array()?;
+        let at = all.iter().position(|one| one["name"] == *container.name)?;
+        Some(format!("{spec}.{list}[{at}].{field}"))
+    });
+    Some(Finding {
+        code: "LAT0010".into(),
+        severity: Severity::Error,
+        object: Some(object.reference()),
+        field: place.unwrap_or_default().into(),
+        position: None,
+        message: trouble.message.as_str().into(),
+        hint: hint.as_str().into(),
+    })
+}
+
+/// Runs a container's `postStart`.
+async fn post_start(pod: PodId, ip: IpAddr, container: &Container, runtime: &PodRuntime) -> Result<(), String> {
+    let Some(hook) = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.post_start.as_ref()) else {
+        return Ok(());
+    };
+    if let Some(sleep) = &hook.sleep {
+        tokio::time::sleep(Duration::from_secs(sleep.seconds)).await;
+    }
+    if hook.exec.is_none() && hook.http_get.is_none() && hook.tcp_socket.is_none() {
+        return Ok(());
+    }
+    let question = Probe {
+        exec: hook.exec.clone(),
+        http_get: hook.http_get.clone(),
+        tcp_socket: hook.tcp_socket.clone(),
+        timeout_seconds: HOOK_SECONDS_MAX,
+        ..Probe::default()
+    };
+    probe::ask(&question, Target { pod, ip, container, from_switch: false }, runtime).await
 }
 
 fn facts<'a>(object: &'a Object, pod: &'a k8s::Pod, ip: &'a str) -> PodFacts<'a> {

@@ -62,6 +62,9 @@ fn serve(port: u16) {
     }
 }
 
+/// Makes the next worker that waits for proxies panic.
+static FAIL_ONCE: AtomicBool = AtomicBool::new(false);
+
 const OBJECTS: &str = r#"
 apiVersion: v1
 kind: ConfigMap
@@ -192,7 +195,8 @@ async fn tests() {
     let outputs = Outputs::new(Arc::clone(&logs));
     let options = RuntimeOptions {
         mesh: "controllers".into(),
-        run_dir: folder.path().to_owned(),
+        run_dir: folder.path().join("run"),
+        run_files: Vec::new(),
         host_listeners: Vec::new(),
         hidden: Vec::new(),
         output: outputs.sink(),
@@ -213,7 +217,9 @@ async fn tests() {
             images: Vec::new(),
             root_cert,
             drain_lead: Duration::from_millis(300),
-            settled: None,
+            settled: Some(Arc::new(|_| {
+                Box::pin(async { assert!(!FAIL_ONCE.swap(false, Ordering::Relaxed), "a worker fails on purpose") })
+            })),
         },
         events,
     );
@@ -226,6 +232,7 @@ async fn tests() {
     facts(&mesh).await;
     trouble(&mesh).await;
     rollout_under_load(&mesh).await;
+    a_worker_fails(&mesh).await;
     scale_and_end(&mesh).await;
 
     mesh.controller.stop().await;
@@ -273,7 +280,7 @@ async fn trouble(mesh: &Mesh) {
     let crashed = status(&objects, "crash").container_statuses.remove(0);
     assert_eq!(crashed.last_state.terminated.map(|ended| ended.exit_code), Some(3));
     mesh.until("an image nobody plays is said", |o| waiting(o, "nobody").as_deref() == Some("ErrImageNeverPull")).await;
-    assert!(mesh.controller.findings().iter().any(|f| f.message.contains("--image example/unknown=PROGRAM")));
+    assert!(mesh.controller.findings().iter().any(|f| f.hint.contains("--image example/unknown=PROGRAM")));
     mesh.until("a missing secret is said", |o| waiting(o, "waits").as_deref() == Some("CreateContainerConfigError"))
         .await;
     mesh.apply("apiVersion: v1\nkind: Secret\nmetadata: {name: later, namespace: shop}\nstringData: {k: v}\n");
@@ -316,6 +323,19 @@ async fn rollout_under_load(mesh: &Arc<Mesh>) {
     println!("    {} requests", done.load(Ordering::Relaxed));
     assert!(done.load(Ordering::Relaxed) > 10);
     assert_eq!(failed.load(Ordering::Relaxed), 0, "requests were lost");
+}
+
+/// A worker that panics takes its pod along and nothing else; the pod's name is free again.
+async fn a_worker_fails(mesh: &Mesh) {
+    let objects = mesh.store.objects();
+    let key = NamespacedName::new("shop", web(&objects)[0].0);
+    FAIL_ONCE.store(true, Ordering::Relaxed);
+    mesh.store.delete(Kind::Pod, &key).unwrap();
+    mesh.until("the pod is gone, another one takes its place", |o| {
+        o.find(Kind::Pod, &key).is_none() && rolled_out(o, 2) && ready_endpoints(o) == 2
+    })
+    .await;
+    assert!(!FAIL_ONCE.load(Ordering::Relaxed), "it did fail");
 }
 
 async fn scale_and_end(mesh: &Mesh) {

@@ -59,8 +59,8 @@ struct Mesh {
 impl Mesh {
     async fn start(listeners: &[HostListener]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir(dir.path().join("run")).unwrap();
         std::fs::create_dir(dir.path().join("state")).unwrap();
+        std::fs::write(dir.path().join("socket"), "").unwrap();
         std::fs::write(dir.path().join("state/key"), "secret").unwrap();
         let output: Written = Arc::default();
         let written = Arc::new(tokio::sync::Notify::new());
@@ -68,6 +68,7 @@ impl Mesh {
         let options = RuntimeOptions {
             mesh: "podtest".into(),
             run_dir: dir.path().join("run"),
+            run_files: vec![dir.path().join("socket")],
             host_listeners: listeners.to_vec(),
             hidden: vec![dir.path().join("state")],
             output: Arc::new(move |Output { pod, container, bytes, .. }: Output<'_>| {
@@ -475,7 +476,8 @@ async fn the_machine_is_reached() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let refused = PodRuntime::start(RuntimeOptions {
         mesh: "taken".into(),
-        run_dir: "/".into(),
+        run_dir: std::env::temp_dir().join(format!("lateen-taken-{}", std::process::id())),
+        run_files: Vec::new(),
         host_listeners: vec![HostListener { port: 8080, address: taken.local_addr().unwrap() }],
         hidden: Vec::new(),
         output: Arc::new(|_| {}),
@@ -515,9 +517,24 @@ async fn the_machine_is_reached() {
     mesh.await_output(&pod, "proxy", "the world").await;
     world.join().unwrap();
 
-    // A plain pod: relayed. Needs an address of the machine that is not loopback.
+    // A plain pod: relayed. The machine's loopback has an address of its own in the mesh.
     let plain = mesh.pod("plain", None).await;
     mesh.run(&plain, "app", &["wait"]).await;
+    let local = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = format!("{}:{}", capture::Network::LOCAL.host, local.local_addr().unwrap().port());
+    let serving = std::thread::spawn(move || {
+        for _ in 0..2 {
+            let (mut client, peer) = local.accept().unwrap();
+            write!(client, "the machine to {}", peer.ip()).unwrap();
+        }
+    });
+    assert_eq!(mesh.ask(&plain, "app", &["dial", &to]).await, "the machine to 127.0.0.1");
+    let marked = ContainerRequest { rights: Rights::Proxy, ..container("marked", &["dial-marked", &to]) };
+    mesh.runtime.start_container(pod.id, marked).await.unwrap();
+    mesh.await_output(&pod, "marked", "the machine to 127.0.0.1").await;
+    serving.join().unwrap();
+
+    // The world. Needs an address of the machine that is not loopback.
     if let Some(own) = own_address() {
         let world = TcpListener::bind((own, 0)).unwrap();
         let to = world.local_addr().unwrap();
