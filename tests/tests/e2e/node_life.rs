@@ -305,7 +305,7 @@ fn two_meshes_run_side_by_side() {
 #[test]
 fn an_ordinary_user_needs_no_right() {
     let before = links();
-    let mesh = Setup::up("user", &meshed("user")).as_ordinary_user().start();
+    let mesh = Setup::up("user", &meshed("user")).args(&["--capture", "namespace"]).as_ordinary_user().start();
     let traces = Traces::of(u32::try_from(mesh.status()["pid"].as_u64().unwrap()).unwrap(), before);
     let pods = mesh.must(&["get", "pods", "-n", "shop"], "");
     assert_eq!(pods.matches("2/2").count(), 2, "{pods}");
