@@ -155,7 +155,7 @@ fn detach(args: &UpArgs, command: &str) -> Result<()> {
         if Instant::now() > deadline {
             bail!("the mesh is not ready after {} s; see {}", args.timeout, log_path.display());
         }
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -217,7 +217,9 @@ impl Machine for Mesh {
     fn findings(&self) -> Vec<Finding> {
         let mut all = self.files.findings();
         all.extend(self.controller.get().map(Controller::findings).unwrap_or_default());
-        all.iter_mut().for_each(|finding| self.files.place(finding));
+        for finding in &mut all {
+            self.files.place(finding);
+        }
         all
     }
 
@@ -373,12 +375,17 @@ async fn run(
         hidden: vec![state.to_owned()],
         output: outputs.sink(),
     };
-    let (pods, events) = PodRuntime::start(options).await.map_err(|error| match &error {
-        StartError::HostPort { port, .. } => {
-            let flag = if *port == 8443 { "--ingress-https" } else { "--ingress-http" };
-            anyhow::Error::new(error).context(format!("{flag} cannot be served"))
+    let (pods, events) = PodRuntime::start(options).await.map_err(|error| {
+        let flag = match &error {
+            StartError::HostPort { port: 8443, .. } => Some("--ingress-https"),
+            StartError::HostPort { .. } => Some("--ingress-http"),
+            _ => None,
+        };
+        let error = anyhow::Error::new(error);
+        match flag {
+            Some(flag) => error.context(format!("{flag} cannot be served")),
+            None => error,
         }
-        _ => error.into(),
     })?;
     let files = Arc::new(Files::new(sources, Arc::clone(&store)));
     admit_system(&store, state)?;
@@ -588,7 +595,9 @@ impl Said {
         {
             all.extend(of_plane);
         }
-        all.iter_mut().for_each(|finding| mesh.files.place(finding));
+        for finding in &mut all {
+            mesh.files.place(finding);
+        }
         let now = Self::of(&all);
         let mut fresh: Vec<Finding> = Vec::new();
         for finding in all {

@@ -44,13 +44,7 @@ pub struct Files {
 impl Files {
     /// Nothing is read yet.
     pub fn new(sources: Vec<Source>, store: Arc<Store>) -> Self {
-        Self {
-            sources,
-            store,
-            seen: Mutex::default(),
-            findings: Mutex::default(),
-            positions: Mutex::default(),
-        }
+        Self { sources, store, seen: Mutex::default(), findings: Mutex::default(), positions: Mutex::default() }
     }
 
     /// Adds file and line to a finding about an object of these files that has none: those of its

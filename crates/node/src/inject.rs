@@ -417,7 +417,8 @@ mod tests {
                 "metadata": {"name": "p", "namespace": "shop", "annotations": {"proxy.istio.io/config": annotation}},
                 "spec": {"containers": [{"name": "app", "image": "i"}]}});
             inject(&mut pod, Workload { kind: "Pod", name: "p" }, mesh);
-            assert!(api::from_json(&pod).1.is_empty());
+            let (object, findings) = api::from_json(&pod);
+            assert!(object.is_some(), "{findings:?}");
             pod["spec"]["containers"].as_array().unwrap().clone()
         };
         let held = inject_with("concurrency: 2\nholdApplicationUntilProxyStarts: true\n", &mesh());

@@ -175,7 +175,9 @@ fn a_full_state_folder_refuses_changes_and_harms_nothing() {
     let output = on_own_file_system(dir.path(), "size=1200k", &script);
     let said = text(&output.stdout) + &text(&output.stderr);
     assert!(output.status.success(), "{said}");
-    for word in ["No space left on device", "nothing was changed", "apply ended with 1", "configmap/small", "then with 0"] {
+    for word in
+        ["No space left on device", "nothing was changed", "apply ended with 1", "configmap/small", "then with 0"]
+    {
         assert!(said.contains(word), "{word:?} is not in: {said}");
     }
 }
@@ -192,7 +194,8 @@ spec: {containers: [{name: main, image: local/none, command: [no-such-program-an
     let _pod = mesh.with(pod);
     eventually("the finding", || {
         let said = mesh.said();
-        let words = ["Pod plain/no-program", "spec.containers[0].command", "no-such-program-anywhere", "install the program"];
+        let words =
+            ["Pod plain/no-program", "spec.containers[0].command", "no-such-program-anywhere", "install the program"];
         if words.iter().all(|word| said.contains(word)) { Ok(()) } else { Err(said) }
     });
     assert!(mesh.must(&["get", "pods", "-n", "plain"], "").contains("StartError"));
@@ -236,7 +239,7 @@ spec:
     for (line, words) in [
         (8, ["VirtualService plain/wrong", "spec.gateways[0]", "no-such-gateway"]),
         (11, ["VirtualService plain/wrong", "spec.http[0].route[0].destination.host", "no-such-host"]),
-        (20, ["Gateway istio-system/tls", "spec.servers[0]", "no-such-secret"]),
+        (21, ["Gateway istio-system/tls", "spec.servers[0]", "no-such-secret"]),
     ] {
         let place = format!("{}:{line}:", file.display());
         let has_all = |said: &str| said.contains(&place) && words.iter().all(|word| said.contains(word));

@@ -5,8 +5,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use testkit::mesh::{is_root, lateen, run_lateen};
 use testkit::eventually;
+use testkit::mesh::{is_root, lateen, run_lateen};
 
 use crate::apps::{NODE, namespace, workload};
 
@@ -16,7 +16,15 @@ fn text(bytes: &[u8]) -> String {
 
 /// The words of a table's head.
 fn head(table: &str) -> String {
-    table.lines().next().unwrap_or_default().split("   ").filter(|word| !word.is_empty()).map(str::trim).collect::<Vec<_>>().join("|")
+    table
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .split("   ")
+        .filter(|word| !word.is_empty())
+        .map(str::trim)
+        .collect::<Vec<_>>()
+        .join("|")
 }
 
 const MAP: &str = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: NAME, labels: {of: test}}\ndata: {k: v}\n";
@@ -114,7 +122,8 @@ fn get_has_kubectls_names_and_columns() {
     let route = mesh.must(&["get", "virtualservice", "columns", "-n", "plain"], "");
     assert!(route.contains("[\"a\",\"b\"]") && route.contains("[\"columns.test\"]"), "{route}");
 
-    let json: Value = serde_json::from_str(&mesh.must(&["get", "deploy/curl", "-n", "plain", "-o", "json"], "")).unwrap();
+    let json: Value =
+        serde_json::from_str(&mesh.must(&["get", "deploy/curl", "-n", "plain", "-o", "json"], "")).unwrap();
     assert_eq!((&json["kind"], &json["metadata"]["name"]), (&"Deployment".into(), &"curl".into()));
     let list: Value = serde_json::from_str(&mesh.must(&["get", "deploy", "-A", "-o", "json"], "")).unwrap();
     assert_eq!(list["kind"], "List");
@@ -122,7 +131,10 @@ fn get_has_kubectls_names_and_columns() {
     assert_eq!(mesh.must(&["get", "deploy", "curl", "-n", "plain", "-o", "name"], ""), "deployment.apps/curl\n");
     let several = mesh.must(&["get", "deploy,svc", "-n", "plain", "-l", "app=httpbin", "-o", "name"], "");
     assert_eq!(several, "service/httpbin\n", "the deployment itself has no label");
-    assert!(mesh.must(&["get", "pods", "-n", "plain", "-l", "app!=httpbin,version=v1", "-o", "name"], "").starts_with("pod/curl-"));
+    assert!(
+        mesh.must(&["get", "pods", "-n", "plain", "-l", "app!=httpbin,version=v1", "-o", "name"], "")
+            .starts_with("pod/curl-")
+    );
     let nothing = mesh.command(&["get", "pods", "-n", "nowhere"], "");
     assert!(nothing.status.success() && text(&nothing.stderr).contains("No resources found in nowhere namespace."));
     let unknown = mesh.command(&["get", "gizmos"], "");
@@ -216,12 +228,18 @@ fn deployments_are_scaled_restarted_and_labelled() {
     let mesh = NODE.turn();
     let pods = || mesh.must(&["get", "pods", "-n", "plain", "-l", "app=httpbin", "-o", "name"], "");
     let first = pods();
-    assert_eq!(mesh.must(&["scale", "deploy/httpbin", "--replicas", "2", "-n", "plain"], ""), "deployment.apps/httpbin scaled\n");
+    assert_eq!(
+        mesh.must(&["scale", "deploy/httpbin", "--replicas", "2", "-n", "plain"], ""),
+        "deployment.apps/httpbin scaled\n"
+    );
     let rolled = mesh.must(&["rollout", "status", "deployment/httpbin", "-n", "plain"], "");
     assert_eq!(rolled, "deployment \"httpbin\" successfully rolled out\n");
     assert_eq!(pods().lines().count(), 2);
     mesh.must(&["scale", "deploy/httpbin", "--replicas", "1", "-n", "plain"], "");
-    assert_eq!(mesh.must(&["rollout", "restart", "deploy/httpbin", "-n", "plain"], ""), "deployment.apps/httpbin restarted\n");
+    assert_eq!(
+        mesh.must(&["rollout", "restart", "deploy/httpbin", "-n", "plain"], ""),
+        "deployment.apps/httpbin restarted\n"
+    );
     mesh.must(&["rollout", "status", "deploy/httpbin", "-n", "plain"], "");
     eventually("one new pod", || {
         let now = pods();
@@ -230,7 +248,10 @@ fn deployments_are_scaled_restarted_and_labelled() {
     let nowhere = mesh.command(&["rollout", "status", "deploy/none", "-n", "plain"], "");
     assert!(!nowhere.status.success() && text(&nowhere.stderr).contains("none"));
 
-    assert_eq!(mesh.must(&["label", "deploy/httpbin", "tier=back", "-n", "plain"], ""), "deployment.apps/httpbin labeled\n");
+    assert_eq!(
+        mesh.must(&["label", "deploy/httpbin", "tier=back", "-n", "plain"], ""),
+        "deployment.apps/httpbin labeled\n"
+    );
     let refused = mesh.command(&["label", "deploy", "httpbin", "tier=front", "-n", "plain"], "");
     assert!(!refused.status.success() && text(&refused.stderr).contains("--overwrite"), "{}", text(&refused.stderr));
     mesh.must(&["label", "--overwrite", "deploy", "httpbin", "tier=front", "-n", "plain"], "");
@@ -267,7 +288,18 @@ fn the_socket_is_its_owners_only() {
     std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o666)).unwrap();
     let ask = |uid: &str| {
         let mut curl = Command::new("setpriv");
-        curl.args(["--reuid", uid, "--regid", uid, "--clear-groups", "curl", "-s", "--max-time", "10", "--unix-socket"]);
+        curl.args([
+            "--reuid",
+            uid,
+            "--regid",
+            uid,
+            "--clear-groups",
+            "curl",
+            "-s",
+            "--max-time",
+            "10",
+            "--unix-socket",
+        ]);
         curl.arg(&socket).arg("http://lateen/status").output().unwrap()
     };
     let stranger = ask("65534");
@@ -284,9 +316,13 @@ fn up_takes_files_folders_and_standard_input_and_says_once_what_nothing_plays() 
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("more");
     std::fs::create_dir(&folder).unwrap();
-    std::fs::write(folder.join("a.yaml"), workload("plain", "mapped", "v1", "example.org/web:2", None, "\"infinity\"")).unwrap();
+    std::fs::write(folder.join("a.yaml"), workload("plain", "mapped", "v1", "example.org/web:2", None, "\"infinity\""))
+        .unwrap();
     let file = dir.path().join("b.yaml");
-    let nobody = workload("plain", "nobody", "v1", "example.org/unknown:1", None, "").replace("metadata: {name: nobody, namespace: plain}\nspec:\n", "metadata: {name: nobody, namespace: plain}\nspec:\n  replicas: 2\n");
+    let nobody = workload("plain", "nobody", "v1", "example.org/unknown:1", None, "").replace(
+        "metadata: {name: nobody, namespace: plain}\nspec:\n",
+        "metadata: {name: nobody, namespace: plain}\nspec:\n  replicas: 2\n",
+    );
     std::fs::write(&file, nobody).unwrap();
     let state = dir.path().join("s");
     let mut up = Command::new(lateen())
@@ -312,7 +348,9 @@ fn up_takes_files_folders_and_standard_input_and_says_once_what_nothing_plays() 
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert_eq!(said.matches("--image example.org/unknown:1=PROGRAM").count(), 1, "{said}");
     let place = format!("{}:", file.display());
-    for word in [place.as_str(), "Deployment plain/nobody", "spec.template.spec.containers[0].image", "example.org/unknown:1"] {
+    for word in
+        [place.as_str(), "Deployment plain/nobody", "spec.template.spec.containers[0].image", "example.org/unknown:1"]
+    {
         assert!(said.contains(word), "{word:?} is not in {said}");
     }
     let row = |name: &str| pods.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();

@@ -87,7 +87,8 @@ impl Up {
         child.stdin.take().unwrap().write_all(manifests.as_bytes()).unwrap();
         let up = Self { child, dir };
         eventually("the mesh is ready", || {
-            let status: Value = serde_json::from_slice(&up.command(&["status", "-o", "json"], "").stdout).unwrap_or_default();
+            let status: Value =
+                serde_json::from_slice(&up.command(&["status", "-o", "json"], "").stdout).unwrap_or_default();
             if status["ready"] == true { Ok(()) } else { Err(format!("{status}\n{}", up.said())) }
         });
         up
@@ -113,7 +114,7 @@ impl Up {
 }
 
 fn signal_process(pid: u32, signal: &str) {
-    let status = Command::new("kill").args([signal, &pid.to_string()]).status().unwrap();
+    let status = Command::new("sh").args(["-c", &format!("kill {signal} {pid}")]).status().unwrap();
     assert!(status.success(), "kill {signal} {pid}");
 }
 

@@ -98,12 +98,27 @@ fn variables_volumes_and_tokens() {
     let address = get(&mesh, "given")["status"]["podIP"].as_str().unwrap().to_owned();
     let said = run(&mesh, "given", "echo $POD $ADDRESS $ACCOUNT $COLOUR $PASSWORD $BOTH $ALL_colour");
     assert_eq!(said, format!("given {address} default blue hidden given-blue blue\n"));
-    let said = run(&mesh, "given", "cat /settings/a.txt /keys/password /mixed/deep/colour /mixed/labels; stat -Lc %a /keys/password");
+    let said = run(
+        &mesh,
+        "given",
+        "cat /settings/a.txt /keys/password /mixed/deep/colour /mixed/labels; stat -Lc %a /keys/password",
+    );
     assert_eq!(said, "firsthiddenblueapp=\"given\"\n400\n");
-    assert_eq!(run(&mesh, "given", "echo x > /scratch/x && cat /scratch/x; echo x 2>&1 > /keys/x || echo refused").lines().next(), Some("x"));
+    assert_eq!(
+        run(&mesh, "given", "echo x > /scratch/x && cat /scratch/x; echo x 2>&1 > /keys/x || echo refused")
+            .lines()
+            .next(),
+        Some("x")
+    );
     assert!(run(&mesh, "given", "touch /keys/x || echo refused").contains("refused"));
     let account = "/var/run/secrets/kubernetes.io/serviceaccount";
-    let said = run(&mesh, "given", &format!("cat {account}/namespace; echo; cut -d. -f2 {account}/token | wc -w; cut -d. -f2 /mixed/token | wc -w"));
+    let said = run(
+        &mesh,
+        "given",
+        &format!(
+            "cat {account}/namespace; echo; cut -d. -f2 {account}/token | wc -w; cut -d. -f2 /mixed/token | wc -w"
+        ),
+    );
     assert_eq!(said, "plain\n1\n1\n");
 
     // Files follow their objects; what was read at start stays.
@@ -131,15 +146,20 @@ fn a_pod_waits_for_what_it_names_and_says_so() {
             _ => Err(said.clone()),
         }
     });
-    let _later = mesh.with("apiVersion: v1\nkind: Secret\nmetadata: {name: later, namespace: plain}\nstringData: {k: v}\n");
+    let _later =
+        mesh.with("apiVersion: v1\nkind: Secret\nmetadata: {name: later, namespace: plain}\nstringData: {k: v}\n");
     until_row(&mesh, "waits", &["1/1", "Running"]);
 }
 
 /// Whether the pod is a ready endpoint of its service.
 fn is_endpoint(mesh: &Mesh, service: &str) -> bool {
-    let slices = mesh.must(&["get", "endpointslices", "-n", "plain", "-l", &format!("kubernetes.io/service-name={service}"), "-o", "json"], "");
+    let slices = mesh.must(
+        &["get", "endpointslices", "-n", "plain", "-l", &format!("kubernetes.io/service-name={service}"), "-o", "json"],
+        "",
+    );
     let slices: Value = serde_json::from_str(&slices).unwrap();
-    let mut endpoints = slices["items"].as_array().unwrap().iter().flat_map(|slice| slice["endpoints"].as_array().unwrap());
+    let mut endpoints =
+        slices["items"].as_array().unwrap().iter().flat_map(|slice| slice["endpoints"].as_array().unwrap());
     endpoints.any(|endpoint| endpoint["conditions"]["ready"] == true)
 }
 
@@ -231,7 +251,10 @@ fn an_application_hears_of_its_end_and_has_its_grace() {
     };
     let polite = "trap 'echo TERM >> /out/polite; exit 0' TERM; echo up; while :; do sleep 0.1; done";
     let stubborn = "trap 'echo TERM >> /out/stubborn' TERM; echo up; while :; do sleep 0.1; done";
-    mesh.must(&["apply", "-f", "-"], &(pod("polite", polite, &volume(30)) + "---" + &pod("stubborn", stubborn, &volume(2))));
+    mesh.must(
+        &["apply", "-f", "-"],
+        &(pod("polite", polite, &volume(30)) + "---" + &pod("stubborn", stubborn, &volume(2))),
+    );
     for name in ["polite", "stubborn"] {
         until_row(&mesh, name, &["1/1", "Running"]);
         eventually("its handler", || match mesh.must(&["logs", name, "-n", "plain"], "").as_str() {
@@ -255,8 +278,10 @@ fn an_application_hears_of_its_end_and_has_its_grace() {
 fn an_application_that_waits_for_its_proxy_reaches_the_mesh_at_once() {
     let mesh = NODE.turn();
     let call = "curl -s --max-time 10 -o /dev/null -w 'first call: %{http_code}\\n' http://httpbin.plain:8000/get; sleep infinity";
-    let held = pod("held", call, "")
-        .replace("namespace: plain", "namespace: shop, annotations: {proxy.istio.io/config: 'holdApplicationUntilProxyStarts: true'}");
+    let held = pod("held", call, "").replace(
+        "namespace: plain",
+        "namespace: shop, annotations: {proxy.istio.io/config: 'holdApplicationUntilProxyStarts: true'}",
+    );
     let _held = mesh.with(&held);
     eventually("its first call", || {
         let output = mesh.command(&["logs", "held", "-n", "shop", "-c", "main"], "");
@@ -280,9 +305,11 @@ fn a_post_start_hook_runs_before_the_next_container() {
   volumes: [{name: scratch, emptyDir: {}}]";
     let _hooked = mesh.with(&pod("hooked", "sleep infinity", more));
     until_row(&mesh, "hooked", &["2/2", "Running"]);
-    eventually("what the second saw", || match mesh.must(&["logs", "hooked", "-n", "plain", "-c", "second"], "").as_str() {
-        "ready\n" => Ok(()),
-        other => Err(other.to_owned()),
+    eventually("what the second saw", || {
+        match mesh.must(&["logs", "hooked", "-n", "plain", "-c", "second"], "").as_str() {
+            "ready\n" => Ok(()),
+            other => Err(other.to_owned()),
+        }
     });
 }
 

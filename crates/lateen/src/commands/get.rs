@@ -48,15 +48,15 @@ fn selected(object: &Value, selector: &str) -> bool {
 /// Kinds, each with a name or none for all, as they were typed.
 fn targets(what: &[String]) -> Result<Vec<(Kind, Option<&str>)>> {
     let kind = |word: &str| Kind::parse(word).with_context(|| format!("the mesh has no kind {word:?}"));
-    if what.iter().any(|word| word.contains('/')) {
-        let pair = |word: &'_ String| -> Result<(Kind, Option<&str>)> {
-            let (of, name) = word.split_once('/').with_context(|| format!("{word:?} is not KIND/NAME"))?;
-            Ok((kind(of)?, Some(name)))
-        };
-        return what.iter().map(pair).collect();
-    }
-    let Some((kinds, names)) = what.split_first() else { return Ok(Vec::new()) };
     let mut out = Vec::new();
+    if what.iter().any(|word| word.contains('/')) {
+        for word in what {
+            let (of, name) = word.split_once('/').with_context(|| format!("{word:?} is not KIND/NAME"))?;
+            out.push((kind(of)?, Some(name)));
+        }
+        return Ok(out);
+    }
+    let Some((kinds, names)) = what.split_first() else { return Ok(out) };
     for word in kinds.split(',') {
         let kind = kind(word)?;
         if names.is_empty() {
@@ -283,10 +283,9 @@ fn columns(kind: Kind) -> Vec<(&'static str, Cell, bool)> {
             ("ENDPOINTS", endpoints, false),
             ("AGE", age, false),
         ],
-        Kind::ServiceAccount => vec![
-            ("SECRETS", |it| it["secrets"].as_array().map_or(0, Vec::len).to_string(), false),
-            ("AGE", age, false),
-        ],
+        Kind::ServiceAccount => {
+            vec![("SECRETS", |it| it["secrets"].as_array().map_or(0, Vec::len).to_string(), false), ("AGE", age, false)]
+        }
         Kind::Service => vec![
             ("TYPE", |it| it["spec"]["type"].as_str().unwrap_or("ClusterIP").to_owned(), false),
             ("CLUSTER-IP", |it| or_none(text(&it["spec"]["clusterIP"])), false),
@@ -319,10 +318,7 @@ fn columns(kind: Kind) -> Vec<(&'static str, Cell, bool)> {
             ("AGE", age, false),
         ],
         Kind::PeerAuthentication => vec![("MODE", |it| text(&it["spec"]["mtls"]["mode"]), false), ("AGE", age, false)],
-        Kind::AuthorizationPolicy => vec![
-            ("ACTION", |it| text(&it["spec"]["action"]), false),
-            ("AGE", age, false),
-        ],
+        Kind::AuthorizationPolicy => vec![("ACTION", |it| text(&it["spec"]["action"]), false), ("AGE", age, false)],
         _ => vec![("AGE", age, false)],
     }
 }
@@ -384,7 +380,8 @@ mod tests {
     #[test]
     fn lists_as_kubectl_shows_them() {
         let route = json!({ "spec": { "gateways": ["a"], "hosts": ["*", "x.y"] } });
-        let cells: Vec<String> = columns(Kind::VirtualService).iter().take(2).map(|(_, cell, _)| cell(&route)).collect();
+        let cells: Vec<String> =
+            columns(Kind::VirtualService).iter().take(2).map(|(_, cell, _)| cell(&route)).collect();
         assert_eq!(cells, ["[\"a\"]", "[\"*\",\"x.y\"]"]);
         let slice = |count: u8| {
             let all: Vec<Value> = (0..count).map(|last| json!({ "addresses": [format!("10.0.0.{last}")] })).collect();
@@ -406,7 +403,8 @@ mod tests {
             ("1/2".into(), "CrashLoopBackOff".into(), "3".into())
         );
         let status = |status: Value| pod_status(&json!({ "status": status }));
-        let ended = |code: u8, reason: &str| json!({ "state": { "terminated": { "exitCode": code, "reason": reason } } });
+        let ended =
+            |code: u8, reason: &str| json!({ "state": { "terminated": { "exitCode": code, "reason": reason } } });
         let waits = json!({ "state": { "waiting": { "reason": "PodInitializing" } } });
         let running = json!({ "state": { "running": {} } });
         assert_eq!(status(json!({ "phase": "Succeeded", "containerStatuses": [ended(0, "Completed")] })), "Completed");

@@ -54,14 +54,8 @@ pub(crate) async fn synced_at(mesh: &MeshArgs, version: u64, seconds: u64) -> Re
 /// object's own text tells is left out: it was said, with its place, when the text was read.
 pub(crate) async fn mesh_findings(mesh: &MeshArgs) -> Result<Vec<Finding>> {
     use api::codes;
-    const OF_TEXT: [&str; 6] = [
-        codes::SYNTAX,
-        codes::UNKNOWN_KIND,
-        codes::NOT_EFFECTIVE,
-        codes::UNKNOWN_FIELD,
-        codes::SCHEMA,
-        codes::DUBIOUS,
-    ];
+    const OF_TEXT: [&str; 6] =
+        [codes::SYNTAX, codes::UNKNOWN_KIND, codes::NOT_EFFECTIVE, codes::UNKNOWN_FIELD, codes::SCHEMA, codes::DUBIOUS];
     let plane = Client::new(&debug_socket(mesh)?);
     let answer: Value = plane.get("/debug/findings").await?;
     let mut findings: Vec<Finding> = serde_json::from_value(answer["findings"].clone())?;

@@ -484,7 +484,6 @@ impl Worker {
         }
     }
 
-
     fn request(
         &self,
         container: &Container,
