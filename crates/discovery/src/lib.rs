@@ -2,7 +2,9 @@
 //!
 //! ```text
 //!  Source (files, node) ─► ConfigSet ─► MeshSnapshot ─► compile, per proxy ─► ADS
-//!                                                                    ▲
+//!                                        │   ▲                       ▲
+//!                             issuers    ▼   │ key sets              │
+//!                                        jwks                        │
 //!  CA (certificates) ◄── authn (certificate, token) ──── admission ──┘
 //! ```
 //!
@@ -22,6 +24,7 @@ pub mod ca;
 pub mod compiler;
 pub mod debug;
 pub mod fleet;
+pub mod jwks;
 pub mod listen;
 pub mod mesh_state;
 mod secrets;
@@ -82,6 +85,8 @@ pub struct Options {
     pub root_cert_out: Option<PathBuf>,
     /// How changes are gathered.
     pub debounce: mesh_state::Debounce,
+    /// How keys of token issuers are fetched.
+    pub jwks: jwks::Settings,
     /// What compiles; usually [`MeshCompiler`].
     pub compiler: Arc<dyn Compiler>,
     /// Metrics are counted here.
@@ -112,6 +117,7 @@ impl Options {
             tokens: Vec::new(),
             root_cert_out: None,
             debounce: mesh_state::Debounce::default(),
+            jwks: jwks::Settings::default(),
             compiler: Arc::new(MeshCompiler::vetted()),
             metrics: Registry::new(),
         }
@@ -175,6 +181,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let fleet = Arc::new(fleet::Fleet::new(metrics.clone()));
     let (publisher, admitted) = watch::channel(None);
     let (mesh_sender, meshes) = watch::channel(None);
+    let (keys_sender, key_sets) = watch::channel(Arc::default());
 
     let mut tasks: JoinSet<&'static str> = JoinSet::new();
     let named = |name: &'static str, task: std::pin::Pin<Box<dyn Future<Output = ()> + Send>>| async move {
@@ -182,8 +189,11 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         name
     };
     tasks.spawn(named("source", Box::pin(source::run(options.source, publisher))));
-    let rebuilding = mesh_state::run(admitted, mesh_sender, Arc::clone(&fleet), options.debounce, metrics.clone());
+    let inputs = mesh_state::Inputs { source: admitted, key_sets };
+    let rebuilding = mesh_state::run(inputs, mesh_sender, Arc::clone(&fleet), options.debounce, metrics.clone());
     tasks.spawn(named("snapshot builder", Box::pin(rebuilding)));
+    let fetching = jwks::run(meshes.clone(), keys_sender, options.jwks, metrics.clone());
+    tasks.spawn(named("key fetcher", Box::pin(fetching)));
     tasks.spawn(named("compiler", Box::pin(fleet::run(Arc::clone(&fleet), meshes.clone(), options.compiler))));
     tasks.spawn(named("certificate renewal", Box::pin(renew_serving(Arc::clone(&ca), names, serving))));
 

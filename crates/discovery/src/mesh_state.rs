@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::ConfigSet;
-use mesh::MeshSnapshot;
+use mesh::{KeySets, MeshSnapshot};
 use telemetry::registry::Registry;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -43,10 +43,29 @@ impl Default for Debounce {
     }
 }
 
+/// What snapshots are built from.
+#[derive(Clone, Debug)]
+pub struct Inputs {
+    /// Objects.
+    pub source: watch::Receiver<Option<Arc<Admitted>>>,
+    /// Keys of token issuers, as far as they were fetched.
+    pub key_sets: watch::Receiver<Arc<KeySets>>,
+}
+
+impl Inputs {
+    /// Waits for a change of either; tells which, or `None` when the source is gone.
+    async fn changed(&mut self) -> Option<&'static str> {
+        tokio::select! {
+            changed = self.source.changed() => changed.ok().map(|()| "config"),
+            Ok(()) = self.key_sets.changed() => Some("jwks"),
+        }
+    }
+}
+
 /// Rebuilds until the source is gone. Until the source was read whole, there is no mesh, and no
 /// proxy is sent anything: an empty push would break what runs.
 pub async fn run(
-    mut source: watch::Receiver<Option<Arc<Admitted>>>,
+    mut inputs: Inputs,
     meshes: watch::Sender<Option<Arc<Mesh>>>,
     fleet: Arc<Fleet>,
     debounce: Debounce,
@@ -54,16 +73,17 @@ pub async fn run(
 ) {
     let mut configs = ConfigSet::default();
     let mut push = 0;
-    while source.changed().await.is_ok() {
+    while let Some(trigger) = inputs.changed().await {
         let begun = Instant::now();
         while begun.elapsed() < debounce.max {
-            match tokio::time::timeout(debounce.quiet, source.changed()).await {
-                Ok(Ok(())) => {}
-                Ok(Err(_)) | Err(_) => break,
+            match tokio::time::timeout(debounce.quiet, inputs.changed()).await {
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => break,
             }
         }
         metrics.observe("pilot_debounce_time", &[], begun.elapsed().as_secs_f64());
-        let Some(admitted) = source.borrow_and_update().clone() else { continue };
+        let Some(admitted) = inputs.source.borrow_and_update().clone() else { continue };
+        let key_sets = Arc::clone(&inputs.key_sets.borrow_and_update());
         push += 1;
         let previous = meshes.borrow().clone();
         let before = std::mem::replace(&mut configs, admitted.configs.clone());
@@ -71,7 +91,9 @@ pub async fn run(
         let started = Instant::now();
         let built = tokio::task::spawn_blocking(move || {
             let changes = before.changes_to(&after);
-            MeshSnapshot::next(previous.as_deref().map(|mesh| &mesh.snapshot), &after, &changes)
+            let previous = previous.as_deref().map(|mesh| &mesh.snapshot);
+            let (snapshot, findings) = MeshSnapshot::next(previous, &after, &changes);
+            (snapshot.with_key_sets(key_sets), findings)
         });
         let Ok((snapshot, together)) = built.await else {
             tracing::error!(push, "the snapshot could not be built; the last one stays");
@@ -82,7 +104,7 @@ pub async fn run(
         findings.extend(together);
         let label = format!("{:.0}/{push}", jiff::Timestamp::now()).into();
         metrics.observe("pilot_pushcontext_init_seconds", &[], started.elapsed().as_secs_f64());
-        metrics.count("pilot_push_triggers", &[("type", "config")]);
+        metrics.count("pilot_push_triggers", &[("type", trigger)]);
         metrics.set("pilot_services", &[], f64_of(snapshot.services().len()));
         tracing::info!(push, version = admitted.version, findings = findings.len(), "snapshot built");
         meshes.send_replace(Some(Arc::new(Mesh { snapshot, push, label, version: admitted.version, findings })));

@@ -199,6 +199,8 @@ pub enum TraceProvider {
         path: Box<str>,
         /// 128-bit trace ids.
         long_ids: bool,
+        /// `traceparent` is written beside B3.
+        w3c: bool,
     },
     /// OTLP over gRPC.
     OpenTelemetry {

@@ -21,6 +21,7 @@ pub mod config;
 mod delegate;
 mod destination_rule;
 pub mod host;
+mod key_sets;
 mod policy;
 mod protocol;
 mod registry;
@@ -33,6 +34,7 @@ mod workload;
 
 pub use config::{Config, Provenance};
 pub use destination_rule::{DestinationRule, DestinationRuleIndex, EffectivePolicy, RuleClient, Subset};
+pub use key_sets::{Fetched, KeySets, KeySource};
 pub use policy::{ByNamespace, MtlsPolicy, Selects};
 pub use protocol::Protocol;
 pub use registry::target_number;

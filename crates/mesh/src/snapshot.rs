@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::k8s;
 use api::mesh_config::MeshConfig;
@@ -14,6 +15,7 @@ use types::{Effect, Finding, Labels, NamespacedName, ObjectRef, wellknown};
 use crate::collect::Collected;
 use crate::config::Config;
 use crate::destination_rule::{DestinationRule, DestinationRuleIndex, RuleClient};
+use crate::key_sets::{KeySets, KeySource};
 use crate::policy::{ByNamespace, MtlsPolicy};
 use crate::registry;
 use crate::scope::{self, Scope};
@@ -51,6 +53,7 @@ pub struct MeshSnapshot {
     telemetries: ByNamespace<Telemetry>,
     secrets: BTreeMap<NamespacedName, Config<k8s::Secret>>,
     config_maps: BTreeMap<NamespacedName, Config<k8s::ConfigMap>>,
+    key_sets: Arc<KeySets>,
     effects: BTreeMap<ObjectRef, Effect>,
 }
 
@@ -123,11 +126,39 @@ impl MeshSnapshot {
             telemetries: ByNamespace::build(collected.telemetries),
             secrets: collected.secrets.into_iter().map(|config| (config.key(), config)).collect(),
             config_maps: collected.config_maps.into_iter().map(|config| (config.key(), config)).collect(),
+            key_sets: Arc::default(),
             effects: BTreeMap::new(),
         };
         crate::analyze::analyze(&snapshot, &mut findings);
         snapshot.effects = crate::analyze::effects(&snapshot, &findings);
         (snapshot, findings)
+    }
+
+    /// The snapshot with what was fetched for its [`key_sources`](Self::key_sources).
+    pub fn with_key_sets(self, key_sets: Arc<KeySets>) -> Self {
+        Self { key_sets, ..self }
+    }
+
+    /// What was fetched of the keys of token issuers.
+    pub fn key_sets(&self) -> &KeySets {
+        &self.key_sets
+    }
+
+    /// Where keys of token issuers are to be fetched, and how long a fetch may take: the longest of
+    /// the rules that share a source.
+    ///
+    /// *Source*: JWTRule `timeout`, 5 s by default.
+    pub fn key_sources(&self) -> BTreeMap<KeySource, Duration> {
+        const TIMEOUT: Duration = Duration::from_secs(5);
+        let mut sources: BTreeMap<KeySource, Duration> = BTreeMap::new();
+        for rule in self.request_authentications.all().flat_map(|config| &config.spec.jwt_rules) {
+            if let Some(source) = KeySource::of(rule) {
+                let timeout = rule.timeout.map_or(TIMEOUT, |timeout| timeout.0);
+                let longest = sources.entry(source).or_default();
+                *longest = timeout.max(*longest);
+            }
+        }
+        sources
     }
 
     /// `meshConfig`.

@@ -184,7 +184,13 @@ impl Control {
         let mut identities = None;
         let mut agent = None;
         if let Some(ca) = options.ca {
-            let (made, receiver) = identity::agent::Agent::new(identity::agent::Options::new(ca));
+            let agent_options = identity::agent::Options {
+                ttl: options.renewal.ttl,
+                grace_ratio: options.renewal.grace_ratio,
+                grace_jitter: options.renewal.grace_jitter,
+                ..identity::agent::Options::new(ca)
+            };
+            let (made, receiver) = identity::agent::Agent::new(agent_options);
             agent = Some(tokio::spawn(made.run()));
             identities = Some(receiver);
         }

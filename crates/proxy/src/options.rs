@@ -89,6 +89,8 @@ pub struct Options {
     pub concurrency: usize,
     /// The proxy's own services.
     pub addresses: Addresses,
+    /// Lifetime and renewal of certificates.
+    pub renewal: Renewal,
     /// Gradual drains after a change of configuration.
     pub drain_time: Duration,
     /// The end.
@@ -127,6 +129,34 @@ pub struct StaticResources {
     pub secrets: Vec<Raw>,
 }
 
+/// How certificates are asked for and renewed.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Renewal {
+    /// Wanted lifetime (`SECRET_TTL`).
+    pub ttl: Duration,
+    /// Share of the lifetime that is left when renewal starts (`SECRET_GRACE_PERIOD_RATIO`), 0 to 1.
+    pub grace_ratio: f64,
+    /// Spread of that share, either way (`SECRET_GRACE_PERIOD_RATIO_JITTER`), 0 to 1.
+    pub grace_jitter: f64,
+}
+
+impl Default for Renewal {
+    fn default() -> Self {
+        Self { ttl: Duration::from_hours(24), grace_ratio: 0.5, grace_jitter: 0.01 }
+    }
+}
+
+impl Renewal {
+    fn from_environment(variables: &BTreeMap<String, String>) -> Result<Self, InvalidOptions> {
+        let defaults = Self::default();
+        Ok(Self {
+            ttl: duration(variables, "SECRET_TTL")?.unwrap_or(defaults.ttl),
+            grace_ratio: share(variables, "SECRET_GRACE_PERIOD_RATIO")?.unwrap_or(defaults.grace_ratio),
+            grace_jitter: share(variables, "SECRET_GRACE_PERIOD_RATIO_JITTER")?.unwrap_or(defaults.grace_jitter),
+        })
+    }
+}
+
 /// Why a proxy cannot be started so.
 #[derive(Debug, Error)]
 pub enum InvalidOptions {
@@ -159,6 +189,7 @@ impl Options {
             resources: StaticResources::default(),
             concurrency: 1,
             addresses: Addresses::default(),
+            renewal: Renewal::default(),
             drain_time: Duration::from_secs(45),
             termination: Termination::default(),
             inherited: Vec::new(),
@@ -221,6 +252,7 @@ impl Options {
         options.xds = Some(plane(xds));
         options.ca = Some(plane(get("CA_ADDR").unwrap_or(xds)));
         options.state_of_the_world = get("ISTIO_DELTA_XDS") == Some("false");
+        options.renewal = Renewal::from_environment(variables)?;
         let any = |port: u16| Some(SocketAddr::from(([0, 0, 0, 0], port)));
         let local = |port: u16| Some(SocketAddr::from(([127, 0, 0, 1], port)));
         options.addresses = Addresses {
@@ -276,6 +308,20 @@ fn number(variables: &BTreeMap<String, String>, name: &'static str) -> Result<Op
     let Some(value) = variables.get(name).filter(|value| !value.is_empty()) else { return Ok(None) };
     let bad = || InvalidOptions::Bad { name, value: value.clone(), wanted: "a whole number" };
     value.parse().map(Some).map_err(|_| bad())
+}
+
+/// A duration as Go writes it, above zero.
+fn duration(variables: &BTreeMap<String, String>, name: &'static str) -> Result<Option<Duration>, InvalidOptions> {
+    let Some(value) = variables.get(name).filter(|value| !value.is_empty()) else { return Ok(None) };
+    let parsed = value.parse::<jiff::SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok());
+    let bad = || InvalidOptions::Bad { name, value: value.clone(), wanted: "a duration such as 24h or 30m" };
+    parsed.filter(|duration| !duration.is_zero()).map(Some).ok_or_else(bad)
+}
+
+fn share(variables: &BTreeMap<String, String>, name: &'static str) -> Result<Option<f64>, InvalidOptions> {
+    let Some(value) = variables.get(name).filter(|value| !value.is_empty()) else { return Ok(None) };
+    let bad = || InvalidOptions::Bad { name, value: value.clone(), wanted: "a number from 0 to 1" };
+    value.parse().ok().filter(|share| (0.0..=1.0).contains(share)).map(Some).ok_or_else(bad)
 }
 
 fn text(value: &str) -> Value {
@@ -397,6 +443,16 @@ mod tests {
         assert_eq!(options.binary, Some("/usr/local/bin/envoy".into()));
         variables.insert("PROXY_CONFIG".into(), r#"{"binaryPath":""}"#.into());
         assert_eq!(Options::from_environment(Role::Sidecar, &variables, read).unwrap().binary, None);
+        assert_eq!(options.renewal, Renewal::default());
+        for (value, expect) in [("2m", Some(120)), ("24h0m0s", Some(86_400)), ("0s", None), ("-1m", None), ("x", None)] {
+            variables.insert("SECRET_TTL".into(), value.into());
+            let options = Options::from_environment(Role::Sidecar, &variables, read);
+            assert_eq!(options.ok().map(|options| options.renewal.ttl.as_secs()), expect, "{value}");
+        }
+        variables.remove("SECRET_TTL");
+        variables.insert("SECRET_GRACE_PERIOD_RATIO".into(), "1.5".into());
+        assert!(Options::from_environment(Role::Sidecar, &variables, read).is_err());
+        variables.remove("SECRET_GRACE_PERIOD_RATIO");
         variables.remove("POD_NAME");
         assert!(Options::from_environment(Role::Sidecar, &variables, |_| None).is_err());
     }

@@ -4,6 +4,7 @@
 //! this proxy, child of the caller's, and the upstream is told about it. Spans never hold a request
 //! up: a full queue drops them, counted.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -37,6 +38,9 @@ const CALL_MAX: Duration = Duration::from_secs(5);
 /// A batch is not held longer.
 const PATIENCE: Duration = Duration::from_millis(500);
 
+/// Tags in order.
+type Tags = Vec<(Cow<'static, str>, Box<str>)>;
+
 /// A finished span and where it goes.
 type Finished = (Arc<Tracing>, Span);
 
@@ -66,10 +70,16 @@ pub(crate) struct RequestTrace {
     running: Option<Running>,
 }
 
+/// ```text
+///  caller's span ──► our span ─────────────────────► upstream      sidecars
+///  caller's span ──► our server span ──► client span ──► upstream      gateways
+/// ```
 struct Running {
     tracing: Arc<Tracing>,
     context: TraceContext,
     parent: Option<u64>,
+    /// A gateway's call has a span of its own, and the upstream's is its child.
+    upstream_span: Option<u64>,
 }
 
 fn mix(mut z: u64) -> u64 {
@@ -98,37 +108,72 @@ impl RequestTrace {
         let context = TraceContext { trace_id, span_id, parent_id: parent, sampled: Some(sampled), debug: false };
         let propagation = match tracing.provider {
             Some(TraceProvider::OpenTelemetry { .. }) => Propagation::W3c,
+            Some(TraceProvider::Zipkin { w3c: true, .. }) => Propagation::B3AndW3c,
             _ => Propagation::B3,
         };
-        inject(&mut head.fields, propagation, &context, parent);
-        let running =
-            (sampled && tracing.provider.is_some()).then(|| Running { tracing: Arc::clone(tracing), context, parent });
+        let upstream_span = tracing.spawn_upstream_span.then(|| mix(seed ^ 0x7570_7374));
+        match upstream_span {
+            Some(child) => inject(
+                &mut head.fields,
+                propagation,
+                &TraceContext { span_id: child, parent_id: Some(span_id), ..context },
+                Some(span_id),
+            ),
+            None => inject(&mut head.fields, propagation, &context, parent),
+        }
+        let running = (sampled && tracing.provider.is_some()).then(|| Running {
+            tracing: Arc::clone(tracing),
+            context,
+            parent,
+            upstream_span,
+        });
         Self { running }
     }
 
-    /// Sends the span off.
+    /// Sends the span off, or both of them.
     pub(crate) fn finish(self, worker: &Worker, conn: &Conn, line: &Finishing<'_>) {
-        let Some(Running { tracing, context, parent }) = self.running else { return };
+        let Some(Running { tracing, context, parent, upstream_span }) = self.running else { return };
+        let is_inbound = conn.state.direction == Direction::Inbound && !conn.state.is_gateway;
         let span = Span {
             trace_id: context.trace_id,
             id: context.span_id,
             parent_id: parent,
-            kind: if conn.state.direction == Direction::Inbound && !conn.state.is_gateway {
-                SpanKind::Server
-            } else {
-                SpanKind::Client
-            },
+            kind: if is_inbound || upstream_span.is_some() { SpanKind::Server } else { SpanKind::Client },
             name: line.operation(),
             timestamp_us: line.ended.start.wall_nanos / 1000,
-            duration_us: u64::try_from(line.ended.duration().as_micros()).unwrap_or(u64::MAX).max(1),
+            duration_us: micros(line.ended.duration()),
             service_name: Arc::clone(&worker.shared.service_name),
             local: Some(conn.facts.local),
             tags: line.tags(worker, conn, &tracing),
         };
-        match worker.shared.spans.to.try_send((tracing, span)) {
-            Ok(()) => worker.recorder.count(Counter::SpansSent),
-            Err(_) => worker.recorder.count(Counter::SpansDropped),
+        if let (Some(id), Some(sent)) = (upstream_span, line.ended.sent) {
+            let waited = sent.saturating_duration_since(line.ended.start.mono);
+            let child = Span {
+                id,
+                parent_id: Some(context.span_id),
+                kind: SpanKind::Client,
+                name: format!("router {} egress", line.cluster().unwrap_or("-")).into(),
+                timestamp_us: span.timestamp_us + micros(waited),
+                duration_us: micros(line.ended.duration().saturating_sub(waited)),
+                service_name: Arc::clone(&span.service_name),
+                tags: line.upstream_tags(),
+                ..span
+            };
+            send_off(worker, &tracing, child);
         }
+        send_off(worker, &tracing, span);
+    }
+}
+
+/// At least one, since Zipkin takes 0 for unknown.
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX).max(1)
+}
+
+fn send_off(worker: &Worker, tracing: &Arc<Tracing>, span: Span) {
+    match worker.shared.spans.to.try_send((Arc::clone(tracing), span)) {
+        Ok(()) => worker.recorder.count(Counter::SpansSent),
+        Err(_) => worker.recorder.count(Counter::SpansDropped),
     }
 }
 
@@ -149,15 +194,51 @@ impl Finishing<'_> {
         }
     }
 
+    fn cluster(&self) -> Option<&str> {
+        self.info.cluster.as_ref().map(|cluster| &*cluster.name).or(self.info.cluster_name.as_deref())
+    }
+
+    fn upstream_address(&self) -> Option<Box<str>> {
+        self.info.picked.as_ref().map(|picked| picked.host.address.to_string().into())
+    }
+
+    /// What both ends of a call are told of its outcome.
+    fn outcome(&self, tags: &mut Tags) {
+        tags.push(("http.status_code".into(), self.status.to_string().into()));
+        tags.push(("response_flags".into(), flags(self.info).as_str().into()));
+        if let Some(cluster) = self.cluster() {
+            tags.push(("upstream_cluster".into(), cluster.into()));
+            tags.push(("upstream_cluster.name".into(), cluster.into()));
+        }
+        if let Some(address) = self.upstream_address() {
+            tags.push(("upstream_address".into(), address));
+        }
+        if let Some(status) = self.counts.grpc_status.filter(|_| self.info.is_grpc) {
+            tags.push(("grpc.status_code".into(), status.to_string().into()));
+        }
+        if self.status >= 500 || self.status == 0 {
+            tags.push(("error".into(), "true".into()));
+        }
+    }
+
+    /// Of a gateway's call: *Source*: Envoy's router, upstream span.
+    fn upstream_tags(&self) -> Tags {
+        let mut tags: Tags = vec![("component".into(), "proxy".into())];
+        if let Some(address) = self.upstream_address() {
+            tags.push(("peer.address".into(), address));
+        }
+        self.outcome(&mut tags);
+        tags
+    }
+
     /// *Source*: Envoy's `HttpTracerUtility`.
-    fn tags(&self, worker: &Worker, conn: &Conn, tracing: &Tracing) -> Vec<(std::borrow::Cow<'static, str>, Box<str>)> {
+    fn tags(&self, worker: &Worker, conn: &Conn, tracing: &Tracing) -> Tags {
         let header = |name: &str| self.head.header(name).map(|value| String::from_utf8_lossy(&value).into_owned());
-        let cluster = self.info.cluster.as_ref().map(|cluster| &*cluster.name).or(self.info.cluster_name.as_deref());
         let path = String::from_utf8_lossy(self.head.path());
         let path: String = path.chars().take(tracing.path_tag_max as usize).collect();
         let mut url = String::new();
         _ = write!(url, "{}://{}{path}", self.head.scheme.as_str(), self.head.authority_str());
-        let mut tags: Vec<(std::borrow::Cow<'static, str>, Box<str>)> = vec![
+        let mut tags: Tags = vec![
             ("component".into(), "proxy".into()),
             ("node_id".into(), worker.config().node.id.clone()),
             ("guid:x-request-id".into(), header("x-request-id").unwrap_or_default().into()),
@@ -172,19 +253,8 @@ impl Finishing<'_> {
             ("peer.address".into(), conn.facts.peer.ip().to_string().into()),
             ("request_size".into(), self.counts.request_bytes.to_string().into()),
             ("response_size".into(), self.counts.response_bytes.to_string().into()),
-            ("http.status_code".into(), self.status.to_string().into()),
-            ("response_flags".into(), flags(self.info).as_str().into()),
         ];
-        if let Some(cluster) = cluster {
-            tags.push(("upstream_cluster".into(), cluster.into()));
-            tags.push(("upstream_cluster.name".into(), cluster.into()));
-        }
-        if let Some(status) = self.counts.grpc_status.filter(|_| self.info.is_grpc) {
-            tags.push(("grpc.status_code".into(), status.to_string().into()));
-        }
-        if self.status >= 500 || self.status == 0 {
-            tags.push(("error".into(), "true".into()));
-        }
+        self.outcome(&mut tags);
         let own = &worker.shared.own_peer;
         for (name, value) in [
             ("istio.canonical_service", &own.canonical_service),
@@ -253,7 +323,7 @@ pub(crate) async fn export(
 }
 
 async fn send(shared: &Shared, config: &RuntimeConfig, tracing: &Tracing, spans: &[Span]) -> Result<(), String> {
-    let Some(TraceProvider::Zipkin { cluster, host, path, long_ids }) = &tracing.provider else {
+    let Some(TraceProvider::Zipkin { cluster, host, path, long_ids, .. }) = &tracing.provider else {
         return Err("only Zipkin is built".into());
     };
     let found = config.clusters.get(cluster).ok_or("the collector's cluster is unknown")?;

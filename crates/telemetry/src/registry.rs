@@ -121,7 +121,7 @@ mod tests {
         let mut out = String::new();
         registry.render(&mut out);
         assert_eq!(out.matches("# TYPE pilot_xds_pushes counter").count(), 1);
-        assert!(out.contains("pilot_services{} 3\n"));
+        assert!(out.contains("pilot_services 3\n"));
         assert!(out.contains("pilot_proxy_convergence_time_bucket{le=\"0.1\"} 0\n"));
         assert!(out.contains("pilot_proxy_convergence_time_bucket{le=\"0.5\"} 1\n"));
         assert!((registry.value("pilot_xds_pushes", &[("type", "eds")]) - 1.0).abs() < f64::EPSILON);

@@ -39,11 +39,24 @@ pub fn type_line(out: &mut String, name: &str, kind: &str) {
     _ = writeln!(out, "# TYPE {name} {kind}");
 }
 
-/// Writes one sample.
+/// Writes one sample; without labels there are no braces either, as every exporter writes it.
 pub fn sample(out: &mut String, name: &str, labels: &str, value: impl std::fmt::Display) {
     _ = if labels.is_empty() {
-        writeln!(out, "{name}{{}} {value}")
+        writeln!(out, "{name} {value}")
     } else {
         writeln!(out, "{name}{{{labels}}} {value}")
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples() {
+        let mut out = String::new();
+        sample(&mut out, "plain_total", "", 1);
+        sample(&mut out, "labelled_total", &labels([("a", "x\"y\\z\n"), ("b", "")]), 2.5);
+        assert_eq!(out, "plain_total 1\nlabelled_total{a=\"x\\\"y\\\\z\\n\",b=\"\"} 2.5\n");
+    }
 }

@@ -1,9 +1,8 @@
 //! Trace contexts as they travel in headers: B3 (several headers or one) and W3C.
 //!
-//! Pure: reading, deciding and writing headers. The random numbers are arguments.
+//! Pure: reads and writes headers. Whether a request is traced is the engine's decision.
 //!
-//! *Source*: B3 propagation; W3C Trace Context level 1; Envoy's Zipkin tracer; Istio's sampling by
-//! `x-request-id`.
+//! *Source*: B3 propagation; W3C Trace Context level 1; Envoy's Zipkin tracer.
 
 use types::Fields;
 
@@ -151,67 +150,6 @@ pub fn inject(fields: &mut Fields, propagation: Propagation, context: &TraceCont
     }
 }
 
-/// How a request came to be sampled, as the version digit of its `x-request-id` says.
-///
-/// *Source*: Envoy's UUID request id extension: digit 14 is `4` not sampled, `9` sampled, `a`
-/// forced by the server, `b` asked for by the client.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum TraceReason {
-    /// No decision, or decided against.
-    NotSampled,
-    /// By chance.
-    Sampled,
-    /// By `x-envoy-force-trace`.
-    Forced,
-    /// By `x-client-trace-id`.
-    Client,
-}
-
-const REASON_AT: usize = 14;
-
-impl TraceReason {
-    /// Reads the digit; `None` when `request_id` is not a UUID.
-    pub fn of_request_id(request_id: &[u8]) -> Option<Self> {
-        if request_id.len() != 36 {
-            return None;
-        }
-        match request_id[REASON_AT] {
-            b'4' => Some(Self::NotSampled),
-            b'9' => Some(Self::Sampled),
-            b'a' => Some(Self::Forced),
-            b'b' => Some(Self::Client),
-            _ => None,
-        }
-    }
-
-    /// Writes the digit into a UUID; anything else is left alone.
-    pub fn mark(self, request_id: &mut [u8]) {
-        if request_id.len() == 36 {
-            request_id[REASON_AT] = match self {
-                Self::NotSampled => b'4',
-                Self::Sampled => b'9',
-                Self::Forced => b'a',
-                Self::Client => b'b',
-            };
-        }
-    }
-
-    /// Whether spans are recorded.
-    pub fn is_traced(self) -> bool {
-        self != Self::NotSampled
-    }
-}
-
-/// Whether a request is sampled at `per_ten_thousand` in 10 000, decided by its `x-request-id`,
-/// so that every proxy on the way decides alike.
-///
-/// *Source*: Envoy's UUID extension takes the first eight hex digits modulo 10 000.
-pub fn sampled_by_request_id(request_id: &[u8], per_ten_thousand: u32) -> bool {
-    let Some(digits) = request_id.get(..8) else { return false };
-    let value = std::str::from_utf8(digits).ok().and_then(|digits| u32::from_str_radix(digits, 16).ok());
-    value.is_some_and(|value| value % 10_000 < per_ten_thousand)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -268,23 +206,5 @@ mod tests {
             assert_eq!(extract(&headers), Extracted::Context(context));
             assert_eq!(headers.get_str("traceparent"), Some("00-00000000000000000000000000000007-0000000000000009-01"));
         }
-    }
-
-    #[test]
-    fn the_request_id_carries_the_decision() {
-        let mut id = *b"12345678-1234-4234-8234-123456789012";
-        assert_eq!(TraceReason::of_request_id(&id), Some(TraceReason::NotSampled));
-        TraceReason::Sampled.mark(&mut id);
-        assert_eq!(&id, b"12345678-1234-9234-8234-123456789012");
-        assert!(TraceReason::of_request_id(&id).unwrap().is_traced());
-        assert!(TraceReason::of_request_id(b"mine").is_none());
-    }
-
-    #[test]
-    fn sampling_is_a_share() {
-        let hits = (0..100_000_u32).filter(|n| sampled_by_request_id(format!("{n:08x}-").as_bytes(), 2500)).count();
-        assert_eq!(hits, 25_000);
-        assert!(sampled_by_request_id(b"00002710-", 1));
-        assert!(!sampled_by_request_id(b"zzzzzzzz-", 10_000));
     }
 }

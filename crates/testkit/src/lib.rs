@@ -9,12 +9,14 @@
 pub mod http;
 pub mod http2;
 pub mod mesh;
+pub mod puppet;
 pub mod token;
 pub mod tunnel;
 
 pub use http::{Client, Response};
 pub use http2::{Client2, Stream2};
 pub use mesh::{Applied, Mesh, Setup, Shared};
+pub use puppet::Puppet;
 pub use tunnel::Tunnel;
 
 use std::time::{Duration, Instant};

@@ -21,9 +21,20 @@ read -r _; kill -TERM $pid 2>/dev/null; wait $pid; rm -rf "$dir""#;
 /// Seconds until a mesh must be ready.
 const START_MAX: Duration = Duration::from_secs(90);
 
-/// The `lateen` binary of this build, with the features `cargo test --workspace` builds it with; built on
-/// first use, so that `cargo test` of one package is enough.
+/// The `lateen` binary of this build.
 pub fn lateen() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| programs().join("lateen"))
+}
+
+/// The program of [`Puppet`](crate::Puppet).
+pub fn puppet() -> PathBuf {
+    programs().join("puppet")
+}
+
+/// The folder of this build's programs, with the features `cargo test --workspace` builds them with; built
+/// on first use, so that `cargo test` of one package is enough.
+fn programs() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
         let test = std::env::current_exe().expect("a running program has a path");
@@ -31,16 +42,16 @@ pub fn lateen() -> &'static Path {
         let profile = test.parent().and_then(Path::parent).expect("tests run from target/PROFILE/deps");
         let target = profile.parent().expect("a profile is a folder of target");
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo
-            .args(["test", "--quiet", "--workspace", "--no-run", "--test", "command_line", "--target-dir"])
-            .arg(target);
+        // With a test selected, features are those of `cargo test --workspace`: nothing is built twice.
+        let wanted = ["--bin", "lateen", "--bin", "puppet", "--test", "command_line"];
+        cargo.args(["build", "--quiet", "--workspace"]).args(wanted).arg("--target-dir").arg(target);
         cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
         if profile.ends_with("release") {
             cargo.arg("--release");
         }
         let built = cargo.output().expect("cargo starts");
         assert!(built.status.success(), "lateen does not build:\n{}", String::from_utf8_lossy(&built.stderr));
-        profile.join("lateen")
+        profile.to_owned()
     })
 }
 

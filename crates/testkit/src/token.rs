@@ -1,5 +1,6 @@
 //! Tokens and the key sets that check them.
 
+use aws_lc_rs::hmac;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
 use rcgen::{KeyPair, PublicKeyData as _, SigningKey as _};
@@ -27,13 +28,34 @@ impl Issuer {
             .to_string()
     }
 
+    /// The public key as PEM text, and as the bytes of its point.
+    pub fn public_key(&self) -> (String, Vec<u8>) {
+        (self.key.public_key_pem(), self.key.der_bytes().to_vec())
+    }
+
     /// A token with these claims.
     pub fn sign(&self, claims: &Value) -> String {
-        let head = json!({"alg": "ES256", "typ": "JWT", "kid": self.id});
+        self.sign_as(&json!({}), claims)
+    }
+
+    /// A token whose header says what `head` says beside `alg`, `typ` and `kid`, or in their place.
+    pub fn sign_as(&self, head: &Value, claims: &Value) -> String {
+        let mut all = json!({"alg": "ES256", "typ": "JWT", "kid": self.id});
+        for (name, value) in head.as_object().into_iter().flatten() {
+            all[name] = value.clone();
+        }
+        let head = all;
         let text = format!("{}.{}", BASE64.encode(head.to_string()), BASE64.encode(claims.to_string()));
         let der = self.key.sign(text.as_bytes()).expect("signing with a key in memory cannot fail");
         format!("{text}.{}", BASE64.encode(fixed_signature(&der)))
     }
+}
+
+/// A token signed by HMAC with `secret`, as those try who know a public key only.
+pub fn forge(secret: &[u8], head: &Value, claims: &Value) -> String {
+    let text = format!("{}.{}", BASE64.encode(head.to_string()), BASE64.encode(claims.to_string()));
+    let key = hmac::Key::new(hmac::HMAC_SHA256, secret);
+    format!("{text}.{}", BASE64.encode(hmac::sign(&key, text.as_bytes())))
 }
 
 /// `SEQUENCE { INTEGER r, INTEGER s }` as the 64 bytes that RFC 7518 section 3.4 wants.

@@ -18,22 +18,66 @@ const DEMO: &str = include_str!("../../../crates/lateen/src/manifests/demo.yaml"
 /// How long [`TRAFFIC`]'s proxies wait for the first bytes of a port that does not say its protocol.
 pub(crate) const DETECTION: Duration = Duration::from_secs(3);
 
-fn mesh_config(more: &str) -> String {
-    format!(
-        "
+/// The puppet of [`TRAFFIC`], which takes spans.
+pub(crate) const COLLECTOR: &str = "plain/puppet";
+/// The puppet of [`SECURITY`]: authorizer, issuer, collector.
+pub(crate) const PUPPET: &str = "legacy/puppet";
+
+const TRAFFIC_CONFIG: &str = "
 apiVersion: install.istio.io/v1alpha1
 kind: IstioOperator
-metadata: {{name: mesh, namespace: istio-system}}
-spec: {{meshConfig: {{accessLogFile: /dev/stdout{more}}}}}
-"
-    )
-}
+metadata: {name: mesh, namespace: istio-system}
+spec:
+  meshConfig:
+    accessLogFile: /dev/stdout
+    enableTracing: true
+    protocolDetectionTimeout: @DETECTION@s
+    extensionProviders:
+    - name: zipkin
+      zipkin: {service: puppet.plain.svc.cluster.local, port: 8000, traceContextOption: USE_B3_WITH_W3C_PROPAGATION}
+";
+
+const SECURITY_CONFIG: &str = "
+apiVersion: install.istio.io/v1alpha1
+kind: IstioOperator
+metadata: {name: mesh, namespace: istio-system}
+spec:
+  meshConfig:
+    accessLogFile: /dev/stdout
+    defaultConfig:
+      tracing: {zipkin: {address: \"puppet.legacy:8000\"}}
+      gatewayTopology: {numTrustedProxies: 1}
+    extensionProviders:
+    - name: ask
+      envoyExtAuthzHttp:
+        service: puppet.legacy.svc.cluster.local
+        port: 8000
+        timeout: 1s
+        pathPrefix: /ask
+        includeRequestHeadersInCheck: [x-key]
+        includeAdditionalHeadersInCheck: {x-from: mesh}
+        headersToUpstreamOnAllow: [x-user]
+        headersToDownstreamOnAllow: [x-checked]
+        headersToDownstreamOnDeny: [x-reason]
+    - name: ask-open
+      envoyExtAuthzHttp:
+        {service: puppet.legacy.svc.cluster.local, port: 8000, timeout: 1s, pathPrefix: /open, failOpen: true, statusOnError: \"503\"}
+    - name: ask-body
+      envoyExtAuthzHttp:
+        service: puppet.legacy.svc.cluster.local
+        port: 8000
+        timeout: 1s
+        pathPrefix: /body
+        statusOnError: \"503\"
+        includeRequestBodyInCheck: {maxRequestBytes: 16, allowPartialMessage: false}
+";
 
 fn traffic() -> String {
     // Its gateway takes every host; ours must not.
     let mut all: Vec<String> =
         DEMO.split("\n---\n").filter(|document| !document.contains("bookinfo-gateway")).map(str::to_owned).collect();
-    all.push(mesh_config(&format!(", protocolDetectionTimeout: {}s", DETECTION.as_secs())));
+    all.push(TRAFFIC_CONFIG.replace("@DETECTION@", &DETECTION.as_secs().to_string()));
+    all.push(puppet("plain"));
     all.push(namespace("shop", true));
     all.push(namespace("plain", false));
     for home in ["shop", "plain"] {
@@ -102,7 +146,8 @@ spec:
 ";
 
 fn security() -> String {
-    let mut all = vec![mesh_config(""), namespace("foo", true), namespace("bar", true), namespace("legacy", false)];
+    let mut all =
+        vec![SECURITY_CONFIG.to_owned(), puppet("legacy"), namespace("foo", true), namespace("bar", true), namespace("legacy", false)];
     for home in ["foo", "bar", "legacy"] {
         all.push(workload(home, "curl", "v1", "curlimages/curl", None, ""));
     }
@@ -132,6 +177,18 @@ spec:
         .to_owned(),
     );
     all.join("\n---\n")
+}
+
+/// The puppet in a namespace without proxies.
+fn puppet(home: &str) -> String {
+    let command = format!("{} {} {}", testkit::mesh::puppet().display(), testkit::puppet::PORT, testkit::puppet::RAW_PORT);
+    let ports = "{name: http, port: 8000}, {name: tcp-raw, port: 8001}, {name: http-raw, port: 8002, targetPort: 8001}, {name: grpc-raw, port: 8003, targetPort: 8001}";
+    let workload = workload(home, "puppet", "v1", "lateen/puppet", Some(testkit::puppet::PORT), "");
+    let played = workload.replace(
+        "version: v1}",
+        &format!("version: v1}}, annotations: {{lateen.dev/command: \"{command}\"}}"),
+    );
+    format!("{played}---\n{}", service(home, "puppet", ports))
 }
 
 pub(crate) fn namespace(name: &str, has_proxies: bool) -> String {

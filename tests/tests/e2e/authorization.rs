@@ -1,8 +1,11 @@
 //! AuthorizationPolicy.
 
-use testkit::Mesh;
+use std::time::{Duration, Instant};
 
-use crate::apps::SECURITY;
+use serde_json::json;
+use testkit::{Applied, Mesh, Puppet, Response, eventually};
+
+use crate::apps::{PUPPET, SECURITY};
 
 const HTTPBIN: &str = "http://httpbin.foo:8000";
 const DENIED: (u16, &str) = (403, "RBAC: access denied");
@@ -93,14 +96,186 @@ fn who_asks_how_and_with_what_decides() {
 }
 
 #[test]
+fn identities_hosts_ports_and_their_negations_decide() {
+    let mesh = SECURITY.turn();
+    let allow = |rule: &str| mesh.apply(&policy("allow", &format!("  action: ALLOW\n  rules:\n  - {rule}")));
+    let _policy = mesh.with(&policy("allow", "  action: ALLOW\n  rules: [{}]"));
+    // rule, then who gets through: bar's curl, foo's, one without identity
+    for (rule, bar, foo, legacy) in [
+        ("from: [{source: {serviceAccounts: [bar/curl]}}]", true, false, false),
+        ("from: [{source: {serviceAccounts: [curl]}}]", false, true, false),
+        ("from: [{source: {principals: [\"*/ns/bar/sa/curl\"]}}]", true, false, false),
+        ("from: [{source: {principals: [\"cluster.local/ns/b*\"]}}]", true, false, false),
+        ("from: [{source: {principals: [\"*\"]}}]", true, true, false),
+        ("from: [{source: {principals: [cluster.local/ns/bar/sa/curl2, other.example/ns/bar/sa/curl]}}]", false, false, false),
+        ("from: [{source: {namespaces: [ba]}}]", false, false, false),
+        ("from: [{source: {namespaces: [\"ba*\"]}}]", true, false, false),
+        ("from: [{source: {notNamespaces: [bar]}}]", false, true, true),
+        ("from: [{source: {notServiceAccounts: [bar/curl]}}]", false, true, true),
+        ("from: [{source: {namespaces: [foo, bar], notPrincipals: [cluster.local/ns/foo/sa/curl]}}]", true, false, false),
+        ("from: [{source: {notIpBlocks: [10.0.0.0/8]}}]", false, false, false),
+        ("from: [{source: {notRequestPrincipals: [\"*\"]}}]", true, true, true),
+        ("to: [{operation: {ports: [\"80\"]}}]", true, true, true),
+        ("to: [{operation: {ports: [\"8000\"]}}]", false, false, false),
+        ("to: [{operation: {notPorts: [\"80\"]}}]", false, false, false),
+        ("to: [{operation: {notMethods: [POST], notPaths: [/headers]}}]", true, true, true),
+        ("to: [{operation: {notPaths: [\"/g*\"]}}]", false, false, false),
+        ("to: [{operation: {hosts: [\"httpbin.foo:*\"]}}]", true, true, true),
+        ("to: [{operation: {hosts: [httpbin.foo]}}]", false, false, false),
+        ("to: [{operation: {notHosts: [\"httpbin.*\"]}}]", false, false, false),
+        ("when: [{key: source.namespace, values: [bar]}]", true, false, false),
+        ("when: [{key: source.principal, notValues: [cluster.local/ns/bar/sa/curl]}]", false, true, true),
+        ("when: [{key: source.ip, values: [10.0.0.0/8]}, {key: destination.port, values: [\"80\"]}]", true, true, true),
+        ("when: [{key: \"request.headers[x-none]\", notValues: [a]}]", true, true, true),
+        ("when: [{key: \"request.headers[user-agent]\", values: [\"*\"], notValues: [\"curl/*\"]}]", false, false, false),
+    ] {
+        allow(rule);
+        for (whence, is_allowed) in [("bar/curl", bar), ("foo/curl", foo), ("legacy/curl", legacy)] {
+            let (status, body) = ask(&mesh, whence, &[], "/get");
+            assert_eq!(status == 200, is_allowed, "{rule}: {whence}: {status} {body}");
+        }
+    }
+}
+
+#[test]
+fn hosts_are_compared_without_case_and_denials_also_without_port() {
+    let mesh = SECURITY.turn();
+    let at = |host: &str| mesh.get(host, "/get", &[]).status;
+    {
+        let rule = "  action: ALLOW\n  rules: [{to: [{operation: {hosts: [httpbin.foo.test]}}]}]";
+        let _allow = mesh.with(&policy("hosts", rule));
+        assert_eq!((at("httpbin.foo.test"), at("HTTPBIN.foo.TEST"), at("httpbin.foo.test:8080")), (200, 200, 403));
+    }
+    let _deny = mesh.with(&policy("hosts", "  action: DENY\n  rules: [{to: [{operation: {hosts: [httpbin.foo.test]}}]}]"));
+    assert_eq!((at("httpbin.foo.test"), at("HTTPBIN.foo.TEST"), at("httpbin.foo.test:8080")), (403, 403, 403));
+    check(&mesh, "bar/curl", &[], "/get", true);
+}
+
+#[test]
+fn path_templates_match_whole_segments() {
+    let mesh = SECURITY.turn();
+    let template = |template: &str| policy("paths", &format!("  rules: [{{to: [{{operation: {{paths: [\"{template}\"]}}}}]}}]"));
+    let _policy = mesh.with(&template("/anything/{*}/c/{**}"));
+    let table = |cases: &[(&str, bool)]| {
+        for (path, is_allowed) in cases {
+            check(&mesh, "bar/curl", &[], path, *is_allowed);
+        }
+    };
+    table(&[
+        ("/anything/b/c/", true),
+        ("/anything/b/c/d/e", true),
+        ("/anything/b/c/d?x=/y", true),
+        ("/anything/b/c", false),
+        ("/anything/b/x/c/d", false),
+        ("/anything//c/d", false),
+        ("/anything/b/C/d", false),
+        ("/anything/b/c/../../x", false),
+    ]);
+    mesh.apply(&template("/anything/{**}/cart"));
+    table(&[("/anything/a/b/cart", true), ("/anything//cart", true), ("/anything/cart", false), ("/anything/a/cart/", false)]);
+}
+
+/// Every way to write a path, and what policies and the application see of it.
+#[test]
+fn policies_and_applications_see_the_same_path() {
+    let mesh = SECURITY.turn();
+    let _policy = mesh.with(&policy(
+        "paths",
+        "  action: DENY\n  rules: [{to: [{operation: {paths: [/anything/secret, \"/anything/secret/*\"]}}]}]",
+    ));
+    for (sent, seen) in [
+        ("/anything/secret", None),
+        ("/anything/./secret", None),
+        ("/anything/x/../secret", None),
+        ("/anything/%73ecret", None),
+        ("/anything/x/%2e%2e/secret", None),
+        ("/anything\\secret", None),
+        ("/anything/secret/%2e/x", None),
+        ("/anything/secret?x=/../", None),
+        ("/anything/a/../b", Some("/anything/b")),
+        ("/anything/%61%7e%2d", Some("/anything/a~-")),
+        ("/anything/SECRET", Some("/anything/SECRET")),
+        ("/anything/secret2", Some("/anything/secret2")),
+        ("/anything//secret", Some("/anything//secret")),
+        ("/anything/%2573ecret", Some("/anything/%2573ecret")),
+        ("/anything/secret;v=1", Some("/anything/secret;v=1")),
+        ("/anything/b%20c", Some("/anything/b%20c")),
+    ] {
+        let (status, body) = ask(&mesh, "bar/curl", &[], sent);
+        let Some(seen) = seen else {
+            assert_eq!((status, body.as_str()), DENIED, "{sent}");
+            continue;
+        };
+        let answer: serde_json::Value = serde_json::from_str(&body).unwrap_or_default();
+        let url = answer["url"].as_str().unwrap_or_default();
+        assert!(status == 200 && url.ends_with(&format!("httpbin.foo:8000{seen}")), "{sent}: {status} {url} {body}");
+    }
+    for refused in ["/anything/%00", "/anything/../../secret"] {
+        let (status, body) = ask(&mesh, "bar/curl", &[], refused);
+        assert!(status == 400 || status == 404, "{refused}: {status} {body}");
+    }
+}
+
+#[test]
+fn a_rule_over_a_header_holds_for_every_occurrence() {
+    let mesh = SECURITY.turn();
+    let deny = "  action: DENY\n  rules: [{when: [{key: \"request.headers[x-role]\", values: [guest]}]}]";
+    let _policy = mesh.with(&policy("header", deny));
+    check(&mesh, "bar/curl", &["-H", "x-role: guest"], "/get", false);
+    check(&mesh, "bar/curl", &["-H", "X-ROLE: guest"], "/get", false);
+    check(&mesh, "bar/curl", &["-H", "x-role: admin", "-H", "x-role: guest"], "/get", false);
+    check(&mesh, "bar/curl", &["-H", "x-role: guest", "-H", "x-role: admin"], "/get", false);
+    check(&mesh, "bar/curl", &["-H", "x-role: admin"], "/get", true);
+    mesh.apply(&policy("header", "  rules: [{when: [{key: \"request.headers[x-role]\", values: [admin]}]}]"));
+    check(&mesh, "bar/curl", &["-H", "x-role: admin"], "/get", true);
+    check(&mesh, "bar/curl", &["-H", "x-role: admin", "-H", "x-role: guest"], "/get", false);
+}
+
+#[test]
+fn addresses_come_from_the_trusted_hop_only() {
+    let mesh = SECURITY.turn();
+    // The mesh says that one proxy in front of the gateway is trusted.
+    let _policy = mesh.with(
+        "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: addresses, namespace: istio-system}
+spec:
+  selector: {matchLabels: {istio: ingressgateway}}
+  rules: [{from: [{source: {remoteIpBlocks: [203.0.113.0/24]}}]}]
+",
+    );
+    let at = |forwarded: &str| mesh.get("httpbin.foo.test", "/get", &[("x-forwarded-for", forwarded)]).status;
+    assert_eq!(at("203.0.113.7"), 200);
+    assert_eq!(at("198.51.100.1"), 403);
+    assert_eq!(at("203.0.113.7, 198.51.100.1"), 403, "what stands left of the trusted hop is the client's own story");
+    assert_eq!(at("198.51.100.1, 203.0.113.7"), 200);
+    assert_eq!(at("203.0.113.7, nonsense"), 403);
+    assert_eq!(mesh.get("httpbin.foo.test", "/get", &[]).status, 403);
+}
+
+#[test]
 fn deny_is_before_allow_and_an_empty_policy_allows_nothing() {
     let mesh = SECURITY.turn();
     let _empty = mesh.with("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: nothing, namespace: foo}\nspec: {}\n");
     check(&mesh, "foo/curl", &[], "/get", false);
     let _all = mesh.with(&policy("all", "  action: ALLOW\n  rules: [{}]"));
     check(&mesh, "foo/curl", &[], "/get", true);
+    {
+        let _audit = mesh.with(&policy("audit", "  action: AUDIT\n  rules: [{}]"));
+        check(&mesh, "foo/curl", &[], "/get", true);
+        let rehearsal = policy("rehearsal", "  action: DENY\n  rules: [{}]")
+            .replace("namespace: foo}", "namespace: foo, annotations: {istio.io/dry-run: \"true\"}}");
+        let _rehearsal = mesh.with(&rehearsal);
+        check(&mesh, "foo/curl", &[], "/get", true);
+    }
     let _deny = mesh.with(&policy("deny", "  action: DENY\n  rules: [{to: [{operation: {methods: [GET]}}]}]"));
     check(&mesh, "foo/curl", &[], "/get", false);
+    check(&mesh, "foo/curl", &["-X", "PUT"], "/anything", true);
+    mesh.apply(&policy("deny", "  action: DENY\n  rules: [{}]"));
+    check(&mesh, "foo/curl", &["-X", "PUT"], "/anything", false);
+    let refused = mesh.command(&["apply", "-f", "-"], &policy("ruleless", "  action: DENY"));
+    assert!(!refused.status.success(), "a DENY without rules is not admitted");
 }
 
 #[test]
@@ -140,4 +315,163 @@ spec:
     );
     assert_eq!(echo(&mesh, "foo/curl"), "one hi");
     assert_eq!(echo(&mesh, "bar/curl"), "");
+}
+
+#[test]
+fn rules_of_http_narrow_permissions_and_widen_denials_on_connections() {
+    let mesh = SECURITY.turn();
+    let tcp = |spec: &str| {
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: echo, namespace: foo}}\nspec: {{selector: {{matchLabels: {{app: echo}}}}, {spec}}}\n"
+        )
+    };
+    let _policy = mesh.with(&tcp("rules: [{to: [{operation: {methods: [GET]}}]}]"));
+    assert_eq!(echo(&mesh, "foo/curl"), "", "an ALLOW by method allows no connection");
+    mesh.apply(&tcp("rules: [{to: [{operation: {methods: [GET]}}]}, {from: [{source: {namespaces: [foo]}}]}]"));
+    assert_eq!((echo(&mesh, "foo/curl").as_str(), echo(&mesh, "bar/curl").as_str()), ("one hi", ""));
+    mesh.apply(&tcp("action: DENY, rules: [{to: [{operation: {paths: [/x]}}]}]"));
+    assert_eq!(echo(&mesh, "foo/curl"), "", "a DENY by path denies every connection");
+    mesh.apply(&tcp("action: DENY, rules: [{from: [{source: {namespaces: [bar]}}], to: [{operation: {paths: [/x]}}]}]"));
+    assert_eq!((echo(&mesh, "foo/curl").as_str(), echo(&mesh, "bar/curl").as_str()), ("one hi", ""));
+    mesh.apply(&tcp("action: DENY, rules: [{from: [{source: {notPrincipals: [\"*\"]}}]}]"));
+    assert_eq!((echo(&mesh, "foo/curl").as_str(), echo(&mesh, "legacy/curl").as_str()), ("one hi", ""));
+    eventually("the access log", || {
+        let log = mesh.logs("foo/echo", "istio-proxy");
+        let details = "rbac_access_denied_matched_policy[ns[foo]-policy[echo]-rule[0]]";
+        if log.lines().any(|line| line.contains(details)) { Ok(()) } else { Err(log) }
+    });
+}
+
+fn custom<'a>(mesh: &'a Mesh, provider: &str) -> Applied<'a> {
+    let rules = "rules: [{to: [{operation: {paths: [/anything/asked, \"/anything/asked/*\"]}}]}]";
+    mesh.with(&policy("custom", &format!("  action: CUSTOM\n  provider: {{name: {provider}}}\n  {rules}")))
+}
+
+/// Asks for a path that the authorizer is asked about, through the gateway.
+fn asked(mesh: &Mesh, headers: &[(&str, &str)]) -> Response {
+    mesh.get("httpbin.foo.test", "/anything/asked?a=b", headers)
+}
+
+#[test]
+fn an_authorizer_is_asked_and_says_yes_with_headers() {
+    let mesh = SECURITY.turn();
+    let puppet = Puppet::new(&mesh, PUPPET);
+    let _policy = custom(&mesh, "ask");
+    let told = json!({"x-user": "ada", "x-checked": "yes", "x-other": "no"});
+    puppet.answers(&json!([{"path": "/ask", "headers": told, "body": "ignored"}]));
+    let sent = [("x-key", "k"), ("authorization", "Basic abc"), ("cookie", "c=1"), ("x-user", "eve")];
+    let answer = asked(&mesh, &sent);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let app = answer.json()["headers"].clone();
+    assert_eq!(app["x-user"], json!(["ada"]), "the authorizer's, not the client's: {app}");
+    assert!(app.get("x-other").is_none() && app.get("x-checked").is_none(), "{app}");
+    assert_eq!((answer.header("x-checked"), answer.header("x-other")), (Some("yes"), None), "{answer:?}");
+    let seen = puppet.seen();
+    let [check] = &seen[..] else { panic!("asked once: {seen:?}") };
+    assert_eq!((&check["method"], &check["path"]), (&json!("GET"), &json!("/ask/anything/asked?a=b")), "{check}");
+    for (name, value) in [("host", "httpbin.foo.test"), ("x-key", "k"), ("authorization", "Basic abc"), ("x-from", "mesh")] {
+        assert_eq!(check["headers"][name], json!([value]), "{check}");
+    }
+    assert!(check["headers"].get("cookie").is_none(), "{check}");
+    // What the policy does not name goes unasked.
+    assert_eq!(mesh.get("httpbin.foo.test", "/get", &[]).status, 200);
+    assert_eq!(puppet.seen().len(), 1);
+    // What it added is seen by the policies after it.
+    let _allow = mesh.with(&policy("user", "  rules: [{when: [{key: \"request.headers[x-user]\", values: [ada]}]}]"));
+    assert_eq!(asked(&mesh, &[]).status, 200);
+    assert_eq!(mesh.get("httpbin.foo.test", "/get", &[]).status, 403);
+}
+
+#[test]
+fn an_authorizer_says_no_in_its_own_words() {
+    let mesh = SECURITY.turn();
+    let puppet = Puppet::new(&mesh, PUPPET);
+    let _policy = custom(&mesh, "ask");
+    let told = json!({"x-reason": "late", "x-secret": "s"});
+    for status in [401, 403, 418] {
+        puppet.answers(&json!([{"path": "/ask", "status": status, "headers": told, "body": "go away"}]));
+        let answer = asked(&mesh, &[]);
+        assert_eq!((answer.status, answer.body.as_str()), (status, "go away"), "{answer:?}");
+        assert_eq!((answer.header("x-reason"), answer.header("x-secret")), (Some("late"), None), "{answer:?}");
+    }
+    // Before tokens are looked at, and before a DENY.
+    let _deny = mesh.with(&policy("deny", "  action: DENY\n  rules: [{}]"));
+    assert_eq!(asked(&mesh, &[]).status, 418);
+    puppet.answers(&json!([]));
+    assert_eq!(asked(&mesh, &[]).body, DENIED.1);
+    eventually("the access log", || {
+        let log = mesh.logs("foo/httpbin", "istio-proxy");
+        if log.contains(" 418 UAEX ext_authz_denied ") { Ok(()) } else { Err(log) }
+    });
+}
+
+#[test]
+fn an_authorizer_that_fails_fails_closed_or_when_told_open() {
+    let mesh = SECURITY.turn();
+    let puppet = Puppet::new(&mesh, PUPPET);
+    for (provider, path, expect) in [("ask", "/ask", 403), ("ask-open", "/open", 200)] {
+        let _policy = custom(&mesh, provider);
+        for answer in [
+            json!({"path": path, "closes": true}),
+            json!({"path": path, "status": 500}),
+            json!({"path": path, "status": 503, "body": "x"}),
+            json!({"path": path, "hangs": true}),
+        ] {
+            puppet.answers(&json!([answer]));
+            let began = Instant::now();
+            let got = asked(&mesh, &[]);
+            assert_eq!(got.status, expect, "{provider} {answer}: {got:?}");
+            assert!(began.elapsed() < Duration::from_secs(10), "its timeout is a second: {:?}", began.elapsed());
+        }
+        puppet.answers(&json!([{"path": path, "status": 401}]));
+        assert_eq!(asked(&mesh, &[]).status, 401, "a no is a no: {provider}");
+    }
+    eventually("the access log", || {
+        let log = mesh.logs("foo/httpbin", "istio-proxy");
+        if log.contains(" 403 UAEX ext_authz_error ") { Ok(()) } else { Err(log) }
+    });
+    // No pod at all.
+    let scale = |replicas: &str| {
+        mesh.must(&["scale", "deploy/puppet", "--replicas", replicas, "-n", "legacy"], "");
+        mesh.must(&["rollout", "status", "deploy/puppet", "-n", "legacy", "--timeout", "60"], "");
+        mesh.synced();
+    };
+    scale("0");
+    let outcomes = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        ["ask", "ask-open"].map(|provider| {
+            let _policy = custom(&mesh, provider);
+            asked(&mesh, &[]).status
+        })
+    }));
+    scale("1");
+    assert_eq!(outcomes.unwrap(), [403, 200], "nobody is there to ask");
+    // A provider that nobody declared.
+    let _policy = custom(&mesh, "nobody");
+    let refused = asked(&mesh, &[]);
+    assert_eq!((refused.status, refused.body.as_str()), DENIED);
+    assert_eq!(mesh.get("httpbin.foo.test", "/get", &[]).status, 200, "only what the policy names");
+}
+
+#[test]
+fn an_authorizer_reads_the_body_up_to_its_limit() {
+    let mesh = SECURITY.turn();
+    let puppet = Puppet::new(&mesh, PUPPET);
+    let _policy = custom(&mesh, "ask-body");
+    let post = |args: &[&str]| {
+        let mut all = args.to_vec();
+        all.extend(["-X", "POST", "http://httpbin.foo:8000/anything/asked"]);
+        mesh.curl("bar/curl", &all)
+    };
+    for chunked in [&[][..], &["-H", "transfer-encoding: chunked"]] {
+        puppet.forget();
+        let fits = post(&[chunked, &["-d", "sixteen bytes ok"]].concat());
+        assert_eq!((fits.status, fits.json()["data"].as_str()), (200, Some("sixteen bytes ok")), "{fits:?}");
+        assert_eq!(puppet.seen()[0]["body"], "sixteen bytes ok");
+        puppet.forget();
+        let large = post(&[chunked, &["-d", "seventeen bytes !"]].concat());
+        assert_eq!(large.status, 413, "{large:?}");
+        assert_eq!(puppet.seen().len(), 0, "a body that is cut is not judged");
+    }
+    puppet.answers(&json!([{"path": "/body", "closes": true}]));
+    assert_eq!(post(&["-d", "x"]).status, 503, "statusOnError");
 }

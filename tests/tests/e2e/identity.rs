@@ -1,8 +1,12 @@
 //! Mutual TLS and who is seen.
 
-use testkit::Mesh;
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::apps::SECURITY;
+use testkit::puppet::{ClientHello, client_hello};
+use testkit::{Client, Mesh, Puppet, eventually};
+
+use crate::apps::{PUPPET, SECURITY, service, workload};
 
 const HTTPBIN: &str = "http://httpbin.foo:8000";
 
@@ -49,39 +53,217 @@ fn strict_refuses_plaintext_and_permissive_takes_it() {
         assert_eq!(status(&mesh, "legacy/curl"), 0, "plaintext is cut off");
         assert_eq!(status(&mesh, "bar/curl"), 200);
         let answer = mesh.get("httpbin.foo.test", "/get", &[]);
-        if answer.status != 200 {
-            eprintln!(
-                "{}",
-                mesh.logs("foo/httpbin", "istio-proxy").lines().rev().take(6).collect::<Vec<_>>().join("\n")
-            );
-            eprintln!(
-                "{}",
-                mesh.logs("istio-system/istio-ingressgateway", "istio-proxy")
-                    .lines()
-                    .rev()
-                    .take(3)
-                    .collect::<Vec<_>>()
-                    .join("\n")
-            );
-            eprintln!("{}", mesh.must(&["get", "authorizationpolicies", "-A"], ""));
-        }
         assert_eq!(answer.status, 200, "the gateway has an identity: {answer:?}");
     }
     assert_eq!(status(&mesh, "legacy/curl"), 200, "back to PERMISSIVE");
 }
 
+/// How the pod's port takes a call: `None` refused, else whether it came over mutual TLS.
+fn taken(mesh: &Mesh, whence: &str) -> Option<bool> {
+    let seen = mesh.curl(whence, &[&format!("{HTTPBIN}/headers")]);
+    (seen.status == 200).then(|| seen.body.contains("x-forwarded-client-cert"))
+}
+
 #[test]
-fn the_mode_of_a_workload_and_port_is_over_the_namespaces_and_the_meshs() {
+fn the_innermost_peer_authentication_that_says_something_holds() {
     let mesh = SECURITY.turn();
-    let _mesh_wide = mesh.with(&peer_authentication("istio-system", "default", "{mtls: {mode: STRICT}}"));
-    assert_eq!(status(&mesh, "legacy/curl"), 0, "STRICT in the mesh");
-    let _namespace = mesh.with(&peer_authentication("foo", "default", "{mtls: {mode: PERMISSIVE}}"));
-    assert_eq!(status(&mesh, "legacy/curl"), 200, "PERMISSIVE in the namespace");
-    let workload =
-        "{selector: {matchLabels: {app: httpbin}}, mtls: {mode: PERMISSIVE}, portLevelMtls: {80: {mode: STRICT}}}";
-    let _port = mesh.with(&peer_authentication("foo", "httpbin", workload));
-    assert_eq!(status(&mesh, "legacy/curl"), 0, "STRICT at the port");
-    assert_eq!(status(&mesh, "foo/curl"), 200);
+    // modes of mesh, namespace, workload, port; what plaintext and meshed callers meet
+    for (modes, plaintext, meshed) in [
+        (["STRICT", "", "", ""], None, Some(true)),
+        (["PERMISSIVE", "", "", ""], Some(false), Some(true)),
+        (["DISABLE", "", "", ""], Some(false), Some(false)),
+        (["STRICT", "PERMISSIVE", "", ""], Some(false), Some(true)),
+        (["STRICT", "DISABLE", "", ""], Some(false), Some(false)),
+        (["DISABLE", "STRICT", "", ""], None, Some(true)),
+        (["STRICT", "UNSET", "", ""], None, Some(true)),
+        (["PERMISSIVE", "STRICT", "PERMISSIVE", ""], Some(false), Some(true)),
+        (["PERMISSIVE", "PERMISSIVE", "STRICT", ""], None, Some(true)),
+        (["STRICT", "STRICT", "DISABLE", ""], Some(false), Some(false)),
+        (["PERMISSIVE", "STRICT", "UNSET", "UNSET"], None, Some(true)),
+        (["STRICT", "STRICT", "STRICT", "PERMISSIVE"], Some(false), Some(true)),
+        (["STRICT", "STRICT", "STRICT", "DISABLE"], Some(false), Some(false)),
+        (["DISABLE", "DISABLE", "DISABLE", "STRICT"], None, Some(true)),
+    ] {
+        let [mesh_wide, namespace, of_workload, port] = modes;
+        let mut objects = vec![peer_authentication("istio-system", "default", &format!("{{mtls: {{mode: {mesh_wide}}}}}"))];
+        if !namespace.is_empty() {
+            objects.push(peer_authentication("foo", "default", &format!("{{mtls: {{mode: {namespace}}}}}")));
+        }
+        if !of_workload.is_empty() {
+            let ports = if port.is_empty() { String::new() } else { format!(", portLevelMtls: {{80: {{mode: {port}}}}}") };
+            let spec = format!("{{selector: {{matchLabels: {{app: httpbin}}}}, mtls: {{mode: {of_workload}}}{ports}}}");
+            objects.push(peer_authentication("foo", "httpbin", &spec));
+        }
+        let _objects = mesh.with(&objects.join("---\n"));
+        assert_eq!(taken(&mesh, "legacy/curl"), plaintext, "plaintext: {modes:?}");
+        assert_eq!(taken(&mesh, "bar/curl"), meshed, "meshed: {modes:?}");
+    }
+}
+
+#[test]
+fn of_two_policies_of_a_namespace_the_older_one_holds() {
+    let mesh = SECURITY.turn();
+    let _older = mesh.with(&peer_authentication("foo", "zzz", "{mtls: {mode: STRICT}}"));
+    let _younger = mesh.with(&peer_authentication("foo", "aaa", "{mtls: {mode: PERMISSIVE}}"));
+    assert_eq!(taken(&mesh, "legacy/curl"), None);
+}
+
+#[test]
+fn strict_ports_refuse_bytes_and_tls_without_a_certificate() {
+    let mesh = SECURITY.turn();
+    let echo = |whence: &str| {
+        let script = "exec 3<>/dev/tcp/echo.foo/9000; echo hi >&3; read -r -t 5 line <&3; echo \"$line\"";
+        String::from_utf8_lossy(&mesh.exec(whence, &["bash", "-c", script]).stdout).trim().to_owned()
+    };
+    let tls = || mesh.curl("legacy/curl", &["-k", "https://httpbin.foo:8000/get"]).status;
+    assert_eq!((echo("legacy/curl").as_str(), echo("bar/curl").as_str()), ("one hi", "one hi"));
+    assert_eq!(tls(), 0, "an HTTP port takes no TLS but the mesh's, also in PERMISSIVE");
+    let _strict = mesh.with(&peer_authentication("foo", "default", "{mtls: {mode: STRICT}}"));
+    assert_eq!((echo("legacy/curl").as_str(), echo("bar/curl").as_str()), ("", "one hi"));
+    assert_eq!(tls(), 0, "TLS without a certificate of the mesh is no mutual TLS");
+    let _policy = mesh.with(&peer_authentication(
+        "foo",
+        "echo",
+        "{selector: {matchLabels: {app: echo}}, portLevelMtls: {9000: {mode: PERMISSIVE}}}",
+    ));
+    assert_eq!(echo("legacy/curl"), "one hi", "the port's own mode");
+    assert_eq!(taken(&mesh, "legacy/curl"), None, "the other workload's stays");
+}
+
+/// What a server sees of a sidecar's TLS: the protocols that say what is inside, and the name that
+/// says which service is meant.
+#[test]
+fn sidecars_offer_istios_protocols_and_names() {
+    let mesh = SECURITY.turn();
+    let puppet = Puppet::new(&mesh, PUPPET);
+    let _tls = mesh.with(
+        "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: raw, namespace: bar}
+spec: {host: puppet.legacy.svc.cluster.local, exportTo: [.], trafficPolicy: {tls: {mode: ISTIO_MUTUAL}}}
+",
+    );
+    // The server only reads, so that no call succeeds.
+    let curl = |args: &[&str]| mesh.curl("bar/curl", &[&["--max-time", "3"], args].concat());
+    curl(&["http://puppet.legacy:8002/"]);
+    curl(&["--http2-prior-knowledge", "-H", "content-type: application/grpc", "http://puppet.legacy:8003/a.B/C"]);
+    mesh.exec("bar/curl", &["bash", "-c", "exec 3<>/dev/tcp/puppet.legacy/8001; echo hi >&3; read -r -t 2 <&3"]);
+    let hello = |port: u16, alpn: &[&str]| ClientHello {
+        server_name: Some(format!("outbound_.{port}_._.puppet.legacy.svc.cluster.local")),
+        alpn: alpn.iter().map(|name| (*name).to_owned()).collect(),
+    };
+    let expected = [
+        hello(8002, &["istio-http/1.1", "istio", "http/1.1"]),
+        hello(8003, &["istio-h2", "istio", "h2"]),
+        hello(8001, &["istio-peer-exchange", "istio"]),
+    ];
+    eventually("the three hellos", || {
+        let seen: Vec<ClientHello> = puppet.raw().iter().filter_map(|bytes| client_hello(bytes)).collect();
+        if expected.iter().all(|hello| seen.contains(hello)) { Ok(()) } else { Err(format!("{seen:#?}")) }
+    });
+}
+
+/// A workload whose certificates live for sixteen seconds, and so are renewed every eight.
+fn short_lived(name: &str, image: &str, port: Option<u16>) -> String {
+    let config = "{proxyMetadata: {SECRET_TTL: 16s}}";
+    workload("foo", name, "v1", image, port, "")
+        .replace("version: v1}", &format!("version: v1}}, annotations: {{proxy.istio.io/config: \"{config}\"}}"))
+}
+
+fn serial(mesh: &Mesh, deployment: &str) -> String {
+    let table = mesh.must(&["proxy-config", "secret", &format!("deploy/{deployment}"), "-n", "foo"], "");
+    let row = table.lines().find(|line| line.starts_with("default")).unwrap_or_default();
+    assert!(!row.is_empty(), "{table}");
+    row.to_owned()
+}
+
+#[test]
+fn certificates_rotate_under_load_without_a_failed_request_or_a_reset_stream() {
+    let mesh = SECURITY.turn();
+    let _objects = mesh.with(
+        &[
+            short_lived("rotating", "docker.io/kong/httpbin", Some(80)),
+            short_lived("streaming", "lateen/grpc-echo", Some(7070)),
+            short_lived("caller", "curlimages/curl", None),
+            service("foo", "rotating", "{name: http, port: 8000, targetPort: 80}"),
+            service("foo", "fresh", "{name: http, port: 8000, targetPort: 80}").replace("{app: fresh}, ports", "{app: rotating}, ports"),
+            service("foo", "streaming", "{name: grpc, port: 7070}"),
+            "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: fresh, namespace: foo}
+spec: {host: fresh, trafficPolicy: {connectionPool: {http: {maxRequestsPerConnection: 1}}}}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: rotating, namespace: foo}
+spec:
+  hosts: [rotating.foo.test]
+  gateways: [gateway]
+  http: [{route: [{destination: {host: rotating, port: {number: 8000}}}]}]
+"
+            .to_owned(),
+        ]
+        .join("---\n"),
+    );
+    for name in ["rotating", "streaming", "caller"] {
+        mesh.must(&["rollout", "status", &format!("deploy/{name}"), "-n", "foo", "--timeout", "60"], "");
+    }
+    mesh.synced();
+    let names = ["rotating", "streaming", "caller"];
+    let rotations = || {
+        let mut seen: Vec<BTreeSet<String>> = vec![BTreeSet::new(); names.len()];
+        while seen.iter().any(|serials| serials.len() < 3) {
+            eventually("the next certificate", || {
+                let known: usize = seen.iter().map(BTreeSet::len).sum();
+                for (name, serials) in names.iter().zip(&mut seen) {
+                    serials.insert(serial(&mesh, name));
+                }
+                let now = seen.iter().map(BTreeSet::len).sum::<usize>();
+                if now > known { Ok(()) } else { Err(format!("{seen:?}")) }
+            });
+        }
+    };
+    // Paced for longer than two rotations take: one connection of the application each.
+    let paced = |host: &str| {
+        let url = format!("http://{host}:8000/get?[1-260]");
+        let write = "%{http_code} %{num_connects}\n";
+        mesh.exec("foo/caller", &["curl", "-s", "--rate", "10/s", "-o", "/dev/null", "-w", write, &url])
+    };
+    let all_served = |what: &str, output: &std::process::Output| {
+        let text = String::from_utf8_lossy(&output.stdout);
+        let lines: Vec<&str> = text.lines().collect();
+        let failed: Vec<_> = lines.iter().filter(|line| !line.starts_with("200 ")).collect();
+        assert!(lines.len() == 260 && failed.is_empty(), "{what}: {failed:?} of {}", lines.len());
+        let connects = lines.iter().filter(|line| line.ends_with(" 1")).count();
+        assert_eq!(connects, 1, "{what}: the application's connection stays");
+    };
+    let stream = "(for i in {1..26}; do printf '\\0\\0\\0\\0\\5hello'; sleep 1; done) | curl -sv --http2-prior-knowledge -H 'content-type: application/grpc' -H 'te: trailers' -X POST -T - http://streaming:7070/echo.Echo/Stream 2>&1 | tr -d '\\0'";
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let kept = scope.spawn(|| paced("rotating"));
+        let fresh = scope.spawn(|| paced("fresh"));
+        let streamed = scope.spawn(|| mesh.exec("foo/caller", &["bash", "-c", stream]));
+        let outside = scope.spawn(|| {
+            let mut client = Client::plain(mesh.http).unwrap();
+            while !done.load(Ordering::Relaxed) {
+                let answer = client.send("GET", "rotating.foo.test", "/get", &[]).unwrap();
+                assert_eq!(answer.status, 200, "from outside: {answer:?}");
+            }
+        });
+        let rotated = std::panic::catch_unwind(std::panic::AssertUnwindSafe(rotations));
+        let outputs = [kept.join().unwrap(), fresh.join().unwrap()];
+        done.store(true, Ordering::Relaxed);
+        let streamed = streamed.join().unwrap();
+        outside.join().unwrap();
+        rotated.unwrap();
+        all_served("kept connections", &outputs[0]);
+        all_served("fresh connections", &outputs[1]);
+        let text = String::from_utf8_lossy(&streamed.stdout);
+        assert!(text.contains("< grpc-status: 0"), "{text}");
+        assert_eq!(text.matches("hello").count(), 26, "{text}");
+    });
 }
 
 #[test]

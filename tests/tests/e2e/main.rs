@@ -23,4 +23,6 @@ mod samples;
 mod sniffing;
 mod stats;
 mod streams;
+mod telemetry;
 mod tokens;
+mod tracing;

@@ -78,16 +78,6 @@ fn jwt_rule(check: &mut Check<'_>, at: &str, rule: &JwtRule) {
     {
         check.error(&format!("{at}.jwks"), message, "paste the issuer's key set: {\"keys\": […]}");
     }
-    if rule.jwks.is_empty() {
-        let field = if rule.jwks_uri.is_empty() { format!("{at}.issuer") } else { format!("{at}.jwksUri") };
-        check.add(
-            crate::codes::NOT_EFFECTIVE,
-            types::Severity::Warning,
-            &field,
-            "fetching keys from an issuer is not yet effective: every token of it is refused",
-            "put the key set under `jwks`",
-        );
-    }
     for (index, header) in rule.from_headers.iter().enumerate() {
         if !rules::is_header_name(&header.name) {
             check.error(

@@ -155,18 +155,17 @@ fn key_set(entry: &Entry<'_>, facts: &PolicyFacts<'_>, out: &mut PolicyFilters) 
         out.findings.push(unusable(entry, "jwks", "is not a JSON Web Key Set with at least one key"));
         return NO_KEYS.to_owned();
     }
-    match facts.services.key_set(&rule.issuer, &rule.jwks_uri) {
-        Some(keys) if is_key_set(&keys) => keys,
-        Some(_) => {
-            out.findings.push(unusable(entry, "jwksUri", "what was fetched is not a JSON Web Key Set"));
-            NO_KEYS.to_owned()
+    let field = if rule.jwks_uri.is_empty() { "issuer" } else { "jwksUri" };
+    match facts.services.key_set(rule) {
+        Some(Ok(keys)) if is_key_set(keys) => return keys.to_string(),
+        Some(Ok(_)) => out.findings.push(unusable(entry, field, "what was fetched is not a JSON Web Key Set")),
+        Some(Err(reason)) => {
+            out.findings.push(unusable(entry, field, &format!("the keys of the issuer cannot be had: {reason}")));
         }
-        None => {
-            let field = if rule.jwks_uri.is_empty() { "issuer" } else { "jwksUri" };
-            out.findings.push(unusable(entry, field, "the keys of the issuer have not been fetched"));
-            NO_KEYS.to_owned()
-        }
+        // Whoever has no control plane never gets further, so this is said too.
+        None => out.findings.push(unusable(entry, field, "the keys of the issuer have not been fetched yet")),
     }
+    NO_KEYS.to_owned()
 }
 
 fn is_key_set(text: &str) -> bool {

@@ -7,10 +7,10 @@
 //! [`jwt`]. Output does not depend on hash order: see [`wire`].
 
 use api::mesh_config::MeshConfig;
-use api::security::{AuthorizationPolicy, RequestAuthentication};
+use api::security::{AuthorizationPolicy, JwtRule, RequestAuthentication};
 use envoy_types::pb::envoy::config::listener::v3::Filter;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpFilter;
-use mesh::Config;
+use mesh::{Config, Fetched, KeySource};
 use types::Finding;
 
 use crate::context::Context;
@@ -39,8 +39,8 @@ pub(crate) enum Place {
 pub(crate) trait Lookup {
     /// The fully qualified host of `host` or `namespace/host`, if a service of that name has the port.
     fn host_with_port(&self, service: &str, port: u16) -> Option<String>;
-    /// The key set that was fetched for an issuer; `jwks_uri` may be empty.
-    fn key_set(&self, issuer: &str, jwks_uri: &str) -> Option<String>;
+    /// What was fetched of the keys of a rule that does not hold them; `None` while they are asked for.
+    fn key_set(&self, rule: &JwtRule) -> Option<&Fetched>;
 }
 
 /// All that the policy filters of one workload depend on.
@@ -114,8 +114,8 @@ impl Lookup for Context<'_> {
         fits.then(|| found.host.to_string())
     }
 
-    fn key_set(&self, _issuer: &str, _jwks_uri: &str) -> Option<String> {
-        None
+    fn key_set(&self, rule: &JwtRule) -> Option<&Fetched> {
+        self.snapshot.key_sets().get(&KeySource::of(rule)?)
     }
 }
 

@@ -272,6 +272,27 @@ fn keys_that_cannot_be_used_refuse_tokens() {
 }
 
 #[test]
+fn fetched_keys_are_handed_on_and_failures_told() {
+    let source = mesh::KeySource::Uri("https://id/keys".into());
+    let with = |fetched: mesh::Fetched| {
+        let mut key_sets = mesh::KeySets::default();
+        key_sets.set(source.clone(), fetched);
+        let yaml = tokens("t", "{jwtRules: [{issuer: 'https://id', jwksUri: 'https://id/keys'}]}");
+        let snapshot = test_mesh::snapshot(&yaml).with_key_sets(std::sync::Arc::new(key_sets));
+        let view = test_mesh::view(crate::ProxyKind::Sidecar, "shop", &["app=a"]);
+        super::policy_filters(&crate::context::Context::new(&snapshot, &view), Place::Sidecar)
+    };
+    let good = with(Ok(KEYS.into()));
+    assert_eq!(test_mesh::http_filters(&good.http)[0], format!("origins-0: iss=https://id keys={KEYS}"));
+    assert!(good.findings.is_empty(), "{:?}", good.findings);
+    for (fetched, reason) in [(Ok("{}".into()), "not a JSON Web Key Set"), (Err("it answers 404".into()), "it answers 404")] {
+        let bad = with(fetched);
+        assert!(test_mesh::http_filters(&bad.http)[0].contains("no-key-of-this-issuer"));
+        assert!(bad.findings[0].message.contains(reason), "{:?}", bad.findings);
+    }
+}
+
+#[test]
 fn output_is_the_same_every_time() {
     let yaml =
         custom("ask-http") + &(0..9).map(|i| policy(&format!("p{i}"), "shop", "{rules: [{}]}")).collect::<String>();

@@ -321,6 +321,16 @@ fn uuid4(draw: Draw) -> [u8; 36] {
     text
 }
 
+/// Whether a request falls into `percent` of all, decided by its id, so that every proxy on the way
+/// decides alike.
+///
+/// *Source*: Envoy's UUID extension: the first eight hex digits, modulo 10 000.
+fn sampled_by_id(id: &[u8], percent: f64) -> bool {
+    let digits = id.get(..8).and_then(|digits| std::str::from_utf8(digits).ok());
+    let value = digits.and_then(|digits| u32::from_str_radix(digits, 16).ok());
+    value.is_some_and(|value| f64::from(value % 10_000) < percent * 100.0)
+}
+
 /// Whether the request is traced. The reason is kept in the request id's 15th digit, as Envoy does,
 /// so that every proxy on the way decides alike.
 ///
@@ -338,7 +348,7 @@ pub(super) fn trace_decision(tracing: &Tracing, head: &mut RequestHead, draw: Dr
             b'b'
         } else if head.fields.contains("x-envoy-force-trace") {
             b'a'
-        } else if share(tracing.random_sampling, "trace_random") {
+        } else if sampled_by_id(&id, tracing.random_sampling) {
             b'9'
         } else {
             b'4'
@@ -387,5 +397,17 @@ pub(super) fn response(
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sampling_is_a_share_of_the_ids() {
+        let hits = |percent| (0..100_000_u32).filter(|n| sampled_by_id(format!("{n:08x}-").as_bytes(), percent)).count();
+        assert_eq!((hits(25.0), hits(0.01), hits(0.0), hits(100.0)), (25_000, 10, 0, 100_000));
+        assert!(!sampled_by_id(b"zzzzzzzz-", 100.0));
     }
 }

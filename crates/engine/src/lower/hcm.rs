@@ -418,6 +418,8 @@ fn provider(proto: trace::tracing::Http) -> Result<TraceProvider, Unsupported> {
     match type_name(&any.type_url) {
         "envoy.config.trace.v3.ZipkinConfig" => {
             let config: trace::ZipkinConfig = unpack(&any, "typed_config")?;
+            let w3c =
+                config.trace_context_option == trace::zipkin_config::TraceContextOption::UseB3WithW3cPropagation as i32;
             if let Some(service) = config.collector_service {
                 let uri = service.http_uri.ok_or_else(|| Unsupported::missing("collector_service.http_uri"))?;
                 let Some(core::http_uri::HttpUpstreamType::Cluster(cluster)) = uri.http_upstream_type else {
@@ -430,6 +432,7 @@ fn provider(proto: trace::tracing::Http) -> Result<TraceProvider, Unsupported> {
                     host: host.into(),
                     path: path.into(),
                     long_ids: config.trace_id_128bit,
+                    w3c,
                 });
             }
             Ok(TraceProvider::Zipkin {
@@ -441,6 +444,7 @@ fn provider(proto: trace::tracing::Http) -> Result<TraceProvider, Unsupported> {
                 cluster: config.collector_cluster.into(),
                 path: config.collector_endpoint.into(),
                 long_ids: config.trace_id_128bit,
+                w3c,
             })
         }
         "envoy.config.trace.v3.OpenTelemetryConfig" => {

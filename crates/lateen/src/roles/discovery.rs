@@ -3,6 +3,7 @@
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -10,6 +11,7 @@ use discovery::authn::TokenAuthenticator;
 use discovery::authn::jwt::JwtKeys;
 use discovery::authn::token_review::TokenReview;
 use discovery::source::Source;
+use ipnet::IpNet;
 use types::TrustDomain;
 
 /// Options of the control plane.
@@ -48,9 +50,20 @@ pub(crate) struct DiscoveryArgs {
     /// More DNS names and addresses for the control plane's certificate.
     #[arg(long, value_name = "NAME")]
     serving_name: Vec<String>,
+    /// Keys of token issuers are fetched again after so long.
+    #[arg(long, value_name = "DURATION", env = "PILOT_JWT_PUB_KEY_REFRESH_INTERVAL", value_parser = duration)]
+    jwks_refresh: Option<Duration>,
+    /// More addresses that keys are never fetched from, comma-separated.
+    #[arg(long, value_name = "CIDR", env = "BLOCKED_CIDRS_IN_JWKS_URIS", value_delimiter = ',')]
+    jwks_blocked: Vec<IpNet>,
     /// The addresses that were bound are written here as JSON, for port 0.
     #[arg(long, value_name = "FILE")]
     addresses_out: Option<PathBuf>,
+}
+
+/// A duration as Istio writes it: `20m`, `1h30m`.
+fn duration(text: &str) -> Result<Duration, String> {
+    api::scalar::Duration::parse(text).map(|duration| duration.0)
 }
 
 fn bind(addresses: &[SocketAddr]) -> Result<Vec<TcpListener>> {
@@ -90,6 +103,8 @@ pub(crate) fn run(args: DiscoveryArgs) -> Result<()> {
     options.serving_names = args.serving_name;
     options.tokens = tokens;
     options.root_cert_out = args.root_cert_out;
+    options.jwks.refresh = args.jwks_refresh.unwrap_or(options.jwks.refresh);
+    options.jwks.blocked.extend(args.jwks_blocked);
     if let Some(path) = args.addresses_out {
         let addresses = serde_json::json!({
             "secure": bound(&options.secure),
