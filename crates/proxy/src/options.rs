@@ -444,7 +444,8 @@ mod tests {
         variables.insert("PROXY_CONFIG".into(), r#"{"binaryPath":""}"#.into());
         assert_eq!(Options::from_environment(Role::Sidecar, &variables, read).unwrap().binary, None);
         assert_eq!(options.renewal, Renewal::default());
-        for (value, expect) in [("2m", Some(120)), ("24h0m0s", Some(86_400)), ("0s", None), ("-1m", None), ("x", None)] {
+        for (value, expect) in [("2m", Some(120)), ("24h0m0s", Some(86_400)), ("0s", None), ("-1m", None), ("x", None)]
+        {
             variables.insert("SECRET_TTL".into(), value.into());
             let options = Options::from_environment(Role::Sidecar, &variables, read);
             assert_eq!(options.ok().map(|options| options.renewal.ttl.as_secs()), expect, "{value}");

@@ -41,11 +41,7 @@ pub fn type_line(out: &mut String, name: &str, kind: &str) {
 
 /// Writes one sample; without labels there are no braces either, as every exporter writes it.
 pub fn sample(out: &mut String, name: &str, labels: &str, value: impl std::fmt::Display) {
-    _ = if labels.is_empty() {
-        writeln!(out, "{name} {value}")
-    } else {
-        writeln!(out, "{name}{{{labels}}} {value}")
-    };
+    _ = if labels.is_empty() { writeln!(out, "{name} {value}") } else { writeln!(out, "{name}{{{labels}}} {value}") };
 }
 
 #[cfg(test)]

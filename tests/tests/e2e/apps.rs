@@ -146,8 +146,13 @@ spec:
 ";
 
 fn security() -> String {
-    let mut all =
-        vec![SECURITY_CONFIG.to_owned(), puppet("legacy"), namespace("foo", true), namespace("bar", true), namespace("legacy", false)];
+    let mut all = vec![
+        SECURITY_CONFIG.to_owned(),
+        puppet("legacy"),
+        namespace("foo", true),
+        namespace("bar", true),
+        namespace("legacy", false),
+    ];
     for home in ["foo", "bar", "legacy"] {
         all.push(workload(home, "curl", "v1", "curlimages/curl", None, ""));
     }
@@ -181,13 +186,12 @@ spec:
 
 /// The puppet in a namespace without proxies.
 fn puppet(home: &str) -> String {
-    let command = format!("{} {} {}", testkit::mesh::puppet().display(), testkit::puppet::PORT, testkit::puppet::RAW_PORT);
+    let command =
+        format!("{} {} {}", testkit::mesh::puppet().display(), testkit::puppet::PORT, testkit::puppet::RAW_PORT);
     let ports = "{name: http, port: 8000}, {name: tcp-raw, port: 8001}, {name: http-raw, port: 8002, targetPort: 8001}, {name: grpc-raw, port: 8003, targetPort: 8001}";
     let workload = workload(home, "puppet", "v1", "lateen/puppet", Some(testkit::puppet::PORT), "");
-    let played = workload.replace(
-        "version: v1}",
-        &format!("version: v1}}, annotations: {{lateen.dev/command: \"{command}\"}}"),
-    );
+    let played =
+        workload.replace("version: v1}", &format!("version: v1}}, annotations: {{lateen.dev/command: \"{command}\"}}"));
     format!("{played}---\n{}", service(home, "puppet", ports))
 }
 

@@ -107,12 +107,22 @@ fn identities_hosts_ports_and_their_negations_decide() {
         ("from: [{source: {principals: [\"*/ns/bar/sa/curl\"]}}]", true, false, false),
         ("from: [{source: {principals: [\"cluster.local/ns/b*\"]}}]", true, false, false),
         ("from: [{source: {principals: [\"*\"]}}]", true, true, false),
-        ("from: [{source: {principals: [cluster.local/ns/bar/sa/curl2, other.example/ns/bar/sa/curl]}}]", false, false, false),
+        (
+            "from: [{source: {principals: [cluster.local/ns/bar/sa/curl2, other.example/ns/bar/sa/curl]}}]",
+            false,
+            false,
+            false,
+        ),
         ("from: [{source: {namespaces: [ba]}}]", false, false, false),
         ("from: [{source: {namespaces: [\"ba*\"]}}]", true, false, false),
         ("from: [{source: {notNamespaces: [bar]}}]", false, true, true),
         ("from: [{source: {notServiceAccounts: [bar/curl]}}]", false, true, true),
-        ("from: [{source: {namespaces: [foo, bar], notPrincipals: [cluster.local/ns/foo/sa/curl]}}]", true, false, false),
+        (
+            "from: [{source: {namespaces: [foo, bar], notPrincipals: [cluster.local/ns/foo/sa/curl]}}]",
+            true,
+            false,
+            false,
+        ),
         ("from: [{source: {notIpBlocks: [10.0.0.0/8]}}]", false, false, false),
         ("from: [{source: {notRequestPrincipals: [\"*\"]}}]", true, true, true),
         ("to: [{operation: {ports: [\"80\"]}}]", true, true, true),
@@ -127,7 +137,12 @@ fn identities_hosts_ports_and_their_negations_decide() {
         ("when: [{key: source.principal, notValues: [cluster.local/ns/bar/sa/curl]}]", false, true, true),
         ("when: [{key: source.ip, values: [10.0.0.0/8]}, {key: destination.port, values: [\"80\"]}]", true, true, true),
         ("when: [{key: \"request.headers[x-none]\", notValues: [a]}]", true, true, true),
-        ("when: [{key: \"request.headers[user-agent]\", values: [\"*\"], notValues: [\"curl/*\"]}]", false, false, false),
+        (
+            "when: [{key: \"request.headers[user-agent]\", values: [\"*\"], notValues: [\"curl/*\"]}]",
+            false,
+            false,
+            false,
+        ),
     ] {
         allow(rule);
         for (whence, is_allowed) in [("bar/curl", bar), ("foo/curl", foo), ("legacy/curl", legacy)] {
@@ -146,7 +161,8 @@ fn hosts_are_compared_without_case_and_denials_also_without_port() {
         let _allow = mesh.with(&policy("hosts", rule));
         assert_eq!((at("httpbin.foo.test"), at("HTTPBIN.foo.TEST"), at("httpbin.foo.test:8080")), (200, 200, 403));
     }
-    let _deny = mesh.with(&policy("hosts", "  action: DENY\n  rules: [{to: [{operation: {hosts: [httpbin.foo.test]}}]}]"));
+    let _deny =
+        mesh.with(&policy("hosts", "  action: DENY\n  rules: [{to: [{operation: {hosts: [httpbin.foo.test]}}]}]"));
     assert_eq!((at("httpbin.foo.test"), at("HTTPBIN.foo.TEST"), at("httpbin.foo.test:8080")), (403, 403, 403));
     check(&mesh, "bar/curl", &[], "/get", true);
 }
@@ -154,7 +170,8 @@ fn hosts_are_compared_without_case_and_denials_also_without_port() {
 #[test]
 fn path_templates_match_whole_segments() {
     let mesh = SECURITY.turn();
-    let template = |template: &str| policy("paths", &format!("  rules: [{{to: [{{operation: {{paths: [\"{template}\"]}}}}]}}]"));
+    let template =
+        |template: &str| policy("paths", &format!("  rules: [{{to: [{{operation: {{paths: [\"{template}\"]}}}}]}}]"));
     let _policy = mesh.with(&template("/anything/{*}/c/{**}"));
     let table = |cases: &[(&str, bool)]| {
         for (path, is_allowed) in cases {
@@ -172,7 +189,12 @@ fn path_templates_match_whole_segments() {
         ("/anything/b/c/../../x", false),
     ]);
     mesh.apply(&template("/anything/{**}/cart"));
-    table(&[("/anything/a/b/cart", true), ("/anything//cart", true), ("/anything/cart", false), ("/anything/a/cart/", false)]);
+    table(&[
+        ("/anything/a/b/cart", true),
+        ("/anything//cart", true),
+        ("/anything/cart", false),
+        ("/anything/a/cart/", false),
+    ]);
 }
 
 /// Every way to write a path, and what policies and the application see of it.
@@ -331,7 +353,9 @@ fn rules_of_http_narrow_permissions_and_widen_denials_on_connections() {
     assert_eq!((echo(&mesh, "foo/curl").as_str(), echo(&mesh, "bar/curl").as_str()), ("one hi", ""));
     mesh.apply(&tcp("action: DENY, rules: [{to: [{operation: {paths: [/x]}}]}]"));
     assert_eq!(echo(&mesh, "foo/curl"), "", "a DENY by path denies every connection");
-    mesh.apply(&tcp("action: DENY, rules: [{from: [{source: {namespaces: [bar]}}], to: [{operation: {paths: [/x]}}]}]"));
+    mesh.apply(&tcp(
+        "action: DENY, rules: [{from: [{source: {namespaces: [bar]}}], to: [{operation: {paths: [/x]}}]}]",
+    ));
     assert_eq!((echo(&mesh, "foo/curl").as_str(), echo(&mesh, "bar/curl").as_str()), ("one hi", ""));
     mesh.apply(&tcp("action: DENY, rules: [{from: [{source: {notPrincipals: [\"*\"]}}]}]"));
     assert_eq!((echo(&mesh, "foo/curl").as_str(), echo(&mesh, "legacy/curl").as_str()), ("one hi", ""));
@@ -369,7 +393,9 @@ fn an_authorizer_is_asked_and_says_yes_with_headers() {
     let seen = puppet.seen();
     let [check] = &seen[..] else { panic!("asked once: {seen:?}") };
     assert_eq!((&check["method"], &check["path"]), (&json!("GET"), &json!("/ask/anything/asked?a=b")), "{check}");
-    for (name, value) in [("host", "httpbin.foo.test"), ("x-key", "k"), ("authorization", "Basic abc"), ("x-from", "mesh")] {
+    for (name, value) in
+        [("host", "httpbin.foo.test"), ("x-key", "k"), ("authorization", "Basic abc"), ("x-from", "mesh")]
+    {
         assert_eq!(check["headers"][name], json!([value]), "{check}");
     }
     assert!(check["headers"].get("cookie").is_none(), "{check}");

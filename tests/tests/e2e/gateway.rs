@@ -23,7 +23,12 @@ struct Pair {
 }
 
 fn pair(host: &str) -> Pair {
-    let made = rcgen::generate_simple_self_signed([host.to_owned()]).unwrap();
+    pair_of(&[host])
+}
+
+fn pair_of(hosts: &[&str]) -> Pair {
+    let names: Vec<String> = hosts.iter().map(|host| (*host).to_owned()).collect();
+    let made = rcgen::generate_simple_self_signed(names).unwrap();
     let secret = serde_json::json!({
         "apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls",
         "metadata": {"name": "shop-credential", "namespace": "istio-system"},
@@ -91,6 +96,49 @@ spec:
     assert!(open(&old.root).is_err(), "the old certificate is gone");
     assert_eq!(kept.send("GET", host, "/status/200", &[]).unwrap().status, 200, "the old connection goes on");
     assert!(Client::tls(mesh.https, "other.shop.test", &new.root).is_err(), "no chain for another server name");
+}
+
+/// One certificate for two hosts of two servers: the handshake's name decides which one a connection
+/// reaches, whatever its requests say.
+#[test]
+fn a_connection_reaches_only_the_hosts_of_its_server_name() {
+    let mesh = TRAFFIC.turn();
+    let pair = pair_of(&["first.sni.test", "second.sni.test"]);
+    let _secret = mesh.with(&pair.secret);
+    let server = |name: &str| {
+        format!(
+            "{{port: {{number: 443, name: https-{name}, protocol: HTTPS}}, hosts: [{name}.sni.test], tls: {{mode: SIMPLE, credentialName: shop-credential}}}}"
+        )
+    };
+    let route = |name: &str| {
+        format!(
+            "---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {{name: sni-{name}, namespace: shop}}
+spec:
+  hosts: [{name}.sni.test]
+  gateways: [sni]
+  http: [{{directResponse: {{status: 200, body: {{string: {name}}}}}}}]
+"
+        )
+    };
+    let gateway = "apiVersion: networking.istio.io/v1\nkind: Gateway\nmetadata: {name: sni, namespace: shop}\n";
+    let servers = format!(
+        "spec: {{selector: {{istio: ingressgateway}}, servers: [{}, {}]}}\n",
+        server("first"),
+        server("second")
+    );
+    let _objects = mesh.with(&[gateway, &servers, &route("first"), &route("second")].concat());
+    for (name, other) in [("first", "second"), ("second", "first")] {
+        let host = format!("{name}.sni.test");
+        let mut client = eventually("TLS at the gateway", || {
+            Client::tls(mesh.https, &host, &pair.root).map_err(|error| error.to_string())
+        });
+        assert_eq!(client.send("GET", &host, "/", &[]).unwrap().body, name);
+        let strayed = client.send("GET", &format!("{other}.sni.test"), "/", &[]).unwrap();
+        assert!(matches!(strayed.status, 404 | 421), "{strayed:?}");
+    }
 }
 
 #[test]

@@ -85,12 +85,14 @@ fn the_innermost_peer_authentication_that_says_something_holds() {
         (["DISABLE", "DISABLE", "DISABLE", "STRICT"], None, Some(true)),
     ] {
         let [mesh_wide, namespace, of_workload, port] = modes;
-        let mut objects = vec![peer_authentication("istio-system", "default", &format!("{{mtls: {{mode: {mesh_wide}}}}}"))];
+        let mut objects =
+            vec![peer_authentication("istio-system", "default", &format!("{{mtls: {{mode: {mesh_wide}}}}}"))];
         if !namespace.is_empty() {
             objects.push(peer_authentication("foo", "default", &format!("{{mtls: {{mode: {namespace}}}}}")));
         }
         if !of_workload.is_empty() {
-            let ports = if port.is_empty() { String::new() } else { format!(", portLevelMtls: {{80: {{mode: {port}}}}}") };
+            let ports =
+                if port.is_empty() { String::new() } else { format!(", portLevelMtls: {{80: {{mode: {port}}}}}") };
             let spec = format!("{{selector: {{matchLabels: {{app: httpbin}}}}, mtls: {{mode: {of_workload}}}{ports}}}");
             objects.push(peer_authentication("foo", "httpbin", &spec));
         }
@@ -187,7 +189,8 @@ fn certificates_rotate_under_load_without_a_failed_request_or_a_reset_stream() {
             short_lived("streaming", "lateen/grpc-echo", Some(7070)),
             short_lived("caller", "curlimages/curl", None),
             service("foo", "rotating", "{name: http, port: 8000, targetPort: 80}"),
-            service("foo", "fresh", "{name: http, port: 8000, targetPort: 80}").replace("{app: fresh}, ports", "{app: rotating}, ports"),
+            service("foo", "fresh", "{name: http, port: 8000, targetPort: 80}")
+                .replace("{app: fresh}, ports", "{app: rotating}, ports"),
             service("foo", "streaming", "{name: grpc, port: 7070}"),
             "
 apiVersion: networking.istio.io/v1

@@ -18,7 +18,8 @@ type Labels = BTreeMap<String, String>;
 fn samples(text: &str) -> Vec<(String, Labels, f64)> {
     let parse = |line: &str| {
         let (series, value) = line.rsplit_once(' ')?;
-        let (name, labels) = series.split_once('{').map_or((series, ""), |(name, rest)| (name, rest.trim_end_matches('}')));
+        let (name, labels) =
+            series.split_once('{').map_or((series, ""), |(name, rest)| (name, rest.trim_end_matches('}')));
         // No value of these tests holds a quote or a comma.
         let pairs = labels.split(',').filter(|pair| !pair.is_empty());
         let labels = pairs.map(|pair| {
@@ -90,7 +91,9 @@ fn both_ends_count_the_same_requests_with_the_same_labels() {
     };
     let url = "http://httpbin:8000/status/202?[1-100]";
     mesh.exec("shop/curl", &["curl", "-s", "-o", "/dev/null", url]);
-    for (whence, reporter, security) in [("shop/curl", "source", "unknown"), ("shop/httpbin", "destination", "mutual_tls")] {
+    for (whence, reporter, security) in
+        [("shop/curl", "source", "unknown"), ("shop/httpbin", "destination", "mutual_tls")]
+    {
         eventually("a hundred requests in one series", || {
             let all = samples(&metrics(&mesh, whence));
             let is_ours = |of: &&(String, Labels, f64)| {
@@ -218,17 +221,17 @@ const CASES: &[Case] = &[
     case("truncated", "200 UC "),
     case("tls", "503 UF upstream_reset_before_response_started{"),
     case("denied", "403 - rbac_access_denied_matched_policy[ns[istio-system]-policy[why]-rule[0]] "),
-    Case {
-        headers: &[("authorization", "Bearer x.y.z")],
-        ..case("token", "401 - jwt_authn_access_denied{Jwt_")
-    },
+    Case { headers: &[("authorization", "Bearer x.y.z")], ..case("token", "401 - jwt_authn_access_denied{Jwt_") },
     Case {
         headers: &[("origin", "https://a.example"), ("access-control-request-method", "GET")],
         method: "OPTIONS",
         ..case("cors", "200 - ")
     },
     Case { headers: &[("connection", "upgrade"), ("upgrade", "other")], ..case("upgrade", "403 - upgrade_failed ") },
-    Case { whence: "shop/dead", ..case("refused", "503 UF upstream_reset_before_response_started{remote_connection_failure") },
+    Case {
+        whence: "shop/dead",
+        ..case("refused", "503 UF upstream_reset_before_response_started{remote_connection_failure")
+    },
     Case { whence: "shop/echo", ..case("garbage", "502 UPE upstream_reset_before_response_started{protocol_error") },
 ];
 
@@ -243,22 +246,42 @@ fn why() -> String {
         ("redirect", "redirect: {uri: /elsewhere}".to_owned()),
         ("empty", to("empty", 80)),
         ("slow", format!("timeout: 0.4s\n    {once}{}", httpbin("/delay/9"))),
-        ("try", format!("retries: {{attempts: 1, perTryTimeout: 0.3s, retryOn: gateway-error}}\n    {}", httpbin("/delay/9"))),
-        ("abort", format!("fault: {{abort: {{httpStatus: 418, percentage: {{value: 100}}}}}}\n    {}", httpbin("/get"))),
-        ("delay", format!("fault: {{delay: {{fixedDelay: 0.1s, percentage: {{value: 100}}}}}}\n    {}", httpbin("/get"))),
+        (
+            "try",
+            format!(
+                "retries: {{attempts: 1, perTryTimeout: 0.3s, retryOn: gateway-error}}\n    {}",
+                httpbin("/delay/9")
+            ),
+        ),
+        (
+            "abort",
+            format!("fault: {{abort: {{httpStatus: 418, percentage: {{value: 100}}}}}}\n    {}", httpbin("/get")),
+        ),
+        (
+            "delay",
+            format!("fault: {{delay: {{fixedDelay: 0.1s, percentage: {{value: 100}}}}}}\n    {}", httpbin("/get")),
+        ),
         ("closes", format!("{once}{}", to(puppet, 8000))),
         ("truncated", format!("{once}{}", to(puppet, 8000))),
         ("tls", format!("{once}{}", to(puppet, 8002))),
         ("denied", httpbin("/get")),
         ("token", httpbin("/get")),
-        ("cors", format!("corsPolicy: {{allowOrigins: [{{exact: \"https://a.example\"}}], allowMethods: [GET]}}\n    {}", httpbin("/get"))),
+        (
+            "cors",
+            format!(
+                "corsPolicy: {{allowOrigins: [{{exact: \"https://a.example\"}}], allowMethods: [GET]}}\n    {}",
+                httpbin("/get")
+            ),
+        ),
         ("upgrade", httpbin("/get")),
         ("refused", format!("{once}{}", to("dead", 80))),
         ("garbage", format!("{once}{}", to("garbage", 80))),
     ];
     let http = rows.iter().map(|(path, rest)| format!("  - match: [{{uri: {{prefix: /why/{path}}}}}]\n    {rest}\n"));
     let service = |name: &str, selector: &str, port: &str| {
-        format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{selector: {selector}, ports: [{port}]}}\n")
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{selector: {selector}, ports: [{port}]}}\n"
+        )
     };
     [
         virtual_service("why", &http.collect::<String>()),
@@ -344,7 +367,8 @@ fn causes_are_told_by_flag_and_details() {
 #[test]
 fn broken_requests_are_told_by_flag_and_details() {
     let mesh = TRAFFIC.turn();
-    let _route = mesh.with(&virtual_service("raw", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
+    let _route =
+        mesh.with(&virtual_service("raw", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
     let huge = format!("GET /raw/huge HTTP/1.1\r\nhost: raw.shop.test\r\nx: {}\r\n\r\n", "x".repeat(100_000));
     for (name, request, expect, line) in [
         ("huge", huge.as_str(), 431, "431 DPE http1.headers_too_large "),
@@ -389,7 +413,9 @@ fn log_lines_cannot_be_forged() {
     let mesh = TRAFFIC.turn();
     let mut stream = TcpStream::connect(mesh.http).unwrap();
     let agent = b"x\t[2026-01-01T00:00:00.000Z]";
-    let request = [b"GET /forged HTTP/1.1\r\nhost: nobody.test\r\nconnection: close\r\nuser-agent: ", &agent[..], b"\r\n\r\n"].concat();
+    let request =
+        [b"GET /forged HTTP/1.1\r\nhost: nobody.test\r\nconnection: close\r\nuser-agent: ", &agent[..], b"\r\n\r\n"]
+            .concat();
     stream.write_all(&request).unwrap();
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).unwrap();

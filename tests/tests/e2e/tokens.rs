@@ -18,8 +18,7 @@ fn claims(change: impl FnOnce(&mut Value)) -> Value {
 }
 
 fn authentication(namespace: &str, app: &str, issuer: &Issuer) -> String {
-    let rule =
-        json!({"issuer": ISSUER, "audiences": ["shop"], "jwks": issuer.jwks(), "forwardOriginalToken": true});
+    let rule = json!({"issuer": ISSUER, "audiences": ["shop"], "jwks": issuer.jwks(), "forwardOriginalToken": true});
     authentications(namespace, app, &json!([rule]))
 }
 
@@ -85,7 +84,8 @@ fn neither_key_nor_algorithm_is_the_tokens_choice() {
         assert_eq!(status, 401, "{what}: {body}");
     };
     let (pem, point) = issuer.public_key();
-    for head in [json!({"alg": "HS256", "kid": "one"}), json!({"alg": "HS256"}), json!({"alg": "ES256", "kid": "one"})] {
+    for head in [json!({"alg": "HS256", "kid": "one"}), json!({"alg": "HS256"}), json!({"alg": "ES256", "kid": "one"})]
+    {
         for secret in [pem.as_bytes(), &point, issuer.jwks().as_bytes(), b""] {
             check("an HMAC by the public key", &forge(secret, &head, &claims));
         }
@@ -104,7 +104,8 @@ fn neither_key_nor_algorithm_is_the_tokens_choice() {
     }
     check("critical extensions", &issuer.sign_as(&json!({"crit": ["exp"]}), &claims));
     check("unknown critical extensions", &issuer.sign_as(&json!({"crit": ["b64"], "b64": false}), &claims));
-    for (name, value) in [("exp", json!("4102444800")), ("nbf", json!([])), ("iss", json!([ISSUER])), ("aud", json!(7))] {
+    for (name, value) in [("exp", json!("4102444800")), ("nbf", json!([])), ("iss", json!([ISSUER])), ("aud", json!(7))]
+    {
         let (status, body) = status(&mesh, "/get", Some(&issuer.sign(&self::claims(|claims| claims[name] = value))));
         assert!(status == 401 || (status == 403 && name == "aud"), "a wrong type of {name}: {status} {body}");
     }
@@ -306,7 +307,10 @@ spec:
         claims["banned"] = json!("yes");
     }));
     assert_eq!(ask(Some(banned)), "none");
-    assert_eq!(ask(Some(Issuer::new("one").sign(&claims(|claims| claims["group"] = json!("red"))))).contains("red"), false);
+    assert_eq!(
+        ask(Some(Issuer::new("one").sign(&claims(|claims| claims["group"] = json!("red"))))).contains("red"),
+        false
+    );
     assert_eq!(ask(None), "none");
     let forged = mesh.get("claims.foo.test", "/", &[("@request.auth.claims.group", "red")]);
     assert!(forged.body != "red", "a header is no claim: {forged:?}");

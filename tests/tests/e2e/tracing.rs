@@ -24,7 +24,10 @@ spec: {{tracing: [{{providers: [{{name: zipkin}}], randomSamplingPercentage: {pe
 fn spans(puppet: &Puppet<'_>) -> Vec<Value> {
     let posts = puppet.seen().into_iter().filter(|request| request["path"] == "/api/v2/spans");
     let batches = posts.map(|request| {
-        assert_eq!((&request["method"], &request["headers"]["content-type"]), (&json!("POST"), &json!(["application/json"])));
+        assert_eq!(
+            (&request["method"], &request["headers"]["content-type"]),
+            (&json!("POST"), &json!(["application/json"]))
+        );
         let batch: Vec<Value> = serde_json::from_str(request["body"].as_str().unwrap()).expect("a JSON array");
         batch
     });
@@ -33,8 +36,11 @@ fn spans(puppet: &Puppet<'_>) -> Vec<Value> {
 
 fn of_request(puppet: &Puppet<'_>, request_id: &str) -> Vec<Value> {
     let all = spans(puppet);
-    let traces: BTreeSet<&Value> =
-        all.iter().filter(|span| span["tags"]["guid:x-request-id"] == *request_id).map(|span| &span["traceId"]).collect();
+    let traces: BTreeSet<&Value> = all
+        .iter()
+        .filter(|span| span["tags"]["guid:x-request-id"] == *request_id)
+        .map(|span| &span["traceId"])
+        .collect();
     all.iter().filter(|span| traces.contains(&span["traceId"])).cloned().collect()
 }
 
@@ -100,7 +106,10 @@ spec: {hosts: [reviews], http: [{route: [{destination: {host: reviews, subset: v
     let parent = format!("00-{trace}-{span}-01");
     let starts: [(&str, Vec<(&str, &str)>); 4] = [
         ("00000000-0000-4000-8000-000000000001", vec![]),
-        ("00000000-0000-4000-8000-000000000002", vec![("x-b3-traceid", trace), ("x-b3-spanid", span), ("x-b3-sampled", "1")]),
+        (
+            "00000000-0000-4000-8000-000000000002",
+            vec![("x-b3-traceid", trace), ("x-b3-spanid", span), ("x-b3-sampled", "1")],
+        ),
         ("00000000-0000-4000-8000-000000000003", vec![("b3", &single)]),
         ("00000000-0000-4000-8000-000000000004", vec![("traceparent", &parent)]),
     ];
@@ -118,7 +127,9 @@ spec: {hosts: [reviews], http: [{route: [{destination: {host: reviews, subset: v
             let drawn = tree(&trace);
             if drawn == BOOKS { Ok(trace) } else { Err(format!("{headers:?}\n{drawn}")) }
         });
-        let root = found.iter().find(|of| of["kind"] == "SERVER" && of["localEndpoint"]["serviceName"] == "istio-ingressgateway.istio-system");
+        let root = found.iter().find(|of| {
+            of["kind"] == "SERVER" && of["localEndpoint"]["serviceName"] == "istio-ingressgateway.istio-system"
+        });
         let root = root.unwrap();
         let told = (root["traceId"].as_str().unwrap(), root["parentId"].as_str());
         if headers.is_empty() {
@@ -135,13 +146,18 @@ fn check_tags(trace: &[Value]) {
     assert_eq!(ids.len(), 1, "one request id for the whole trace: {ids:?}");
     for span in trace {
         let tags = &span["tags"];
-        assert!(span["duration"].as_u64() > Some(0) && span["timestamp"].as_u64() > Some(1_600_000_000_000_000), "{span}");
+        assert!(
+            span["duration"].as_u64() > Some(0) && span["timestamp"].as_u64() > Some(1_600_000_000_000_000),
+            "{span}"
+        );
         for (name, value) in [("component", "proxy"), ("http.status_code", "200"), ("response_flags", "-")] {
             assert_eq!(tags[name], value, "{span}");
         }
         assert!(tags["upstream_cluster"].is_string() && tags["upstream_address"].is_string(), "{span}");
         if tags.get("http.method").is_some() {
-            for name in ["node_id", "http.url", "http.protocol", "peer.address", "istio.canonical_service", "istio.mesh_id"] {
+            for name in
+                ["node_id", "http.url", "http.protocol", "peer.address", "istio.canonical_service", "istio.mesh_id"]
+            {
                 assert!(tags[name].as_str().is_some_and(|text| !text.is_empty()), "{name} of {span}");
             }
         }
@@ -158,7 +174,8 @@ fn check_tags(trace: &[Value]) {
 fn the_request_id_decides_which_requests_are_traced() {
     let mesh = TRAFFIC.turn();
     let puppet = Puppet::new(&mesh, COLLECTOR);
-    let _route = mesh.with(&virtual_service("sampled", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
+    let _route =
+        mesh.with(&virtual_service("sampled", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
     let _sampling = sampling(&mesh, 25.0);
     let mut client = Client::plain(mesh.http).unwrap();
     let mut ask = |headers: &[(&str, &str)]| {
@@ -183,7 +200,8 @@ fn the_request_id_decides_which_requests_are_traced() {
     assert_eq!(&forced[14..15], "b", "{forced}");
     assert_eq!(ask(&[("x-b3-sampled", "0")]).1, "0");
     assert_eq!(ask(&[("x-b3-sampled", "1")]).1, "1");
-    let mut expected: BTreeSet<String> = decided.iter().filter(|(_, sampled)| **sampled).map(|(id, _)| id.clone()).collect();
+    let mut expected: BTreeSet<String> =
+        decided.iter().filter(|(_, sampled)| **sampled).map(|(id, _)| id.clone()).collect();
     expected.insert(forced);
     eventually("the spans of the sampled requests", || {
         let all = spans(&puppet);
@@ -206,7 +224,8 @@ fn the_request_id_decides_which_requests_are_traced() {
 fn a_collector_that_hangs_holds_no_request_up() {
     let mesh = TRAFFIC.turn();
     let puppet = Puppet::new(&mesh, COLLECTOR);
-    let _route = mesh.with(&virtual_service("calm", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
+    let _route =
+        mesh.with(&virtual_service("calm", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
     let _sampling = sampling(&mesh, 100.0);
     puppet.answers(&json!([{"path": "/api/v2/spans", "hangs": true}]));
     let mut client = Client::plain(mesh.http).unwrap();
@@ -215,7 +234,10 @@ fn a_collector_that_hangs_holds_no_request_up() {
         assert_eq!(client.send("GET", "calm.shop.test", "/get", &[]).unwrap().status, 200);
     }
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
-    eventually("spans that nobody took", || {
-        if spans(&puppet).is_empty() { Err("none sent".to_owned()) } else { Ok(()) }
-    });
+    eventually(
+        "spans that nobody took",
+        || {
+            if spans(&puppet).is_empty() { Err("none sent".to_owned()) } else { Ok(()) }
+        },
+    );
 }

@@ -285,7 +285,9 @@ fn fetched_keys_are_handed_on_and_failures_told() {
     let good = with(Ok(KEYS.into()));
     assert_eq!(test_mesh::http_filters(&good.http)[0], format!("origins-0: iss=https://id keys={KEYS}"));
     assert!(good.findings.is_empty(), "{:?}", good.findings);
-    for (fetched, reason) in [(Ok("{}".into()), "not a JSON Web Key Set"), (Err("it answers 404".into()), "it answers 404")] {
+    for (fetched, reason) in
+        [(Ok("{}".into()), "not a JSON Web Key Set"), (Err("it answers 404".into()), "it answers 404")]
+    {
         let bad = with(fetched);
         assert!(test_mesh::http_filters(&bad.http)[0].contains("no-key-of-this-issuer"));
         assert!(bad.findings[0].message.contains(reason), "{:?}", bad.findings);

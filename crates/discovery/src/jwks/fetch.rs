@@ -253,7 +253,12 @@ fn redirected(from: &Uri, location: &str) -> Option<Uri> {
     } else {
         let is_path = location.starts_with('/') && !location.starts_with("//");
         let path = is_path.then_some(location)?;
-        Uri::builder().scheme(from.scheme()?.clone()).authority(from.authority()?.clone()).path_and_query(path).build().ok()?
+        Uri::builder()
+            .scheme(from.scheme()?.clone())
+            .authority(from.authority()?.clone())
+            .path_and_query(path)
+            .build()
+            .ok()?
     };
     let is_downgrade = from.scheme() == Some(&Scheme::HTTPS) && next.scheme() != Some(&Scheme::HTTPS);
     (!is_downgrade).then_some(next)
@@ -291,7 +296,9 @@ mod tests {
     #[tokio::test]
     async fn names_of_this_machine_are_not_asked() {
         let fetcher = Fetcher::new(super::super::Settings::default().blocked, PathBuf::new());
-        for url in ["http://localhost:1/keys", "http://127.0.0.1:1/keys", "http://[::1]:1/keys", "http://169.254.169.254/"] {
+        for url in
+            ["http://localhost:1/keys", "http://127.0.0.1:1/keys", "http://[::1]:1/keys", "http://169.254.169.254/"]
+        {
             let refused = fetcher.key_set(&KeySource::Uri(url.into())).await;
             assert!(matches!(refused, Err(FetchError::Blocked(..))), "{url}: {refused:?}");
         }

@@ -406,7 +406,8 @@ mod tests {
 
     #[test]
     fn sampling_is_a_share_of_the_ids() {
-        let hits = |percent| (0..100_000_u32).filter(|n| sampled_by_id(format!("{n:08x}-").as_bytes(), percent)).count();
+        let hits =
+            |percent| (0..100_000_u32).filter(|n| sampled_by_id(format!("{n:08x}-").as_bytes(), percent)).count();
         assert_eq!((hits(25.0), hits(0.01), hits(0.0), hits(100.0)), (25_000, 10, 0, 100_000));
         assert!(!sampled_by_id(b"zzzzzzzz-", 100.0));
     }
