@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::header::{ACCEPT, HOST, LOCATION, USER_AGENT};
 use http::uri::{Authority, Scheme};
 use http::{StatusCode, Uri};
-use http_body_util::{BodyExt as _, Empty, LengthLimitError, Limited};
+use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
 use identity::workload::{InvalidIdentity, TrustRoots};
 use ipnet::IpNet;
@@ -163,10 +163,7 @@ impl Fetcher {
                 return Err(FetchError::Status(text(), response.status()));
             }
             let body = Limited::new(response.into_body(), BODY_BYTES_MAX).collect().await;
-            let body = body.map_err(|error| match error.downcast::<LengthLimitError>() {
-                Ok(error) => FetchError::Body(text(), error),
-                Err(error) => FetchError::Body(text(), error),
-            })?;
+            let body = body.map_err(|error| FetchError::Body(text(), error))?;
             Ok(Fetched::Body(body.to_bytes()))
         };
         // The connection moves the answer along. It may end first when all of the answer was read.
