@@ -490,11 +490,11 @@ fn an_authorizer_reads_the_body_up_to_its_limit() {
     };
     for chunked in [&[][..], &["-H", "transfer-encoding: chunked"]] {
         puppet.forget();
-        let fits = post(&[chunked, &["-d", "sixteen bytes ok"]].concat());
+        let fits = post(&[chunked, &["-d", "sixteen bytes ok"][..]].concat());
         assert_eq!((fits.status, fits.json()["data"].as_str()), (200, Some("sixteen bytes ok")), "{fits:?}");
         assert_eq!(puppet.seen()[0]["body"], "sixteen bytes ok");
         puppet.forget();
-        let large = post(&[chunked, &["-d", "seventeen bytes !"]].concat());
+        let large = post(&[chunked, &["-d", "seventeen bytes !"][..]].concat());
         assert_eq!(large.status, 413, "{large:?}");
         assert_eq!(puppet.seen().len(), 0, "a body that is cut is not judged");
     }

@@ -147,7 +147,7 @@ spec: {host: puppet.legacy.svc.cluster.local, exportTo: [.], trafficPolicy: {tls
 ",
     );
     // The server only reads, so that no call succeeds.
-    let curl = |args: &[&str]| mesh.curl("bar/curl", &[&["--max-time", "3"], args].concat());
+    let curl = |args: &[&str]| mesh.curl("bar/curl", &[&["--max-time", "3"][..], args].concat());
     curl(&["http://puppet.legacy:8002/"]);
     curl(&["--http2-prior-knowledge", "-H", "content-type: application/grpc", "http://puppet.legacy:8003/a.B/C"]);
     mesh.exec("bar/curl", &["bash", "-c", "exec 3<>/dev/tcp/puppet.legacy/8001; echo hi >&3; read -r -t 2 <&3"]);

@@ -51,6 +51,7 @@ fn labels(pairs: &[(&str, &str)]) -> Labels {
 /// What every series of a call from `curl` to `app` in `shop` says, but for the protocol's own.
 fn common(app: &str, version: &str, service: &str) -> Labels {
     let workload = if version == "v1" { app.to_owned() } else { format!("{app}-{version}") };
+    let principal = format!("spiffe://cluster.local/ns/shop/sa/{app}");
     labels(&[
         ("source_workload", "curl"),
         ("source_canonical_service", "curl"),
@@ -60,9 +61,9 @@ fn common(app: &str, version: &str, service: &str) -> Labels {
         ("source_app", "curl"),
         ("source_version", "v1"),
         ("source_cluster", "Kubernetes"),
-        ("destination_workload", &workload),
+        ("destination_workload", workload.as_str()),
         ("destination_workload_namespace", "shop"),
-        ("destination_principal", &format!("spiffe://cluster.local/ns/shop/sa/{app}")),
+        ("destination_principal", principal.as_str()),
         ("destination_app", app),
         ("destination_version", version),
         ("destination_service", service),

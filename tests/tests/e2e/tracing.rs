@@ -36,12 +36,15 @@ fn spans(puppet: &Puppet<'_>) -> Vec<Value> {
 
 fn of_request(puppet: &Puppet<'_>, request_id: &str) -> Vec<Value> {
     let all = spans(puppet);
-    let traces: BTreeSet<&Value> = all
-        .iter()
-        .filter(|span| span["tags"]["guid:x-request-id"] == *request_id)
-        .map(|span| &span["traceId"])
-        .collect();
-    all.iter().filter(|span| traces.contains(&span["traceId"])).cloned().collect()
+    traces_with(&all, "guid:x-request-id", request_id)
+}
+
+/// All spans of the traces in which some span has this tag.
+fn traces_with(all: &[Value], tag: &str, value: &str) -> Vec<Value> {
+    let ids: BTreeSet<&str> =
+        all.iter().filter(|span| span["tags"][tag] == value).filter_map(|span| span["traceId"].as_str()).collect();
+    let is_of_one = |span: &&Value| span["traceId"].as_str().is_some_and(|id| ids.contains(id));
+    all.iter().filter(is_of_one).cloned().collect()
 }
 
 /// A trace as text: one span a line, children indented below their parent, in the order of names.
@@ -110,8 +113,8 @@ spec: {hosts: [reviews], http: [{route: [{destination: {host: reviews, subset: v
             "00000000-0000-4000-8000-000000000002",
             vec![("x-b3-traceid", trace), ("x-b3-spanid", span), ("x-b3-sampled", "1")],
         ),
-        ("00000000-0000-4000-8000-000000000003", vec![("b3", &single)]),
-        ("00000000-0000-4000-8000-000000000004", vec![("traceparent", &parent)]),
+        ("00000000-0000-4000-8000-000000000003", vec![("b3", single.as_str())]),
+        ("00000000-0000-4000-8000-000000000004", vec![("traceparent", parent.as_str())]),
     ];
     for (agent, headers) in starts {
         puppet.forget();
@@ -120,10 +123,7 @@ spec: {hosts: [reviews], http: [{route: [{destination: {host: reviews, subset: v
         all.extend(&headers);
         assert_eq!(mesh.get("books.shop.test", "/productpage", &all).status, 200);
         let found = eventually("the trace", || {
-            let all = spans(&puppet);
-            let ids: BTreeSet<&Value> =
-                all.iter().filter(|span| span["tags"]["user_agent"] == agent).map(|span| &span["traceId"]).collect();
-            let trace: Vec<Value> = all.iter().filter(|span| ids.contains(&span["traceId"])).cloned().collect();
+            let trace = traces_with(&spans(&puppet), "user_agent", agent);
             let drawn = tree(&trace);
             if drawn == BOOKS { Ok(trace) } else { Err(format!("{headers:?}\n{drawn}")) }
         });
@@ -142,7 +142,7 @@ spec: {hosts: [reviews], http: [{route: [{destination: {host: reviews, subset: v
 }
 
 fn check_tags(trace: &[Value]) {
-    let ids: BTreeSet<&Value> = trace.iter().filter_map(|span| span["tags"].get("guid:x-request-id")).collect();
+    let ids: BTreeSet<&str> = trace.iter().filter_map(|span| span["tags"]["guid:x-request-id"].as_str()).collect();
     assert_eq!(ids.len(), 1, "one request id for the whole trace: {ids:?}");
     for span in trace {
         let tags = &span["tags"];

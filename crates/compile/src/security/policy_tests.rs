@@ -279,8 +279,8 @@ fn fetched_keys_are_handed_on_and_failures_told() {
         key_sets.set(source.clone(), fetched);
         let yaml = tokens("t", "{jwtRules: [{issuer: 'https://id', jwksUri: 'https://id/keys'}]}");
         let snapshot = test_mesh::snapshot(&yaml).with_key_sets(std::sync::Arc::new(key_sets));
-        let view = test_mesh::view(crate::ProxyKind::Sidecar, "shop", &["app=a"]);
-        super::policy_filters(&crate::context::Context::new(&snapshot, &view), Place::Sidecar)
+        let view = test_mesh::view(ProxyKind::Sidecar, "shop", &["app=a"]);
+        policy_filters(&Context::new(&snapshot, &view), Place::Sidecar)
     };
     let good = with(Ok(KEYS.into()));
     assert_eq!(test_mesh::http_filters(&good.http)[0], format!("origins-0: iss=https://id keys={KEYS}"));

@@ -33,6 +33,9 @@ pub(super) enum FetchError {
     /// Not an absolute URL of http or https.
     #[error("{0:?} is not an http or https URL")]
     Url(String),
+    /// A URL with a user or password in it: neither is sent, nor told to anybody.
+    #[error("the URL holds a user or password, which is not supported")]
+    Userinfo,
     /// DNS.
     #[error("{0:?} does not resolve")]
     Resolve(String, #[source] io::Error),
@@ -139,6 +142,9 @@ impl Fetcher {
         let (Some(scheme), Some(authority)) = (uri.scheme(), uri.authority()) else {
             return Err(FetchError::Url(text()));
         };
+        if authority.as_str().contains('@') {
+            return Err(FetchError::Userinfo);
+        }
         let stream = self.connect(scheme, authority, uri).await?;
         let (mut sender, connection) = hyper::client::conn::http1::Builder::new()
             .max_buf_size(64 * 1024)
@@ -299,6 +305,8 @@ mod tests {
             let refused = fetcher.key_set(&KeySource::Uri(url.into())).await;
             assert!(matches!(refused, Err(FetchError::Blocked(..))), "{url}: {refused:?}");
         }
+        let refused = fetcher.key_set(&KeySource::Uri("http://user:secret@example.com/".into())).await;
+        assert!(matches!(refused, Err(FetchError::Userinfo)), "{refused:?}");
         for url in ["ftp://example.com/keys", "keys", "file:///etc/passwd"] {
             let refused = fetcher.key_set(&KeySource::Uri(url.into())).await;
             assert!(matches!(refused, Err(FetchError::Url(_))), "{url}: {refused:?}");

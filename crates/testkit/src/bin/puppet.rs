@@ -13,6 +13,7 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -20,6 +21,8 @@ use serde_json::{Map, Value, json};
 
 /// Requests and connections that are remembered; older ones are forgotten.
 const SEEN_MAX: usize = 5000;
+/// A client of `RAW_PORT` may be silent so long.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Largest body.
 const BODY_MAX: u64 = 4 << 20;
 
@@ -62,10 +65,25 @@ fn remember<T>(list: &mut Vec<T>, item: T) {
     list.push(item);
 }
 
+/// Reads a whole record of TLS, or the first bytes of anything else.
 fn record_raw(mut stream: TcpStream, memory: &Shared) {
-    let mut bytes = vec![0; 16 * 1024];
-    if let Ok(read @ 1..) = stream.read(&mut bytes) {
-        remember(&mut lock(memory).raw, BASE64.encode(&bytes[..read]));
+    let mut bytes = Vec::new();
+    let mut part = [0; 4096];
+    // A client that stops in the middle is not waited for.
+    let timed = stream.set_read_timeout(Some(PATIENCE));
+    while let (Ok(()), Ok(read @ 1..)) = (&timed, stream.read(&mut part)) {
+        bytes.extend_from_slice(&part[..read]);
+        let is_whole = match bytes[..] {
+            [0x16, _, _, high, low, ..] => bytes.len() >= 5 + usize::from(u16::from_be_bytes([high, low])),
+            [0x16, ..] => false,
+            _ => true,
+        };
+        if is_whole {
+            break;
+        }
+    }
+    if !bytes.is_empty() {
+        remember(&mut lock(memory).raw, BASE64.encode(&bytes));
     }
 }
 
@@ -75,9 +93,9 @@ fn serve(stream: TcpStream, memory: &Shared) -> Option<()> {
     let mut from = BufReader::new(stream);
     loop {
         let request = read(&mut from)?;
-        let path = request["path"].as_str().unwrap_or_default().to_owned();
+        let [method, path] = ["method", "path"].map(|part| request[part].as_str().unwrap_or_default().to_owned());
         let mut missing = 0;
-        let (status, headers, body) = match (request["method"].as_str().unwrap_or_default(), path.as_str()) {
+        let (status, headers, body) = match (method.as_str(), path.as_str()) {
             ("PUT", "/_/answers") => {
                 let answers = serde_json::from_str(request["body"].as_str().unwrap_or_default());
                 lock(memory).answers = answers.unwrap_or_default();
@@ -156,13 +174,13 @@ fn read(from: &mut impl BufRead) -> Option<Value> {
     let mut body = Vec::new();
     while is_chunked {
         let size = u64::from_str_radix(line(from)?.split(';').next()?, 16).ok()?;
-        from.take(size.min(BODY_MAX)).read_to_end(&mut body).ok()?;
+        from.by_ref().take(size.min(BODY_MAX)).read_to_end(&mut body).ok()?;
         line(from)?;
         if size == 0 {
             break;
         }
     }
-    from.take(BODY_MAX.min(length)).read_to_end(&mut body).ok()?;
+    from.by_ref().take(BODY_MAX.min(length)).read_to_end(&mut body).ok()?;
     let body = String::from_utf8_lossy(&body);
     Some(json!({"method": method, "path": path, "headers": headers, "body": body}))
 }
