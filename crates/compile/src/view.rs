@@ -119,6 +119,9 @@ pub enum InvalidNode {
     /// Neither `sidecar` nor `router`.
     #[error("node type {0:?} is neither sidecar nor router")]
     Kind(String),
+    /// Bytes that are no `envoy.config.core.v3.Node`.
+    #[error("not a node: {0}")]
+    Encoding(#[from] prost::DecodeError),
 }
 
 impl View {
@@ -142,6 +145,11 @@ impl View {
             is_unprivileged: false,
             capabilities: Capabilities::ALL,
         }
+    }
+
+    /// [`View::from_node`] of an encoded `envoy.config.core.v3.Node`, as a config dump holds it.
+    pub fn from_encoded_node(bytes: &[u8]) -> Result<Self, InvalidNode> {
+        Self::from_node(&<Node as prost::Message>::decode(bytes)?)
     }
 
     /// Reads the node that a client sends with its first request.

@@ -7,6 +7,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use compile::{Capabilities, Resources, View, check};
+use engine::config::Table;
+use engine::lower::{self, Raw};
 use envoy_types::pb::envoy::config::cluster::v3::{Cluster, cluster};
 use envoy_types::pb::envoy::config::listener::v3::{FilterChain, Listener, filter};
 use envoy_types::pb::envoy::config::route::v3::{Route, RouteConfiguration, route, route_action, route_match};
@@ -17,6 +19,7 @@ use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::{TcpPro
 use expect_test::{Expect, expect};
 use mesh::MeshSnapshot;
 use prost::Message as _;
+use types::wellknown::type_urls;
 
 /// Two HTTP services, one of bytes, one of unknown protocol; the client is a pod of `shop`.
 const MESH: &str = r"
@@ -90,7 +93,24 @@ fn compiled(yaml: &str) -> Resources {
             assert!(!bytes.contains(own), "{} has {own}, which a plain Envoy refuses", resource.name);
         }
     }
+    assert_eq!(refused(&resources), Vec::<String>::new());
     resources
+}
+
+/// What our own proxy would refuse.
+fn refused(resources: &Resources) -> Vec<String> {
+    let packed = resources.packed();
+    let raws = |url: &str| -> Vec<Raw> {
+        let of_type = packed.iter().filter(|resource| resource.type_url == url);
+        of_type.map(|resource| Raw { name: resource.name.as_str().into(), body: resource.any.clone() }).collect()
+    };
+    let lists = [
+        lower::apply_clusters(&Table::default(), &raws(type_urls::CLUSTER), &[]).1,
+        lower::apply_endpoints(&Table::default(), &raws(type_urls::ENDPOINT), &[]).1,
+        lower::apply_routes(&Table::default(), &raws(type_urls::ROUTE), &[]).1,
+        lower::apply_listeners(&Table::default(), &raws(type_urls::LISTENER), &[]).1,
+    ];
+    lists.iter().flatten().map(|rejected| format!("{}: {}", rejected.name, rejected.reason)).collect()
 }
 
 fn routes(of: &RouteConfiguration) -> String {

@@ -95,6 +95,27 @@ impl Fault {
     }
 }
 
+impl Fault {
+    /// Every plan that [`decide`](Self::decide) may make for a request, with its share.
+    ///
+    /// *Shape*: shares are above 0 and add up to 1.
+    pub fn plans(&self, head: &RequestHead) -> Vec<(Plan, f64)> {
+        if !self.headers.iter().all(|matcher| matcher.matches(head)) {
+            return vec![(Plan::default(), 1.0)];
+        }
+        let of = |share: Option<Fraction>| share.map_or(0.0, Fraction::share);
+        let (delays, aborts) = (of(self.delay.map(|(_, share)| share)), of(self.abort.map(|(_, share)| share)));
+        let (delay, abort) = (self.delay.map(|(delay, _)| delay), self.abort.map(|(abort, _)| abort));
+        let all = [
+            (Plan { delay: None, abort: None }, (1.0 - delays) * (1.0 - aborts)),
+            (Plan { delay, abort: None }, delays * (1.0 - aborts)),
+            (Plan { delay: None, abort }, (1.0 - delays) * aborts),
+            (Plan { delay, abort }, delays * aborts),
+        ];
+        all.into_iter().filter(|(_, share)| *share > 0.0).collect()
+    }
+}
+
 /// A missing percentage is none at all.
 fn share(proto: Option<&FractionalPercent>) -> Result<Fraction, Unsupported> {
     let Some(proto) = proto else { return Ok(Fraction { numerator: 0, denominator: 100 }) };

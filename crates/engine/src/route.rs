@@ -172,6 +172,11 @@ impl Fraction {
     pub fn holds(self, draw: u64) -> bool {
         scale(draw, self.denominator.into()) < u64::from(self.numerator)
     }
+
+    /// From 0 to 1.
+    pub fn share(self) -> f64 {
+        (f64::from(self.numerator) / f64::from(self.denominator.max(1))).min(1.0)
+    }
 }
 
 /// What a route does.

@@ -42,6 +42,8 @@ pub struct Call {
     pub headers: Vec<(String, String)>,
     /// The application speaks HTTP/2.
     pub is_http2: bool,
+    /// Address of a client outside; `None`: one of a documentation range.
+    pub client: Option<IpAddr>,
     /// When, for tokens.
     pub now: Now,
 }
@@ -200,6 +202,7 @@ impl Call {
             target: Target::parse(url)?,
             headers: headers.collect::<Result<_, _>>()?,
             is_http2: false,
+            client: None,
             now,
         })
     }

@@ -1,14 +1,17 @@
 //! Where would this call go, and why: the mesh's own compiler and the proxy's own evaluator, asked
-//! without a mesh running.
+//! without sending anything.
 //!
 //! ```text
-//!  MeshSnapshot ─► compile, for the proxy of each hop ─► engine::assembly (lower) ─► RuntimeConfig
+//!  MeshSnapshot ─► compile, for the proxy of each hop ─┬► engine::assembly (lower) ─► RuntimeConfig
+//!  a running proxy's own config dump and host state ───┘
 //!  Call ──────────► listener, chain ─► Exchange or Stream, recorded ─► Explanation ─► text, JSON
 //! ```
 //!
 //! [`explain()`] walks a call from its caller's proxy to the application that would answer it, one
 //! [`Hop`] after the other, and says at each decision which objects made it and what lost. What is
 //! drawn at random (weights, faults in percent) becomes several [`Path`]s with their shares.
+//! [`explain_running()`] does the same with what each running proxy says of itself ([`Running`]): one
+//! that is behind answers by what it has, and the explanation says that it is behind.
 //! [`assume()`] fills in what manifests alone do not have: pods, their addresses, ClusterIPs.
 //! [`vet()`] lowers everything compiled for a proxy and reports what our proxy would refuse.
 //!
@@ -23,12 +26,14 @@ mod call;
 mod reasons;
 mod report;
 mod run;
+mod running;
 mod vet;
 mod walk;
 mod world;
 
 pub use assume::{Assumed, assume};
 pub use call::{Call, Caller, InvalidCall, Target};
-pub use report::{Because, Decision, End, EndKind, Explanation, Hop, Lost, Path, Side};
+pub use report::{Because, Decision, End, EndKind, Explanation, Hop, Lost, Path, Request, Side};
+pub use running::{InvalidDump, Running};
 pub use vet::{vet, vet_packed};
-pub use walk::explain;
+pub use walk::{Explainer, explain, explain_running};

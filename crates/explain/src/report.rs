@@ -3,7 +3,7 @@
 use std::fmt::{self, Write as _};
 
 use serde::Serialize;
-use types::{Cause, Finding, ObjectRef, Position};
+use types::{Cause, Finding, ObjectRef, Position, RequestHead};
 
 /// The answer to one [`crate::Call`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -68,14 +68,43 @@ pub struct Hop {
     pub side: Side,
     /// What it decides, in order.
     pub decisions: Vec<Decision>,
+    /// The request as it leaves the proxy; none where it ends here, or travels as bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub request: Option<Request>,
+}
+
+/// A request on the wire, as far as the mesh makes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Request {
+    /// `GET`, …
+    pub method: String,
+    /// `host` or `:authority`.
+    pub authority: String,
+    /// Path and query.
+    pub path: String,
+    /// Names in lower case, in order.
+    pub headers: Vec<(String, String)>,
+}
+
+impl Request {
+    pub(crate) fn of(head: &RequestHead) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Self {
+            method: head.method().to_owned(),
+            authority: text(head.authority()),
+            path: text(head.path()),
+            headers: head.fields.iter().map(|(name, value)| (name.to_owned(), text(value))).collect(),
+        }
+    }
 }
 
 /// One decision.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Decision {
-    /// `listener`, `chain`, `mtls`, `routes`, `host`, `route`, `policy`, `token`, `fault`, `filter`,
-    /// `cluster`, `endpoint`, `transport`, `mirror`, `retry`, `wait`, `ask`, `reply`.
+    /// `state`, `mtls`, `listener`, `chain`, `routes`, `host`, `route`, `policy`, `token`, `fault`,
+    /// `authorize`, `filter`, `cluster`, `limits`, `endpoint`, `transport`, `mirror`, `retry`.
     pub stage: &'static str,
     /// A name, an address, a verdict.
     pub outcome: String,
@@ -167,12 +196,15 @@ pub struct End {
     /// What to do about it.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub remedy: &'static str,
+    /// Headers of an answer that a proxy makes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub headers: Vec<(String, String)>,
 }
 
 impl End {
     /// An end that is no failure.
     pub(crate) fn good(kind: EndKind, text: String) -> Self {
-        Self { kind, text, status: None, cause: None, flag: None, details: String::new(), remedy: "" }
+        Self { kind, text, status: None, cause: None, flag: None, details: String::new(), remedy: "", headers: Vec::new() }
     }
 
     /// An end that the mesh makes.
@@ -187,6 +219,7 @@ impl End {
             flag: (surface.flag != "-").then(|| surface.flag.to_owned()),
             details: surface.details.to_owned(),
             remedy: surface.remedy,
+            headers: Vec::new(),
         }
     }
 }

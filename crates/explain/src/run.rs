@@ -3,14 +3,15 @@
 use std::sync::Arc;
 
 use engine::chain::{FilterChain, Listener, NoFilterChain, Terminal, select_chain};
-use engine::cluster::Cluster;
+use engine::cluster::{Cluster, Endpoint, Health};
 use engine::exchange::{Attempt, AuthorizeAnswer, Question, Start, UpstreamProtocol};
+use engine::fault::Fault;
 use engine::facts::{PeerCertificate, TlsFacts, Transport};
 use engine::matcher::Metadata;
 use engine::record::{Provenance, Record, Stage};
-use engine::route::{Override, RouteTable, Target};
+use engine::route::{Override, Overrides, RouteTable, Target};
 use engine::stream::{Stream, StreamStart, StreamStep};
-use engine::{Answer, ConnFacts, Exchange, Step};
+use engine::{Answer, ConnFacts, Exchange, Now, Step};
 use types::{Cause, ClusterName, RequestHead, ResponseHead, SpiffeId, Version};
 
 use crate::reasons::{self, Found};
@@ -34,7 +35,7 @@ pub(crate) struct Run {
     pub(crate) next: Next,
     /// Equal for runs that differ in nothing but the endpoint.
     pub(crate) key: String,
-    /// The share that weights give it, in percent.
+    /// The share that weights and percentages give it, of 100.
     pub(crate) by_weight: Option<f64>,
     /// Another seed may go another way.
     pub(crate) is_random: bool,
@@ -50,7 +51,13 @@ pub(crate) enum Next {
 const STEPS_MAX: usize = 32;
 
 /// Runs it.
-pub(crate) fn run(world: &World<'_>, proxy: &Proxy, listener: &Listener, arrival: &Arrival, seed: u64) -> Run {
+pub(crate) fn run(
+    world: &World<'_>,
+    proxy: &Proxy,
+    listener: &Listener,
+    arrival: &Arrival,
+    (now, seed): (Now, u64),
+) -> Run {
     let mut record = Record::default();
     let mut decisions = vec![Decision {
         stage: "listener",
@@ -80,14 +87,14 @@ pub(crate) fn run(world: &World<'_>, proxy: &Proxy, listener: &Listener, arrival
         because: reasons::because(&chain.provenance),
         lost: Vec::new(),
     });
-    let facts = match handshake(&chain, arrival) {
+    let facts = match handshake(proxy, &chain, arrival) {
         Ok(facts) => Arc::new(facts),
         Err(why) => {
             let text = format!("the proxy of {} closes the connection: {why}", proxy.name());
             return ended(decisions, End::cause(EndKind::Closed, Cause::DownstreamTlsFailed, text));
         }
     };
-    let mut writer = Writer { world, proxy, chain: &chain, decisions, record: Record::default() };
+    let mut writer = Writer { world, proxy, chain: &chain, now, decisions, record: Record::default() };
     match (&chain.terminal, arrival.head.as_ref().filter(|_| facts.transport == Transport::Raw || facts.tls.is_some()))
     {
         (Terminal::Tcp(_), _) => stream(&mut writer, &facts, arrival, seed),
@@ -116,11 +123,16 @@ fn chain_kind(chain: &FilterChain) -> String {
 }
 
 /// The facts after the handshake that the chain asks for.
-fn handshake(chain: &FilterChain, arrival: &Arrival) -> Result<ConnFacts, String> {
+fn handshake(proxy: &Proxy, chain: &FilterChain, arrival: &Arrival) -> Result<ConnFacts, String> {
     let mut facts = arrival.facts.clone();
     let Some(tls) = &chain.tls else { return Ok(facts) };
     if facts.transport != Transport::Tls {
         return Err("TLS is wanted and plaintext comes".to_owned());
+    }
+    let mut secrets = Vec::new();
+    tls.secrets(&mut secrets);
+    if let Some(missing) = proxy.missing_secret(&secrets) {
+        return Err(format!("it does not have the secret {missing}"));
     }
     let asked = tls.validation.is_some();
     let peer = arrival.identity.clone().filter(|_| asked).map(|identity| PeerCertificate {
@@ -140,13 +152,14 @@ struct Writer<'a> {
     world: &'a World<'a>,
     proxy: &'a Proxy,
     chain: &'a Arc<FilterChain>,
+    now: Now,
     decisions: Vec<Decision>,
     record: Record,
 }
 
 fn stream(writer: &mut Writer<'_>, facts: &Arc<ConnFacts>, arrival: &Arrival, seed: u64) -> Run {
     let proxy = writer.proxy;
-    let env = proxy.env(writer.world.now);
+    let env = proxy.env(writer.now);
     let start = StreamStart { chain: writer.chain, conn: facts, seed, recorder: &mut writer.record };
     let (_, step) = Stream::start(&env, start);
     let Terminal::Tcp(tcp) = &writer.chain.terminal else { unreachable!("the caller looked") };
@@ -188,7 +201,7 @@ fn percent(weight: u32, total: u64) -> Option<f64> {
 
 fn exchange(writer: &mut Writer<'_>, facts: &Arc<ConnFacts>, sent: &RequestHead, seed: u64) -> Run {
     let (proxy, world) = (writer.proxy, writer.world);
-    let mut now = world.now;
+    let mut now = writer.now;
     let mut head = sent.clone();
     let mut info = engine::exchange::StreamInfo::default();
     if let Err(cause) = engine::stream::admit(&proxy.env(now), writer.chain, facts, &mut info, &mut writer.record) {
@@ -223,6 +236,10 @@ fn exchange(writer: &mut Writer<'_>, facts: &Arc<ConnFacts>, sent: &RequestHead,
     }
     let choice = writer.translate(Some((sent, &exchange.info().metadata)));
     let next = match step {
+        Step::Forward(attempt) if writer.limits(&attempt.cluster).is_some() => {
+            let text = format!("the proxy of {} answers 503", proxy.name());
+            Next::End(End::cause(EndKind::Answered, Cause::UpstreamOverflow, text))
+        }
         Step::Forward(attempt) => {
             writer.transport(&attempt);
             head.version = match attempt.protocol {
@@ -237,6 +254,8 @@ fn exchange(writer: &mut Writer<'_>, facts: &Arc<ConnFacts>, sent: &RequestHead,
             let text = format!("the proxy of {} answers {status}{to}", proxy.name());
             let mut end = End::cause(EndKind::Answered, reply.cause, text);
             end.status = Some(status);
+            let text = |value: &[u8]| String::from_utf8_lossy(value).into_owned();
+            end.headers = reply.head.fields.iter().map(|(name, value)| (name.to_owned(), text(value))).collect();
             exchange.info().details.as_str().clone_into(&mut end.details);
             end.flag = engine::access_log::flags(exchange.info());
             Next::End(end)
@@ -253,6 +272,13 @@ fn exchange(writer: &mut Writer<'_>, facts: &Arc<ConnFacts>, sent: &RequestHead,
 struct Chance {
     by_weight: Option<f64>,
     is_random: bool,
+}
+
+impl Chance {
+    /// Something else is drawn, independently, with this share of 100.
+    fn take(&mut self, share: Option<f64>) {
+        self.by_weight = self.by_weight.zip(share).map(|(all, share)| all * share / 100.0);
+    }
 }
 
 impl Writer<'_> {
@@ -293,9 +319,9 @@ impl Writer<'_> {
             };
             self.decisions.push(made);
         }
-        let cluster = last(Stage::Cluster).map(|at| decisions[at].outcome.clone());
+        let chance = found.zip(request).map(|(found, (head, _))| chance(&found, &decisions, head));
         self.record.decisions = decisions;
-        found.map(|found| chance(&found, cluster.as_deref())).unwrap_or_default()
+        chance.unwrap_or_default()
     }
 
     fn filter(&self, outcome: &str, detail: &str, provenance: Option<&Arc<Provenance>>) -> Decision {
@@ -395,19 +421,79 @@ impl Writer<'_> {
     fn endpoint(&self, decision: &engine::record::Decision) -> Decision {
         let mut made = simple("endpoint", decision);
         let mut parts = decision.detail.split(';');
-        let at = made.outcome.parse::<std::net::SocketAddr>().ok();
-        let workload = at.and_then(|at| self.world.snapshot.workload_by_ip(at.ip()));
-        made.detail = match (workload, parts.next(), parts.next()) {
-            (Some(workload), _, _) => workload.key().to_string(),
+        made.detail = match (self.pod_at(&made.outcome), parts.next(), parts.next()) {
+            (Some(pod), _, _) => pod,
             (None, Some(name), Some(namespace)) if !name.is_empty() => format!("{namespace}/{name}"),
             _ => String::new(),
         };
-        let cluster = self.record_cluster();
-        let count = cluster.and_then(|cluster| self.proxy.config.endpoints_of(cluster)).map_or(1, |set| set.len());
+        let Some(cluster) = self.record_cluster() else { return made };
+        let count = self.proxy.config.endpoints_of(cluster).map_or(1, |set| set.len());
         if count > 1 {
             made.detail = format!("{}, one of {count}", made.detail);
         }
+        made.lost = self.unusable(cluster);
         made
+    }
+
+    fn pod_at(&self, address: &str) -> Option<String> {
+        let at = address.parse::<std::net::SocketAddr>().ok()?;
+        Some(self.world.snapshot.workload_by_ip(at.ip())?.key().to_string())
+    }
+
+    /// Endpoints that are not picked while others can be.
+    fn unusable(&self, cluster: &Cluster) -> Vec<Lost> {
+        let Some(set) = self.proxy.config.endpoints_of(cluster) else { return Vec::new() };
+        let known = self.proxy.worker.shared().cluster(&cluster.name).hosts();
+        let why = |endpoint: &Endpoint| {
+            let host = known.iter().find(|host| host.address == endpoint.address);
+            match endpoint.health {
+                _ if host.is_some_and(|host| host.is_ejected()) => Some("ejected by outlier detection"),
+                Health::Unhealthy => Some("not ready"),
+                Health::Degraded => Some("draining or degraded"),
+                Health::Healthy => None,
+            }
+        };
+        let lost = |endpoint: &Endpoint| {
+            let at = endpoint.address.to_string();
+            let pod = self.pod_at(&at).map(|pod| format!(" ({pod})")).unwrap_or_default();
+            why(endpoint).map(|why| Lost { what: format!("{at}{pod}"), why: why.to_owned(), because: Vec::new() })
+        };
+        set.localities.iter().flat_map(|locality| &locality.endpoints).filter_map(|endpoint| lost(endpoint)).collect()
+    }
+
+    /// What is under way at a cluster, where the proxy was asked and something is; and whether one
+    /// more is too many.
+    fn limits(&mut self, cluster: &Cluster) -> Option<Cause> {
+        let shared = self.proxy.worker.shared().cluster(&cluster.name);
+        let (limits, pending) = (&cluster.limits, self.proxy.pending(&cluster.name));
+        let (connections, requests) = (shared.connections.get(), self.proxy.requests(&cluster.name));
+        if connections + requests + pending == 0 {
+            return None;
+        }
+        let of = |what: &str, now: u32, most: u32| match most {
+            u32::MAX => format!("{now} {what}"),
+            most => format!("{now} of {most} {what}"),
+        };
+        let parts = [
+            of("connections", connections, limits.connections_max),
+            of("requests", requests, limits.requests_max),
+            of("waiting", pending, limits.pending_max),
+        ];
+        let waits = connections >= limits.connections_max && requests >= connections;
+        let overflows = waits && pending >= limits.pending_max;
+        let detail = match (overflows, waits) {
+            (true, _) => "every connection is busy and no more requests may wait",
+            (false, true) => "every connection is busy: the request waits for one",
+            (false, false) => "",
+        };
+        self.decisions.push(Decision {
+            stage: "limits",
+            outcome: parts.join(", "),
+            detail: detail.to_owned(),
+            because: reasons::because(&cluster.provenance),
+            lost: Vec::new(),
+        });
+        overflows.then_some(Cause::UpstreamOverflow)
     }
 
     fn record_cluster(&self) -> Option<&Arc<Cluster>> {
@@ -508,23 +594,40 @@ fn chosen_route(
     made
 }
 
-fn chance(found: &Found<'_>, cluster: Option<&str>) -> Chance {
-    let mut chance = Chance::default();
-    if let Some(forward) = found.forward()
-        && let Target::Weighted { clusters, total } = &forward.target
+/// `decisions` are the run's, `head` the request as it came.
+fn chance(found: &Found<'_>, decisions: &[engine::record::Decision], head: &RequestHead) -> Chance {
+    let mut chance = Chance { by_weight: Some(100.0), is_random: false };
+    let cluster = decisions.iter().rev().find(|decision| decision.stage == Stage::Cluster);
+    if let Some(Target::Weighted { clusters, total }) = found.forward().map(|forward| &forward.target)
+        && clusters.iter().filter(|cluster| cluster.weight > 0).count() > 1
     {
-        chance.is_random = clusters.iter().filter(|cluster| cluster.weight > 0).count() > 1;
-        let chosen = clusters.iter().find(|one| Some(&*one.name) == cluster);
-        chance.by_weight = chosen.filter(|_| chance.is_random).and_then(|chosen| percent(chosen.weight, *total));
+        chance.is_random = true;
+        // A request that is answered before has no cluster.
+        if let Some(decision) = cluster {
+            let chosen = clusters.iter().find(|one| *one.name == *decision.outcome);
+            chance.take(chosen.and_then(|chosen| percent(chosen.weight, *total)));
+        }
     }
     let host = found.host;
-    let fault = |overrides: &engine::route::Overrides| {
-        overrides.0.iter().any(|(_, setting)| matches!(setting, Override::Fault(_)))
-    };
-    let by_route = found.route.is_some_and(|route| fault(&host.routes[route].overrides));
-    let by_share = host.routes.iter().any(|route| route.matches.fraction.is_some());
-    chance.is_random |= by_route || by_share || fault(&host.overrides);
+    let by_route = found.route.and_then(|route| fault(&host.routes[route].overrides));
+    if let Some(fault) = by_route.or_else(|| fault(&host.overrides)) {
+        let plans = fault.plans(head);
+        chance.is_random |= plans.len() > 1;
+        let recorded = decisions.iter().find(|one| one.stage == Stage::Filter && one.outcome.ends_with(": fault"));
+        let met = recorded.map_or_else(|| "none".to_owned(), |decision| decision.detail.clone());
+        chance.take(plans.iter().find(|(plan, _)| plan.to_string() == met).map(|(_, share)| share * 100.0));
+    }
+    if host.routes.iter().any(|route| route.matches.fraction.is_some()) {
+        chance = Chance { by_weight: None, is_random: true };
+    }
     chance
+}
+
+fn fault(overrides: &Overrides) -> Option<&Fault> {
+    overrides.0.iter().find_map(|(_, setting)| match setting {
+        Override::Fault(fault) => Some(&**fault),
+        _ => None,
+    })
 }
 
 fn simple(stage: &'static str, decision: &engine::record::Decision) -> Decision {

@@ -4,22 +4,26 @@ use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use engine::ConnFacts;
+use engine::{ConnFacts, Now};
 use engine::chain::{Listener, listener_for};
 use engine::exchange::Attempt;
 use engine::facts::Transport;
 use engine::tls::SanKind;
 use mesh::{EndpointAddress, Health, MeshSnapshot, Resolution, Service, ServiceAddress, Workload};
-use types::{Cause, RequestHead, Version};
+use types::wellknown::type_urls;
+use types::{Cause, NamespacedName, RequestHead, Version};
 
 use crate::call::{Call, Caller, is_router};
 use crate::reasons;
-use crate::report::{Decision, End, EndKind, Explanation, Hop, Path, Side};
+use crate::report::{Decision, End, EndKind, Explanation, Hop, Path, Request, Side};
 use crate::run::{Arrival, Next, Run, run};
-use crate::world::{CLIENT, OUTSIDE, Proxy, World};
+use crate::running::Running;
+use crate::world::{CLIENT, OUTSIDE, Proxy, Source, World};
 
-/// Draws made where something is random.
+/// Draws made where something is random and its shares are not known.
 const DRAWS: u32 = 1000;
+/// Draws made to meet everything whose share is known.
+const DRAWS_MAX: u32 = 10_000;
 /// Proxies on one way; more is a loop.
 const HOPS_MAX: usize = 6;
 
@@ -27,26 +31,65 @@ const HOPS_MAX: usize = 6;
 ///
 /// *Shape*: at least one path; shares add up to 100, most frequent first.
 pub fn explain(snapshot: &MeshSnapshot, call: &Call) -> Explanation {
-    let world = World::new(snapshot, call.now);
-    let mut paths = Walk { world: &world, snapshot }.start(call);
-    paths.sort_by(|a, b| b.percent.total_cmp(&a.percent));
-    let (notes, findings) = world.into_remarks();
-    let from = match &call.from {
-        Caller::Workload(key) => key.to_string(),
-        Caller::Outside(key) => format!("outside, at {key}"),
-    };
-    let target = &call.target;
-    let line = if &*target.scheme == "tcp" {
-        format!("{from}: tcp://{}", target.authority())
-    } else {
-        format!("{from}: {} {}://{}{}", call.method, target.scheme, target.authority(), target.path)
-    };
-    Explanation { call: line, notes, paths, findings }
+    Explainer::of_objects(snapshot).explain(call)
+}
+
+/// [`explain`], with each proxy on the way as it runs now: its own configuration, be it older than
+/// the objects, and its own view of hosts.
+///
+/// *Source*: `ask` gives the proxy of a pod, once for each pod on the way. Where it cannot, the
+/// objects stand for it, and a note says so. Names and addresses are the snapshot's.
+pub fn explain_running(
+    snapshot: &MeshSnapshot,
+    call: &Call,
+    ask: &dyn Fn(&NamespacedName) -> Result<Running, String>,
+) -> Explanation {
+    Explainer::of_mesh(snapshot, ask).explain(call)
+}
+
+/// Explains several calls in one mesh; each proxy is made once.
+pub struct Explainer<'a> {
+    world: World<'a>,
+}
+
+impl<'a> Explainer<'a> {
+    /// With proxies as the objects make them; see [`explain`].
+    pub fn of_objects(snapshot: &'a MeshSnapshot) -> Self {
+        Self { world: World::new(snapshot, Source::Objects) }
+    }
+
+    /// With proxies as they run; see [`explain_running`].
+    pub fn of_mesh(
+        snapshot: &'a MeshSnapshot,
+        ask: &'a dyn Fn(&NamespacedName) -> Result<Running, String>,
+    ) -> Self {
+        Self { world: World::new(snapshot, Source::Mesh(ask)) }
+    }
+
+    /// Where `call` would go. Notes and findings are those of all calls so far.
+    pub fn explain(&self, call: &Call) -> Explanation {
+        let world = &self.world;
+        let mut paths = Walk { world, snapshot: world.snapshot, now: call.now }.start(call);
+        paths.sort_by(|a, b| b.percent.total_cmp(&a.percent));
+        let (notes, findings) = world.remarks();
+        let from = match &call.from {
+            Caller::Workload(key) => key.to_string(),
+            Caller::Outside(key) => format!("outside, at {key}"),
+        };
+        let target = &call.target;
+        let line = if &*target.scheme == "tcp" {
+            format!("{from}: tcp://{}", target.authority())
+        } else {
+            format!("{from}: {} {}://{}{}", call.method, target.scheme, target.authority(), target.path)
+        };
+        Explanation { call: line, notes, paths, findings }
+    }
 }
 
 struct Walk<'a> {
     world: &'a World<'a>,
     snapshot: &'a MeshSnapshot,
+    now: Now,
 }
 
 /// A path of one hop less, or of none.
@@ -91,6 +134,7 @@ impl Walk<'_> {
                 detail: named,
                 ..Decision::default()
             }],
+            request: call.head().as_ref().map(Request::of),
         };
         let arrival =
             Arrival { facts: client_facts("", address, from, call, (true, true)), identity: None, head: call.head() };
@@ -99,7 +143,7 @@ impl Walk<'_> {
     }
 
     fn outside(&self, workload: &Arc<Workload>, call: &Call) -> Vec<Path> {
-        let proxy = self.world.proxy(workload);
+        let proxy = self.world.proxy(workload, self.now);
         let mut services = self.snapshot.services().iter().filter(|service| {
             service.namespace == workload.namespace
                 && service.selector.as_ref().is_some_and(|selector| selector.matches(&workload.labels))
@@ -117,13 +161,14 @@ impl Walk<'_> {
                 .map(without_status)
                 .collect();
         };
-        let facts = client_facts(&listener.name, address, CLIENT, call, looks(&listener, port));
+        let client = SocketAddr::new(call.client.unwrap_or(CLIENT.ip()), CLIENT.port());
+        let facts = client_facts(&listener.name, address, client, call, looks(&listener, port));
         let arrival = Arrival { facts, identity: None, head: call.head() };
         self.hop(Side::Gateway, &proxy, &listener, &arrival, &[], 0)
     }
 
     fn outbound(&self, workload: &Arc<Workload>, dest: &Dialled, call: &Call) -> Vec<Path> {
-        let proxy = self.world.proxy(workload);
+        let proxy = self.world.proxy(workload, self.now);
         let dest = match dest {
             Dialled::Service { address, .. } | Dialled::Address(address) => *address,
         };
@@ -150,28 +195,35 @@ impl Walk<'_> {
         depth: usize,
     ) -> Vec<Path> {
         let mut groups: Vec<(u32, Run)> = Vec::new();
-        for draw in 0..DRAWS {
-            let made = run(self.world, proxy, listener, arrival, u64::from(draw) + 1);
+        let known = |groups: &[(u32, Run)]| -> Option<f64> { groups.iter().map(|(_, run)| run.by_weight).sum() };
+        let is_whole = |groups: &[(u32, Run)]| known(groups).is_some_and(|sum| (sum - 100.0).abs() < 1e-6);
+        for draw in 0..DRAWS_MAX {
+            let made = run(self.world, proxy, listener, arrival, (self.now, u64::from(draw) + 1));
             let random = made.is_random;
             match groups.iter_mut().find(|(_, known)| known.key == made.key) {
                 Some((count, _)) => *count += 1,
                 None => groups.push((1, made)),
             }
-            if !random && groups.len() == 1 {
+            let is_enough = if draw >= DRAWS { known(&groups).is_none() } else { !random && groups.len() == 1 };
+            if is_enough || (random && is_whole(&groups)) {
                 break;
             }
         }
         let drawn: u32 = groups.iter().map(|(count, _)| count).sum();
-        let weights: f64 = groups.iter().filter_map(|(_, run)| run.by_weight).sum();
-        let by_weight = groups.iter().all(|(_, run)| run.by_weight.is_some()) && (weights - 100.0).abs() < 1e-6;
+        let by_weight = is_whole(&groups);
         let is_single = groups.len() == 1;
         let mut paths = Vec::new();
         for (count, made) in groups {
             let counted = f64::from(count) * 100.0 / f64::from(drawn);
             let percent = made.by_weight.filter(|_| by_weight).unwrap_or(counted);
-            let mut decisions = first.to_vec();
+            let mut decisions = self.state(proxy, &made.decisions);
+            decisions.extend_from_slice(first);
             decisions.extend(made.decisions);
-            let hop = Hop { proxy: proxy.name(), side, decisions };
+            let request = match &made.next {
+                Next::Forward { head: Some(head), .. } => Some(Request::of(head)),
+                _ => None,
+            };
+            let hop = Hop { proxy: proxy.name(), side, decisions, request };
             let rest = match made.next {
                 Next::End(end) => only(end),
                 Next::Forward { attempt, head } => self.forwarded(side, proxy, &attempt, head, arrival, depth),
@@ -179,6 +231,41 @@ impl Walk<'_> {
             paths.extend(prefixed(&hop, rest, percent, by_weight || is_single));
         }
         paths
+    }
+
+    /// What is not as it should be with a running proxy, as far as it matters for these decisions.
+    fn state(&self, proxy: &Proxy, decisions: &[Decision]) -> Vec<Decision> {
+        let mut made = Vec::new();
+        let mut say = |outcome: &str, detail: String| {
+            made.push(Decision { stage: "state", outcome: outcome.to_owned(), detail, ..Decision::default() });
+        };
+        if proxy.is_draining() {
+            say("draining", "it finishes what it has and takes no new connections".to_owned());
+        }
+        let used: Vec<(&'static str, String)> = decisions
+            .iter()
+            .flat_map(|decision| {
+                let name = || decision.outcome.clone();
+                match decision.stage {
+                    "listener" => vec![(type_urls::LISTENER, name())],
+                    "routes" => vec![(type_urls::ROUTE, name())],
+                    "cluster" => {
+                        let known = proxy.config.clusters.get(&decision.outcome);
+                        let endpoints = known.and_then(|cluster| cluster.endpoints_key()).map(ToString::to_string);
+                        [(type_urls::CLUSTER, name())]
+                            .into_iter()
+                            .chain(endpoints.map(|key| (type_urls::ENDPOINT, key)))
+                            .collect()
+                    }
+                    _ => Vec::new(),
+                }
+            })
+            .collect();
+        let behind = self.world.behind(proxy, &used);
+        if !behind.is_empty() {
+            say("behind", format!("it does not run what the objects say: {}", behind.join(", ")));
+        }
+        made
     }
 
     /// What becomes of an attempt.
@@ -207,6 +294,12 @@ impl Walk<'_> {
         let mut identity = None;
         match &attempt.transport.tls {
             Some(tls) => {
+                let mut secrets = Vec::new();
+                tls.secrets(&mut secrets);
+                if let Some(missing) = proxy.missing_secret(&secrets) {
+                    let text = format!("the proxy of {} does not have the secret {missing}", proxy.name());
+                    return only(End::cause(EndKind::Closed, Cause::UpstreamTlsFailed, text));
+                }
                 facts.transport = Transport::Tls;
                 facts.server_name = attempt.sni.as_deref().map(Into::into);
                 facts.protocols = attempt.alpn.list(&attempt.transport).to_vec();
@@ -266,7 +359,7 @@ impl Walk<'_> {
                 format!("the application in {} gets it on port {}; it has no proxy", workload.key(), address.port());
             return only(End::good(EndKind::Delivered, text));
         }
-        let proxy = self.world.proxy(&workload);
+        let proxy = self.world.proxy(&workload, self.now);
         if is_gateway {
             let Some(listener) = listener_for(&proxy.config, address).cloned() else {
                 let text = format!("the gateway {} does not listen on port {}", proxy.name(), address.port());

@@ -9,6 +9,7 @@
 //! | `POST /objects[?dryRun=true][&file=NAME][&namespace=N]` | body YAML or JSON; a [`Report`]; `namespace` is for objects that name none |
 //! | `POST /objects/KIND/NAMESPACE/NAME/merge` | body a JSON merge patch; the object |
 //! | `GET /watch` | [`api::watch`] events, a line each |
+//! | `GET /files` | `{"objects":[{"object":…,"file":…}]}`: objects that follow a file |
 //! | `GET /findings` | findings of the files, as they stand |
 //! | `POST /tokenreview` | `{"token","audience"}` → `{"authenticated",…}` |
 //! | `GET /logs/NAMESPACE/POD/CONTAINER[?tail=N][&follow=true]` | bytes |
@@ -210,6 +211,7 @@ async fn answer(api: &Api, request: Request<Incoming>) -> Answer {
     match (&method, parts.as_slice()) {
         (&Method::GET, ["status"]) => whole(StatusCode::OK, &api.machine.status()),
         (&Method::GET, ["findings"]) => whole(StatusCode::OK, &json!({ "findings": api.machine.findings() })),
+        (&Method::GET, ["files"]) => files(api),
         (&Method::GET, ["watch"]) => watch(api),
         (&Method::GET, ["objects", kind]) => list(api, kind, query(&request, "namespace")),
         (&Method::GET, ["objects", kind, namespace, name]) => with_key(kind, namespace, name, |kind, key| {
@@ -264,6 +266,23 @@ fn list(api: &Api, kind: &str, namespace: Option<&str>) -> Answer {
     let wanted = |object: &&Arc<Object>| namespace.is_none_or(|namespace| &*object.meta.namespace == namespace);
     let items: Vec<&Value> = objects.of_kind(kind).filter(wanted).map(|object| &*object.raw).collect();
     whole(StatusCode::OK, &json!({ "kind": kind.name(), "items": items }))
+}
+
+/// Paths are absolute where they are paths at all: who asks may stand elsewhere.
+fn files(api: &Api) -> Answer {
+    let absolute = |file: &str| match std::path::absolute(file) {
+        Ok(path) if Path::new(file).exists() => path.display().to_string(),
+        _ => file.to_owned(),
+    };
+    let of_files = api.store.of_files();
+    let objects: Vec<Value> = of_files
+        .iter()
+        .map(|(kind, key, file)| {
+            let object = ObjectRef::new(kind.name(), &key.namespace, &key.name);
+            json!({ "object": object, "file": absolute(file) })
+        })
+        .collect();
+    whole(StatusCode::OK, &json!({ "objects": objects }))
 }
 
 fn delete(api: &Api, kind: Kind, key: &NamespacedName) -> Answer {

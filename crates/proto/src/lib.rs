@@ -1,7 +1,7 @@
 //! Messages of Istio that Envoy's API lacks, wire compatible, and a few helpers around `Any`.
 //!
-//! Holds generated code only: the certificate service that agents call, the name table of a
-//! proxy's DNS, and the settings of the filters of Istio's own build. Sources are in `protos/`,
+//! Holds generated code: the certificate service that agents call, the name table of a proxy's
+//! DNS, and the settings of the filters of Istio's own build; and Envoy's messages as JSON ([`json`]). Sources are in `protos/`,
 //! `cargo xtask` writes `src/generated`. `google.protobuf` is [`envoy_types`]' own, so that there
 //! is one `Any` in the tree.
 //!
@@ -10,6 +10,7 @@
 //! Start reading at [`any`] and `protos/ca.proto`.
 
 pub mod any;
+pub mod json;
 
 /// The certificate service (`istio.v1.auth`).
 pub mod ca {

@@ -214,6 +214,7 @@ async fn admin(context: &Context, path: &str, query: &str, post: bool) -> Page {
         "/server_info" => json(pages::server_info(context)),
         "/memory" => json(pages::memory()),
         "/certs" => json(pages::certs(context)),
+        "/lateen/state" => json(pages::state(context)),
         "/config_dump" | "/clusters" | "/listeners" => {
             let Some(inspection) = inspect(context).await else {
                 return text(StatusCode::SERVICE_UNAVAILABLE, "ending\n");
@@ -265,6 +266,7 @@ const HELP: &str = "admin commands are:
   /config_dump: current configuration (?include_eds, ?resource=NAME)
   /drain_listeners (POST): connections leave and listeners close (?inboundonly, ?graceful, ?skip_exit)
   /healthcheck/fail (POST), /healthcheck/ok (POST): readiness
+  /lateen/state: requests and connections under way, by cluster
   /listeners: listening addresses (?format=json)
   /logging (POST): levels of the log (?level=LEVEL, ?paths=NAME:LEVEL,...)
   /memory: allocator statistics

@@ -13,11 +13,11 @@ use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::google::protobuf::Any;
 use identity::channel::{ControlPlane, PlainTcp, Source};
 use prost::Message as _;
+use proto::json::from_json;
 use serde_json::{Map, Value};
 use thiserror::Error;
 use types::wellknown::type_urls;
 
-use crate::descriptors::from_json;
 use crate::options::{Options, Role, StaticResources};
 
 /// Why a bootstrap cannot be run.

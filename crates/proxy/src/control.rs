@@ -335,7 +335,7 @@ impl Control {
     }
 
     async fn tick(&mut self) {
-        crate::descriptors::rest();
+        proto::json::rest();
         if !self.files.is_empty() {
             self.look_at_files().await;
         }
@@ -455,6 +455,7 @@ impl Control {
         }
         // the old tables are dropped here, not on a worker
         self.published = next;
+        self.raw.published(|url, name| self.received.waits(&self.published, url, name));
         self.shared.published.store(Arc::clone(&self.published));
         self.shared.hosts.reconcile(&self.published);
         let generation = self.generation;

@@ -24,7 +24,6 @@ mod alarm;
 pub mod bootstrap;
 mod codec;
 mod control;
-mod descriptors;
 mod detect;
 mod dns;
 mod exchange;

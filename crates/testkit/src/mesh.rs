@@ -206,6 +206,26 @@ impl Mesh {
         }
     }
 
+    /// Processes of the mesh whose command line contains `word`.
+    pub fn processes(&self, word: &str) -> Vec<u32> {
+        let mut parents: BTreeMap<u32, u32> = BTreeMap::new();
+        for entry in std::fs::read_dir("/proc").expect("Linux has /proc").flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            // After the name, which may contain anything: state, parent.
+            let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+            let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
+            parents.extend(parent.map(|parent| (pid, parent)));
+        }
+        let is_ours = |pid: u32| {
+            std::iter::successors(Some(pid), |pid| parents.get(pid).copied()).any(|pid| pid == self.keeper.id())
+        };
+        let says = |pid: u32| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&line).replace('\0', " ").contains(word)
+        };
+        parents.keys().copied().filter(|pid| is_ours(*pid) && says(*pid)).collect()
+    }
+
     /// What `lateen up` wrote so far.
     pub fn said(&self) -> String {
         std::fs::read_to_string(self.dir.join("up.log")).unwrap_or_default()

@@ -8,6 +8,7 @@
 mod apps;
 mod authorization;
 mod bad_input;
+mod explain;
 mod gateway;
 mod hostile;
 mod identity;

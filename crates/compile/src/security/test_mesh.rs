@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use engine::config::Table;
+use engine::lower::{self, Raw};
 use envoy_types::pb::envoy::config::listener::v3::{Filter, FilterChain, filter};
 use envoy_types::pb::envoy::config::rbac::v3 as rbac;
 use envoy_types::pb::envoy::extensions::filters::http::ext_authz::v3::{ExtAuthz, ext_authz};
@@ -18,16 +20,49 @@ use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::DownstreamTl
 use envoy_types::pb::google::protobuf::Any;
 use mesh::MeshSnapshot;
 use prost::Message as _;
+use types::wellknown::type_urls;
 
 use super::render;
 use crate::view::{ProxyKind, View};
 
-/// The snapshot of a YAML text; every object must be admitted.
+/// The snapshot of a YAML text; every object must be admitted, and our proxy must take whatever is
+/// compiled from it, as a sidecar of each namespace and as the gateway.
 pub(crate) fn snapshot(yaml: &str) -> MeshSnapshot {
     let documents = api::parse_documents("test.yaml", yaml);
     assert!(!documents.has_errors(), "{:#?}", documents.findings);
-    let objects = documents.objects.into_iter().map(|parsed| parsed.object);
-    MeshSnapshot::next(None, &api::ConfigSet::new(objects), &[]).0
+    let objects: Vec<_> = documents.objects.into_iter().map(|parsed| parsed.object).collect();
+    let mut views = vec![view(ProxyKind::Router, "istio-system", &["istio=ingressgateway"])];
+    for object in &objects {
+        let mut sidecar = view(ProxyKind::Sidecar, &object.meta.namespace, &[]);
+        views.push(sidecar.clone());
+        if let Some(labels) = object.raw["spec"]["selector"]["matchLabels"].as_object() {
+            let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+            sidecar.labels = labels.iter().map(|(key, value)| (key.clone(), text(value))).collect();
+            views.push(sidecar);
+        }
+    }
+    let snapshot = MeshSnapshot::next(None, &api::ConfigSet::new(objects), &[]).0;
+    for view in views {
+        let resources = crate::compile(&snapshot, &view);
+        assert_eq!(refused(&resources), Vec::<String>::new(), "{:?} of {}", view.kind, view.namespace);
+    }
+    snapshot
+}
+
+/// What our own proxy would refuse.
+fn refused(resources: &crate::Resources) -> Vec<String> {
+    let packed = resources.packed();
+    let raws = |url: &str| -> Vec<Raw> {
+        let of_type = packed.iter().filter(|resource| resource.type_url == url);
+        of_type.map(|resource| Raw { name: resource.name.as_str().into(), body: resource.any.clone() }).collect()
+    };
+    let lists = [
+        lower::apply_clusters(&Table::default(), &raws(type_urls::CLUSTER), &[]).1,
+        lower::apply_endpoints(&Table::default(), &raws(type_urls::ENDPOINT), &[]).1,
+        lower::apply_routes(&Table::default(), &raws(type_urls::ROUTE), &[]).1,
+        lower::apply_listeners(&Table::default(), &raws(type_urls::LISTENER), &[]).1,
+    ];
+    lists.iter().flatten().map(|rejected| format!("{}: {}", rejected.name, rejected.reason)).collect()
 }
 
 /// A proxy of `namespace` with labels written `key=value`.

@@ -1,5 +1,6 @@
 //! `explain`: where a call would go, and why.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -7,12 +8,16 @@ use anyhow::{Result, bail};
 use api::{ConfigSet, Positions};
 use clap::Args;
 use engine::Now;
-use explain::{Call, Caller};
+use explain::{Call, Caller, Running};
 use mesh::MeshSnapshot;
+use node::client::Client;
+use serde::Deserialize;
 use serde_json::Value;
-use types::{ObjectRef, Severity};
+use types::wellknown::ports;
+use types::{NamespacedName, ObjectRef, Severity};
 
 use super::manifests::read_inputs;
+use super::proxy_config::{ask, proxy_of};
 use super::{block_on, client};
 use crate::cli::{ExitWith, Format, MeshArgs, exit};
 use crate::output;
@@ -22,7 +27,7 @@ use crate::output;
 pub(crate) struct ExplainArgs {
     #[command(flatten)]
     mesh: MeshArgs,
-    /// Manifests to explain without a mesh: file, folder, or `-`. Else the running mesh's objects.
+    /// Manifests to explain without a mesh: file, folder, or `-`. Else the running mesh, proxy by proxy.
     #[arg(short = 'f', long = "filename", value_name = "PATH")]
     files: Vec<PathBuf>,
     /// Who calls: `deploy/NAME`, POD, or `gateway` for a client outside.
@@ -37,6 +42,9 @@ pub(crate) struct ExplainArgs {
     /// Host that the request names, where it is not the URL's.
     #[arg(long)]
     host: Option<String>,
+    /// Address of a client outside.
+    #[arg(long, value_name = "ADDRESS")]
+    client_ip: Option<std::net::IpAddr>,
     /// The caller speaks HTTP/2 (with prior knowledge).
     #[arg(long)]
     http2: bool,
@@ -65,10 +73,7 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<()> {
     let assumed = if is_offline {
         explain::assume(&objects.configs)
     } else {
-        explain::Assumed {
-            configs: objects.configs.clone(),
-            notes: vec!["evaluated from the mesh's objects as they are now; what outlier detection has ejected is not known here".to_owned()],
-        }
+        explain::Assumed { configs: objects.configs.clone(), notes: Vec::new() }
     };
     let (snapshot, _) = MeshSnapshot::next(None, &assumed.configs, &[]);
     let usage = |error: explain::InvalidCall| ExitWith { code: exit::USAGE, message: error.to_string() };
@@ -79,8 +84,15 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<()> {
     let now = Now { mono: Instant::now(), wall_nanos: u64::try_from(wall.as_nanos()).unwrap_or(u64::MAX) };
     let mut call = Call::parse(from, method, url, &headers, now).map_err(usage)?;
     call.is_http2 = args.http2;
+    call.client = args.client_ip;
 
-    let mut explanation = explain::explain(&snapshot, &call);
+    let mut explanation = if is_offline {
+        explain::explain(&snapshot, &call)
+    } else {
+        let client = client(&args.mesh)?;
+        let ask = |pod: &NamespacedName| running(&client, pod).map_err(|error| format!("{error:#}"));
+        explain::explain_running(&snapshot, &call, &ask)
+    };
     explanation.notes.splice(0..0, assumed.notes);
     explanation.locate(&|object, field| {
         let (_, positions) = objects.positions.iter().find(|(known, _)| known == object)?;
@@ -92,6 +104,14 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<()> {
         Format::Table | Format::Wide | Format::Name => output::line(explanation.to_string().trim_end()),
     }
     Ok(())
+}
+
+/// The proxy of a pod, asked through its admin interface.
+fn running(client: &Client, pod: &NamespacedName) -> Result<Running> {
+    let target = block_on(proxy_of(client, &pod.namespace, &pod.name))?;
+    let ask = |path: &str| ask(&target, path, ports::PROXY_ADMIN);
+    let dump = ask("/config_dump?include_eds")?;
+    Ok(Running::read(&dump, &ask("/clusters?format=json")?, &ask("/lateen/state")?)?)
 }
 
 fn from_files(files: &[PathBuf]) -> Result<Objects> {
@@ -115,7 +135,7 @@ fn from_files(files: &[PathBuf]) -> Result<Objects> {
 
 fn from_mesh(mesh: &MeshArgs) -> Result<Objects> {
     let client = client(mesh)?;
-    let lists: Vec<Value> = block_on(async {
+    let (lists, files): (Vec<Value>, Files) = block_on(async {
         let mut lists = Vec::new();
         let matters = |info: &&api::kind::KindInfo| {
             matches!(info.support, api::kind::Support::Effective) || info.kind == api::Kind::Telemetry
@@ -123,9 +143,37 @@ fn from_mesh(mesh: &MeshArgs) -> Result<Objects> {
         for info in api::kind::KINDS.iter().filter(matters) {
             lists.push(client.get::<Value>(&format!("/objects/{}", info.name)).await?);
         }
-        Ok(lists)
+        Ok((lists, client.get("/files").await?))
     })?;
     let items = lists.iter().flat_map(|list| list["items"].as_array().into_iter().flatten());
     let objects = items.filter_map(|item| api::from_json(item).0);
-    Ok(Objects { configs: ConfigSet::new(objects), positions: Vec::new() })
+    Ok(Objects { configs: ConfigSet::new(objects), positions: positions(files) })
+}
+
+/// Objects that follow a file.
+#[derive(Deserialize)]
+struct Files {
+    objects: Vec<FromFile>,
+}
+
+#[derive(Deserialize)]
+struct FromFile {
+    object: ObjectRef,
+    file: String,
+}
+
+/// Where objects stand in the files they follow. A file that cannot be read has no positions.
+fn positions(files: Files) -> Vec<(ObjectRef, Positions)> {
+    let mut by_file: BTreeMap<String, Vec<ObjectRef>> = BTreeMap::new();
+    for FromFile { object, file } in files.objects {
+        by_file.entry(file).or_default().push(object);
+    }
+    let mut found = Vec::new();
+    for (file, objects) in by_file {
+        let Ok(text) = std::fs::read_to_string(&file) else { continue };
+        let parsed = api::parse_documents(&file, &text).objects.into_iter();
+        let known = parsed.map(|parsed| (parsed.object.reference(), parsed.positions));
+        found.extend(known.filter(|(object, _)| objects.contains(object)));
+    }
+    found
 }

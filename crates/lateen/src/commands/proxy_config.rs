@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use node::client::Client;
 use serde_json::Value;
 use types::wellknown::ports;
 
@@ -173,16 +174,20 @@ fn read(args: &ProxyConfigArgs) -> Result<(Value, Option<Value>)> {
             },
         };
         let text = |key: &str| found["metadata"][key].as_str().unwrap_or_default().to_owned();
-        let (namespace, name) = (text("namespace"), text("name"));
-        let target = client.get::<node::ExecTarget>(&format!("/exec/{namespace}/{name}/istio-proxy")).await;
-        target.with_context(|| format!("the proxy of pod {namespace}/{name}"))
+        proxy_of(&client, &text("namespace"), &text("name")).await
     })?;
     let ask = |path: &str| ask(&target, path, args.proxy_admin_port);
     Ok((ask("/config_dump?include_eds")?, Some(ask("/clusters?format=json")?)))
 }
 
+/// How to get into the proxy of a pod.
+pub(super) async fn proxy_of(client: &Client, namespace: &str, name: &str) -> Result<node::ExecTarget> {
+    let target = client.get::<node::ExecTarget>(&format!("/exec/{namespace}/{name}/istio-proxy")).await;
+    target.with_context(|| format!("the proxy of pod {namespace}/{name}"))
+}
+
 /// Asks the admin interface of a proxy, from inside of its pod.
-fn ask(target: &node::ExecTarget, path: &str, port: u16) -> Result<Value> {
+pub(super) fn ask(target: &node::ExecTarget, path: &str, port: u16) -> Result<Value> {
     let words = ["/proc/self/exe", "admin-get", path, &port.to_string()].map(Into::into);
     let done = node::exec::command(target, &words)?.output().context("cannot enter the pod")?;
     if !done.status.success() {

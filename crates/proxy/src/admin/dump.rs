@@ -1,15 +1,16 @@
 //! `/config_dump`, in Envoy's form. Private keys are never in it.
 
 use base64::Engine as _;
+use engine::config::Name;
 use envoy_types::pb::google::protobuf::Any;
 use prost::Message as _;
+use proto::json::to_json;
 use serde_json::{Value, json};
 use types::wellknown::type_urls;
 
 use super::Context;
 use crate::control::Inspection;
 use crate::control::lowering::Kept;
-use crate::descriptors::to_json;
 use crate::secrets::Secret;
 
 /// The dump as JSON; `resource` is one of its lists (`dynamic_active_clusters`, …).
@@ -59,18 +60,20 @@ fn bootstrap(context: &Context) -> Value {
     json!({ "@type": kind("BootstrapConfigDump"), "bootstrap": { "node": node } })
 }
 
+fn entry(kept: &Kept, version: &str, field: &str) -> Value {
+    let mut entry = json!({ "last_updated": time(kept.updated_nanos) });
+    entry["version_info"] = version.into();
+    entry[field] = to_json(&kept.body);
+    entry
+}
+
 fn entries<'a>(
     inspection: &'a Inspection,
     url: &'a str,
     field: &'a str,
-) -> impl Iterator<Item = (&'a str, &'a Kept, Value)> + 'a {
+) -> impl Iterator<Item = (&'a Name, &'a Kept, Value)> + 'a {
     let version = version(inspection, url);
-    inspection.raw.of(url).map(move |(name, kept)| {
-        let mut entry = json!({ "last_updated": time(kept.updated_nanos) });
-        entry["version_info"] = version.clone().into();
-        entry[field] = to_json(&kept.body);
-        (&**name, kept, entry)
-    })
+    inspection.raw.of(url).map(move |(name, kept)| (name, kept, entry(kept, &version, field)))
 }
 
 fn failure(kept: &Kept) -> Option<Value> {
@@ -85,18 +88,29 @@ fn fixed(mut entry: Value) -> Value {
     entry
 }
 
+fn with_failure((_, kept, mut entry): (&Name, &Kept, Value)) -> Value {
+    if let Some(error) = failure(kept) {
+        entry["error_state"] = error;
+    }
+    entry
+}
+
 fn clusters(inspection: &Inspection) -> Value {
     let (mut fixed_ones, mut active, mut warming) = (Vec::new(), Vec::new(), Vec::new());
-    for (name, kept, entry) in entries(inspection, type_urls::CLUSTER, "cluster") {
-        if kept.is_static {
-            fixed_ones.push(fixed(entry));
-        } else if inspection.config.clusters.get(name).is_some() {
-            active.push(entry);
-        } else {
-            warming.push(entry);
+    let version = version(inspection, type_urls::CLUSTER);
+    for (name, kept, newest) in entries(inspection, type_urls::CLUSTER, "cluster") {
+        let newest = with_failure((name, kept, newest));
+        let serves = inspection.config.clusters.get(name).is_some();
+        match inspection.raw.replaced(type_urls::CLUSTER, name) {
+            _ if kept.is_static => fixed_ones.push(fixed(newest)),
+            Some(serving) if serves => {
+                active.push(entry(serving, &version, "cluster"));
+                warming.push(newest);
+            }
+            None if serves => active.push(newest),
+            _ => warming.push(newest),
         }
     }
-    let version = version(inspection, type_urls::CLUSTER);
     json!({
         "@type": kind("ClustersConfigDump"), "version_info": version, "static_clusters": fixed_ones,
         "dynamic_active_clusters": active, "dynamic_warming_clusters": warming,
@@ -105,27 +119,35 @@ fn clusters(inspection: &Inspection) -> Value {
 
 fn listeners(inspection: &Inspection) -> Value {
     let (mut fixed_ones, mut list) = (Vec::new(), Vec::new());
-    for (name, kept, entry) in entries(inspection, type_urls::LISTENER, "listener") {
+    let version = version(inspection, type_urls::LISTENER);
+    for (name, kept, newest) in entries(inspection, type_urls::LISTENER, "listener") {
         if kept.is_static {
-            fixed_ones.push(fixed(entry));
+            fixed_ones.push(fixed(newest));
             continue;
         }
-        let state = if inspection.config.listeners.get(name).is_some() { "active_state" } else { "warming_state" };
-        let mut listener = json!({ "name": name });
-        listener[state] = entry;
+        let serves = inspection.config.listeners.get(name).is_some();
+        let mut listener = json!({ "name": &**name });
+        match inspection.raw.replaced(type_urls::LISTENER, name) {
+            Some(serving) if serves => {
+                listener["active_state"] = entry(serving, &version, "listener");
+                listener["warming_state"] = newest;
+            }
+            None if serves => listener["active_state"] = newest,
+            _ => listener["warming_state"] = newest,
+        }
         if let Some(error) = failure(kept) {
             listener["error_state"] = error;
         }
         list.push(listener);
     }
     json!({
-        "@type": kind("ListenersConfigDump"), "version_info": version(inspection, type_urls::LISTENER),
+        "@type": kind("ListenersConfigDump"), "version_info": version,
         "static_listeners": fixed_ones, "dynamic_listeners": list,
     })
 }
 
 fn routes(inspection: &Inspection) -> Value {
-    let list: Vec<Value> = entries(inspection, type_urls::ROUTE, "route_config").map(|(_, _, entry)| entry).collect();
+    let list: Vec<Value> = entries(inspection, type_urls::ROUTE, "route_config").map(with_failure).collect();
     // Those written into a listener are what Envoy calls static, wherever the listener came from.
     let mut inline = Vec::new();
     for (_, _, entry) in entries(inspection, type_urls::LISTENER, "listener") {
@@ -159,7 +181,7 @@ fn inline_routes(value: &Value, updated: &Value, into: &mut Vec<Value>) {
 
 fn endpoints(inspection: &Inspection) -> Value {
     let list: Vec<Value> =
-        entries(inspection, type_urls::ENDPOINT, "endpoint_config").map(|(_, _, entry)| entry).collect();
+        entries(inspection, type_urls::ENDPOINT, "endpoint_config").map(with_failure).collect();
     json!({ "@type": kind("EndpointsConfigDump"), "dynamic_endpoint_configs": list })
 }
 

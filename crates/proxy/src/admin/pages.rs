@@ -123,6 +123,26 @@ pub(super) fn certs(context: &Context) -> String {
     json!({ "certificates": list }).to_string()
 }
 
+/// What Envoy's pages have no place for: `{live, generation, clusters: {NAME: {connections, pending,
+/// requests, retries, ejected}}}`. Clusters at rest are left out.
+pub(super) fn state(context: &Context) -> String {
+    let state = *context.state.borrow();
+    let busy = context.shared.hosts.clusters().into_iter().filter_map(|cluster| {
+        let counts = [
+            ("connections", cluster.connections.get()),
+            ("pending", cluster.pending.get()),
+            ("requests", cluster.requests.get()),
+            ("retries", cluster.retries.get()),
+            ("ejected", cluster.ejected.get()),
+        ];
+        let value: serde_json::Map<_, _> =
+            counts.into_iter().map(|(name, count)| (name.to_owned(), count.into())).collect();
+        counts.iter().any(|(_, count)| *count > 0).then(|| (cluster.name.to_string(), value.into()))
+    });
+    let clusters: serde_json::Map<String, serde_json::Value> = busy.collect();
+    json!({ "live": state.is_ready(), "generation": state.generation, "clusters": clusters }).to_string()
+}
+
 /// Envoy's lines: `cluster::address::key::value`.
 pub(super) fn clusters(context: &Context, inspection: &Inspection) -> String {
     let mut out = String::new();

@@ -10,7 +10,7 @@ use socket2::{Domain, Socket, Type};
 use types::wellknown::marks;
 
 use super::Places;
-use crate::descriptors::to_json;
+use proto::json::to_json;
 use crate::options::Options;
 
 const SOL_SOCKET: u32 = 1;

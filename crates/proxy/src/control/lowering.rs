@@ -112,6 +112,8 @@ fn lower_one(url: &str, mut tables: Tables, raws: &[Raw], removed: &[Name]) -> L
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RawTables {
     by_type: BTreeMap<&'static str, BTreeMap<Name, Kept>>,
+    /// Versions that serve until the newest one is warm.
+    replaced: BTreeMap<(&'static str, Name), Kept>,
 }
 
 /// One resource as received.
@@ -140,6 +142,7 @@ impl RawTables {
         let table = self.by_type.entry(url).or_default();
         for name in removed {
             table.remove(name);
+            self.replaced.remove(&(url, Name::clone(name)));
         }
         let now = crate::worker::wall_nanos();
         for raw in raws {
@@ -151,7 +154,11 @@ impl RawTables {
                     }
                 }
                 None => {
-                    table.insert(raw.name, Kept { body: raw.body, updated_nanos: now, error: None, is_static: false });
+                    let name = Name::clone(&raw.name);
+                    let before = table.insert(raw.name, Kept { body: raw.body, updated_nanos: now, error: None, is_static: false });
+                    if let Some(before) = before {
+                        self.replaced.entry((url, name)).or_insert(before);
+                    }
                 }
             }
         }
@@ -165,6 +172,16 @@ impl RawTables {
                 kept.is_static = true;
             }
         }
+    }
+
+    /// Forgets the versions that do not serve any more.
+    pub(crate) fn published(&mut self, is_warming: impl Fn(&str, &str) -> bool) {
+        self.replaced.retain(|(url, name), _| is_warming(url, name));
+    }
+
+    /// The version that serves while the newest one is warming.
+    pub(crate) fn replaced(&self, url: &'static str, name: &Name) -> Option<&Kept> {
+        self.replaced.get(&(url, Name::clone(name)))
     }
 
     /// Resources of one type, by name.

@@ -60,6 +60,21 @@ impl Received {
         !same
     }
 
+    /// Whether the received version of a cluster or listener is not the published one.
+    pub(crate) fn waits(&self, published: &RuntimeConfig, url: &str, name: &str) -> bool {
+        fn differ<T>(received: &Table<T>, published: &Table<T>, name: &str) -> bool {
+            match (received.get(name), published.get(name)) {
+                (Some(received), Some(published)) => !Arc::ptr_eq(received, published),
+                (received, published) => received.is_some() != published.is_some(),
+            }
+        }
+        match url {
+            type_urls::CLUSTER => differ(&self.tables.clusters, &published.clusters, name),
+            type_urls::LISTENER => differ(&self.tables.listeners, &published.listeners, name),
+            _ => false,
+        }
+    }
+
     /// Whether something received is not published yet.
     pub(crate) fn is_warming(&self) -> bool {
         self.warming

@@ -1,4 +1,4 @@
-//! Envoy's messages by reflection: canonical JSON in and out.
+//! Envoy's messages by reflection: canonical JSON in and out, as bootstraps and config dumps hold it.
 //!
 //! Read on first use, and given back when nobody has asked for a while ([`rest`]): tens of megabytes
 //! that a proxy needs for its bootstrap or a dump, and for nothing else.
@@ -43,7 +43,7 @@ fn pool() -> DescriptorPool {
 }
 
 /// Gives the set back unless somebody used it a moment ago; now and then, by the control side.
-pub(crate) fn rest() {
+pub fn rest() {
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     if loaded.as_ref().is_some_and(|loaded| loaded.used.elapsed() >= KEPT) {
         *loaded = None;
@@ -130,15 +130,28 @@ fn tame_value(value: &mut Dynamic) {
 /// A message of type `name` from its JSON. Unknown fields are errors.
 ///
 /// *Errors*: what does not fit, with its path as far as the decoder tells it.
-pub(crate) fn from_json(name: &str, json: Value) -> Result<Vec<u8>, String> {
+pub fn from_json(name: &str, json: Value) -> Result<Vec<u8>, String> {
     let kind = pool().get_message_by_name(name).ok_or_else(|| format!("{name} is not a known message"))?;
     let options = DeserializeOptions::new().deny_unknown_fields(true);
     let message = DynamicMessage::deserialize_with_options(kind, json, &options).map_err(|error| error.to_string())?;
     Ok(message.encode_to_vec())
 }
 
+/// A message from JSON that says its type in `@type`, as `to_json` writes it.
+///
+/// *Errors*: no `@type`, an unknown one, or what does not fit.
+pub fn any_from_json(mut json: Value) -> Result<Any, String> {
+    let type_url = json
+        .as_object_mut()
+        .and_then(|fields| fields.remove("@type"))
+        .and_then(|url| url.as_str().map(str::to_owned))
+        .ok_or("there is no @type")?;
+    let value = from_json(type_url.rsplit('/').next().unwrap_or_default(), json)?;
+    Ok(Any { type_url, value })
+}
+
 /// A resource as JSON with `@type`; one of an unknown type keeps its bytes, in base64.
-pub(crate) fn to_json(any: &Any) -> Value {
+pub fn to_json(any: &Any) -> Value {
     let known = || {
         let name = any.type_url.rsplit('/').next()?;
         let kind = pool().get_message_by_name(name)?;

@@ -1,0 +1,259 @@
+//! `lateen explain` of the running mesh: it says what then happens.
+
+use serde_json::Value;
+use testkit::{Mesh, Response, eventually};
+
+use crate::apps::{SECURITY, TRAFFIC, virtual_service};
+
+const GATEWAY: &str = "istio-system/istio-ingressgateway";
+
+/// `explain -o json`, and as text: the two say the same.
+#[track_caller]
+fn explain(mesh: &Mesh, from: &[&str], url: &str, headers: &[(&str, &str)]) -> Value {
+    let headers: Vec<String> = headers.iter().map(|(name, value)| format!("{name}: {value}")).collect();
+    let mut args = vec!["explain", "--from"];
+    args.extend(from);
+    for header in &headers {
+        args.extend(["-H", header]);
+    }
+    args.extend(["GET", url]);
+    let text = mesh.must(&args, "");
+    args.extend(["-o", "json"]);
+    let told: Value = serde_json::from_str(&mesh.must(&args, "")).unwrap();
+    for path in told["paths"].as_array().unwrap() {
+        assert!(text.contains(path["end"]["text"].as_str().unwrap()), "{text}");
+    }
+    // Asked for itself, every proxy answers, and none is behind.
+    assert_eq!(told["notes"], serde_json::json!([]), "{text}");
+    assert_eq!(decisions(&told).filter(|decision| decision["stage"] == "state").count(), 0, "{text}");
+    told
+}
+
+/// Every decision, in order of the way.
+fn decisions(told: &Value) -> impl Iterator<Item = &Value> {
+    told["paths"].as_array().into_iter().flatten().flat_map(|path| path["hops"].as_array().into_iter().flatten()).flat_map(|hop| hop["decisions"].as_array().into_iter().flatten())
+}
+
+/// The outcome of the first decision of a stage.
+fn outcome<'a>(told: &'a Value, stage: &str) -> &'a str {
+    decisions(told).find(|decision| decision["stage"] == stage).and_then(|decision| decision["outcome"].as_str()).unwrap_or("")
+}
+
+/// The objects behind the decisions of a stage, with field and place.
+fn because(told: &Value, stage: &str) -> Vec<String> {
+    decisions(told)
+        .filter(|decision| decision["stage"] == stage)
+        .flat_map(|decision| decision["because"].as_array().into_iter().flatten())
+        .map(|because| {
+            let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+            let object = &because["object"];
+            format!("{} {}/{} {}", text(&object["kind"]), text(&object["namespace"]), text(&object["name"]), text(&because["field"]))
+        })
+        .collect()
+}
+
+/// Asks explain, then sends the request through the gateway: status, flag, cluster and endpoint of
+/// the access log are what was told.
+#[track_caller]
+fn check(mesh: &Mesh, host: &str, path: &str, headers: &[(&str, &str)]) -> (Value, Response) {
+    let told = explain(mesh, &["gateway"], &format!("http://{host}{path}"), headers);
+    let [way] = &told["paths"].as_array().unwrap()[..] else { panic!("one way: {told:#}") };
+    let answer = mesh.get(host, path, headers);
+    let line = eventually("the access log", || {
+        let log = mesh.logs(GATEWAY, "istio-proxy");
+        log.lines().rfind(|line| line.contains(path)).map(str::to_owned).ok_or_else(|| "no line".to_owned())
+    });
+    if let Some(status) = way["end"]["status"].as_u64() {
+        assert_eq!(u64::from(answer.status), status, "{told:#}\n{line}");
+        let flag = way["end"]["flag"].as_str().unwrap_or("-");
+        let details = way["end"]["details"].as_str().unwrap_or_default();
+        assert!(line.contains(&format!(" {status} {flag} {details} ")), "{told:#}\n{line}");
+    } else {
+        assert_eq!(way["end"]["kind"], "delivered", "{told:#}");
+        assert!(line.contains(" via_upstream "), "{line}");
+    }
+    for stage in ["cluster", "endpoint"] {
+        let outcome = outcome(&told, stage);
+        assert!(line.contains(outcome), "{stage} {outcome}\n{line}");
+    }
+    (told, answer)
+}
+
+#[test]
+fn what_is_told_of_a_call_from_outside_happens() {
+    let mesh = TRAFFIC.turn();
+    let _routes = mesh.with(&format!(
+        "{}\n---\n{}",
+        virtual_service(
+            "told",
+            "  - name: jason\n    match: [{headers: {end-user: {exact: jason}}}]\n    fault: {abort: {httpStatus: 418, percentage: {value: 100}}}\n    route: [{destination: {host: httpbin, port: {number: 8000}}}]
+  - name: nobody\n    match: [{uri: {prefix: /nobody}}]\n    route: [{destination: {host: httpbin, subset: v9, port: {number: 8000}}}]
+  - name: rest\n    rewrite: {uri: /anything/rest}\n    route: [{destination: {host: httpbin, port: {number: 8000}}}]"
+        ),
+        "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: httpbin, namespace: shop}
+spec: {host: httpbin, subsets: [{name: v9, labels: {version: v9}}]}
+"
+    ));
+    let (told, answer) = check(&mesh, "told.shop.test", "/one", &[("end-user", "jason")]);
+    assert_eq!((answer.status, outcome(&told, "route")), (418, "jason"));
+    assert_eq!(because(&told, "route"), ["VirtualService shop/told spec.http[0]"]);
+
+    let (told, answer) = check(&mesh, "told.shop.test", "/two", &[("end-user", "other")]);
+    assert_eq!((answer.status, outcome(&told, "route")), (200, "rest"), "{answer:?}");
+    let route = decisions(&told).find(|decision| decision["stage"] == "route").unwrap();
+    assert!(route["lost"][0]["why"].as_str().unwrap().contains("end-user"), "{route:#}");
+    let hops = told["paths"][0]["hops"].as_array().unwrap();
+    assert_eq!((hops.len(), &hops[1]["side"]), (2, &Value::from("inbound")), "{told:#}");
+    assert_eq!(hops[0]["request"]["path"], "/anything/rest");
+    assert!(answer.body.contains("/anything/rest"), "{}", answer.body);
+
+    let (_, answer) = check(&mesh, "told.shop.test", "/nobody/three", &[]);
+    assert_eq!(answer.status, 503);
+    let (told, answer) = check(&mesh, "unknown.shop.test", "/four", &[]);
+    assert_eq!((answer.status, outcome(&told, "host")), (404, "none"));
+}
+
+#[test]
+fn what_is_told_of_a_call_from_a_pod_happens() {
+    let mesh = TRAFFIC.turn();
+    let told = explain(&mesh, &["deploy/curl", "-n", "shop"], "http://httpbin:8000/get", &[]);
+    let hops = told["paths"][0]["hops"].as_array().unwrap();
+    assert_eq!((hops.len(), &hops[0]["side"], &hops[1]["side"]), (2, &"outbound".into(), &"inbound".into()), "{told:#}");
+    assert_eq!((outcome(&told, "transport"), outcome(&told, "mtls")), ("mutual TLS", "PERMISSIVE"));
+    assert_eq!(told["paths"][0]["end"]["kind"], "delivered");
+    // What was written in a file has its place there.
+    let cluster = decisions(&told).find(|decision| decision["stage"] == "cluster").unwrap();
+    let position = &cluster["because"][0]["position"];
+    assert_eq!(position["file"], mesh.file().display().to_string(), "{cluster:#}");
+    let text = std::fs::read_to_string(mesh.file()).unwrap();
+    let line = usize::try_from(position["line"].as_u64().unwrap()).unwrap();
+    let document = text.lines().skip(line - 1).take(4).collect::<Vec<_>>().join("\n");
+    assert!(document.contains("name: httpbin, namespace: shop"), "{document}");
+    assert_eq!(mesh.curl("shop/curl", &["http://httpbin:8000/get"]).status, 200);
+}
+
+#[test]
+fn a_host_that_is_ejected_is_told() {
+    let mesh = TRAFFIC.turn();
+    let _routes = mesh.with(&format!(
+        "{}\n---\n{}",
+        virtual_service(
+            "flaky",
+            "  - retries: {attempts: 0}\n    route: [{destination: {host: flaky, port: {number: 80}}}]"
+        ),
+        "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: flaky, namespace: shop}
+spec:
+  host: flaky
+  trafficPolicy:
+    outlierDetection: {consecutive5xxErrors: 2, interval: 1s, baseEjectionTime: 120s, maxEjectionPercent: 100}
+",
+    ));
+    mesh.tally("flaky.shop.test", "/get", 20, |answer| answer.status.to_string());
+    let (told, answer) = check(&mesh, "flaky.shop.test", "/get?mark=ejected", &[]);
+    assert_eq!(answer.status, 200);
+    let endpoint = decisions(&told).find(|decision| decision["stage"] == "endpoint").unwrap();
+    let lost = endpoint["lost"].as_array().unwrap();
+    assert_eq!(lost.len(), 1, "{endpoint:#}");
+    assert!(lost[0]["what"].as_str().unwrap().contains("shop/dead"), "{endpoint:#}");
+    assert_eq!(lost[0]["why"], "ejected by outlier detection");
+}
+
+#[test]
+fn a_policy_that_denies_is_told() {
+    let mesh = SECURITY.turn();
+    let _policy = mesh.with(
+        "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-headers, namespace: foo}
+spec:
+  selector: {matchLabels: {app: httpbin}}
+  action: DENY
+  rules: [{to: [{operation: {paths: [/headers]}}]}]
+",
+    );
+    let url = "http://httpbin.foo:8000/headers";
+    let told = explain(&mesh, &["deploy/curl", "-n", "bar"], url, &[]);
+    let end = &told["paths"][0]["end"];
+    assert_eq!((end["status"].as_u64(), end["kind"].as_str()), (Some(403), Some("answered")), "{told:#}");
+    assert_eq!(because(&told, "policy"), ["AuthorizationPolicy foo/no-headers spec.rules[0]"]);
+    assert_eq!(mesh.curl("bar/curl", &[url]).status, 403);
+    let details = end["details"].as_str().unwrap().to_owned();
+    eventually("the access log", || {
+        let log = mesh.logs("foo/httpbin", "istio-proxy");
+        if log.lines().any(|line| line.contains(&details)) { Ok(()) } else { Err(log) }
+    });
+}
+
+#[test]
+fn plaintext_that_strict_refuses_is_told() {
+    let mesh = SECURITY.turn();
+    let url = "http://httpbin.foo:8000/get";
+    let told = explain(&mesh, &["deploy/curl", "-n", "legacy"], url, &[]);
+    assert_eq!(told["paths"][0]["end"]["kind"], "delivered");
+    assert_eq!(mesh.curl("legacy/curl", &[url]).status, 200);
+    let _strict = mesh.with(
+        "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default, namespace: foo}
+spec: {mtls: {mode: STRICT}}
+",
+    );
+    let told = explain(&mesh, &["deploy/curl", "-n", "legacy"], url, &[]);
+    assert_eq!(outcome(&told, "mtls"), "STRICT");
+    assert_eq!(because(&told, "mtls"), ["PeerAuthentication foo/default "]);
+    assert_eq!(told["paths"][0]["end"]["kind"], "closed", "{told:#}");
+    assert_eq!(mesh.curl("legacy/curl", &[url]).status, 0);
+}
+
+/// Stops the control plane until it is dropped.
+struct Frozen(Vec<String>);
+
+impl Frozen {
+    fn new(mesh: &Mesh) -> Self {
+        let plane: Vec<String> = mesh.processes(" discovery").iter().map(ToString::to_string).collect();
+        assert!(!plane.is_empty(), "no control plane among {:?}", mesh.processes("lateen"));
+        signal("-STOP", &plane);
+        Self(plane)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        signal("-CONT", &self.0);
+    }
+}
+
+fn signal(name: &str, processes: &[String]) {
+    assert!(std::process::Command::new("kill").arg(name).args(processes).status().unwrap().success());
+}
+
+#[test]
+fn a_proxy_that_is_behind_answers_by_what_it_has() {
+    let mesh = TRAFFIC.turn();
+    let routes = |status: u16| {
+        virtual_service("stale", &format!("  - directResponse: {{status: {status}}}\n    match: [{{uri: {{prefix: /}}}}]"))
+    };
+    let _routes = mesh.with(&routes(201));
+    let url = "http://stale.shop.test/";
+    let args = ["explain", "--from", "gateway", url];
+    {
+        let _frozen = Frozen::new(&mesh);
+        mesh.must(&["apply", "-f", "-"], &routes(202));
+        let told = mesh.must(&args, "");
+        assert!(told.contains("state      behind") && told.contains("route table http.8080"), "{told}");
+        assert!(told.contains("answers 201"), "{told}");
+        assert_eq!(mesh.get("stale.shop.test", "/", &[]).status, 201);
+    }
+    mesh.synced();
+    let told = mesh.must(&args, "");
+    assert!(told.contains("answers 202") && !told.contains("behind"), "{told}");
+    assert_eq!(mesh.get("stale.shop.test", "/", &[]).status, 202);
+}

@@ -1,0 +1,576 @@
+//! Cases made into one configuration, and everybody who says what becomes of a request: `explain`,
+//! a Lateen proxy and an Envoy, all three with the very same resources.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use compile::{Capabilities, ProxyKind, View};
+use engine::Now;
+use explain::{Call, Caller, EndKind, Explainer, Explanation, Running};
+use mesh::MeshSnapshot;
+use serde_json::{Value, json};
+use testkit::token::Issuer;
+use testkit::{Client, Response, eventually};
+use types::NamespacedName;
+use types::wellknown::type_urls;
+
+use crate::random::{Case, Request, Tokens};
+
+/// Addresses of the three backends; all listen on the same port.
+const BACKENDS: [(&str, Ipv4Addr); 3] = [
+    ("v1", Ipv4Addr::new(127, 0, 0, 2)),
+    ("v2", Ipv4Addr::new(127, 0, 0, 3)),
+    ("other", Ipv4Addr::new(127, 0, 0, 4)),
+];
+
+const GATEWAY: &str = "istio-ingressgateway";
+
+/// What all cases share: backends, issuers, a folder.
+pub(crate) struct Bed {
+    backend_port: u16,
+    issuers: [Issuer; 2],
+    dir: tempfile::TempDir,
+}
+
+/// Cases with their hosts, compiled.
+pub(crate) struct Compiled {
+    snapshot: MeshSnapshot,
+    /// With the addresses of the objects.
+    clusters: Vec<Value>,
+    listeners: Vec<Value>,
+}
+
+/// One backend for ever: answers with what it got.
+fn backend(name: &'static str, listener: TcpListener) {
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            std::thread::spawn(move || serve(name, stream));
+        }
+    });
+}
+
+/// Keeps the connection until the peer ends it.
+fn serve(name: &str, stream: TcpStream) -> Option<()> {
+    let mut out = stream.try_clone().ok()?;
+    let mut input = BufReader::new(stream);
+    loop {
+        let mut lines = Vec::new();
+        loop {
+            let mut line = String::new();
+            if input.read_line(&mut line).ok()? == 0 {
+                return None;
+            }
+            match line.trim_end() {
+                "" => break,
+                line => lines.push(line.to_owned()),
+            }
+        }
+        let mut words = lines[0].split(' ');
+        let (method, path) = (words.next()?, words.next()?);
+        let headers: Vec<(String, String)> = lines[1..]
+            .iter()
+            .filter_map(|line| line.split_once(':'))
+            .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
+            .collect();
+        let of = |name: &str| headers.iter().find(|(have, _)| have == name).map(|(_, value)| value.as_str());
+        let length = of("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
+        std::io::copy(&mut (&mut input).take(length), &mut std::io::sink()).ok()?;
+        let status = of("x-reply-status").unwrap_or("200");
+        let body = json!({ "echo": true, "backend": name, "method": method, "path": path, "headers": headers }).to_string();
+        let sent = if method == "HEAD" { "" } else { &body };
+        let length = body.len();
+        write!(out, "HTTP/1.1 {status} X\r\nx-backend: {name}\r\nx-a: answer\r\ncontent-length: {length}\r\n\r\n{sent}").ok()?;
+    }
+}
+
+impl Bed {
+    pub(crate) fn new() -> Self {
+        // A port that is free on all three.
+        let port = eventually("a port for the backends", || {
+            let first = TcpListener::bind((BACKENDS[0].1, 0)).map_err(|error| error.to_string())?;
+            let port = first.local_addr().map_err(|error| error.to_string())?.port();
+            let mut listeners = vec![first];
+            for (_, ip) in &BACKENDS[1..] {
+                listeners.push(TcpListener::bind((*ip, port)).map_err(|error| error.to_string())?);
+            }
+            for ((name, _), listener) in BACKENDS.iter().zip(listeners) {
+                backend(name, listener);
+            }
+            Ok(port)
+        });
+        Self {
+            backend_port: port,
+            issuers: [Issuer::new("a"), Issuer::new("b")],
+            dir: tempfile::Builder::new().prefix("lt-").tempdir().unwrap(),
+        }
+    }
+
+    pub(crate) fn tokens(&self) -> Tokens {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let [a, b] = &self.issuers;
+        let claims = |issuer: &str, subject: &str, more: Value| {
+            let mut claims = json!({ "iss": issuer, "sub": subject, "iat": now - 60, "exp": now + 3600 });
+            for (name, value) in more.as_object().unwrap() {
+                claims[name] = value.clone();
+            }
+            claims
+        };
+        let mut list = vec![
+            ("good", a.sign(&claims("issuer-a", "me", json!({ "group": "dev" })))),
+            ("good", a.sign(&claims("issuer-a", "you", json!({ "group": ["ops", "dev"], "nested": { "key": "deep" } })))),
+            ("good", b.sign(&claims("issuer-b", "me", json!({ "aud": "shop", "nested": { "key": ["x", "deep"] } })))),
+            ("expired", a.sign(&claims("issuer-a", "me", json!({ "exp": now - 3600 })))),
+            ("early", a.sign(&claims("issuer-a", "me", json!({ "nbf": now + 3600 })))),
+            ("audience", b.sign(&claims("issuer-b", "me", json!({ "aud": "else" })))),
+            ("key", b.sign(&claims("issuer-a", "me", json!({})))),
+            ("issuer", a.sign(&claims("nobody", "me", json!({})))),
+        ];
+        let broken = list[0].1.replace('.', "!");
+        list.push(("form", broken));
+        Tokens(list)
+    }
+
+    fn base(&self) -> String {
+        let mut all = format!(
+            r#"
+apiVersion: install.istio.io/v1alpha1
+kind: IstioOperator
+metadata: {{name: mesh, namespace: istio-system}}
+spec: {{meshConfig: {{accessLogFile: /dev/stdout, enableAutoMtls: false}}}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: {GATEWAY}, namespace: istio-system}}
+spec: {{clusterIP: 10.96.0.1, selector: {{istio: ingressgateway}}, ports: [{{name: http2, port: 80, targetPort: 8080}}]}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: {GATEWAY}, namespace: istio-system, labels: {{istio: ingressgateway, app: {GATEWAY}}}}}
+spec: {{containers: [{{name: istio-proxy, image: auto}}]}}
+status: {{phase: Running, podIP: 10.1.0.1, conditions: [{{type: Ready, status: 'True'}}]}}
+---
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {{name: gateway, namespace: shop}}
+spec: {{selector: {{istio: ingressgateway}}, servers: [{{port: {{number: 80, name: http, protocol: HTTP}}, hosts: ["*.test"]}}]}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: echo, namespace: shop}}
+spec:
+  host: echo
+  subsets: [{{name: v1, labels: {{version: v1}}}}, {{name: v2, labels: {{version: v2}}}}, {{name: v9, labels: {{version: v9}}}}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: others, namespace: istio-system}}
+spec:
+  selector: {{matchLabels: {{istio: ingressgateway}}}}
+  rules: [{{to: [{{operation: {{notHosts: ["*.allow.test"]}}}}]}}]
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {{name: tokens, namespace: istio-system}}
+spec:
+  selector: {{matchLabels: {{istio: ingressgateway}}}}
+  jwtRules:
+  - {{issuer: issuer-a, jwks: '{}'}}
+  - {{issuer: issuer-b, jwks: '{}', audiences: [shop], forwardOriginalToken: true}}
+"#,
+            self.issuers[0].jwks(),
+            self.issuers[1].jwks(),
+        );
+        let port = self.backend_port;
+        for service in ["echo", "other"] {
+            all.push_str(&format!(
+                "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {service}, namespace: shop}}\nspec: {{clusterIP: 10.96.1.{}, selector: {{app: {service}}}, ports: [{{name: http, port: 80, targetPort: {port}}}]}}\n",
+                service.len(),
+            ));
+        }
+        for (name, ip) in BACKENDS {
+            let app = if name == "other" { "other" } else { "echo" };
+            all.push_str(&format!(
+                "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: {app}, version: {name}}}}}\nspec: {{containers: [{{name: a, image: a}}]}}\nstatus: {{phase: Running, podIP: {ip}, conditions: [{{type: Ready, status: 'True'}}]}}\n"
+            ));
+        }
+        all
+    }
+
+    /// Whether the API server would take the objects of a case.
+    pub(crate) fn is_valid(case: &Case) -> bool {
+        !api::parse_documents("case.yaml", &text(case, "c0.open.test", "c0")).has_errors()
+    }
+
+    /// Compiles cases, each with its host; those with equal objects may share one.
+    pub(crate) fn compile(&self, cases: &[(String, &Case)]) -> Compiled {
+        let mut yaml = self.base();
+        let mut seen = std::collections::BTreeSet::new();
+        for (host, case) in cases {
+            if seen.insert(host) {
+                yaml.push_str("\n---\n");
+                yaml.push_str(&text(case, host, host.split('.').next().unwrap()));
+            }
+        }
+        let documents = api::parse_documents("cases.yaml", &yaml);
+        assert!(!documents.has_errors(), "{:#?}", documents.findings);
+        let objects = api::ConfigSet::new(documents.objects.into_iter().map(|parsed| parsed.object));
+        let (snapshot, _) = MeshSnapshot::next(None, &objects, &[]);
+        let gateway = snapshot.workload("istio-system", GATEWAY).expect("it is in the base");
+        let view = View {
+            kind: ProxyKind::Router,
+            labels: gateway.labels.clone(),
+            capabilities: Capabilities::NONE,
+            ..View::sidecar("istio-system", GATEWAY, gateway.ips[0])
+        };
+        let packed = compile::compile(&snapshot, &view).packed();
+        let of = |url: &str| -> BTreeMap<String, Value> {
+            let resources = packed.iter().filter(|resource| resource.type_url == url);
+            resources.map(|resource| (resource.name.clone(), plain(&resource.any))).collect()
+        };
+        let (endpoints, routes) = (of(type_urls::ENDPOINT), of(type_urls::ROUTE));
+        let mut clusters: Vec<Value> = of(type_urls::CLUSTER).into_values().collect();
+        clusters.iter_mut().for_each(|cluster| with_endpoints(cluster, &endpoints));
+        let mut listeners: Vec<Value> = of(type_urls::LISTENER).into_values().collect();
+        listeners.iter_mut().for_each(|listener| with_routes(listener, &routes));
+        Compiled { snapshot, clusters, listeners }
+    }
+}
+
+/// The documents of a case.
+pub(crate) fn text(case: &Case, host: &str, name: &str) -> String {
+    let documents: Vec<String> = case.objects.iter().map(ToString::to_string).collect();
+    documents.join("\n---\n").replace("@HOST@", host).replace("@NAME@", name)
+}
+
+fn plain(any: &proto::any::Any) -> Value {
+    let mut value = proto::json::to_json(any);
+    if let Value::Object(fields) = &mut value {
+        fields.remove("@type");
+    }
+    value
+}
+
+/// EDS made static.
+fn with_endpoints(cluster: &mut Value, endpoints: &BTreeMap<String, Value>) {
+    let Value::Object(fields) = cluster else { return };
+    let Some(eds) = fields.remove("eds_cluster_config") else { return };
+    let name = eds["service_name"].as_str().filter(|name| !name.is_empty()).map(str::to_owned);
+    let name = name.unwrap_or_else(|| fields["name"].as_str().unwrap_or_default().to_owned());
+    fields.insert("type".into(), "STATIC".into());
+    let none = || json!({ "cluster_name": name });
+    fields.insert("load_assignment".into(), endpoints.get(&name).cloned().unwrap_or_else(none));
+}
+
+/// RDS made static.
+fn with_routes(value: &mut Value, routes: &BTreeMap<String, Value>) {
+    match value {
+        Value::Object(fields) => {
+            if let Some(rds) = fields.remove("rds") {
+                let name = rds["route_config_name"].as_str().unwrap_or_default();
+                fields.insert("route_config".into(), routes[name].clone());
+            }
+            fields.values_mut().for_each(|value| with_routes(value, routes));
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| with_routes(item, routes)),
+        _ => {}
+    }
+}
+
+impl Compiled {
+    /// The file that both proxies get, but for the ports.
+    fn bootstrap(&self, listener_port: u16, admin_port: u16) -> Value {
+        let mut listeners = self.listeners.clone();
+        for listener in &mut listeners {
+            listener["address"]["socket_address"] = json!({ "address": "127.0.0.1", "port_value": listener_port });
+        }
+        assert_eq!(listeners.len(), 1, "the gateway has one port");
+        json!({
+            "node": { "id": format!("router~127.0.0.1~{GATEWAY}.istio-system~istio-system.svc.cluster.local"), "cluster": GATEWAY },
+            "admin": { "address": { "socket_address": { "address": "127.0.0.1", "port_value": admin_port } } },
+            "static_resources": { "listeners": listeners, "clusters": self.clusters },
+        })
+    }
+
+    /// What `explain` says, for each case.
+    pub(crate) fn explained(&self, cases: &[(String, &Case)]) -> Vec<Explanation> {
+        let entries = |list: &[Value], field: &str| -> Vec<Value> { list.iter().map(|one| json!({ field: one })).collect() };
+        let dump = json!({ "configs": [
+            { "static_clusters": entries(&self.clusters, "cluster") },
+            { "static_listeners": entries(&self.listeners, "listener") },
+        ] });
+        let running = Running::read(&dump, &Value::Null, &Value::Null).unwrap();
+        let ask = |_: &NamespacedName| Ok(running.clone());
+        let explainer = Explainer::of_mesh(&self.snapshot, &ask);
+        let explained = cases.iter().map(|(host, case)| {
+            let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
+            let now = Now { mono: Instant::now(), wall_nanos: u64::try_from(wall).unwrap() };
+            let Request { method, path, headers, .. } = &case.request;
+            let headers: Vec<String> = all_headers(host, &case.request, headers)
+                .into_iter()
+                .map(|(name, value)| format!("{name}: {value}"))
+                .collect();
+            let from = Caller::Outside(NamespacedName::new("istio-system", GATEWAY));
+            let mut call = Call::parse(from, method, &format!("http://{host}{path}"), &headers, now).unwrap();
+            call.client = Some(Ipv4Addr::LOCALHOST.into());
+            explainer.explain(&call)
+        });
+        let explained: Vec<Explanation> = explained.collect();
+        assert_eq!(explained.first().map(|one| one.findings.clone()).unwrap_or_default(), [], "nothing is refused");
+        explained
+    }
+}
+
+fn all_headers(host: &str, request: &Request, more: &[(String, String)]) -> Vec<(String, String)> {
+    let mut all = vec![("host".to_owned(), format!("{host}{}", request.host_suffix))];
+    all.extend_from_slice(more);
+    all
+}
+
+/// A proxy with a configuration.
+pub(crate) struct Live {
+    name: &'static str,
+    child: Child,
+    address: SocketAddr,
+    log: PathBuf,
+    client: Option<Client>,
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// What came of a request, as its client, its backend and the access log tell.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Outcome {
+    pub(crate) status: u16,
+    /// Sorted; without what differs by nature.
+    pub(crate) headers: Vec<(String, String)>,
+    /// Of an answer that is no backend's.
+    pub(crate) body: Option<String>,
+    /// What the backend got, unless it answered without a body.
+    pub(crate) upstream: Option<Upstream>,
+    pub(crate) log: LogLine,
+}
+
+/// A request as a backend got it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Upstream {
+    pub(crate) method: String,
+    pub(crate) authority: String,
+    pub(crate) path: String,
+    /// Sorted; without what differs by nature.
+    pub(crate) headers: Vec<(String, String)>,
+}
+
+/// Some columns of Istio's access log.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct LogLine {
+    pub(crate) code: String,
+    pub(crate) flags: String,
+    pub(crate) details: String,
+    pub(crate) forwarded_for: String,
+    pub(crate) authority: String,
+    pub(crate) upstream_host: String,
+    pub(crate) cluster: String,
+    pub(crate) route: String,
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+impl Live {
+    /// Starts a proxy; `program` and the arguments before `-c FILE`.
+    fn start(name: &'static str, program: &Path, args: &[&str], compiled: &Compiled, dir: &Path) -> Self {
+        let (port, admin) = (free_port(), free_port());
+        let file = dir.join(format!("{name}.json"));
+        std::fs::write(&file, compiled.bootstrap(port, admin).to_string()).unwrap();
+        let (log, said) = (dir.join(format!("{name}.log")), dir.join(format!("{name}.err")));
+        let child = Command::new(program)
+            .args(args)
+            .arg("-c")
+            .arg(&file)
+            .stdin(Stdio::null())
+            .stdout(std::fs::File::create(&log).unwrap())
+            .stderr(std::fs::File::create(&said).unwrap())
+            .spawn()
+            .unwrap();
+        let mut live = Self { name, child, address: SocketAddr::from(([127, 0, 0, 1], port)), log, client: None };
+        eventually(name, || {
+            if let Ok(Some(status)) = live.child.try_wait() {
+                panic!("{name} ends with {status}:\n{}", std::fs::read_to_string(&said).unwrap());
+            }
+            let admin = SocketAddr::from(([127, 0, 0, 1], admin));
+            let answer = Client::plain(admin).and_then(|mut client| client.send("GET", "x", "/ready", &[]));
+            match answer {
+                Ok(answer) if answer.status == 200 => Ok(()),
+                other => Err(format!("{other:?}\n{}", std::fs::read_to_string(&said).unwrap())),
+            }
+        });
+        live
+    }
+
+    pub(crate) fn lateen(compiled: &Compiled, bed: &Bed) -> Self {
+        let args = ["proxy", "--concurrency", "1"];
+        Self::start("lateen", testkit::mesh::lateen(), &args, compiled, bed.dir.path())
+    }
+
+    pub(crate) fn envoy(program: &Path, compiled: &Compiled, bed: &Bed) -> Self {
+        let args = ["--concurrency", "1", "--disable-hot-restart", "-l", "warning", "--file-flush-interval-msec", "50"];
+        Self::start("envoy", program, &args, compiled, bed.dir.path())
+    }
+
+    fn send(&mut self, host: &str, request: &Request, agent: &str) -> Response {
+        let mut bytes = format!("{} {} HTTP/1.1\r\n", request.method, request.path);
+        for (name, value) in all_headers(host, request, &request.headers) {
+            bytes.push_str(&format!("{name}: {value}\r\n"));
+        }
+        bytes.push_str(&format!("user-agent: {agent}\r\n"));
+        if matches!(&*request.method, "POST" | "PUT") {
+            bytes.push_str("content-length: 0\r\n");
+        }
+        bytes.push_str("\r\n");
+        let is_head = request.method == "HEAD";
+        // A kept connection may have been closed after its last answer.
+        if let Some(client) = &mut self.client
+            && let Ok(answer) = client.raw(bytes.as_bytes(), is_head)
+        {
+            return answer;
+        }
+        let mut client = Client::plain(self.address).expect("the proxy takes connections");
+        let answer = client.raw(bytes.as_bytes(), is_head);
+        self.client = Some(client);
+        answer.unwrap_or(Response { status: 0, headers: Vec::new(), body: String::new() })
+    }
+
+    /// The statuses and backends of the same request many times over, counted.
+    pub(crate) fn count(&mut self, host: &str, request: &Request, times: u32) -> BTreeMap<String, u32> {
+        let mut out = BTreeMap::new();
+        for _ in 0..times {
+            let answer = self.send(host, request, "count");
+            let what = answer.json()["backend"].as_str().map_or_else(|| answer.status.to_string(), str::to_owned);
+            *out.entry(what).or_default() += 1;
+        }
+        out
+    }
+
+    /// Sends every request and puts together what came of each.
+    pub(crate) fn outcomes(&mut self, cases: &[(String, &Case)]) -> Vec<Outcome> {
+        let answers: Vec<Response> = cases
+            .iter()
+            .enumerate()
+            .map(|(at, (host, case))| self.send(host, &case.request, &format!("case-{at}-")))
+            .collect();
+        let mut lines: BTreeMap<usize, LogLine> = BTreeMap::new();
+        eventually("the access log", || {
+            let text = std::fs::read_to_string(&self.log).map_err(|error| error.to_string())?;
+            lines = text.lines().filter_map(log_line).collect();
+            let answered = answers.iter().filter(|answer| answer.status != 0).count();
+            if lines.len() >= answered { Ok(()) } else { Err(format!("{}: {} lines of {answered}", self.name, lines.len())) }
+        });
+        let outcome = |(at, answer): (usize, Response)| Outcome::of(answer, lines.remove(&at).unwrap_or_default());
+        answers.into_iter().enumerate().map(outcome).collect()
+    }
+}
+
+/// Number of the case, and its line.
+fn log_line(line: &str) -> Option<(usize, LogLine)> {
+    let mut words = Vec::new();
+    let mut rest = line.split_once("] ")?.1;
+    while !rest.is_empty() {
+        let (word, more) = match rest.strip_prefix('"') {
+            Some(quoted) => quoted.split_once('"')?,
+            None => rest.split_once(' ').unwrap_or((rest, "")),
+        };
+        words.push(word.to_owned());
+        rest = more.trim_start();
+    }
+    let word = |at: usize| words.get(at).cloned().unwrap_or_default();
+    let number = word(11).strip_prefix("case-")?.strip_suffix('-')?.parse().ok()?;
+    let line = LogLine {
+        code: word(1),
+        flags: word(2),
+        details: word(3),
+        forwarded_for: word(10),
+        authority: word(13),
+        upstream_host: word(14),
+        cluster: word(15),
+        route: word(20),
+    };
+    Some((number, line))
+}
+
+/// Names whose values two runs cannot share.
+const BY_NATURE: [&str; 6] =
+    ["date", "x-request-id", "user-agent", "x-envoy-upstream-service-time", "content-length", "server"];
+
+pub(crate) fn comparable(headers: impl IntoIterator<Item = (String, String)>) -> Vec<(String, String)> {
+    let mut kept: Vec<_> = headers
+        .into_iter()
+        .filter(|(name, _)| !BY_NATURE.contains(&name.as_str()))
+        .collect();
+    kept.sort();
+    kept
+}
+
+impl Outcome {
+    fn of(answer: Response, log: LogLine) -> Self {
+        let echo = answer.json();
+        let is_echo = echo["echo"] == true;
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let upstream = is_echo.then(|| {
+            let pairs = echo["headers"].as_array().into_iter().flatten();
+            let headers: Vec<(String, String)> = pairs.map(|pair| (text(&pair[0]), text(&pair[1]))).collect();
+            Upstream {
+                method: text(&echo["method"]),
+                path: text(&echo["path"]),
+                authority: headers.iter().find(|(name, _)| name == "host").map(|(_, host)| host.clone()).unwrap_or_default(),
+                headers: comparable(headers.into_iter().filter(|(name, _)| name != "host")),
+            }
+        });
+        Self {
+            status: answer.status,
+            headers: comparable(answer.headers),
+            body: (!is_echo).then_some(answer.body),
+            upstream,
+            log,
+        }
+    }
+
+    /// What an explanation says would come: the same fields, as far as it can know them.
+    pub(crate) fn explained(explanation: &Explanation) -> Vec<Self> {
+        let outcome = |path: &explain::Path| {
+            let end = &path.end;
+            let hop = path.hops.first();
+            let decided = |stage: &str| {
+                let decisions = hop.into_iter().flat_map(|hop| &hop.decisions);
+                decisions.filter(|decision| decision.stage == stage).map(|decision| decision.outcome.clone()).last()
+            };
+            let is_delivered = end.kind == EndKind::Delivered;
+            let log = LogLine {
+                code: end.status.map(|status| status.to_string()).unwrap_or_default(),
+                flags: end.flag.clone().unwrap_or_else(|| "-".to_owned()),
+                details: end.details.clone(),
+                upstream_host: decided("endpoint").filter(|_| is_delivered).unwrap_or_else(|| "-".to_owned()),
+                cluster: decided("cluster").unwrap_or_else(|| "-".to_owned()),
+                ..LogLine::default()
+            };
+            let upstream = hop.and_then(|hop| hop.request.as_ref()).filter(|_| is_delivered).map(|request| Upstream {
+                method: request.method.clone(),
+                authority: request.authority.clone(),
+                path: request.path.clone(),
+                headers: comparable(request.headers.clone()),
+            });
+            Self { status: end.status.unwrap_or(0), headers: comparable(end.headers.clone()), body: None, upstream, log }
+        };
+        explanation.paths.iter().map(outcome).collect()
+    }
+}
+

@@ -1,0 +1,268 @@
+//! Random configurations and requests, three ways: what `explain` says, what a Lateen proxy does, and
+//! what an Envoy does with the very same resources. All agree; a disagreement is shrunk to the
+//! smallest objects and request that still show it, and printed as manifests.
+//!
+//! Without Envoy, `explain` and Lateen are compared. With the feature `envoy`, the variable
+//! `LATEEN_ENVOY` names Envoy's program. `LATEEN_SEED` repeats a run, `LATEEN_HOSTS` sets its size.
+
+mod bed;
+mod random;
+mod shrink;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use bed::{Bed, Live, Outcome};
+use explain::{EndKind, Explanation};
+use random::{Case, Random, by_chance, cases};
+
+/// Requests of one host.
+const REQUESTS: usize = 5;
+/// Requests for a host that decides by chance.
+const DRAWS: u32 = 500;
+/// Chances below this are no chance.
+const P_MIN: f64 = 1e-6;
+/// Different disagreements that one run shrinks.
+const SHRUNK_MAX: usize = 5;
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{variable}={text}: no number")))
+}
+
+fn seed() -> u64 {
+    let by_clock = || u64::from(std::process::id()) << 32 ^ std::time::SystemTime::now().elapsed_nanos();
+    number("LATEEN_SEED").unwrap_or_else(by_clock)
+}
+
+trait Nanos {
+    fn elapsed_nanos(self) -> u64;
+}
+
+impl Nanos for std::time::SystemTime {
+    fn elapsed_nanos(self) -> u64 {
+        let since = self.duration_since(std::time::UNIX_EPOCH).expect("the clock is past 1970");
+        u64::from(since.subsec_nanos())
+    }
+}
+
+/// The program of Envoy, where these tests are built to need one.
+fn envoy() -> Option<PathBuf> {
+    cfg!(feature = "envoy")
+        .then(|| std::env::var_os("LATEEN_ENVOY").expect("LATEEN_ENVOY names the program of Envoy").into())
+}
+
+/// Hosts for cases: those that follow each other with equal objects share one.
+fn hosted(cases: &[Case]) -> Vec<(String, &Case)> {
+    let mut out: Vec<(String, &Case)> = Vec::new();
+    let mut number = 0;
+    for case in cases {
+        let host = match out.last() {
+            Some((host, before)) if before.objects == case.objects => host.clone(),
+            _ => {
+                number += 1;
+                format!("c{number}.{}.test", case.class)
+            }
+        };
+        out.push((host, case));
+    }
+    out
+}
+
+/// What each says, case by case.
+struct Said {
+    explain: Explanation,
+    lateen: Outcome,
+    envoy: Option<Outcome>,
+}
+
+/// Runs cases three ways, or two.
+fn ask(bed: &Bed, envoy: Option<&PathBuf>, cases: &[Case]) -> Vec<Said> {
+    let hosted = hosted(cases);
+    let compiled = bed.compile(&hosted);
+    let (lateen, other) = std::thread::scope(|scope| {
+        let other = envoy.map(|program| {
+            let (compiled, hosted) = (&compiled, &hosted);
+            scope.spawn(move || Live::envoy(program, compiled, bed).outcomes(hosted))
+        });
+        let lateen = Live::lateen(&compiled, bed).outcomes(&hosted);
+        (lateen, other.map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))))
+    });
+    let mut other = other.map(Vec::into_iter);
+    let explained = compiled.explained(&hosted).into_iter().zip(lateen);
+    explained
+        .map(|(explain, lateen)| Said { explain, lateen, envoy: other.as_mut().and_then(Iterator::next) })
+        .collect()
+}
+
+/// In what they disagree, a line each: the field, and who says what.
+fn disagreements(case: &Case, said: &Said) -> Vec<String> {
+    let mut out = Vec::new();
+    if let Some(envoy) = &said.envoy {
+        let lateen = &said.lateen;
+        let fields: [(&str, &dyn Fn(&Outcome) -> String); 6] = [
+            ("status", &|one| one.status.to_string()),
+            ("response headers", &|one| format!("{:?}", one.headers)),
+            ("body", &|one| format!("{:?}", one.body)),
+            ("request", &|one| format!("{:?}", one.upstream)),
+            ("flags", &|one| one.log.flags.clone()),
+            ("log", &|one| format!("{:?}", one.log)),
+        ];
+        for (field, of) in fields {
+            let (ours, theirs) = (of(lateen), of(envoy));
+            if ours != theirs {
+                out.push(format!("{field}: lateen {ours}, envoy {theirs}"));
+                // One thing at a time, the gravest first.
+                return out;
+            }
+        }
+    }
+    if let Err(why) = foretold(case, &said.explain, &said.lateen) {
+        out.push(why);
+    }
+    out
+}
+
+/// Whether `explain` foretold what came.
+fn foretold(case: &Case, explanation: &Explanation, came: &Outcome) -> Result<(), String> {
+    let told = Outcome::explained(explanation);
+    let ([told], [path]) = (&told[..], &explanation.paths[..]) else {
+        return Err(format!("explain: {} ways for a request that has one", told.len()));
+    };
+    let differ = |field: &str, told: &dyn std::fmt::Debug, came: &dyn std::fmt::Debug| {
+        Err(format!("{field}: explain {told:?}, lateen {came:?}"))
+    };
+    let mut pairs = vec![("endpoint", &told.log.upstream_host, &came.log.upstream_host)];
+    if path.end.kind == EndKind::Answered {
+        pairs.extend([
+            ("code", &told.log.code, &came.log.code),
+            ("flags", &told.log.flags, &came.log.flags),
+            ("details", &told.log.details, &came.log.details),
+        ]);
+        if told.headers != came.headers {
+            return differ("answer's headers", &told.headers, &came.headers);
+        }
+    }
+    for (field, told, came) in pairs {
+        if told != came {
+            return differ(field, told, came);
+        }
+    }
+    // A retry carries the number of its try.
+    let is_retried = case.request.headers.iter().any(|(name, _)| name == "x-reply-status");
+    let fixed = |upstream: &Option<bed::Upstream>| {
+        let mut upstream = upstream.clone()?;
+        if is_retried {
+            upstream.headers.retain(|(name, _)| name != "x-envoy-attempt-count");
+        }
+        Some(upstream)
+    };
+    if came.upstream.is_some() && fixed(&told.upstream) != fixed(&came.upstream) {
+        return differ("request", &told.upstream, &came.upstream);
+    }
+    Ok(())
+}
+
+fn run(hosts: usize) {
+    let (seed, envoy, bed) = (seed(), envoy(), Bed::new());
+    println!("LATEEN_SEED={seed} LATEEN_HOSTS={hosts}");
+    let mut random = Random::new(seed);
+    let tokens = bed.tokens();
+    let mut all = Vec::new();
+    let mut refused = 0;
+    while all.len() < hosts * REQUESTS {
+        let made = cases(&mut random, &tokens, REQUESTS);
+        if Bed::is_valid(&made[0]) { all.extend(made) } else { refused += 1 }
+    }
+    assert!(refused < hosts / 3, "{refused} of {hosts} configurations are none");
+    let said = ask(&bed, envoy.as_ref(), &all);
+    let delivered = said.iter().filter(|said| said.lateen.upstream.is_some()).count();
+    assert!(delivered > all.len() / 5, "only {delivered} of {} requests reach a backend", all.len());
+    let mut found: BTreeMap<String, (usize, &Case)> = BTreeMap::new();
+    for (case, said) in all.iter().zip(&said) {
+        for line in disagreements(case, said) {
+            let kind = shrink::kind(&line);
+            found.entry(kind).or_insert((0, case)).0 += 1;
+        }
+    }
+    if found.is_empty() {
+        return;
+    }
+    for (kind, (count, case)) in found.iter().take(SHRUNK_MAX) {
+        println!("\n#### {count} times: {kind}");
+        shrink::report(&bed, envoy.as_ref(), case, kind);
+    }
+    panic!("{} kinds of disagreement, LATEEN_SEED={seed}: {:#?}", found.len(), found.keys());
+}
+
+#[test]
+fn all_agree_on_every_request() {
+    let hosts = if cfg!(feature = "envoy") { 400 } else { 60 };
+    run(number("LATEEN_HOSTS").map_or(hosts, |hosts| usize::try_from(hosts).unwrap()));
+}
+
+/// The chance that `count` of `times` or something rarer on that side comes, twice.
+fn p_value(times: u32, count: u32, share: f64) -> f64 {
+    if share <= 0.0 || share >= 1.0 {
+        let expected = if share <= 0.0 { 0 } else { times };
+        return if count == expected { 1.0 } else { 0.0 };
+    }
+    // Logarithms of the binomial distribution, one after the other.
+    let (p, q) = (share.ln(), (1.0 - share).ln());
+    let mut log = f64::from(times) * q;
+    let (mut below, mut above) = (0.0, 0.0);
+    for k in 0..=times {
+        if k <= count {
+            below += log.exp();
+        }
+        if k >= count {
+            above += log.exp();
+        }
+        log += f64::from(times - k).ln() - f64::from(k + 1).ln() + p - q;
+    }
+    2.0 * f64::min(below, above)
+}
+
+#[test]
+fn chances_are_as_explained() {
+    let (seed, envoy, bed) = (seed(), envoy(), Bed::new());
+    println!("LATEEN_SEED={seed}");
+    let mut random = Random::new(seed);
+    let cases: Vec<Case> = (0..8).map(|_| by_chance(&mut random)).collect();
+    let hosted: Vec<(String, &Case)> =
+        cases.iter().enumerate().map(|(at, case)| (format!("c{at}.open.test"), case)).collect();
+    let compiled = bed.compile(&hosted);
+    let explained = compiled.explained(&hosted);
+    let mut proxies = vec![("lateen", Live::lateen(&compiled, &bed))];
+    proxies.extend(envoy.map(|program| ("envoy", Live::envoy(&program, &compiled, &bed))));
+    let mut tests = 0;
+    for ((host, case), explanation) in hosted.iter().zip(&explained) {
+        // By backend or status: its share.
+        let mut shares: BTreeMap<String, f64> = BTreeMap::new();
+        for (outcome, path) in Outcome::explained(explanation).iter().zip(&explanation.paths) {
+            let backend = ["v1", "v2"].into_iter().find(|version| outcome.log.cluster.contains(&format!("|{version}|")));
+            let what = match (path.end.kind, backend) {
+                (EndKind::Delivered, Some(backend)) => backend.to_owned(),
+                _ => outcome.status.to_string(),
+            };
+            *shares.entry(what).or_default() += path.percent / 100.0;
+        }
+        for (name, proxy) in &mut proxies {
+            let counted = proxy.count(host, &case.request, DRAWS);
+            for what in counted.keys().chain(shares.keys()) {
+                let (count, share) = (counted.get(what).copied().unwrap_or(0), shares.get(what).copied().unwrap_or(0.0));
+                let p = p_value(DRAWS, count, share);
+                assert!(p >= P_MIN, "{name}: {what} came {count} times of {DRAWS}, explain says {share}: p = {p:e}\n{}", bed::text(case, host, "c"));
+                tests += 1;
+            }
+        }
+    }
+    println!("{tests} shares hold");
+}
+
+#[test]
+fn what_is_too_rare_is_found() {
+    assert!(p_value(500, 250, 0.5) > 0.9);
+    assert!(p_value(500, 250, 0.6) < P_MIN * 100.0 && p_value(500, 310, 0.5) < P_MIN);
+    assert!(p_value(500, 0, 0.0) >= 1.0 && p_value(500, 1, 0.0) <= 0.0);
+    assert!(p_value(500, 50, 0.1) > 0.5 && p_value(500, 100, 0.1) < P_MIN);
+}

@@ -1,0 +1,446 @@
+//! Random cases: a host, the objects that say what becomes of its requests, and one request each.
+
+use serde_json::{Map, Value, json};
+
+/// A stream of draws from one seed (SplitMix64).
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        usize::try_from(self.next() % bound as u64).unwrap()
+    }
+
+    /// True in so many of a hundred.
+    fn percent(&mut self, percent: u64) -> bool {
+        self.next() % 100 < percent
+    }
+
+    fn pick<'a, T: ?Sized>(&mut self, of: &[&'a T]) -> &'a T {
+        of[self.below(of.len())]
+    }
+
+    fn some<T>(&mut self, most: usize, mut make: impl FnMut(&mut Self) -> T) -> Vec<T> {
+        let count = 1 + self.below(most);
+        (0..count).map(|_| make(self)).collect()
+    }
+}
+
+/// A request. Its host is the case's, with what `suffix` adds.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Request {
+    pub(crate) method: String,
+    pub(crate) path: String,
+    pub(crate) host_suffix: String,
+    pub(crate) headers: Vec<(String, String)>,
+}
+
+/// What one host does with one request. `@HOST@` and `@NAME@` in the objects are the case's own.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Case {
+    /// `open`; or `allow` where nothing passes that no ALLOW policy lets in.
+    pub(crate) class: &'static str,
+    pub(crate) objects: Vec<Value>,
+    pub(crate) request: Request,
+}
+
+/// Tokens that requests may carry, by what is special about them.
+pub(crate) struct Tokens(pub(crate) Vec<(&'static str, String)>);
+
+const PATHS: [&str; 14] = [
+    "/", "/a", "/a/", "/a/b", "/ab", "/A", "/a/b/c", "/x.y", "/b", "/a%20b", "/a//b", "/a/../b", "/status/200", "/a;p=1",
+];
+const HEADERS: [&str; 4] = ["x-a", "x-b", "end-user", "cookie"];
+const VALUES: [&str; 7] = ["1", "12", "a", "A", "jason", "k=v; z", "a b"];
+const QUERIES: [&str; 8] = ["", "q=1", "q=", "q", "q=12&r=a", "r=a&q=1", "Q=1", "q=1&q=2"];
+const METHODS: [&str; 6] = ["GET", "GET", "POST", "PUT", "OPTIONS", "HEAD"];
+
+fn string_match(random: &mut Random, exact: &str) -> Value {
+    match random.below(3) {
+        0 => json!({ "exact": exact }),
+        1 => json!({ "prefix": &exact[..exact.len().min(1 + random.below(3))] }),
+        _ => json!({ "regex": random.pick(&[".*", "a.*", "[0-9]+", "1", "a|b", "(ja|b)son", "/a(/.*)?", "/[a-z]/?b?", "^a$", "[aA]", ".+"]) }),
+    }
+}
+
+fn http_match(random: &mut Random) -> Value {
+    let mut out = Map::new();
+    if random.percent(60) {
+        let path = random.pick(&PATHS);
+        let uri = match random.below(5) {
+            0 | 1 => json!({ "exact": path }),
+            2 | 3 => json!({ "prefix": path }),
+            _ => json!({ "regex": random.pick(&["/a.*", "/[a-z]", "/a/(b|c)", ".*", "/(a|b)(/.*)?", "/a/b/?", "/A"]) }),
+        };
+        out.insert("uri".into(), uri);
+        if random.percent(15) {
+            out.insert("ignoreUriCase".into(), true.into());
+        }
+    }
+    if random.percent(20) {
+        let method = random.pick(&["GET", "POST", "PUT", "get"]);
+        out.insert("method".into(), string_match(random, method));
+    }
+    if random.percent(35) {
+        let headers = random.some(2, |random| {
+            let name = random.pick(&HEADERS);
+            let value = random.pick(&VALUES);
+            let condition = if random.percent(20) { json!({}) } else { string_match(random, value) };
+            (name.to_owned(), condition)
+        });
+        out.insert("headers".into(), headers.into_iter().collect::<Map<_, _>>().into());
+    }
+    if random.percent(20) {
+        let name = random.pick(&HEADERS);
+        let value = random.pick(&VALUES);
+        let condition = if random.percent(30) { json!({}) } else { string_match(random, value) };
+        out.insert("withoutHeaders".into(), json!({ name: condition }));
+    }
+    if random.percent(25) {
+        let name = random.pick(&["q", "r", "Q"]);
+        let value = random.pick(&["1", "12", "a", "2"]);
+        out.insert("queryParams".into(), json!({ name: string_match(random, value) }));
+    }
+    if random.percent(8) {
+        out.insert("port".into(), json!(random.pick(&["80", "81"]).parse::<u16>().unwrap()));
+    }
+    if random.percent(8) {
+        let authority = if random.percent(50) { json!({ "exact": "@HOST@" }) } else { json!({ "prefix": "c" }) };
+        out.insert("authority".into(), authority);
+    }
+    if random.percent(5) {
+        out.insert("scheme".into(), json!({ "exact": random.pick(&["http", "https"]) }));
+    }
+    if out.is_empty() {
+        out.insert("uri".into(), json!({ "prefix": "/" }));
+    }
+    out.into()
+}
+
+fn destination(random: &mut Random) -> Value {
+    match random.below(12) {
+        0..=3 => json!({ "host": "echo", "subset": "v1" }),
+        4..=6 => json!({ "host": "echo", "subset": "v2" }),
+        7..=9 => json!({ "host": "other" }),
+        // Nobody has these labels.
+        10 => json!({ "host": "echo", "subset": "v9" }),
+        // No rule has this subset, or nobody this name.
+        _ if random.percent(50) => json!({ "host": "echo", "subset": "none" }),
+        _ => json!({ "host": "nobody" }),
+    }
+}
+
+fn header_edits(random: &mut Random) -> Value {
+    let mut edits = Map::new();
+    for direction in ["request", "response"] {
+        if random.percent(60) {
+            let mut edit = Map::new();
+            let name = random.pick(&["x-a", "x-b", "x-new", "X-Mixed", "x-backend", "x-c"]);
+            let value = random.pick(&["1", "new", "%REQ(x-a)%", "100%%", "a,b", "%PROTOCOL%"]);
+            match random.below(3) {
+                0 => edit.insert("set".into(), json!({ name: value })),
+                1 => edit.insert("add".into(), json!({ name: value })),
+                _ => edit.insert("remove".into(), json!([random.pick(&["x-a", "x-b", "cookie", "x-backend"])])),
+            };
+            edits.insert(direction.into(), edit.into());
+        }
+    }
+    edits.into()
+}
+
+fn rewrite(random: &mut Random) -> Value {
+    match random.below(5) {
+        0 => json!({ "uri": random.pick(&["/", "/new", "/new/", "/a"]) }),
+        1 => json!({ "authority": "other.host" }),
+        2 => json!({ "uri": "/new", "authority": "other.host:81" }),
+        3 => json!({ "uriRegexRewrite": { "match": "^/([a-z])/(.*)$", "rewrite": "/\\2/\\1" } }),
+        _ => json!({ "uriRegexRewrite": { "match": "b", "rewrite": "<\\0>" } }),
+    }
+}
+
+fn redirect(random: &mut Random) -> Value {
+    let mut out = Map::new();
+    if random.percent(60) {
+        out.insert("uri".into(), json!(random.pick(&["/new", "/", "/new?x=1", "%PREFIX()%/z", "http://full.host/p"])));
+    }
+    if random.percent(50) {
+        out.insert("authority".into(), json!(random.pick(&["other.host", "other.host:8443"])));
+    }
+    if random.percent(30) {
+        out.insert("scheme".into(), json!(random.pick(&["https", "http"])));
+    }
+    match random.below(5) {
+        0 => _ = out.insert("port".into(), json!(8443)),
+        1 => _ = out.insert("derivePort".into(), json!(random.pick(&["FROM_PROTOCOL_DEFAULT", "FROM_REQUEST_PORT"]))),
+        _ => {}
+    }
+    if random.percent(50) {
+        out.insert("redirectCode".into(), json!([301, 302, 303, 307, 308][random.below(5)]));
+    }
+    if out.is_empty() {
+        out.insert("uri".into(), "/new".into());
+    }
+    out.into()
+}
+
+fn cors(random: &mut Random) -> Value {
+    let origins = random.some(2, |random| match random.below(4) {
+        0 => json!({ "exact": "https://a.test" }),
+        1 => json!({ "prefix": "https://a" }),
+        2 => json!({ "regex": "https://[a-z]+\\.test" }),
+        _ => json!({ "exact": "*" }),
+    });
+    let mut out = json!({ "allowOrigins": origins });
+    if random.percent(50) {
+        out["allowMethods"] = json!(["GET", "PUT"]);
+    }
+    if random.percent(50) {
+        out["allowHeaders"] = json!(["x-a", "x-b"]);
+    }
+    if random.percent(30) {
+        out["exposeHeaders"] = json!(["x-backend"]);
+    }
+    if random.percent(40) {
+        out["maxAge"] = "60s".into();
+    }
+    if random.percent(40) {
+        out["allowCredentials"] = random.percent(50).into();
+    }
+    if random.percent(20) {
+        out["unmatchedPreflights"] = random.pick(&["FORWARD", "IGNORE"]).into();
+    }
+    out
+}
+
+fn rule(random: &mut Random) -> Value {
+    let mut out = Map::new();
+    if random.percent(75) {
+        out.insert("match".into(), random.some(2, http_match).into());
+    }
+    match random.below(20) {
+        0..=2 => {
+            out.insert("redirect".into(), redirect(random));
+            return out.into();
+        }
+        3 | 4 => {
+            let mut direct = json!({ "status": [200, 204, 404, 503][random.below(4)] });
+            if random.percent(60) {
+                direct["body"] = json!({ "string": "so it is" });
+            }
+            out.insert("directResponse".into(), direct);
+            if random.percent(30) {
+                out.insert("headers".into(), json!({ "response": { "set": { "x-direct": "1" } } }));
+            }
+            return out.into();
+        }
+        _ => {}
+    }
+    out.insert("route".into(), json!([{ "destination": destination(random) }]));
+    if random.percent(20) {
+        out["route"][0]["headers"] = header_edits(random);
+    }
+    if random.percent(25) {
+        out.insert("rewrite".into(), rewrite(random));
+    }
+    if random.percent(25) {
+        out.insert("headers".into(), header_edits(random));
+    }
+    if random.percent(15) {
+        out.insert("corsPolicy".into(), cors(random));
+    }
+    if random.percent(15) {
+        let status = [400, 429, 503, 555][random.below(4)];
+        let percentage = [0, 100][random.below(2)];
+        out.insert("fault".into(), json!({ "abort": { "httpStatus": status, "percentage": { "value": percentage } } }));
+    }
+    if random.percent(15) {
+        let on = random.pick(&["5xx", "gateway-error", "503", "reset", "retriable-4xx", "429,5xx"]);
+        out.insert("retries".into(), json!({ "attempts": random.below(3), "retryOn": on }));
+    }
+    if random.percent(10) {
+        out.insert("timeout".into(), "5s".into());
+    }
+    if random.percent(10) {
+        out.insert("name".into(), random.pick(&["named", "x"]).into());
+    }
+    out.into()
+}
+
+fn virtual_service(rules: Vec<Value>) -> Value {
+    json!({
+        "apiVersion": "networking.istio.io/v1", "kind": "VirtualService",
+        "metadata": { "name": "@NAME@", "namespace": "shop" },
+        "spec": { "hosts": ["@HOST@"], "gateways": ["gateway"], "http": rules },
+    })
+}
+
+fn strings(random: &mut Random, from: &[&str]) -> Value {
+    let mut list: Vec<String> = random.some(2, |random| random.pick(from).to_owned());
+    list.dedup();
+    list.into()
+}
+
+/// A rule of an AuthorizationPolicy for the case's host.
+fn policy_rule(random: &mut Random) -> Value {
+    let mut operation = Map::from_iter([("hosts".to_owned(), json!(["@HOST@"]))]);
+    if random.percent(40) {
+        let key = random.pick(&["paths", "notPaths"]);
+        operation.insert(key.into(), strings(random, &["/a", "/a/*", "*/b", "*", "/status/{*}", "/{*}/b", "/a/{**}", "/b"]));
+    }
+    if random.percent(30) {
+        let key = random.pick(&["methods", "notMethods"]);
+        operation.insert(key.into(), strings(random, &["GET", "POST", "PU*", "*"]));
+    }
+    if random.percent(15) {
+        let key = random.pick(&["ports", "notPorts"]);
+        operation.insert(key.into(), strings(random, &["8080", "80"]));
+    }
+    let mut out = json!({ "to": [{ "operation": operation }] });
+    if random.percent(50) {
+        let mut source = Map::new();
+        match random.below(5) {
+            0 => _ = source.insert("ipBlocks".into(), strings(random, &["127.0.0.1", "127.0.0.0/8", "10.0.0.0/8"])),
+            1 => _ = source.insert("notIpBlocks".into(), strings(random, &["127.0.0.1", "10.0.0.0/8"])),
+            2 => _ = source.insert("remoteIpBlocks".into(), strings(random, &["127.0.0.0/8", "10.0.0.0/8", "192.0.2.1"])),
+            3 => _ = source.insert("requestPrincipals".into(), strings(random, &["*", "issuer-a/me", "issuer-a/*", "*/you", "issuer-b/me"])),
+            _ => _ = source.insert("notRequestPrincipals".into(), strings(random, &["*", "issuer-a/me"])),
+        }
+        out["from"] = json!([{ "source": source }]);
+    }
+    if random.percent(50) {
+        let conditions = random.some(2, |random| {
+            let values = random.pick(&["values", "notValues"]);
+            match random.below(6) {
+                0 => json!({ "key": "request.headers[x-a]", values: strings(random, &["1", "1*", "*2", "*", "a"]) }),
+                1 => json!({ "key": "request.headers[end-user]", values: strings(random, &["jason", "*"]) }),
+                2 => json!({ "key": "source.ip", values: strings(random, &["127.0.0.1", "10.0.0.0/8"]) }),
+                3 => json!({ "key": "request.auth.claims[group]", values: strings(random, &["dev", "d*", "ops", "*"]) }),
+                4 => json!({ "key": "request.auth.claims[nested][key]", values: strings(random, &["deep", "x"]) }),
+                _ => json!({ "key": "request.auth.audiences", values: strings(random, &["shop", "s*"]) }),
+            }
+        });
+        out["when"] = conditions.into();
+    }
+    out
+}
+
+fn policy(random: &mut Random, action: &str) -> Value {
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": { "name": format!("@NAME@-{}", action.to_lowercase()), "namespace": "istio-system" },
+        "spec": {
+            "selector": { "matchLabels": { "istio": "ingressgateway" } },
+            "action": action, "rules": random.some(2, policy_rule),
+        },
+    })
+}
+
+fn request(random: &mut Random, tokens: &Tokens, wants_token: bool) -> Request {
+    let mut path = random.pick(&PATHS).to_owned();
+    let query = random.pick(&QUERIES);
+    if !query.is_empty() {
+        path = format!("{path}?{query}");
+    }
+    let mut headers: Vec<(String, String)> = Vec::new();
+    for name in HEADERS {
+        if random.percent(35) {
+            headers.push((name.to_owned(), random.pick(&VALUES).to_owned()));
+            if random.percent(10) {
+                headers.push((name.to_owned(), random.pick(&VALUES).to_owned()));
+            }
+        }
+    }
+    let mut method = random.pick(&METHODS).to_owned();
+    if random.percent(20) {
+        headers.push(("origin".into(), random.pick(&["https://a.test", "https://b.test", "http://a.test", "null"]).to_owned()));
+        if random.percent(50) {
+            method = "OPTIONS".into();
+            headers.push(("access-control-request-method".into(), random.pick(&["GET", "DELETE"]).to_owned()));
+        }
+    }
+    if random.percent(10) {
+        headers.push(("x-reply-status".into(), random.pick(&["503", "500", "404", "429"]).to_owned()));
+    }
+    if random.percent(8) {
+        headers.push(("x-forwarded-for".into(), random.pick(&["10.1.1.1", "192.0.2.1, 10.2.2.2"]).to_owned()));
+    }
+    if random.percent(if wants_token { 75 } else { 5 }) {
+        let (_, token) = &tokens.0[random.below(tokens.0.len())];
+        headers.push(("authorization".into(), format!("Bearer {token}")));
+    }
+    let host_suffix = match random.below(12) {
+        0 => ":80",
+        1 => ":8080",
+        _ => "",
+    };
+    Request { method, path, host_suffix: host_suffix.into(), headers }
+}
+
+/// A host with its objects, and `requests` cases that differ in the request only.
+pub(crate) fn cases(random: &mut Random, tokens: &Tokens, requests: usize) -> Vec<Case> {
+    let mut rules = random.some(3, rule);
+    let kind = random.below(10);
+    let (mut class, mut wants_token) = ("open", false);
+    let mut policies = Vec::new();
+    match kind {
+        0 | 1 => {
+            wants_token = random.percent(40);
+            policies.push(policy(random, "DENY"));
+        }
+        2 | 3 => {
+            class = "allow";
+            wants_token = random.percent(50);
+            policies.push(policy(random, "ALLOW"));
+            if random.percent(30) {
+                policies.push(policy(random, "DENY"));
+            }
+        }
+        4 => {
+            // Routing by claim.
+            wants_token = true;
+            let claim = random.pick(&["@request.auth.claims.group", "@request.auth.claims.nested.key", "@request.auth.claims[group]"]);
+            let value = random.pick(&["dev", "deep", "d"]);
+            let condition = string_match(random, value);
+            rules.insert(
+                0,
+                json!({
+                    "match": [{ "headers": { claim: condition } }],
+                    "route": [{ "destination": { "host": "other" } }],
+                }),
+            );
+        }
+        _ => {}
+    }
+    let mut objects = vec![virtual_service(rules)];
+    objects.append(&mut policies);
+    (0..requests).map(|_| Case { class, objects: objects.clone(), request: request(random, tokens, wants_token) }).collect()
+}
+
+/// A host whose requests go here or there by chance.
+pub(crate) fn by_chance(random: &mut Random) -> Case {
+    let weights = [[90, 10], [50, 50], [1, 99], [33, 67], [100, 0]][random.below(5)];
+    let mut rule = json!({ "route": [
+        { "destination": { "host": "echo", "subset": "v1" }, "weight": weights[0] },
+        { "destination": { "host": "echo", "subset": "v2" }, "weight": weights[1] },
+    ] });
+    if random.percent(60) {
+        let percentage = [1.0, 25.0, 50.0, 0.5, 99.0][random.below(5)];
+        rule["fault"] = json!({ "abort": { "httpStatus": 418, "percentage": { "value": percentage } } });
+    }
+    Case {
+        class: "open",
+        objects: vec![virtual_service(vec![rule])],
+        request: Request { method: "GET".into(), path: "/".into(), host_suffix: String::new(), headers: Vec::new() },
+    }
+}
