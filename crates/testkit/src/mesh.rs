@@ -210,7 +210,7 @@ impl Mesh {
     pub fn processes(&self, word: &str) -> Vec<u32> {
         let mut parents: BTreeMap<u32, u32> = BTreeMap::new();
         for entry in std::fs::read_dir("/proc").expect("Linux has /proc").flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
             // After the name, which may contain anything: state, parent.
             let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
             let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());

@@ -186,7 +186,7 @@ fn redirect(random: &mut Random) -> Value {
         _ => {}
     }
     if random.percent(50) {
-        out.insert("redirectCode".into(), json!([301, 302, 303, 307, 308][random.below(5)]));
+        out.insert("redirectCode".into(), json!(([301, 302, 303, 307, 308][random.below(5)])));
     }
     if out.is_empty() {
         out.insert("uri".into(), "/new".into());
@@ -234,7 +234,7 @@ fn rule(random: &mut Random) -> Value {
             return out.into();
         }
         3 | 4 => {
-            let mut direct = json!({ "status": [200, 204, 404, 503][random.below(4)] });
+            let mut direct = json!({ "status": ([200, 204, 404, 503][random.below(4)]) });
             if random.percent(60) {
                 direct["body"] = json!({ "string": "so it is" });
             }
@@ -390,6 +390,10 @@ fn request(random: &mut Random, tokens: &Tokens, wants_token: bool) -> Request {
 /// A host with its objects, and `requests` cases that differ in the request only.
 pub(crate) fn cases(random: &mut Random, tokens: &Tokens, requests: usize) -> Vec<Case> {
     let mut rules = random.some(3, rule);
+    if random.percent(75) {
+        // What nobody else takes.
+        rules.push(json!({ "route": [{ "destination": { "host": "echo", "subset": "v1" } }] }));
+    }
     let kind = random.below(10);
     let (mut class, mut wants_token) = ("open", false);
     let mut policies = Vec::new();
