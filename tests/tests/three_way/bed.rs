@@ -447,7 +447,7 @@ impl Live {
         let mut client = Client::plain(self.address).expect("the proxy takes connections");
         let answer = client.raw(bytes.as_bytes(), is_head);
         self.client = Some(client);
-        answer.unwrap_or(Response { status: 0, headers: Vec::new(), body: String::new() })
+        answer.unwrap_or(Response { status: 0, headers: Vec::new(), body: String::new(), trailers: Vec::new() })
     }
 
     /// The statuses and backends of the same request many times over, counted.

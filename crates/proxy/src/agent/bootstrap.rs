@@ -5,12 +5,12 @@ use std::path::Path;
 
 use envoy_types::pb::google::protobuf::Any;
 use prost::Message as _;
+use proto::json::to_json;
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 use types::wellknown::marks;
 
 use super::Places;
-use proto::json::to_json;
 use crate::options::Options;
 
 const SOL_SOCKET: u32 = 1;
