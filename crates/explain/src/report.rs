@@ -204,7 +204,16 @@ pub struct End {
 impl End {
     /// An end that is no failure.
     pub(crate) fn good(kind: EndKind, text: String) -> Self {
-        Self { kind, text, status: None, cause: None, flag: None, details: String::new(), remedy: "", headers: Vec::new() }
+        Self {
+            kind,
+            text,
+            status: None,
+            cause: None,
+            flag: None,
+            details: String::new(),
+            remedy: "",
+            headers: Vec::new(),
+        }
     }
 
     /// An end that the mesh makes.

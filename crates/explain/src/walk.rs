@@ -4,11 +4,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use engine::{ConnFacts, Now};
 use engine::chain::{Listener, listener_for};
 use engine::exchange::Attempt;
 use engine::facts::Transport;
 use engine::tls::SanKind;
+use engine::{ConnFacts, Now};
 use mesh::{EndpointAddress, Health, MeshSnapshot, Resolution, Service, ServiceAddress, Workload};
 use types::wellknown::type_urls;
 use types::{Cause, NamespacedName, RequestHead, Version};
@@ -59,10 +59,7 @@ impl<'a> Explainer<'a> {
     }
 
     /// With proxies as they run; see [`explain_running`].
-    pub fn of_mesh(
-        snapshot: &'a MeshSnapshot,
-        ask: &'a dyn Fn(&NamespacedName) -> Result<Running, String>,
-    ) -> Self {
+    pub fn of_mesh(snapshot: &'a MeshSnapshot, ask: &'a dyn Fn(&NamespacedName) -> Result<Running, String>) -> Self {
         Self { world: World::new(snapshot, Source::Mesh(ask)) }
     }
 

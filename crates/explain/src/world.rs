@@ -202,13 +202,7 @@ impl<'a> World<'a> {
         proxy
     }
 
-    fn proxy_with(
-        &self,
-        workload: &Arc<Workload>,
-        config: RuntimeConfig,
-        running: Option<Running>,
-        now: Now,
-    ) -> Proxy {
+    fn proxy_with(&self, workload: &Arc<Workload>, config: RuntimeConfig, running: Option<Running>, now: Now) -> Proxy {
         Proxy {
             identity: self.identity(workload),
             workload: Arc::clone(workload),
@@ -257,9 +251,8 @@ impl<'a> World<'a> {
         let Some(view) = &running.view else { return Vec::new() };
         let wanted = proxy.wanted.get_or_init(|| {
             let resources = compile::compile(self.snapshot, view).packed();
-            let json = |resource: compile::Resource| {
-                ((resource.type_url, resource.name), proto::json::to_json(&resource.any))
-            };
+            let json =
+                |resource: compile::Resource| ((resource.type_url, resource.name), proto::json::to_json(&resource.any));
             resources.into_iter().map(json).collect()
         });
         let differs = |(url, name): &(&'static str, String)| {

@@ -31,12 +31,20 @@ fn explain(mesh: &Mesh, from: &[&str], url: &str, headers: &[(&str, &str)]) -> V
 
 /// Every decision, in order of the way.
 fn decisions(told: &Value) -> impl Iterator<Item = &Value> {
-    told["paths"].as_array().into_iter().flatten().flat_map(|path| path["hops"].as_array().into_iter().flatten()).flat_map(|hop| hop["decisions"].as_array().into_iter().flatten())
+    told["paths"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .flat_map(|path| path["hops"].as_array().into_iter().flatten())
+        .flat_map(|hop| hop["decisions"].as_array().into_iter().flatten())
 }
 
 /// The outcome of the first decision of a stage.
 fn outcome<'a>(told: &'a Value, stage: &str) -> &'a str {
-    decisions(told).find(|decision| decision["stage"] == stage).and_then(|decision| decision["outcome"].as_str()).unwrap_or("")
+    decisions(told)
+        .find(|decision| decision["stage"] == stage)
+        .and_then(|decision| decision["outcome"].as_str())
+        .unwrap_or("")
 }
 
 /// The objects behind the decisions of a stage, with field and place.
@@ -47,7 +55,13 @@ fn because(told: &Value, stage: &str) -> Vec<String> {
         .map(|because| {
             let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
             let object = &because["object"];
-            format!("{} {}/{} {}", text(&object["kind"]), text(&object["namespace"]), text(&object["name"]), text(&because["field"]))
+            format!(
+                "{} {}/{} {}",
+                text(&object["kind"]),
+                text(&object["namespace"]),
+                text(&object["name"]),
+                text(&because["field"])
+            )
         })
         .collect()
 }
@@ -241,7 +255,10 @@ fn signal(name: &str, processes: &[String]) {
 fn a_proxy_that_is_behind_answers_by_what_it_has() {
     let mesh = TRAFFIC.turn();
     let routes = |status: u16| {
-        virtual_service("stale", &format!("  - directResponse: {{status: {status}}}\n    match: [{{uri: {{prefix: /}}}}]"))
+        virtual_service(
+            "stale",
+            &format!("  - directResponse: {{status: {status}}}\n    match: [{{uri: {{prefix: /}}}}]"),
+        )
     };
     let _routes = mesh.with(&routes(201));
     let url = "http://stale.shop.test/";

@@ -21,11 +21,8 @@ use types::wellknown::type_urls;
 use crate::random::{Case, Request, Tokens};
 
 /// Addresses of the three backends; all listen on the same port.
-const BACKENDS: [(&str, Ipv4Addr); 3] = [
-    ("v1", Ipv4Addr::new(127, 0, 0, 2)),
-    ("v2", Ipv4Addr::new(127, 0, 0, 3)),
-    ("other", Ipv4Addr::new(127, 0, 0, 4)),
-];
+const BACKENDS: [(&str, Ipv4Addr); 3] =
+    [("v1", Ipv4Addr::new(127, 0, 0, 2)), ("v2", Ipv4Addr::new(127, 0, 0, 3)), ("other", Ipv4Addr::new(127, 0, 0, 4))];
 
 const GATEWAY: &str = "istio-ingressgateway";
 
@@ -80,10 +77,15 @@ fn serve(name: &str, stream: TcpStream) -> Option<()> {
         let length = of("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
         std::io::copy(&mut (&mut input).take(length), &mut std::io::sink()).ok()?;
         let status = of("x-reply-status").unwrap_or("200");
-        let body = json!({ "echo": true, "backend": name, "method": method, "path": path, "headers": headers }).to_string();
+        let body =
+            json!({ "echo": true, "backend": name, "method": method, "path": path, "headers": headers }).to_string();
         let sent = if method == "HEAD" { "" } else { &body };
         let length = body.len();
-        write!(out, "HTTP/1.1 {status} X\r\nx-backend: {name}\r\nx-a: answer\r\ncontent-length: {length}\r\n\r\n{sent}").ok()?;
+        write!(
+            out,
+            "HTTP/1.1 {status} X\r\nx-backend: {name}\r\nx-a: answer\r\ncontent-length: {length}\r\n\r\n{sent}"
+        )
+        .ok()?;
     }
 }
 
@@ -121,7 +123,10 @@ impl Bed {
         };
         let mut list = vec![
             ("good", a.sign(&claims("issuer-a", "me", json!({ "group": "dev" })))),
-            ("good", a.sign(&claims("issuer-a", "you", json!({ "group": ["ops", "dev"], "nested": { "key": "deep" } })))),
+            (
+                "good",
+                a.sign(&claims("issuer-a", "you", json!({ "group": ["ops", "dev"], "nested": { "key": "deep" } }))),
+            ),
             ("good", b.sign(&claims("issuer-b", "me", json!({ "aud": "shop", "nested": { "key": ["x", "deep"] } })))),
             ("expired", a.sign(&claims("issuer-a", "me", json!({ "exp": now - 3600 })))),
             ("early", a.sign(&claims("issuer-a", "me", json!({ "nbf": now + 3600 })))),
@@ -297,7 +302,8 @@ impl Compiled {
 
     /// What `explain` says, for each case.
     pub(crate) fn explained(&self, cases: &[(String, &Case)]) -> Vec<Explanation> {
-        let entries = |list: &[Value], field: &str| -> Vec<Value> { list.iter().map(|one| json!({ field: one })).collect() };
+        let entries =
+            |list: &[Value], field: &str| -> Vec<Value> { list.iter().map(|one| json!({ field: one })).collect() };
         let dump = json!({ "configs": [
             { "static_clusters": entries(&self.clusters, "cluster") },
             { "static_listeners": entries(&self.listeners, "listener") },
@@ -473,7 +479,11 @@ impl Live {
             let text = std::fs::read_to_string(&self.log).map_err(|error| error.to_string())?;
             lines = text.lines().filter_map(log_line).collect();
             let answered = answers.iter().filter(|answer| answer.status != 0).count();
-            if lines.len() >= answered { Ok(()) } else { Err(format!("{}: {} lines of {answered}", self.name, lines.len())) }
+            if lines.len() >= answered {
+                Ok(())
+            } else {
+                Err(format!("{}: {} lines of {answered}", self.name, lines.len()))
+            }
         });
         let outcome = |(at, answer): (usize, Response)| Outcome::of(answer, lines.remove(&at).unwrap_or_default());
         answers.into_iter().enumerate().map(outcome).collect()
@@ -512,10 +522,7 @@ const BY_NATURE: [&str; 6] =
     ["date", "x-request-id", "user-agent", "x-envoy-upstream-service-time", "content-length", "server"];
 
 pub(crate) fn comparable(headers: impl IntoIterator<Item = (String, String)>) -> Vec<(String, String)> {
-    let mut kept: Vec<_> = headers
-        .into_iter()
-        .filter(|(name, _)| !BY_NATURE.contains(&name.as_str()))
-        .collect();
+    let mut kept: Vec<_> = headers.into_iter().filter(|(name, _)| !BY_NATURE.contains(&name.as_str())).collect();
     kept.sort();
     kept
 }
@@ -531,7 +538,11 @@ impl Outcome {
             Upstream {
                 method: text(&echo["method"]),
                 path: text(&echo["path"]),
-                authority: headers.iter().find(|(name, _)| name == "host").map(|(_, host)| host.clone()).unwrap_or_default(),
+                authority: headers
+                    .iter()
+                    .find(|(name, _)| name == "host")
+                    .map(|(_, host)| host.clone())
+                    .unwrap_or_default(),
                 headers: comparable(headers.into_iter().filter(|(name, _)| name != "host")),
             }
         });
@@ -568,9 +579,14 @@ impl Outcome {
                 path: request.path.clone(),
                 headers: comparable(request.headers.clone()),
             });
-            Self { status: end.status.unwrap_or(0), headers: comparable(end.headers.clone()), body: None, upstream, log }
+            Self {
+                status: end.status.unwrap_or(0),
+                headers: comparable(end.headers.clone()),
+                body: None,
+                upstream,
+                log,
+            }
         };
         explanation.paths.iter().map(outcome).collect()
     }
 }
-

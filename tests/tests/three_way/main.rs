@@ -232,7 +232,8 @@ fn chances_are_as_explained() {
         // By backend or status: its share.
         let mut shares: BTreeMap<String, f64> = BTreeMap::new();
         for (outcome, path) in Outcome::explained(explanation).iter().zip(&explanation.paths) {
-            let backend = ["v1", "v2"].into_iter().find(|version| outcome.log.cluster.contains(&format!("|{version}|")));
+            let backend =
+                ["v1", "v2"].into_iter().find(|version| outcome.log.cluster.contains(&format!("|{version}|")));
             let what = match (path.end.kind, backend) {
                 (EndKind::Delivered, Some(backend)) => backend.to_owned(),
                 _ => outcome.status.to_string(),
@@ -242,9 +243,14 @@ fn chances_are_as_explained() {
         for (name, proxy) in &mut proxies {
             let counted = proxy.count(host, &case.request, DRAWS);
             for what in counted.keys().chain(shares.keys()) {
-                let (count, share) = (counted.get(what).copied().unwrap_or(0), shares.get(what).copied().unwrap_or(0.0));
+                let (count, share) =
+                    (counted.get(what).copied().unwrap_or(0), shares.get(what).copied().unwrap_or(0.0));
                 let p = p_value(DRAWS, count, share);
-                assert!(p >= P_MIN, "{name}: {what} came {count} times of {DRAWS}, explain says {share}: p = {p:e}\n{}", bed::text(case, host, "c"));
+                assert!(
+                    p >= P_MIN,
+                    "{name}: {what} came {count} times of {DRAWS}, explain says {share}: p = {p:e}\n{}",
+                    bed::text(case, host, "c")
+                );
                 tests += 1;
             }
         }

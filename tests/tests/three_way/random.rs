@@ -59,7 +59,20 @@ pub(crate) struct Case {
 pub(crate) struct Tokens(pub(crate) Vec<(&'static str, String)>);
 
 const PATHS: [&str; 14] = [
-    "/", "/a", "/a/", "/a/b", "/ab", "/A", "/a/b/c", "/x.y", "/b", "/a%20b", "/a//b", "/a/../b", "/status/200", "/a;p=1",
+    "/",
+    "/a",
+    "/a/",
+    "/a/b",
+    "/ab",
+    "/A",
+    "/a/b/c",
+    "/x.y",
+    "/b",
+    "/a%20b",
+    "/a//b",
+    "/a/../b",
+    "/status/200",
+    "/a;p=1",
 ];
 const HEADERS: [&str; 4] = ["x-a", "x-b", "end-user", "cookie"];
 const VALUES: [&str; 7] = ["1", "12", "a", "A", "jason", "k=v; z", "a b"];
@@ -70,7 +83,9 @@ fn string_match(random: &mut Random, exact: &str) -> Value {
     match random.below(3) {
         0 => json!({ "exact": exact }),
         1 => json!({ "prefix": &exact[..exact.len().min(1 + random.below(3))] }),
-        _ => json!({ "regex": random.pick(&[".*", "a.*", "[0-9]+", "1", "a|b", "(ja|b)son", "/a(/.*)?", "/[a-z]/?b?", "^a$", "[aA]", ".+"]) }),
+        _ => {
+            json!({ "regex": random.pick(&[".*", "a.*", "[0-9]+", "1", "a|b", "(ja|b)son", "/a(/.*)?", "/[a-z]/?b?", "^a$", "[aA]", ".+"]) })
+        }
     }
 }
 
@@ -296,7 +311,8 @@ fn policy_rule(random: &mut Random) -> Value {
     let mut operation = Map::from_iter([("hosts".to_owned(), json!(["@HOST@"]))]);
     if random.percent(40) {
         let key = random.pick(&["paths", "notPaths"]);
-        operation.insert(key.into(), strings(random, &["/a", "/a/*", "*/b", "*", "/status/{*}", "/{*}/b", "/a/{**}", "/b"]));
+        operation
+            .insert(key.into(), strings(random, &["/a", "/a/*", "*/b", "*", "/status/{*}", "/{*}/b", "/a/{**}", "/b"]));
     }
     if random.percent(30) {
         let key = random.pick(&["methods", "notMethods"]);
@@ -312,8 +328,15 @@ fn policy_rule(random: &mut Random) -> Value {
         match random.below(5) {
             0 => _ = source.insert("ipBlocks".into(), strings(random, &["127.0.0.1", "127.0.0.0/8", "10.0.0.0/8"])),
             1 => _ = source.insert("notIpBlocks".into(), strings(random, &["127.0.0.1", "10.0.0.0/8"])),
-            2 => _ = source.insert("remoteIpBlocks".into(), strings(random, &["127.0.0.0/8", "10.0.0.0/8", "192.0.2.1"])),
-            3 => _ = source.insert("requestPrincipals".into(), strings(random, &["*", "issuer-a/me", "issuer-a/*", "*/you", "issuer-b/me"])),
+            2 => {
+                _ = source.insert("remoteIpBlocks".into(), strings(random, &["127.0.0.0/8", "10.0.0.0/8", "192.0.2.1"]))
+            }
+            3 => {
+                _ = source.insert(
+                    "requestPrincipals".into(),
+                    strings(random, &["*", "issuer-a/me", "issuer-a/*", "*/you", "issuer-b/me"]),
+                )
+            }
             _ => _ = source.insert("notRequestPrincipals".into(), strings(random, &["*", "issuer-a/me"])),
         }
         out["from"] = json!([{ "source": source }]);
@@ -325,7 +348,9 @@ fn policy_rule(random: &mut Random) -> Value {
                 0 => json!({ "key": "request.headers[x-a]", values: strings(random, &["1", "1*", "*2", "*", "a"]) }),
                 1 => json!({ "key": "request.headers[end-user]", values: strings(random, &["jason", "*"]) }),
                 2 => json!({ "key": "source.ip", values: strings(random, &["127.0.0.1", "10.0.0.0/8"]) }),
-                3 => json!({ "key": "request.auth.claims[group]", values: strings(random, &["dev", "d*", "ops", "*"]) }),
+                3 => {
+                    json!({ "key": "request.auth.claims[group]", values: strings(random, &["dev", "d*", "ops", "*"]) })
+                }
                 4 => json!({ "key": "request.auth.claims[nested][key]", values: strings(random, &["deep", "x"]) }),
                 _ => json!({ "key": "request.auth.audiences", values: strings(random, &["shop", "s*"]) }),
             }
@@ -363,7 +388,10 @@ fn request(random: &mut Random, tokens: &Tokens, wants_token: bool) -> Request {
     }
     let mut method = random.pick(&METHODS).to_owned();
     if random.percent(20) {
-        headers.push(("origin".into(), random.pick(&["https://a.test", "https://b.test", "http://a.test", "null"]).to_owned()));
+        headers.push((
+            "origin".into(),
+            random.pick(&["https://a.test", "https://b.test", "http://a.test", "null"]).to_owned(),
+        ));
         if random.percent(50) {
             method = "OPTIONS".into();
             headers.push(("access-control-request-method".into(), random.pick(&["GET", "DELETE"]).to_owned()));
@@ -413,7 +441,11 @@ pub(crate) fn cases(random: &mut Random, tokens: &Tokens, requests: usize) -> Ve
         4 => {
             // Routing by claim.
             wants_token = true;
-            let claim = random.pick(&["@request.auth.claims.group", "@request.auth.claims.nested.key", "@request.auth.claims[group]"]);
+            let claim = random.pick(&[
+                "@request.auth.claims.group",
+                "@request.auth.claims.nested.key",
+                "@request.auth.claims[group]",
+            ]);
             let value = random.pick(&["dev", "deep", "d"]);
             let condition = string_match(random, value);
             rules.insert(
@@ -428,7 +460,9 @@ pub(crate) fn cases(random: &mut Random, tokens: &Tokens, requests: usize) -> Ve
     }
     let mut objects = vec![virtual_service(rules)];
     objects.append(&mut policies);
-    (0..requests).map(|_| Case { class, objects: objects.clone(), request: request(random, tokens, wants_token) }).collect()
+    (0..requests)
+        .map(|_| Case { class, objects: objects.clone(), request: request(random, tokens, wants_token) })
+        .collect()
 }
 
 /// A host whose requests go here or there by chance.

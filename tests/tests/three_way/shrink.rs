@@ -17,7 +17,8 @@ const CANDIDATES_MAX: usize = 400;
 /// What a disagreement is about, without its values.
 pub(crate) fn kind(line: &str) -> String {
     let field = line.split(':').next().unwrap_or_default();
-    let parties = if line.contains("envoy") && line.contains("lateen ") { "lateen and envoy" } else { "explain and lateen" };
+    let parties =
+        if line.contains("envoy") && line.contains("lateen ") { "lateen and envoy" } else { "explain and lateen" };
     format!("{field}, {parties}")
 }
 
@@ -77,7 +78,9 @@ fn candidates(case: &Case) -> Vec<Case> {
         less.request.path = path.to_owned();
         out.push(less);
     }
-    for (method, path, suffix) in [("GET", None, None), (&*case.request.method, Some("/"), None), (&*case.request.method, None, Some(""))] {
+    for (method, path, suffix) in
+        [("GET", None, None), (&*case.request.method, Some("/"), None), (&*case.request.method, None, Some(""))]
+    {
         let mut less = case.clone();
         method.clone_into(&mut less.request.method);
         path.unwrap_or(&case.request.path).clone_into(&mut less.request.path);
@@ -96,7 +99,9 @@ fn is_apart(object: &Value) -> bool {
         Some("AuthorizationPolicy") => {
             let rules = object["spec"]["rules"].as_array();
             object["spec"]["selector"].is_object()
-                && rules.is_some_and(|rules| rules.iter().all(|rule| rule["to"].as_array().is_some_and(|to| to.iter().all(names_host))))
+                && rules.is_some_and(|rules| {
+                    rules.iter().all(|rule| rule["to"].as_array().is_some_and(|to| to.iter().all(names_host)))
+                })
         }
         _ => names_host(&object["spec"]["hosts"]) && object["spec"]["gateways"].is_array(),
     }

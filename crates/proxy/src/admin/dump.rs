@@ -180,8 +180,7 @@ fn inline_routes(value: &Value, updated: &Value, into: &mut Vec<Value>) {
 }
 
 fn endpoints(inspection: &Inspection) -> Value {
-    let list: Vec<Value> =
-        entries(inspection, type_urls::ENDPOINT, "endpoint_config").map(with_failure).collect();
+    let list: Vec<Value> = entries(inspection, type_urls::ENDPOINT, "endpoint_config").map(with_failure).collect();
     json!({ "@type": kind("EndpointsConfigDump"), "dynamic_endpoint_configs": list })
 }
 

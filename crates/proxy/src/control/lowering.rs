@@ -155,7 +155,8 @@ impl RawTables {
                 }
                 None => {
                     let name = Name::clone(&raw.name);
-                    let before = table.insert(raw.name, Kept { body: raw.body, updated_nanos: now, error: None, is_static: false });
+                    let before = table
+                        .insert(raw.name, Kept { body: raw.body, updated_nanos: now, error: None, is_static: false });
                     if let Some(before) = before {
                         self.replaced.entry((url, name)).or_insert(before);
                     }
