@@ -32,7 +32,7 @@ pub(crate) fn snapshot(yaml: &str) -> MeshSnapshot {
     assert!(!documents.has_errors(), "{:#?}", documents.findings);
     let objects: Vec<_> = documents.objects.into_iter().map(|parsed| parsed.object).collect();
     let mut views = vec![view(ProxyKind::Router, "istio-system", &["istio=ingressgateway"])];
-    for object in &objects {
+    for object in objects.iter().filter(|object| !object.meta.namespace.is_empty()) {
         let mut sidecar = view(ProxyKind::Sidecar, &object.meta.namespace, &[]);
         views.push(sidecar.clone());
         if let Some(labels) = object.raw["spec"]["selector"]["matchLabels"].as_object() {
