@@ -47,7 +47,8 @@ async fn flood(at: SocketAddr, pieces: usize, mut piece: impl FnMut(u32) -> Vec<
     let writing = async {
         for n in 0..pieces {
             if write.write_all(&piece(u32::try_from(n).unwrap())).await.is_err() {
-                return;
+                // it is closed, which reading tells
+                std::future::pending::<()>().await;
             }
         }
         // the last ones may still be on their way
@@ -244,7 +245,7 @@ async fn a_body_unlike_its_length_is_cut_and_trailers_are_filtered() {
         assert!(got.iter().any(|(kind, _)| *kind == 3), "the stream is reset: {got:?}");
     }
     for sent in seen.text() {
-        let (head, body) = sent.split_once("\r\n\r\n").expect("a head");
+        let (head, body) = sent.split_once("\r\n\r\n").unwrap_or_default();
         let most = if head.contains("content-length: 3") { 3 } else { 9 };
         assert!(body.len() <= most, "{sent}");
     }
