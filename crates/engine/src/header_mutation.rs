@@ -52,15 +52,15 @@ enum QueryMutation {
 
 impl HeaderMutation {
     /// Lowers Envoy's message.
-    pub fn lower(proto: pb::HeaderMutation) -> Result<Self, Unsupported> {
-        let own = proto.mutations.map(Mutations::lower).transpose().within("mutations")?.unwrap_or_default();
+    pub fn lower(proto: &pb::HeaderMutation) -> Result<Self, Unsupported> {
+        let own = proto.mutations.as_ref().map(Mutations::lower).transpose().within("mutations")?.unwrap_or_default();
         Ok(Self { own, most_specific_wins: proto.most_specific_header_mutations_wins })
     }
 }
 
 impl Mutations {
     /// Lowers Envoy's message.
-    pub fn lower(proto: pb::Mutations) -> Result<Self, Unsupported> {
+    pub fn lower(proto: &pb::Mutations) -> Result<Self, Unsupported> {
         Ok(Self {
             request: each(&proto.request_mutations, "request_mutations", mutation)?,
             query: each(&proto.query_parameter_mutations, "query_parameter_mutations", query_mutation)?,
@@ -71,8 +71,8 @@ impl Mutations {
     }
 
     /// Lowers the message of a route.
-    pub fn lower_per_route(proto: pb::HeaderMutationPerRoute) -> Result<Self, Unsupported> {
-        Ok(proto.mutations.map(Self::lower).transpose().within("mutations")?.unwrap_or_default())
+    pub fn lower_per_route(proto: &pb::HeaderMutationPerRoute) -> Result<Self, Unsupported> {
+        Ok(proto.mutations.as_ref().map(Self::lower).transpose().within("mutations")?.unwrap_or_default())
     }
 
     /// Edits a request: head, then query.
@@ -289,7 +289,7 @@ mod tests {
     }
 
     fn edited(proto: pb::Mutations, path: &str, before: &[(&str, &str)]) -> RequestHead {
-        let mutations = Mutations::lower(proto).unwrap();
+        let mutations = Mutations::lower(&proto).unwrap();
         let mut head = RequestHead::new("GET", "h", path);
         for (name, value) in before {
             head.fields.push(name, value.as_bytes());
@@ -337,7 +337,7 @@ mod tests {
 
     #[test]
     fn responses_and_trailers() {
-        let mutations = Mutations::lower(pb::Mutations {
+        let mutations = Mutations::lower(&pb::Mutations {
             response_mutations: vec![append("m", "%REQ(:method)% %RESP(s)%", 2)],
             request_trailers_mutations: vec![remove("secret")],
             response_trailers_mutations: vec![append("t", "%RESPONSE_CODE%", 0)],
@@ -362,7 +362,7 @@ mod tests {
     fn what_steers_the_request_cannot_be_edited() {
         let check = |mutation: rules::HeaderMutation, words: &str| {
             let proto = pb::Mutations { request_mutations: vec![mutation], ..Default::default() };
-            let bad = Mutations::lower(proto).unwrap_err().to_string();
+            let bad = Mutations::lower(&proto).unwrap_err().to_string();
             assert!(bad.contains(words), "{bad}");
         };
         check(append(":path", "/x", 0), "request_mutations[0].append.header.key \":path\" cannot be edited");

@@ -162,7 +162,7 @@ stringData: {a: b}
 data: {c: ZA==}
 ",
     "a: &x [1, 2]\nb: *x\nc: |\n  text\n  more\nd: >-\n  folded\ne: !!str 5\n? f\n: 'g'\n\"h\": {i: ~}\n...\n---\n",
-    "apiVersion: install.istio.io/v1alpha1\nkind: IstioOperator\nspec: {meshConfig: {protocolDetectionTimeout: 1s, defaultConfig: {concurrency: 1}}}\n",
+    "apiVersion: install.istio.io/v1alpha1\nkind: IstioOperator\nmetadata: {name: mesh, namespace: istio-system}\nspec: {meshConfig: {protocolDetectionTimeout: 1s, defaultConfig: {concurrency: 1}}}\n",
 ];
 
 const WORDS: [&str; 36] = [

@@ -25,11 +25,12 @@ impl HeadScanner {
     pub fn scan(&mut self, buf: &[u8], limits: &Limits) -> Result<Option<usize>, InvalidMessage> {
         while let Some(found) = buf[self.position..].iter().position(|b| *b == b'\n') {
             let lf = self.position + found;
-            if lf == 0 || buf[lf - 1] != b'\r' {
-                return Err(InvalidMessage::LineEnd);
-            }
+            // first what a reader of smaller pieces would have seen first
             if lf > limits.head_bytes_max {
                 return Err(InvalidMessage::HeadTooLarge);
+            }
+            if lf == 0 || buf[lf - 1] != b'\r' {
+                return Err(InvalidMessage::LineEnd);
             }
             self.position = lf + 1;
             if lf - self.line_start == 1 {

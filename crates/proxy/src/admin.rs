@@ -255,9 +255,13 @@ fn logging(context: &Context, query: &str) -> Page {
             return text(StatusCode::BAD_REQUEST, format!("error: {reason}\n"));
         }
     }
-    let list = levels.list();
-    let lines: String = list.iter().map(|(name, level)| format!("  {name}: {level}\n")).collect();
-    text(StatusCode::OK, format!("active loggers:\n{lines}"))
+    let mut lines = String::from("active loggers:\n");
+    for (name, level) in levels.list() {
+        for part in ["  ", name, ": ", level, "\n"] {
+            lines.push_str(part);
+        }
+    }
+    text(StatusCode::OK, lines)
 }
 
 const HELP: &str = "admin commands are:

@@ -347,7 +347,7 @@ fn plane_tls(
     use envoy_types::pb::envoy::config::core::v3::transport_socket::ConfigType;
     use envoy_types::pb::envoy::extensions::transport_sockets::raw_buffer::v3::RawBuffer;
     use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
-        UpstreamTlsContext, common_tls_context::ValidationContextType,
+        CertificateValidationContext, CommonTlsContext, UpstreamTlsContext, common_tls_context::ValidationContextType,
     };
     use prost::Name as _;
     let path = format!("static_resources.clusters[{name}].transport_socket");
@@ -383,8 +383,8 @@ fn plane_tls(
     }
     for (field, is_left) in [
         ("", context != UpstreamTlsContext::default()),
-        (".common_tls_context", common != Default::default()),
-        (".common_tls_context.validation_context", validation != Default::default()),
+        (".common_tls_context", common != CommonTlsContext::default()),
+        (".common_tls_context.validation_context", validation != CertificateValidationContext::default()),
     ] {
         if is_left {
             return Err(not_built(&format!("typed_config{field} with more than sni, alpn_protocols and trusted_ca")));

@@ -262,7 +262,7 @@ fn filter_kind(any: &Any) -> Result<FilterKind, Unsupported> {
         }
         "envoy.extensions.filters.http.cors.v3.Cors" => FilterKind::Cors,
         "envoy.extensions.filters.http.header_mutation.v3.HeaderMutation" => {
-            FilterKind::HeaderMutation(Box::new(HeaderMutation::lower(unpack(any, "")?)?))
+            FilterKind::HeaderMutation(Box::new(HeaderMutation::lower(&unpack(any, "")?)?))
         }
         "envoy.extensions.filters.http.rbac.v3.RBAC" => FilterKind::Rbac(Box::new(Rbac::lower(&unpack(any, "")?)?)),
         "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz" => {

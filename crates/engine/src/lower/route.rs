@@ -503,7 +503,7 @@ fn override_of(any: &Any) -> Result<Override, Unsupported> {
             Override::ExtAuthz(crate::ext_authz::PerRoute::lower(&unpack(any, "")?)?)
         }
         "envoy.extensions.filters.http.header_mutation.v3.HeaderMutationPerRoute" => {
-            Override::HeaderMutation(Box::new(Mutations::lower_per_route(unpack(any, "")?)?))
+            Override::HeaderMutation(Box::new(Mutations::lower_per_route(&unpack(any, "")?)?))
         }
         "envoy.extensions.filters.http.rbac.v3.RBACPerRoute" => {
             Override::Rbac(Rbac::lower_per_route(&unpack(any, "")?)?.map(Box::new))
