@@ -383,17 +383,18 @@ impl MeshConfig {
         self.access_log_file.as_deref().filter(|path| !path.is_empty())
     }
 
-    /// Percent of requests traced when neither client nor Telemetry decides; default 1.
-    pub fn trace_sampling(&self) -> f64 {
-        let sampling = self.default_config.as_ref().and_then(|c| c.tracing.as_ref()).and_then(|t| t.sampling);
-        match sampling {
-            None | Some(0.0) => 1.0,
-            Some(percent) => percent.clamp(0.0, 100.0),
-        }
-    }
-
     /// The provider of that name.
     pub fn extension_provider(&self, name: &str) -> Option<&ExtensionProvider> {
         self.extension_providers.iter().find(|p| p.name == name)
+    }
+}
+
+impl ProxyConfig {
+    /// Percent of requests traced when neither client nor Telemetry decides; default 1.
+    pub fn trace_sampling(&self) -> f64 {
+        match self.tracing.as_ref().and_then(|tracing| tracing.sampling) {
+            None | Some(0.0) => 1.0,
+            Some(percent) => percent.clamp(0.0, 100.0),
+        }
     }
 }

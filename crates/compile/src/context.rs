@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
+use api::mesh_config::ProxyConfig;
 use api::networking as net;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::ForwardClientCertDetails;
 use mesh::{DestinationRule, MeshSnapshot, Scope, Service};
@@ -22,6 +23,11 @@ pub(crate) struct Context<'a> {
     /// The mesh's trust domain, then its aliases.
     pub(crate) trust_domains: Vec<String>,
     findings: RefCell<Vec<Finding>>,
+}
+
+/// The proxy's settings: its own, else the mesh's.
+pub(crate) fn proxy_config<'a>(snapshot: &'a MeshSnapshot, view: &'a View) -> Option<&'a ProxyConfig> {
+    view.proxy_config.as_deref().or(snapshot.mesh_config().default_config.as_ref())
 }
 
 impl<'a> Context<'a> {
@@ -115,6 +121,6 @@ impl<'a> Context<'a> {
     }
 
     fn topology(&self) -> Option<&api::mesh_config::GatewayTopology> {
-        self.snapshot.mesh_config().default_config.as_ref()?.gateway_topology.as_ref()
+        proxy_config(self.snapshot, self.view)?.gateway_topology.as_ref()
     }
 }

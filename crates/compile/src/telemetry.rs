@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use api::mesh_config::{AccessLogEncoding, CustomTag as TagConfig, MeshConfig, ZipkinProvider};
+use api::mesh_config::{AccessLogEncoding, CustomTag as TagConfig, MeshConfig, ProxyConfig, ZipkinProvider};
 use envoy_types::pb::envoy::config::accesslog::v3::{
     AccessLog, AccessLogFilter, ResponseFlagFilter, access_log, access_log_filter,
 };
@@ -18,7 +18,7 @@ use envoy_types::pb::envoy::r#type::v3::Percent;
 use mesh::{MeshSnapshot, Scope, Service};
 use types::{Finding, Severity};
 
-use crate::context::Context;
+use crate::context::{Context, proxy_config};
 use crate::filter::Direction;
 use crate::view::View;
 use crate::wire::{self, boolean, pack, uint};
@@ -58,6 +58,9 @@ const JSON_FIELDS: &[(&str, &str)] = &[
     ("x_forwarded_for", "%REQ(X-FORWARDED-FOR)%"),
 ];
 
+/// Percent of requests that are traced when nobody says otherwise.
+const SAMPLING: f64 = 1.0;
+
 /// What one proxy records and reports.
 #[derive(Debug, Default)]
 pub(crate) struct Telemetry {
@@ -77,9 +80,12 @@ struct Zipkin {
 impl Telemetry {
     pub(crate) fn of(snapshot: &MeshSnapshot, view: &View, scope: &Scope, findings: &mut Vec<Finding>) -> Self {
         let mesh = snapshot.mesh_config();
-        let mut telemetry =
-            Self { log: access_log(mesh), provider: None, sampling: mesh.trace_sampling(), tags: BTreeMap::new() };
-        if let Some(tracing) = mesh.default_config.as_ref().and_then(|config| config.tracing.as_ref()) {
+        let mut telemetry = Self { log: access_log(mesh), provider: None, sampling: SAMPLING, tags: BTreeMap::new() };
+        let own = proxy_config(snapshot, view);
+        if let Some(config) = own {
+            telemetry.sampling = config.trace_sampling();
+        }
+        if let Some(tracing) = own.and_then(|config| config.tracing.as_ref()) {
             telemetry.tags.clone_from(&tracing.custom_tags);
         }
         let mut providers: Vec<String> =
@@ -103,7 +109,7 @@ impl Telemetry {
             }
         }
         if is_reporting {
-            telemetry.provider = zipkin(mesh, &providers, scope, findings);
+            telemetry.provider = zipkin(mesh, own, &providers, scope, findings);
         }
         telemetry
     }
@@ -201,7 +207,13 @@ fn json_value(value: serde_json::Value) -> envoy_types::pb::google::protobuf::Va
 }
 
 /// The first Zipkin provider among `names`; without names the older `defaultConfig.tracing.zipkin`.
-fn zipkin(mesh: &MeshConfig, names: &[String], scope: &Scope, findings: &mut Vec<Finding>) -> Option<Zipkin> {
+fn zipkin(
+    mesh: &MeshConfig,
+    own: Option<&ProxyConfig>,
+    names: &[String],
+    scope: &Scope,
+    findings: &mut Vec<Finding>,
+) -> Option<Zipkin> {
     let warn = |message: String, hint: &str| Finding {
         code: "LAT0301".into(),
         severity: Severity::Warning,
@@ -228,7 +240,7 @@ fn zipkin(mesh: &MeshConfig, names: &[String], scope: &Scope, findings: &mut Vec
         };
         settings.clone()
     } else {
-        let address = &mesh.default_config.as_ref()?.tracing.as_ref()?.zipkin.as_ref()?.address;
+        let address = &own?.tracing.as_ref()?.zipkin.as_ref()?.address;
         let (service, port) = address.rsplit_once(':')?;
         ZipkinProvider { service: service.to_owned(), port: port.parse().ok()?, ..ZipkinProvider::default() }
     };

@@ -1,9 +1,12 @@
 //! The facts of one proxy that compiling may use.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
+use api::mesh_config::ProxyConfig;
 use envoy_types::pb::envoy::config::core::v3::Node;
-use envoy_types::pb::google::protobuf::{Struct, value::Kind};
+use envoy_types::pb::google::protobuf::{Struct, Value, value::Kind};
 use thiserror::Error;
 use types::{Labels, Locality};
 
@@ -74,7 +77,7 @@ pub enum Interception {
 /// The facts of one proxy.
 ///
 /// *Shape*: equal views of one snapshot compile to equal resources.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct View {
     /// What it is for.
     pub kind: ProxyKind,
@@ -108,6 +111,9 @@ pub struct View {
     pub is_unprivileged: bool,
     /// Which filters it has.
     pub capabilities: Capabilities,
+    /// Its settings as they were when it started: the mesh's `defaultConfig` under the pod's own
+    /// (`proxy.istio.io/config`). `None`: it does not tell, and the mesh's hold.
+    pub proxy_config: Option<Arc<ProxyConfig>>,
 }
 
 /// Why a node's description is not a view.
@@ -144,6 +150,7 @@ impl View {
             accepts_http10: false,
             is_unprivileged: false,
             capabilities: Capabilities::ALL,
+            proxy_config: None,
         }
     }
 
@@ -209,6 +216,7 @@ impl View {
             accepts_http10: metadata.is_true("HTTP10"),
             is_unprivileged: metadata.is_true("UNPRIVILEGED_POD"),
             capabilities: capabilities(node),
+            proxy_config: metadata.proxy_config().map(Arc::new),
             labels,
         })
     }
@@ -257,6 +265,12 @@ impl Metadata<'_> {
         }
     }
 
+    /// `PROXY_CONFIG`; one that cannot be read counts as absent.
+    fn proxy_config(&self) -> Option<ProxyConfig> {
+        let Kind::StructValue(fields) = self.kind("PROXY_CONFIG")? else { return None };
+        serde_json::from_value(json_object(fields)).ok()
+    }
+
     fn is_true(&self, key: &str) -> bool {
         match self.kind(key) {
             Some(Kind::BoolValue(value)) => *value,
@@ -282,12 +296,60 @@ impl Metadata<'_> {
     }
 }
 
+fn json_object(fields: &Struct) -> serde_json::Value {
+    let sorted: BTreeMap<_, _> = fields.fields.iter().collect();
+    sorted.into_iter().map(|(key, value)| (key.clone(), json(value))).collect()
+}
+
+/// Whole numbers become integers again: a struct only knows one kind of number.
+fn json(value: &Value) -> serde_json::Value {
+    match value.kind.as_ref() {
+        None | Some(Kind::NullValue(_)) => serde_json::Value::Null,
+        Some(Kind::BoolValue(value)) => (*value).into(),
+        Some(Kind::StringValue(text)) => text.as_str().into(),
+        Some(Kind::ListValue(list)) => list.values.iter().map(json).collect(),
+        Some(Kind::StructValue(fields)) => json_object(fields),
+        Some(Kind::NumberValue(number)) => {
+            #[expect(clippy::cast_possible_truncation, reason = "what does not come back the same stays a float")]
+            let whole = *number as i64;
+            #[expect(clippy::cast_precision_loss, clippy::float_cmp, reason = "compared for exactly that")]
+            let is_whole = whole as f64 == *number;
+            if is_whole { whole.into() } else { (*number).into() }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn node(id: &str) -> Node {
         Node { id: id.into(), ..Node::default() }
+    }
+
+    #[test]
+    fn proxies_tell_their_own_settings() {
+        let value = |kind| Value { kind: Some(kind) };
+        let fields = |entries: Vec<(&str, Value)>| Struct {
+            fields: entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
+        };
+        let settings = |topology: Kind| {
+            let topology = fields(vec![("numTrustedProxies", value(topology))]);
+            let sampling = fields(vec![("sampling", value(Kind::NumberValue(12.5)))]);
+            let config = fields(vec![
+                ("gatewayTopology", value(Kind::StructValue(topology))),
+                ("tracing", value(Kind::StructValue(sampling))),
+                ("drainDuration", value(Kind::StringValue("45s".into()))),
+                ("unheardOf", value(Kind::BoolValue(true))),
+            ]);
+            let metadata = fields(vec![("PROXY_CONFIG", value(Kind::StructValue(config)))]);
+            let node = Node { metadata: Some(metadata), ..node("router~10.0.0.1~a.b~c") };
+            View::from_node(&node).unwrap().proxy_config
+        };
+        let config = settings(Kind::NumberValue(2.0)).unwrap();
+        assert_eq!(config.gateway_topology.as_ref().unwrap().num_trusted_proxies, 2);
+        assert_eq!(config.trace_sampling(), 12.5);
+        assert_eq!(settings(Kind::StringValue("many".into())), None);
     }
 
     #[test]

@@ -1,9 +1,14 @@
 //! From a snapshot and a proxy's facts to its resources.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::{BuildHasher as _, RandomState};
+use std::mem;
+use std::sync::{Mutex, PoisonError};
 
-use compile::View;
+use compile::{Capabilities, View};
 use envoy_types::pb::google::protobuf::Any;
+use explain::Refusal;
 use mesh::MeshSnapshot;
 use types::Finding;
 
@@ -22,20 +27,17 @@ pub trait Compiler: Send + Sync + 'static {
     fn compile(&self, snapshot: &MeshSnapshot, view: &View) -> Compiled;
 }
 
-/// Looks at what was compiled before it is pushed: the place where the engine lowers it.
-pub type Vet = Arc<dyn Fn(&View, &[compile::Resource]) -> Vec<Finding> + Send + Sync>;
-
 /// The compiler of this mesh.
-#[derive(Clone, Default)]
+#[derive(Debug, Default)]
 pub struct MeshCompiler {
-    /// Runs after compiling; its findings are shown with the others.
-    pub vet: Option<Vet>,
+    /// Says what our own proxies would refuse, before it is pushed.
+    verdicts: Option<Verdicts>,
 }
 
 impl MeshCompiler {
     /// The compiler that also says what Lateen's own proxies would refuse.
     pub fn vetted() -> Self {
-        Self { vet: Some(Arc::new(explain::vet_packed)) }
+        Self { verdicts: Some(Verdicts::default()) }
     }
 }
 
@@ -43,10 +45,114 @@ impl Compiler for MeshCompiler {
     fn compile(&self, snapshot: &MeshSnapshot, view: &View) -> Compiled {
         let mut compiled = compile::compile(snapshot, view);
         let packed = compiled.packed();
-        if let Some(vet) = &self.vet {
-            compiled.findings.extend(vet(view, &packed));
+        // Another Envoy may well take what ours refuses.
+        if let Some(verdicts) = self.verdicts.as_ref().filter(|_| view.capabilities == Capabilities::ALL) {
+            let refusals = packed.iter().filter_map(|resource| verdicts.of(resource));
+            compiled.findings.extend(refusals.map(|refusal| explain::refused(view, &refusal)));
         }
         let resources = packed.into_iter().map(|resource| (resource.name, resource.any)).collect();
         Compiled { resources, findings: compiled.findings }
+    }
+}
+
+/// Verdicts of one generation; two are kept. Far above what 10 000 services make.
+const VERDICTS_MAX: usize = 1 << 18;
+
+/// What the engine said about resources, by content: most are the same for many proxies, and from
+/// push to push.
+///
+/// *Cost*: a hash of the bytes for what is known, lowering for what is new.
+struct Verdicts {
+    hasher: RandomState,
+    known: Mutex<Generations>,
+    limit: usize,
+}
+
+/// What was asked for since the last turn, and before. An entry that two turns passed over is gone.
+#[derive(Default)]
+struct Generations {
+    young: HashMap<u64, Option<Refusal>>,
+    old: HashMap<u64, Option<Refusal>>,
+}
+
+impl Default for Verdicts {
+    fn default() -> Self {
+        Self { hasher: RandomState::new(), known: Mutex::default(), limit: VERDICTS_MAX }
+    }
+}
+
+impl fmt::Debug for Verdicts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Verdicts").finish_non_exhaustive()
+    }
+}
+
+impl Verdicts {
+    fn of(&self, resource: &compile::Resource) -> Option<Refusal> {
+        let key = self.hasher.hash_one((resource.type_url, &resource.name, &resource.any.value));
+        if let Some(known) = self.known(key) {
+            return known;
+        }
+        // Not under the lock: it takes long, and may panic.
+        let verdict = explain::refusal(resource);
+        self.remember(key, verdict.clone());
+        verdict
+    }
+
+    fn known(&self, key: u64) -> Option<Option<Refusal>> {
+        let found = {
+            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            match known.young.get(&key) {
+                Some(found) => return Some(found.clone()),
+                None => known.old.get(&key).cloned(),
+            }
+        };
+        if let Some(found) = &found {
+            self.remember(key, found.clone());
+        }
+        found
+    }
+
+    fn remember(&self, key: u64, verdict: Option<Refusal>) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.young.len() >= self.limit {
+            known.old = mem::take(&mut known.young);
+        }
+        known.young.insert(key, verdict);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use types::wellknown::type_urls;
+
+    fn resource(name: &str, value: &[u8]) -> compile::Resource {
+        let any = Any { type_url: type_urls::CLUSTER.to_owned(), value: value.to_vec() };
+        compile::Resource { type_url: type_urls::CLUSTER, name: name.to_owned(), any }
+    }
+
+    #[test]
+    fn a_cached_verdict_is_the_engines() {
+        let verdicts = Verdicts { limit: 3, ..Verdicts::default() };
+        let good = [10, 1, b'a'];
+        for round in 0..4_u8 {
+            for number in 0..5_u8 {
+                let bad = resource("bad", &[0xff, number]);
+                assert_eq!(verdicts.of(&bad), explain::refusal(&bad), "round {round}");
+                assert!(verdicts.of(&bad).is_some());
+                let fine = resource("a", &good);
+                assert_eq!(verdicts.of(&fine), explain::refusal(&fine));
+            }
+            let known = verdicts.known.lock().unwrap();
+            assert!(known.young.len() <= 3 && known.old.len() <= 3, "bounded");
+        }
+    }
+
+    #[test]
+    fn names_and_types_are_part_of_the_content() {
+        let verdicts = Verdicts::default();
+        assert_eq!(verdicts.of(&resource("one", &[0xff])).map(|refusal| refusal.name), Some("one".into()));
+        assert_eq!(verdicts.of(&resource("two", &[0xff])).map(|refusal| refusal.name), Some("two".into()));
     }
 }

@@ -9,18 +9,20 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use compile::{ProxyKind, View};
+use mesh::Reach;
 use serde::Serialize;
 use telemetry::registry::Registry;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use types::wellknown::type_urls;
 use types::{Finding, SpiffeId};
+use xds::ResourceSet;
 use xds::client::Protocol;
 use xds::server::{Answered, Observer, Outgoing, Progress};
-use xds::{Resource, ResourceSet};
 
-use crate::compiler::Compiler;
+use crate::compiler::{Compiled, Compiler};
 use crate::mesh_state::{Mesh, f64_of};
+use crate::pool::Pool;
 
 /// One connected stream.
 struct Proxy {
@@ -34,6 +36,8 @@ struct Proxy {
     resources: watch::Sender<Option<Arc<ResourceSet>>>,
     /// Its pod was in the mesh once.
     was_workload: bool,
+    /// The last push that may tell it something else than the one before.
+    affected_by: u64,
     findings: Vec<Finding>,
     progress: Progress,
     types: BTreeMap<Box<str>, TypeState>,
@@ -142,6 +146,7 @@ impl Fleet {
             connected: jiff::Timestamp::now(),
             resources: sender,
             was_workload: false,
+            affected_by: 0,
             findings: Vec::new(),
             progress: Progress { generation: 0, settled: false, refused: Vec::new() },
             types: BTreeMap::new(),
@@ -153,6 +158,16 @@ impl Fleet {
         self.wake.notify_one();
         self.changed();
         (receiver, Member { fleet: Arc::clone(self), number })
+    }
+
+    /// Says whom a push may tell something new. To be called before the mesh of that push is seen by
+    /// [`run`]; the others are only moved on.
+    pub fn affect(&self, push: u64, reach: &Reach) {
+        for proxy in self.inner().proxies.values_mut() {
+            if reach.includes(proxy.view.kind == ProxyKind::Router, &proxy.view.namespace) {
+                proxy.affected_by = push;
+            }
+        }
     }
 
     /// Asks for a push to everybody.
@@ -221,8 +236,15 @@ impl Fleet {
         Some(Job {
             view: Arc::clone(&proxy.view),
             before: proxy.resources.borrow().clone(),
+            affected_by: proxy.affected_by,
             may_have_secrets: proxy.id.is_some(),
         })
+    }
+
+    fn move_on(&self, number: u64, resources: ResourceSet) {
+        if let Some(proxy) = self.inner().proxies.get(&number) {
+            proxy.resources.send_replace(Some(Arc::new(resources)));
+        }
     }
 
     fn publish(&self, number: u64, built: Built) {
@@ -245,7 +267,15 @@ struct Built {
 struct Job {
     view: Arc<View>,
     before: Option<Arc<ResourceSet>>,
+    affected_by: u64,
     may_have_secrets: bool,
+}
+
+impl Job {
+    /// What the proxy has, if all that happened since does not concern it.
+    fn unaffected(&self) -> Option<&ResourceSet> {
+        self.before.as_deref().filter(|before| before.generation >= self.affected_by)
+    }
 }
 
 impl Inner {
@@ -369,15 +399,26 @@ impl Drop for Member {
 
 /// Compiles for whoever waits, one after the other, for ever. *Cancel safety*: may be dropped.
 pub async fn run(fleet: Arc<Fleet>, meshes: watch::Receiver<Option<Arc<Mesh>>>, compiler: Arc<dyn Compiler>) {
+    let pool = Arc::new(Mutex::new(Pool::default()));
     loop {
         let (number, since) = fleet.next_waiting().await;
         // Without a mesh the proxy waits; the first snapshot asks for everybody again.
         let Some(mesh) = meshes.borrow().clone() else { continue };
         let Some(job) = fleet.job(number) else { continue };
         fleet.metrics.observe("pilot_proxy_queue_time", &[], since.elapsed().as_secs_f64());
+        if let Some(same) = job.unaffected() {
+            fleet.move_on(number, same.renewed(mesh.push, &mesh.label));
+            continue;
+        }
         let started = Instant::now();
-        let compiler = Arc::clone(&compiler);
-        let compiled = tokio::task::spawn_blocking(move || build(&*compiler, &mesh, &job)).await;
+        let (compiler, pool) = (Arc::clone(&compiler), Arc::clone(&pool));
+        let compiled = tokio::task::spawn_blocking(move || {
+            let compiled = compiler.compile(&mesh.snapshot, &job.view);
+            // Only this task takes it, one after the other.
+            let mut pool = pool.lock().unwrap_or_else(PoisonError::into_inner);
+            build(compiled, &mesh, &job, &mut pool)
+        })
+        .await;
         fleet.metrics.observe("pilot_xds_push_time", &[], started.elapsed().as_secs_f64());
         match compiled {
             Ok(built) => fleet.publish(number, built),
@@ -390,8 +431,7 @@ pub async fn run(fleet: Arc<Fleet>, meshes: watch::Receiver<Option<Arc<Mesh>>>, 
     }
 }
 
-fn build(compiler: &dyn Compiler, mesh: &Mesh, job: &Job) -> Built {
-    let mut compiled = compiler.compile(&mesh.snapshot, &job.view);
+fn build(mut compiled: Compiled, mesh: &Mesh, job: &Job, pool: &mut Pool) -> Built {
     let now = std::time::SystemTime::now();
     let mut set = ResourceSet::new(mesh.push, &mesh.label);
     for (name, any) in compiled.resources {
@@ -409,17 +449,11 @@ fn build(compiler: &dyn Compiler, mesh: &Mesh, job: &Job) -> Built {
             }
             continue;
         }
-        let version: Box<str> = format!("{:016x}", xds::canonical::hash(&any.value)).into();
-        // Unchanged resources stay the very ones in memory.
-        let same = job
-            .before
-            .as_ref()
-            .and_then(|before| before.get(&any.type_url, &name))
-            .filter(|old| old.version == version);
-        match same {
-            Some(same) => set.insert_shared(Arc::clone(same)),
-            None => set.insert_shared(Arc::new(Resource { name: name.into(), version, any })),
-        }
+        let shared = pool.share(&name, any);
+        // Equal content whose bytes differ (the order of a map) stays what the proxy has.
+        let before = job.before.as_ref().and_then(|before| before.get(&shared.any.type_url, &name));
+        let same = before.filter(|old| old.version == shared.version);
+        set.insert_shared(same.map_or(shared, Arc::clone));
     }
     let is_workload = mesh.snapshot.workload(&job.view.namespace, &job.view.name).is_some();
     Built { resources: set, findings: compiled.findings, is_workload }

@@ -27,6 +27,7 @@ pub mod fleet;
 pub mod jwks;
 pub mod listen;
 pub mod mesh_state;
+mod pool;
 mod secrets;
 pub mod source;
 

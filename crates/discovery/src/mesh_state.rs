@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::ConfigSet;
-use mesh::{KeySets, MeshSnapshot};
+use mesh::{KeySets, MeshSnapshot, Reach};
 use telemetry::registry::Registry;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -86,12 +86,13 @@ pub async fn run(
         let key_sets = Arc::clone(&inputs.key_sets.borrow_and_update());
         push += 1;
         let previous = meshes.borrow().clone();
+        let before_mesh = previous.clone();
         let before = std::mem::replace(&mut configs, admitted.configs.clone());
         let after = configs.clone();
         let started = Instant::now();
         let built = tokio::task::spawn_blocking(move || {
             let changes = before.changes_to(&after);
-            let previous = previous.as_deref().map(|mesh| &mesh.snapshot);
+            let previous = before_mesh.as_deref().map(|mesh| &mesh.snapshot);
             let (snapshot, findings) = MeshSnapshot::next(previous, &after, &changes);
             (snapshot.with_key_sets(key_sets), findings)
         });
@@ -107,6 +108,9 @@ pub async fn run(
         metrics.count("pilot_push_triggers", &[("type", trigger)]);
         metrics.set("pilot_services", &[], f64_of(snapshot.services().len()));
         tracing::info!(push, version = admitted.version, findings = findings.len(), "snapshot built");
+        // Before the mesh is seen: a proxy that is compiled in between must not count as done.
+        let reach = previous.map_or_else(Reach::everyone, |previous| snapshot.reach_since(&previous.snapshot));
+        fleet.affect(push, &reach);
         meshes.send_replace(Some(Arc::new(Mesh { snapshot, push, label, version: admitted.version, findings })));
         fleet.enqueue_all();
     }

@@ -35,5 +35,5 @@ pub use assume::{Assumed, assume};
 pub use call::{Call, Caller, InvalidCall, Target};
 pub use report::{Because, Decision, End, EndKind, Explanation, Hop, Lost, Path, Request, Side};
 pub use running::{InvalidDump, Running};
-pub use vet::{vet, vet_packed};
+pub use vet::{Refusal, refusal, refused, vet, vet_packed};
 pub use walk::{Explainer, explain, explain_running};

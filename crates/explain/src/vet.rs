@@ -18,37 +18,49 @@ pub fn vet_packed(view: &View, resources: &[Resource]) -> Vec<Finding> {
     if view.capabilities != Capabilities::ALL {
         return Vec::new();
     }
-    let [mut clusters, mut endpoints, mut listeners, mut routes] = [const { Vec::new() }; 4];
-    for resource in resources {
-        let raw = Raw { name: resource.name.as_str().into(), body: resource.any.clone() };
-        match resource.type_url {
-            type_urls::CLUSTER => clusters.push(raw),
-            type_urls::ENDPOINT => endpoints.push(raw),
-            type_urls::LISTENER => listeners.push(raw),
-            type_urls::ROUTE => routes.push(raw),
-            _ => {}
-        }
-    }
-    let mut findings = Vec::new();
-    let mut report = |kind: &str, rejected: Vec<Rejected>| {
-        findings.extend(rejected.into_iter().map(|rejected| refused(view, kind, &rejected)));
+    resources.iter().filter_map(|resource| Some(refused(view, &refusal(resource)?))).collect()
+}
+
+/// What our proxy says against a resource. It does not depend on the proxy, so that it can be kept
+/// by content.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refusal {
+    /// `cluster`, `listener`, …
+    pub kind: &'static str,
+    /// The resource's name.
+    pub name: Box<str>,
+    /// Why, with the field.
+    pub reason: Box<str>,
+}
+
+/// Why our proxy would refuse a resource; `None` when it takes it, or the type is not the engine's.
+pub fn refusal(resource: &Resource) -> Option<Refusal> {
+    let raw = [Raw { name: resource.name.as_str().into(), body: resource.any.clone() }];
+    let (kind, rejected) = match resource.type_url {
+        type_urls::CLUSTER => ("cluster", lower::apply_clusters(&Table::default(), &raw, &[]).1),
+        type_urls::ENDPOINT => ("endpoints", lower::apply_endpoints(&Table::default(), &raw, &[]).1),
+        type_urls::LISTENER => ("listener", lower::apply_listeners(&Table::default(), &raw, &[]).1),
+        type_urls::ROUTE => ("route table", lower::apply_routes(&Table::default(), &raw, &[]).1),
+        _ => return None,
     };
-    report("cluster", lower::apply_clusters(&Table::default(), &clusters, &[]).1);
-    report("endpoints", lower::apply_endpoints(&Table::default(), &endpoints, &[]).1);
-    report("listener", lower::apply_listeners(&Table::default(), &listeners, &[]).1);
-    report("route table", lower::apply_routes(&Table::default(), &routes, &[]).1);
-    findings
+    rejected.first().map(|rejected| Refusal::new(kind, rejected))
+}
+
+impl Refusal {
+    pub(crate) fn new(kind: &'static str, rejected: &Rejected) -> Self {
+        Self { kind, name: (*rejected.name).into(), reason: rejected.reason.as_str().into() }
+    }
 }
 
 /// The finding about one refused resource.
-pub(crate) fn refused(view: &View, kind: &str, rejected: &Rejected) -> Finding {
+pub fn refused(view: &View, refusal: &Refusal) -> Finding {
     Finding {
         code: "LAT0601".into(),
         severity: Severity::Error,
         object: Some(ObjectRef::new("Pod", &view.namespace, &view.name)),
         field: "".into(),
         position: None,
-        message: format!("its proxy refuses the {kind} {:?}: {}", rejected.name, rejected.reason).into(),
+        message: format!("its proxy refuses the {} {:?}: {}", refusal.kind, refusal.name, refusal.reason).into(),
         hint: "the proxy keeps the last version it took; change what the field comes from".into(),
     }
 }

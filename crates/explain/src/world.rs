@@ -22,7 +22,7 @@ use types::{Finding, NamespacedName, SpiffeId};
 
 use crate::call::is_router;
 use crate::running::Running;
-use crate::vet::refused;
+use crate::vet::{Refusal, refused};
 
 /// Where names outside of the mesh are assumed to be.
 pub(crate) const OUTSIDE: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 10));
@@ -224,7 +224,7 @@ impl<'a> World<'a> {
         ];
         let mut findings = self.findings.borrow_mut();
         for (kind, list) in rejected {
-            findings.extend(list.iter().map(|rejected| refused(view, kind, rejected)));
+            findings.extend(list.iter().map(|rejected| refused(view, &Refusal::new(kind, rejected))));
         }
         findings.dedup();
         drop(findings);

@@ -2,12 +2,16 @@
 //!
 //! *Source*: Istio's analysis messages where they exist (`IST…`), ours otherwise (`LAT…`).
 
+mod gateways;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use api::networking as net;
+use api::security::Action;
 use types::{Effect, Finding, Labels, ObjectRef, Severity};
 
+use crate::config::Config;
 use crate::host;
 use crate::policy::{self, ByNamespace, Selects};
 use crate::service::Service;
@@ -20,12 +24,22 @@ const REFERENCED_NOT_FOUND: &str = "IST0101";
 const CONFLICTING_MESH_HOSTS: &str = "IST0109";
 /// Two Sidecars select one workload.
 const CONFLICTING_SIDECARS: &str = "IST0110";
-/// A destination's port is not one of the service's.
-const UNKNOWN_PORT: &str = "IST0112";
+/// Two Sidecars without selector in one namespace.
+const SEVERAL_SIDECARS: &str = "IST0111";
+/// A destination without a port, where it decides.
+const PORT_NEEDED: &str = "IST0112";
 /// A selector selects no workload.
 const NO_WORKLOADS: &str = "IST0127";
-/// Weights of a route.
-const SHADOWED_ROUTE: &str = "IST0130";
+/// An entry that is never reached.
+const UNREACHABLE_RULE: &str = "IST0130";
+/// A match that an earlier one takes.
+const INEFFECTIVE_MATCH: &str = "IST0131";
+/// A subset that no pod is in.
+const EMPTY_SUBSET: &str = "IST0173";
+/// A rule for a host that nothing declares.
+const UNKNOWN_RULE_HOST: &str = "IST0174";
+/// One host and port with two protocols.
+const CONFLICTING_PROTOCOLS: &str = "IST0177";
 
 fn finding(
     code: &str,
@@ -51,39 +65,21 @@ pub(crate) fn analyze(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
     policy::peer_conflicts(snapshot.peer_authentications(), snapshot.root_namespace(), findings);
     sidecar_conflicts(snapshot, findings);
     mesh_host_conflicts(snapshot, findings);
+    gateways::analyze(snapshot, findings);
     for vs in snapshot.virtual_services().all() {
-        gateways_exist(snapshot, vs, findings);
         shadowed_entries(vs, findings);
         destinations_exist(snapshot, vs, findings);
     }
     rules_have_hosts(snapshot, findings);
-    gateways_have_workloads(snapshot, findings);
+    subsets_have_pods(snapshot, findings);
+    entries_agree(snapshot, findings);
+    providers_exist(snapshot, findings);
     policies_have_workloads(snapshot, snapshot.peer_authentications(), findings);
     policies_have_workloads(snapshot, snapshot.request_authentications(), findings);
     policies_have_workloads(snapshot, snapshot.authorization_policies(), findings);
 }
 
-fn gateways_exist(snapshot: &MeshSnapshot, vs: &VirtualService, findings: &mut Vec<Finding>) {
-    for (index, gateway) in vs.gateways.iter().enumerate() {
-        if &**gateway == MESH_GATEWAY {
-            continue;
-        }
-        let exists =
-            snapshot.gateways().iter().any(|config| format!("{}/{}", config.namespace(), config.name()) == **gateway);
-        if !exists {
-            findings.push(finding(
-                REFERENCED_NOT_FOUND,
-                Severity::Error,
-                &vs.object,
-                format!("spec.gateways[{index}]"),
-                format!("there is no Gateway {gateway}"),
-                "create it, or write namespace/name of an existing one",
-            ));
-        }
-    }
-}
-
-/// Entries after one that matches everything.
+/// Entries after one that matches everything, and matches that an earlier entry has too.
 fn shadowed_entries(vs: &VirtualService, findings: &mut Vec<Finding>) {
     let mut catch_all: Option<usize> = None;
     for (index, entry) in vs.http.iter().enumerate() {
@@ -92,8 +88,12 @@ fn shadowed_entries(vs: &VirtualService, findings: &mut Vec<Finding>) {
         };
         if let Some(first) = catch_all {
             let winner = &vs.http[first].from[0].field;
+            // What one object shows by itself was said when it was read; delegates meet only here.
+            if entry.from.len() == 1 && vs.http[first].from.len() == 1 {
+                continue;
+            }
             findings.push(finding(
-                SHADOWED_ROUTE,
+                UNREACHABLE_RULE,
                 Severity::Warning,
                 &vs.object,
                 source.field.clone(),
@@ -102,10 +102,29 @@ fn shadowed_entries(vs: &VirtualService, findings: &mut Vec<Finding>) {
             ));
             continue;
         }
+        for (at, request) in entry.route.matches.iter().enumerate() {
+            let same = |of: &net::HttpMatchRequest| conditions(of) == conditions(request);
+            let Some(earlier) = vs.http[..index].iter().find(|other| other.route.matches.iter().any(same)) else {
+                continue;
+            };
+            findings.push(finding(
+                INEFFECTIVE_MATCH,
+                Severity::Info,
+                &vs.object,
+                format!("{}.match[{at}]", source.field),
+                format!("{} has the same match and comes first", earlier.from[0].field),
+                "remove one of the two",
+            ));
+        }
         if matches_everything(&entry.route) {
             catch_all = Some(index);
         }
     }
+}
+
+/// A match without what does not decide: its names.
+fn conditions(of: &net::HttpMatchRequest) -> net::HttpMatchRequest {
+    net::HttpMatchRequest { name: String::new(), stat_prefix: String::new(), ..of.clone() }
 }
 
 /// Whether an entry matches every request of every proxy.
@@ -196,17 +215,17 @@ fn destination_exists(
         ));
         return;
     };
-    if let Some(port) = destination.port.as_ref().filter(|port| port.number != 0)
-        && service.port(port.number).is_none()
-    {
-        findings.push(finding(
-            UNKNOWN_PORT,
+    match destination.port.as_ref().filter(|port| port.number != 0) {
+        Some(port) if service.port(port.number).is_none() => findings.push(finding(
+            REFERENCED_NOT_FOUND,
             Severity::Error,
             object,
             format!("{field}.port"),
             format!("{} has no port {}; such requests get 503 (NC)", service.object, port.number),
             "name one of its ports",
-        ));
+        )),
+        Some(_) => {}
+        None => port_is_plain(snapshot, vs, object, field, service, findings),
     }
     if destination.subset.is_empty() {
         return;
@@ -216,30 +235,8 @@ fn destination_exists(
     let rule = snapshot
         .destination_rule(client, &labels, service)
         .or_else(|| snapshot.destination_rule(&service.namespace, &labels, service));
-    match rule {
-        Some(rule) if rule.subset(&destination.subset).is_some() => {
-            let subset = rule.subset(&destination.subset);
-            let pairs = subset.map(|subset| &subset.spec.labels);
-            let endpoints = snapshot.endpoints(&service.key());
-            let some =
-                endpoints.by_port.values().flatten().any(|endpoint| {
-                    pairs.is_none_or(|pairs| pairs.iter().all(|(k, v)| endpoint.labels.get(k) == Some(v)))
-                });
-            if !some && !endpoints.by_port.is_empty() {
-                findings.push(finding(
-                    "LAT0206",
-                    Severity::Warning,
-                    object,
-                    format!("{field}.subset"),
-                    format!(
-                        "no endpoint of {} carries the labels of subset {}; such requests get 503 (UH)",
-                        service.host, destination.subset
-                    ),
-                    "correct the subset's labels, or start such a workload",
-                ));
-            }
-        }
-        _ => findings.push(finding(
+    if rule.is_none_or(|rule| rule.subset(&destination.subset).is_none()) {
+        findings.push(finding(
             REFERENCED_NOT_FOUND,
             Severity::Error,
             object,
@@ -249,8 +246,47 @@ fn destination_exists(
                 destination.subset, service.host
             ),
             "add the subset to the host's DestinationRule",
-        )),
+        ));
     }
+}
+
+/// Without a port, a sidecar takes the port that the client dialled, and a gateway the service's
+/// only one, else its server's. Where that is none of the service's, requests get 503 (NC).
+fn port_is_plain(
+    snapshot: &MeshSnapshot,
+    vs: &VirtualService,
+    object: &ObjectRef,
+    field: &str,
+    service: &Service,
+    findings: &mut Vec<Finding>,
+) {
+    let mut missing = BTreeSet::new();
+    if vs.binds_to(MESH_GATEWAY) {
+        let dialled = vs.hosts.iter().filter_map(|host| find_service(snapshot, &vs.object.namespace, host));
+        missing.extend(dialled.flat_map(|service| &service.ports).map(|port| port.number));
+    }
+    if service.ports.len() != 1 {
+        let bound = snapshot.gateways().iter().filter(|gateway| vs.binds_to(&gateway.key().to_string()));
+        let servers = bound.flat_map(|gateway| &gateway.spec.servers);
+        missing.extend(servers.filter_map(|server| server.port.as_ref()).map(|port| port.number));
+    }
+    missing.retain(|number| service.port(*number).is_none());
+    if missing.is_empty() {
+        return;
+    }
+    let numbers: Vec<String> = missing.iter().map(ToString::to_string).collect();
+    findings.push(finding(
+        PORT_NEEDED,
+        Severity::Warning,
+        object,
+        format!("{field}.port"),
+        format!(
+            "without a port, requests to port {} go to that port of {}, which it does not have: they get 503 (NC)",
+            numbers.join(" or "),
+            service.host
+        ),
+        "write the destination's port",
+    ));
 }
 
 fn find_service<'a>(snapshot: &'a MeshSnapshot, namespace: &str, host: &str) -> Option<&'a Arc<Service>> {
@@ -301,10 +337,11 @@ fn sidecar_conflicts(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
     let mut seen: BTreeMap<(Box<str>, BTreeMap<String, String>), ObjectRef> = BTreeMap::new();
     for config in snapshot.sidecars().all() {
         let pairs = config.spec.workload_selector.as_ref().map(|selector| selector.labels.clone()).unwrap_or_default();
+        let code = if pairs.is_empty() { SEVERAL_SIDECARS } else { CONFLICTING_SIDECARS };
         let key = (config.object.namespace.clone(), pairs);
         match seen.get(&key) {
             Some(winner) => findings.push(finding(
-                CONFLICTING_SIDECARS,
+                code,
                 Severity::Error,
                 &config.object,
                 "spec.workloadSelector",
@@ -329,8 +366,8 @@ fn rules_have_hosts(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
         }
         for object in &rule.from {
             findings.push(finding(
-                REFERENCED_NOT_FOUND,
-                Severity::Error,
+                UNKNOWN_RULE_HOST,
+                Severity::Warning,
                 object,
                 "spec.host",
                 format!("no Service or ServiceEntry declares host {}, so this changes nothing", rule.host),
@@ -340,27 +377,80 @@ fn rules_have_hosts(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
     }
 }
 
-fn gateways_have_workloads(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
-    if snapshot.workloads().is_empty() {
-        return;
+/// Requests to a subset without pods get 503 (UH). Before a service has any endpoint nothing is said.
+fn subsets_have_pods(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
+    for rule in snapshot.destination_rules().all() {
+        let services: Vec<_> =
+            snapshot.services().iter().filter(|service| host::covers(&rule.host, &service.host)).collect();
+        let sets: Vec<_> = services.iter().map(|service| snapshot.endpoints(&service.key())).collect();
+        if sets.iter().all(|set| set.by_port.values().all(Vec::is_empty)) {
+            continue;
+        }
+        for subset in &rule.subsets {
+            let labels = &subset.spec.labels;
+            let has_pods = sets
+                .iter()
+                .flat_map(|set| set.by_port.values().flatten())
+                .any(|endpoint| labels.iter().all(|(key, value)| endpoint.labels.get(key) == Some(value)));
+            if !has_pods {
+                findings.push(finding(
+                    EMPTY_SUBSET,
+                    Severity::Error,
+                    &subset.from,
+                    "spec.subsets",
+                    format!(
+                        "no endpoint of {} carries the labels of subset {}; requests to it get 503 (UH)",
+                        rule.host, subset.spec.name
+                    ),
+                    "correct the subset's labels, or start such a workload",
+                ));
+            }
+        }
     }
-    for gateway in snapshot.gateways() {
-        let selected = snapshot
-            .workloads()
-            .values()
-            .any(|workload| gateway.spec.selector.iter().all(|(key, value)| workload.labels.get(key) == Some(value)));
-        if !selected {
+}
+
+/// Two declarations of one host must mean the same protocol on a port; the older is served.
+fn entries_agree(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
+    let mut first: BTreeMap<(&str, u16), &Arc<Service>> = BTreeMap::new();
+    for service in snapshot.services() {
+        for port in &service.ports {
+            let older = *first.entry((&*service.host, port.number)).or_insert(service);
+            let theirs = older.port(port.number).map(|port| port.protocol);
+            if older.object != service.object && theirs.is_some_and(|theirs| theirs != port.protocol) {
+                findings.push(finding(
+                    CONFLICTING_PROTOCOLS,
+                    Severity::Warning,
+                    &service.object,
+                    "spec.ports",
+                    format!(
+                        "{} is older and declares port {} of {} as another protocol",
+                        older.object, port.number, service.host
+                    ),
+                    "use one protocol for a host and port",
+                ));
+            }
+        }
+    }
+}
+
+/// A CUSTOM policy whose provider is unknown refuses what it matches.
+fn providers_exist(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
+    for policy in snapshot.authorization_policies().all() {
+        let Some(name) = policy.spec.provider.as_ref().map(|provider| provider.name.as_str()) else { continue };
+        if policy.spec.action == Action::Custom && snapshot.mesh_config().extension_provider(name).is_none() {
             findings.push(finding(
                 REFERENCED_NOT_FOUND,
                 Severity::Error,
-                &gateway.object,
-                "spec.selector",
-                "no pod carries the selector's labels, so no proxy opens these servers".into(),
-                "use the labels of a gateway's pods, such as istio: ingressgateway",
+                &policy.object,
+                PROVIDER_FIELD,
+                format!("there is no extension provider {name}, so what the policy matches is refused"),
+                "add it to meshConfig.extensionProviders",
             ));
         }
     }
 }
+
+const PROVIDER_FIELD: &str = "spec.provider.name";
 
 /// A selector that selects nobody protects nobody, which is seldom what was meant.
 fn policies_have_workloads<T: Selects>(
@@ -418,34 +508,53 @@ pub(crate) fn effects(snapshot: &MeshSnapshot, findings: &[Finding]) -> BTreeMap
         let Some(effect) = effects.get_mut(object) else {
             continue;
         };
-        let whole = match &*found.code {
-            CONFLICTING_SIDECARS | "LAT0220" | "LAT0221" | "LAT0201" => true,
-            REFERENCED_NOT_FOUND => matches!(&*found.field, "spec.host" | "spec.selector"),
+        let is_whole = match &*found.code {
+            CONFLICTING_SIDECARS | SEVERAL_SIDECARS | UNKNOWN_RULE_HOST | NO_WORKLOADS => true,
+            "LAT0220" | "LAT0221" | "LAT0201" => true,
+            REFERENCED_NOT_FOUND => &*found.field == "spec.selector",
             _ => false,
         };
-        if whole {
-            *effect = Effect::Ignored { reason: found.message.clone(), by: None };
-        } else if matches!(&*found.code, CONFLICTING_MESH_HOSTS | "IST0139") && *effect == Effect::Effective {
-            *effect = Effect::PartlyShadowed { by: winner_of(snapshot, object, &found.field) };
+        if &*found.code == REFERENCED_NOT_FOUND && &*found.field == PROVIDER_FIELD {
+            *effect = Effect::FailsClosed { reason: found.message.clone() };
+        } else if is_whole {
+            *effect = Effect::Ignored { reason: found.message.clone(), by: winner_of(snapshot, object) };
+        } else if matches!(&*found.code, CONFLICTING_MESH_HOSTS | "LAT0240")
+            && *effect == Effect::Effective
+            && let Some(by) = winner_of(snapshot, object)
+        {
+            *effect = Effect::PartlyShadowed { by };
         }
     }
     effects
 }
 
-/// The older object that a conflict names.
-fn winner_of(snapshot: &MeshSnapshot, loser: &ObjectRef, _field: &str) -> ObjectRef {
-    if &*loser.kind == "DestinationRule" {
-        let rule = snapshot.destination_rules().all().find(|rule| rule.from.contains(loser));
-        return rule.map_or_else(|| loser.clone(), |rule| rule.object().clone());
+/// The older object that says the same, if one does.
+fn winner_of(snapshot: &MeshSnapshot, loser: &ObjectRef) -> Option<ObjectRef> {
+    fn oldest<T>(all: &[Config<T>], loser: &ObjectRef, same: impl Fn(&T, &T) -> bool) -> Option<ObjectRef> {
+        let mine = all.iter().find(|config| config.object == *loser)?;
+        let winner = all.iter().find(|config| config.age < mine.age && same(&config.spec, &mine.spec))?;
+        Some(winner.object.clone())
     }
-    let all = snapshot.virtual_services().all();
-    let mine = all.iter().find(|vs| vs.object == *loser);
-    let winner = mine.and_then(|mine| {
-        all.iter().find(|vs| {
-            vs.object != *loser && vs.age < mine.age && vs.hosts.iter().any(|host| mine.hosts.contains(host))
-        })
-    });
-    winner.map_or_else(|| loser.clone(), |vs| vs.object.clone())
+    match &*loser.kind {
+        "DestinationRule" => {
+            let rule = snapshot.destination_rules().all().find(|rule| rule.from.contains(loser))?;
+            Some(rule.object().clone()).filter(|winner| winner != loser)
+        }
+        "Sidecar" => {
+            oldest(snapshot.sidecars().of(&loser.namespace), loser, |a, b| a.workload_selector == b.workload_selector)
+        }
+        "PeerAuthentication" => {
+            oldest(snapshot.peer_authentications().of(&loser.namespace), loser, |a, b| a.selector() == b.selector())
+        }
+        _ => {
+            let all = snapshot.virtual_services().all();
+            let mine = all.iter().find(|vs| vs.object == *loser)?;
+            let winner = all.iter().find(|vs| {
+                vs.object != *loser && vs.age < mine.age && vs.hosts.iter().any(|host| mine.hosts.contains(host))
+            })?;
+            Some(winner.object.clone())
+        }
+    }
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use crate::virtual_service::NameSettings;
 use crate::visibility::Visibility;
 
 /// One or several rules of one namespace for one host, as clients use them.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct DestinationRule {
     /// Fully qualified; may be a wildcard.
     pub host: Box<str>,
@@ -36,7 +36,7 @@ pub struct DestinationRule {
 }
 
 /// A subset and who defined it.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct Subset {
     /// Its definition.
     pub spec: net::Subset,
@@ -148,7 +148,7 @@ fn port_level(policy: &net::TrafficPolicy, port: u16) -> Option<&net::PortTraffi
 }
 
 /// All rules of a snapshot.
-#[derive(Debug, Default)]
+#[derive(PartialEq, Debug, Default)]
 pub struct DestinationRuleIndex {
     by_namespace: BTreeMap<Box<str>, Vec<Arc<DestinationRule>>>,
 }
@@ -287,7 +287,7 @@ fn absorb(older: &mut DestinationRule, younger: DestinationRule, findings: &mut 
     older.from.push(loser.clone());
     for field in shadowed {
         findings.push(Finding {
-            code: "IST0139".into(),
+            code: "LAT0240".into(),
             severity: Severity::Warning,
             object: Some(loser.clone()),
             field: field.into(),

@@ -10,7 +10,7 @@ use types::{Finding, Labels, ObjectRef, Severity};
 use crate::config::Config;
 
 /// Objects of one kind by namespace, oldest first.
-#[derive(Debug)]
+#[derive(PartialEq, Debug)]
 pub struct ByNamespace<T> {
     by_namespace: BTreeMap<Box<str>, Vec<Config<T>>>,
 }
@@ -32,6 +32,11 @@ impl<T> ByNamespace<T> {
             list.sort_by(|a, b| a.age.cmp(&b.age));
         }
         Self { by_namespace }
+    }
+
+    /// Namespaces that have any, in order.
+    pub fn namespaces(&self) -> impl Iterator<Item = &str> {
+        self.by_namespace.keys().map(|namespace| &**namespace)
     }
 
     /// Those of one namespace, oldest first.

@@ -1,5 +1,7 @@
 //! The mesh at one moment, indexed.
 
+mod reach;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -22,6 +24,8 @@ use crate::scope::{self, Scope};
 use crate::service::{EndpointSet, Service, ServiceKey, Workload};
 use crate::virtual_service::{NameSettings, VirtualService, VirtualServiceIndex};
 use crate::workload;
+
+pub use reach::Reach;
 
 /// Facts of a namespace.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
@@ -477,9 +481,8 @@ spec: {hosts: [a], gateways: [mesh, none], http: [{route: [{destination: {host: 
                 "IST0101 spec.gateways[1]",
                 "IST0101 spec.http[0].route[0].destination.subset",
                 "IST0101 spec.http[0].route[1].destination.host",
+                "IST0101 spec.http[1].route[0].destination.port",
                 "IST0109 spec.hosts[0]",
-                "IST0112 spec.http[1].route[0].destination.port",
-                "IST0130 spec.http[1]",
             ]
         );
         let young = ObjectRef::new("VirtualService", "shop", "young");

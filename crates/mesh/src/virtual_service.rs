@@ -18,7 +18,7 @@ use crate::visibility::Visibility;
 pub const MESH_GATEWAY: &str = "mesh";
 
 /// One HTTP entry, ready to translate.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct HttpEntry {
     /// The entry with fully qualified hosts; a delegate's with its root's settings merged in.
     pub route: net::HttpRoute,
@@ -27,7 +27,7 @@ pub struct HttpEntry {
 }
 
 /// A VirtualService as routing uses it.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct VirtualService {
     /// Kind, namespace, name.
     pub object: ObjectRef,

@@ -39,6 +39,12 @@ impl ResourceSet {
         Self { generation, version: version.into(), tables: BTreeMap::new() }
     }
 
+    /// The same resources as a later set.
+    #[must_use]
+    pub fn renewed(&self, generation: u64, version: &str) -> Self {
+        Self { generation, version: version.into(), tables: self.tables.clone() }
+    }
+
     /// Adds a resource, replacing one of the same type and name.
     pub fn insert(&mut self, name: &str, any: Any) {
         let version = format!("{:016x}", canonical::hash(&any.value)).into();

@@ -300,6 +300,10 @@ pub(super) fn outlier_detection(check: &mut Check<'_>, at: &str, outlier: &Outli
     if outlier.consecutive_errors.is_some() {
         check.warn(&format!("{at}.consecutiveErrors"), "consecutiveErrors is deprecated", "use consecutive5xxErrors");
     }
+    check.unbuilt_if(
+        !outlier.outlier_detection_http_error_codes.is_empty(),
+        format!("{at}.outlierDetectionHttpErrorCodes"),
+    );
     for (index, code) in outlier.outlier_detection_http_error_codes.iter().enumerate() {
         if !(100..600).contains(code) {
             check.error(

@@ -128,4 +128,5 @@ pub(super) fn workload_entry(check: &mut Check<'_>, entry: &WorkloadEntry, at: &
         }
     }
     labels(check, &format!("{at}.labels"), &entry.labels);
+    check.unbuilt_if(!entry.network.is_empty(), format!("{at}.network"));
 }

@@ -259,7 +259,7 @@ fn add(
             "{} {} has opened the port for another protocol, so this server is not opened",
             first.gateway, first.field
         );
-        context.find(finding(&server, "port", "LAT0403", &what, "use another port"));
+        context.find(finding(&server, "port", "IST0145", &what, "use another port"));
         return;
     }
     let clash = port.servers.iter().find(|other| {
@@ -278,7 +278,7 @@ fn add(
         context.find(finding(
             &server,
             "hosts",
-            "LAT0404",
+            "IST0145",
             &what,
             "serve each host once a port, under port names of their own",
         ));
