@@ -124,9 +124,10 @@ impl CorsPolicy {
             headers.push(("access-control-allow-credentials", b"true".to_vec()));
         }
         for (name, value) in [
-            ("access-control-allow-methods", &self.methods),
-            ("access-control-allow-headers", &self.headers),
-            ("access-control-max-age", &self.max_age),
+            ("access-control-allow-methods", &*self.methods),
+            ("access-control-allow-headers", &*self.headers),
+            ("access-control-expose-headers", &*self.expose),
+            ("access-control-max-age", &*self.max_age),
         ] {
             if !value.is_empty() {
                 headers.push((name, value.as_bytes().to_vec()));
@@ -207,7 +208,7 @@ mod tests {
     #[test]
     fn preflights() {
         let mut p = policy();
-        let answer = "200 allow-origin: https://bx; allow-credentials: true; allow-methods: GET,PUT; max-age: 3600";
+        let answer = "200 allow-origin: https://bx; allow-credentials: true; allow-methods: GET,PUT; expose-headers: x-a; max-age: 3600";
         check(&p, "OPTIONS", &[("origin", "https://bx"), PREFLIGHT], answer);
         check(&p, "OPTIONS", &[PREFLIGHT], "pass");
         check(&p, "OPTIONS", &[("origin", "https://evil"), PREFLIGHT], "pass");

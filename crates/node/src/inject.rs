@@ -208,7 +208,7 @@ fn add_metadata(env: &mut Vec<Value>, config: &Value) {
     for (name, value) in config["proxyMetadata"].as_object().into_iter().flatten() {
         // Numbers and switches are written without quotes as often as with.
         let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        env.retain(|variable| variable["name"] != **name);
+        env.retain(|variable| variable["name"] != name.as_str());
         env.push(json!({"name": name, "value": text}));
     }
 }

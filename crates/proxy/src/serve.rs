@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use engine::exchange::StreamInfo;
-use engine::hcm::{Codec, Hcm};
+use engine::hcm::{Codec, Hcm, ServerHeader};
 use engine::record::NoRecord;
 use telemetry::metrics::Counter;
 use tokio::time::Instant;
@@ -150,23 +150,23 @@ async fn serve_h1(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
             Next::Bad(error) => {
                 worker.recorder.count(Counter::DownstreamProtocolErrors);
                 tracing::debug!(peer = %conn.facts.peer, %error, "refused a malformed request");
-                refuse(worker, conn, &mut server, error.cause());
+                refuse(worker, conn, &mut server, hcm, error.cause());
                 break;
             }
             Next::TooSlow => {
-                refuse(worker, conn, &mut server, Cause::RequestHeaderTimeout);
+                refuse(worker, conn, &mut server, hcm, Cause::RequestHeaderTimeout);
                 break;
             }
             Next::Head => {}
         }
         if head.version == Version::Http10 {
             if !hcm.settings.accept_http10 {
-                refuse(worker, conn, &mut server, Cause::UpgradeRequired);
+                refuse(worker, conn, &mut server, hcm, Cause::UpgradeRequired);
                 break;
             }
             if head.authority().is_empty() {
                 if hcm.settings.default_host_http10.is_empty() {
-                    refuse(worker, conn, &mut server, Cause::MissingHost);
+                    refuse(worker, conn, &mut server, hcm, Cause::MissingHost);
                     break;
                 }
                 head.set_authority(hcm.settings.default_host_http10.as_bytes());
@@ -241,7 +241,7 @@ async fn sleep_until(until: Option<Instant>) {
 }
 
 /// Answers what never became a request, and records it.
-fn refuse(worker: &Rc<Worker>, conn: &Rc<Conn>, server: &mut H1Server, cause: Cause) {
+fn refuse(worker: &Rc<Worker>, conn: &Rc<Conn>, server: &mut H1Server, hcm: &Hcm, cause: Cause) {
     let surface = cause.surface();
     let mut head = ResponseHead::new(surface.status);
     if !surface.body.is_empty() {
@@ -250,6 +250,9 @@ fn refuse(worker: &Rc<Worker>, conn: &Rc<Conn>, server: &mut H1Server, cause: Ca
     }
     let now = worker.now();
     worker.with_date(now.wall_seconds(), |date| head.fields.push("date", date.as_bytes()));
+    if !matches!(hcm.server_header, ServerHeader::PassThrough) {
+        head.fields.push("server", hcm.server_name.as_bytes());
+    }
     server.keep_alive = false;
     let mut down = Down::H1(server);
     let body = Bytes::from_static(surface.body.as_bytes());

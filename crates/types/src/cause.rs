@@ -172,7 +172,7 @@ causes! {
     /// A path the normaliser refuses.
     BadPath = (400, "-", "path_normalization_failed", "", "the path is not valid"),
     /// HTTP/1.0 where it is not taken.
-    UpgradeRequired = (426, "-", "low_version", "", "use HTTP/1.1"),
+    UpgradeRequired = (426, "-", "low_version", "Upgrade Required", "use HTTP/1.1"),
     /// An upgrade that is not configured.
     UpgradeRefused = (403, "-", "upgrade_failed", "", "only websocket upgrades are configured"),
     /// Header, body or request not received in time.

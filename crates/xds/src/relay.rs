@@ -122,7 +122,7 @@ impl<P: Passing> Passage<P> {
             tokio::select! {
                 biased;
                 message = self.inbound.message() => match message? {
-                    Some(request) => self.send(request).await?,
+                    Some(request) => Self::send(&self.requests, request).await?,
                     None => return Ok(None),
                 },
                 message = self.upstream.message() => match message? {
@@ -131,7 +131,7 @@ impl<P: Passing> Passage<P> {
                         if let Some(table) = P::payload(response) {
                             self.names.send_replace(Some(table));
                         }
-                        self.send(ack).await?;
+                        Self::send(&self.requests, ack).await?;
                     }
                     Some(response) => return Ok(Some(response)),
                     None => return Ok(None),
@@ -140,8 +140,8 @@ impl<P: Passing> Passage<P> {
         }
     }
 
-    async fn send(&self, request: P::Request) -> Result<(), Status> {
-        self.requests.send(request).await.map_err(|_| Status::unavailable("the control plane is gone"))
+    async fn send(requests: &mpsc::Sender<P::Request>, request: P::Request) -> Result<(), Status> {
+        requests.send(request).await.map_err(|_| Status::unavailable("the control plane is gone"))
     }
 }
 

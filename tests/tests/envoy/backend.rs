@@ -41,11 +41,19 @@ impl Backend {
         made
     }
 
-    /// Answers with what it was asked, without what differs from proxy to proxy by nature.
+    /// Answers with what it was asked, without what differs from proxy to proxy by nature (of a retry,
+    /// Envoy tells the time that is left).
     pub(crate) fn echo(name: &'static str) -> Self {
         Self::start(move |seen| {
             let mut headers = seen.headers.clone();
-            for volatile in ["x-request-id", "x-b3-traceid", "x-b3-spanid", "x-b3-parentspanid", "traceparent"] {
+            for volatile in [
+                "x-request-id",
+                "x-b3-traceid",
+                "x-b3-spanid",
+                "x-b3-parentspanid",
+                "traceparent",
+                "x-envoy-expected-rq-timeout-ms",
+            ] {
                 headers.entry(volatile.to_owned()).and_modify(|value| "some".clone_into(value));
             }
             let body = json!({

@@ -1,7 +1,7 @@
 //! A real Envoy beside ours: under our control plane, and from the same bootstrap.
 //!
-//! `LATEEN_ENVOY` names the Envoy; without it every test fails. `cargo test -p tests --features
-//! envoy --test envoy`.
+//! `LATEEN_ENVOY` names the Envoy; without it every test fails:
+//! `cargo test -p tests --features envoy --test foreign`.
 
 mod admin;
 mod backend;

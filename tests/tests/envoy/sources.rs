@@ -119,11 +119,9 @@ fn every_kind_of_resource_follows_its_file() {
         eventually(&format!("{}: another certificate", proxy.kind), || tls(new.cert.der()));
         assert!(tls(old.cert.der()).is_err(), "{}", proxy.kind);
         // What is no good leaves what is there.
-        put(
-            dir,
-            "rds.yaml",
-            &[json!({ "@type": format!("type.googleapis.com/{ROUTES}"), "name": "routes", "nobody": 1 })],
-        );
+        let broken = json!({ "name": "routes", "virtual_hosts": [{ "name": "all", "domains": ["*"], "routes": [
+            { "match": { "safe_regex": { "regex": "(" } }, "route": { "cluster": "eds" } }] }] });
+        put(dir, "rds.yaml", &[with_type(ROUTES, broken)]);
         std::fs::write(dir.join(".broken"), "{").unwrap();
         std::fs::rename(dir.join(".broken"), dir.join("eds.yaml")).unwrap();
         let mut all = clusters();

@@ -402,10 +402,13 @@ impl Operator {
             Self::Protocol => record.request.map_or(Found::Nothing, |head| known(head.version.as_str())),
             Self::UpstreamProtocol => record.upstream_protocol.map_or(Found::Nothing, |v| known(v.as_str())),
             Self::ResponseCode => Found::Number(status(record)),
-            Self::ResponseFlags => flags(info).map_or(Found::Nothing, text),
+            // Never absent, in JSON neither.
+            Self::ResponseFlags => flags(info).map_or_else(|| known("-"), text),
             Self::ResponseCodeDetails => known(info.details.as_str()),
             Self::TerminationDetails => known(record.termination_details),
-            Self::TransportFailure => known(&info.transport_failure),
+            // One word, as Envoy writes it: lines are split at spaces.
+            Self::TransportFailure if info.transport_failure.is_empty() => Found::Nothing,
+            Self::TransportFailure => text(info.transport_failure.replace(' ', "_")),
             Self::BytesReceived => Found::Number(record.bytes_received),
             Self::BytesSent => Found::Number(record.bytes_sent),
             Self::Duration => millis(record.duration),

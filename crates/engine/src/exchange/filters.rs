@@ -473,11 +473,8 @@ impl Exchange {
     ) -> Step {
         let spec = match abort {
             crate::fault::Abort::Http(status) => Spec { status: Some(status), ..Spec::default() },
-            crate::fault::Abort::Grpc(code) => {
-                // Exactly that code, whatever the caller's content type.
-                self.info.is_grpc = true;
-                Spec { status: Some(200), grpc: Some(code), ..Spec::default() }
-            }
+            // Who does not speak gRPC is told in words.
+            crate::fault::Abort::Grpc(code) => Spec { status: Some(200), grpc: Some(code), ..Spec::default() },
         };
         self.reply(env, Cause::FaultAbort, spec, head, recorder)
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use types::wellknown::type_urls;
 
 use super::Context;
 use crate::control::Inspection;
@@ -189,6 +190,12 @@ pub(super) fn clusters(context: &Context, inspection: &Inspection) -> String {
 
 pub(super) fn clusters_json(context: &Context, inspection: &Inspection) -> String {
     let shared = context.shared.hosts.clusters();
+    let fixed: std::collections::BTreeSet<&str> = inspection
+        .raw
+        .of(type_urls::CLUSTER)
+        .filter(|(_, kept)| kept.is_static)
+        .map(|(name, _)| &**name)
+        .collect();
     let list: Vec<_> = inspection
         .config
         .clusters
@@ -226,7 +233,7 @@ pub(super) fn clusters_json(context: &Context, inspection: &Inspection) -> Strin
                     })
                 })
                 .collect();
-            json!({ "name": &**name, "observability_name": &**name, "added_via_api": true, "host_statuses": hosts })
+            json!({ "name": &**name, "observability_name": &**name, "added_via_api": !fixed.contains(&**name), "host_statuses": hosts })
         })
         .collect();
     json!({ "cluster_statuses": list }).to_string()

@@ -32,6 +32,11 @@ pub(super) fn document(options: &Options, admin: SocketAddr, places: &Places) ->
             "cds_config": from_ads(),
             "lds_config": from_ads(),
         },
+        // As Istio documents it: a fragment is cut off, not refused, and a failed connection says why.
+        "layered_runtime": { "layers": [{ "name": "istio", "static_layer": {
+            "envoy.reloadable_features.http_reject_path_with_fragment": false,
+            "envoy.reloadable_features.hide_transport_failure_reason_in_response_body": false,
+        } }] },
         "static_resources": {
             "clusters": [socket("xds-grpc", &places.xds), socket("sds-grpc", &places.sds)],
         },
@@ -152,7 +157,6 @@ mod tests {
         assert!(document["node"].get("extensions").is_none() && document["node"].get("user_agent_name").is_none());
         assert_eq!(document["dynamic_resources"]["ads_config"]["api_type"], "GRPC");
         assert_eq!(document["dynamic_resources"]["lds_config"]["initial_fetch_timeout"], "0s");
-        // Our own reader takes what it knows of it.
         let names = ["xds-grpc", "sds-grpc", "prometheus_stats"];
         let clusters = document["static_resources"]["clusters"].as_array().unwrap();
         assert_eq!(clusters.iter().map(|cluster| cluster["name"].as_str().unwrap()).collect::<Vec<_>>(), names);

@@ -465,8 +465,9 @@ impl H1Client {
         let length = head.fields.get_str("content-length").and_then(|value| value.parse().ok());
         let framing = match (end, length) {
             (true, Some(0)) => Framing::Length(0),
-            (true, _) if matches!(head.method(), "POST" | "PUT" | "PATCH") => Framing::Length(0),
-            (true, _) => Framing::None,
+            // Methods that usually have no body need not say so (RFC 9110, section 8.6).
+            (true, _) if matches!(head.method(), "GET" | "HEAD" | "DELETE" | "CONNECT" | "TRACE") => Framing::None,
+            (true, _) => Framing::Length(0),
             (false, Some(n)) => Framing::Length(n),
             (false, None) => Framing::Chunked,
         };
