@@ -190,12 +190,8 @@ pub(super) fn clusters(context: &Context, inspection: &Inspection) -> String {
 
 pub(super) fn clusters_json(context: &Context, inspection: &Inspection) -> String {
     let shared = context.shared.hosts.clusters();
-    let fixed: std::collections::BTreeSet<&str> = inspection
-        .raw
-        .of(type_urls::CLUSTER)
-        .filter(|(_, kept)| kept.is_static)
-        .map(|(name, _)| &**name)
-        .collect();
+    let fixed: std::collections::BTreeSet<&str> =
+        inspection.raw.of(type_urls::CLUSTER).filter(|(_, kept)| kept.is_static).map(|(name, _)| &**name).collect();
     let list: Vec<_> = inspection
         .config
         .clusters
