@@ -186,6 +186,18 @@ pub(super) fn tls(check: &mut Check<'_>, at: &str, tls: &ServerTlsSettings) {
     if tls.credential_names.len() > 2 || tls.tls_certificates.len() > 2 {
         check.warn(at, "only the first two certificates are used", "");
     }
+    for (index, pair) in tls.tls_certificates.iter().enumerate() {
+        if !pair.ca_certificates.is_empty() {
+            // Left out, anybody's certificate or nobody's would do.
+            check.add(
+                crate::codes::NOT_EFFECTIVE,
+                types::Severity::Error,
+                &format!("{at}.tlsCertificates[{index}].caCertificates"),
+                "caCertificates is not yet effective here",
+                "name the CA for clients in tls.caCertificates",
+            );
+        }
+    }
     for (name, set) in [
         ("caCrl", !tls.ca_crl.is_empty()),
         ("verifyCertificateSpki", !tls.verify_certificate_spki.is_empty()),
