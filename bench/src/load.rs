@@ -112,7 +112,7 @@ async fn run(load: Load, to: SocketAddr, state: Arc<State>) -> Result<()> {
             for _ in 0..connections {
                 let stream = TcpStream::connect(to).await?;
                 stream.set_nodelay(true)?;
-                let (sender, connection) = h2::client::handshake::<_, Bytes>(stream).await?;
+                let (sender, connection) = h2::client::handshake(stream).await?;
                 tokio::spawn(connection);
                 for _ in 0..streams {
                     tasks.spawn(grpc(sender.clone(), Arc::clone(&state)));
