@@ -428,7 +428,7 @@ mod tests {
         assert_eq!(env("ISTIO_META_CONCURRENCY")["value"], "2");
         assert!(env("PROXY_CONFIG")["value"].as_str().unwrap().contains("\"concurrency\":2"));
         let all = Mesh { proxy_config: json!({"holdApplicationUntilProxyStarts": true}), ..mesh() };
-        assert_eq!(inject_with("", &all)[0]["name"], PROXY);
+        assert_eq!(inject_with("concurrency: 1", &all)[0]["name"], PROXY);
         assert_eq!(inject_with("holdApplicationUntilProxyStarts: false", &all)[1]["name"], PROXY);
     }
 

@@ -32,19 +32,21 @@ pub fn puppet() -> PathBuf {
     programs().join("puppet")
 }
 
-/// The folder of this build's programs, with the features `cargo test --workspace` builds them with; built
-/// on first use, so that `cargo test` of one package is enough.
+/// The folder of this build's programs: `LATEEN_PROGRAMS`, or built on first use, so that `cargo test` of one
+/// package is enough. Built as `cargo test --workspace` builds them, which then has nothing left to do:
+/// another selection of packages would have other features, and all libraries be built again.
 fn programs() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
+        if let Some(folder) = std::env::var_os("LATEEN_PROGRAMS") {
+            return folder.into();
+        }
         let test = std::env::current_exe().expect("a running program has a path");
         // target/debug/deps/test-0123 → target/debug
         let profile = test.parent().and_then(Path::parent).expect("tests run from target/PROFILE/deps");
         let target = profile.parent().expect("a profile is a folder of target");
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        // With a test selected, features are those of `cargo test --workspace`: nothing is built twice.
-        let wanted = ["--bin", "lateen", "--bin", "puppet", "--test", "command_line"];
-        cargo.args(["build", "--quiet", "--workspace"]).args(wanted).arg("--target-dir").arg(target);
+        cargo.args(["test", "--quiet", "--workspace", "--no-run", "--target-dir"]).arg(target);
         cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
         if profile.ends_with("release") {
             cargo.arg("--release");

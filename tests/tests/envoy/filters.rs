@@ -66,7 +66,6 @@ pub(crate) fn bootstrap(listeners: &[Value], clusters: &[Value]) -> String {
         // Where Istio sets Envoy otherwise than Envoy's defaults, Lateen does as Istio documents.
         "layered_runtime": { "layers": [{ "name": "istio", "static_layer": {
             "envoy.reloadable_features.http_reject_path_with_fragment": false,
-            "envoy.reloadable_features.hide_transport_failure_reason_in_response_body": false,
         } }] },
         "static_resources": { "listeners": listeners, "clusters": clusters },
     })
