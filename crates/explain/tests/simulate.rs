@@ -361,39 +361,39 @@ fn faults_for_one_user() {
         &yaml,
         "deploy/curl shop GET http://reviews:9080/ | end-user: martha",
         expect![[r#"
-        shop/curl: GET http://reviews:9080/
-        1. shop/curl outbound
-           listener   0.0.0.0_9080
-           chain      unnamed  (HTTP)
-           routes     9080
-           host       reviews.shop.svc.cluster.local:9080
-           route      unnamed  (2 retries)
-                      because VirtualService shop/reviews spec.http[1] (mesh.yaml:74)
-                      not reviews spec.http[0]: header end-user is "martha", wanted "jason" [VirtualService shop/reviews spec.http[0] (mesh.yaml:71)]
-                      not reviews spec.http[2]: an earlier route fits [VirtualService shop/reviews spec.http[2] (mesh.yaml:77)]
-        about 50%:
-             cluster    outbound|9080||reviews.shop.svc.cluster.local
-                        because Service shop/reviews (mesh.yaml:10)
-             endpoint   10.244.0.5:9080  (shop/reviews-v2, one of 2)
-             transport  mutual TLS  (HTTP/1.1, SNI outbound_.9080_._.reviews.shop.svc.cluster.local, ALPN istio-http/1.1,istio,http/1.1)
-          2. shop/reviews-v2 inbound
-             mtls       PERMISSIVE  (the caller is spiffe://cluster.local/ns/shop/sa/curl)
-             listener   virtualInbound
-             chain      0.0.0.0_9080  (HTTP over mutual TLS)
-             routes     inbound|9080||
-             host       inbound|http|9080
-             route      default  (2 retries)
-             cluster    inbound|9080||
-                        because Service shop/reviews (mesh.yaml:10)
-             endpoint   10.244.0.5:9080  (shop/reviews-v2)
-             transport  plaintext  (HTTP/1.1)
-          => the application in shop/reviews-v2 gets it on port 9080
-        about 50%:
-             fault      abort with status 500
-                        because VirtualService shop/reviews spec.http[1] (mesh.yaml:74)
-          => the proxy of shop/curl answers 500 [FI] fault_filter_abort
-             remedy: this is configured: fault.abort
-    "#]],
+            shop/curl: GET http://reviews:9080/
+            1. shop/curl outbound
+               listener   0.0.0.0_9080
+               chain      unnamed  (HTTP)
+               routes     9080
+               host       reviews.shop.svc.cluster.local:9080
+               route      unnamed  (2 retries)
+                          because VirtualService shop/reviews spec.http[1] (mesh.yaml:74)
+                          not reviews spec.http[0]: header end-user is "martha", wanted "jason" [VirtualService shop/reviews spec.http[0] (mesh.yaml:71)]
+                          not reviews spec.http[2]: an earlier route fits [VirtualService shop/reviews spec.http[2] (mesh.yaml:77)]
+            50%:
+                 cluster    outbound|9080||reviews.shop.svc.cluster.local
+                            because Service shop/reviews (mesh.yaml:10)
+                 endpoint   10.244.0.5:9080  (shop/reviews-v2, one of 2)
+                 transport  mutual TLS  (HTTP/1.1, SNI outbound_.9080_._.reviews.shop.svc.cluster.local, ALPN istio-http/1.1,istio,http/1.1)
+              2. shop/reviews-v2 inbound
+                 mtls       PERMISSIVE  (the caller is spiffe://cluster.local/ns/shop/sa/curl)
+                 listener   virtualInbound
+                 chain      0.0.0.0_9080  (HTTP over mutual TLS)
+                 routes     inbound|9080||
+                 host       inbound|http|9080
+                 route      default  (2 retries)
+                 cluster    inbound|9080||
+                            because Service shop/reviews (mesh.yaml:10)
+                 endpoint   10.244.0.5:9080  (shop/reviews-v2)
+                 transport  plaintext  (HTTP/1.1)
+              => the application in shop/reviews-v2 gets it on port 9080
+            50%:
+                 fault      abort with status 500
+                            because VirtualService shop/reviews spec.http[1] (mesh.yaml:74)
+              => the proxy of shop/curl answers 500 [FI] fault_filter_abort
+                 remedy: this is configured: fault.abort
+        "#]],
     );
 }
 

@@ -166,7 +166,7 @@ async fn broken_issuers_give_no_keys() {
         ("/text", "not JSON"),
         ("/object", "not a JSON Web Key Set"),
         ("/loop", "redirects"),
-        ("/file", "http or https"),
+        ("/file", "where it may not"),
         ("/huge", "too long"),
         ("/half", ""),
         ("/missing", "404"),
