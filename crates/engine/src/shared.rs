@@ -165,6 +165,21 @@ impl SharedCluster {
         all
     }
 
+    /// Ends every ejection: what ejected is no longer configured, so nothing else would.
+    fn take_back(&self) {
+        let mut changed = false;
+        for host in self.hosts() {
+            if host.ejected.swap(false, Relaxed) {
+                self.ejected.leave();
+                changed = true;
+            }
+            host.ejections.store(0, Relaxed);
+        }
+        if changed {
+            self.health_version.fetch_add(1, Relaxed);
+        }
+    }
+
     /// Forgets hosts that are neither in `current` nor in use.
     fn keep_only(&self, current: Option<&EndpointSet>) {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -220,7 +235,11 @@ impl SharedTable {
     /// Forgets what `config` no longer has and nobody uses. For the control thread, after a publication.
     pub fn reconcile(&self, config: &RuntimeConfig) {
         for shared in self.clusters() {
-            let set = config.clusters.get(&shared.name).and_then(|cluster| config.endpoints_of(cluster));
+            let cluster = config.clusters.get(&shared.name);
+            if cluster.is_none_or(|cluster| cluster.outlier.is_none()) {
+                shared.take_back();
+            }
+            let set = cluster.and_then(|cluster| config.endpoints_of(cluster));
             shared.keep_only(set.map(Arc::as_ref));
         }
         let mut clusters = self.clusters.lock().unwrap_or_else(PoisonError::into_inner);

@@ -102,7 +102,7 @@ fn what_is_told_of_a_call_from_outside_happens() {
             "told",
             "  - name: jason\n    match: [{headers: {end-user: {exact: jason}}}]\n    fault: {abort: {httpStatus: 418, percentage: {value: 100}}}\n    route: [{destination: {host: httpbin, port: {number: 8000}}}]
   - name: nobody\n    match: [{uri: {prefix: /nobody}}]\n    route: [{destination: {host: httpbin, subset: v9, port: {number: 8000}}}]
-  - name: rest\n    rewrite: {uri: /anything/rest}\n    route: [{destination: {host: httpbin, port: {number: 8000}}}]"
+  - name: rest\n    rewrite: {uri: /anything/rest/}\n    route: [{destination: {host: httpbin, port: {number: 8000}}}]"
         ),
         "
 apiVersion: networking.istio.io/v1
@@ -122,7 +122,7 @@ spec: {host: httpbin, subsets: [{name: v9, labels: {version: v9}}]}
     let hops = told["paths"][0]["hops"].as_array().unwrap();
     let sides: Vec<&str> = hops.iter().filter_map(|hop| hop["side"].as_str()).collect();
     assert_eq!(sides, ["gateway", "inbound"], "{told:#}");
-    assert_eq!(hops[0]["request"]["path"], "/anything/rest");
+    assert_eq!(hops[0]["request"]["path"], "/anything/rest/told/two");
     assert!(answer.body.contains("/anything/rest"), "{}", answer.body);
 
     let (_, answer) = check(&mesh, "told.shop.test", "/nobody/three", &[]);
@@ -265,7 +265,7 @@ fn a_proxy_that_is_behind_answers_by_what_it_has() {
     let args = ["explain", "--from", "gateway", url];
     {
         let _frozen = Frozen::new(&mesh);
-        mesh.must(&["apply", "-f", "-"], &routes(202));
+        mesh.must(&["apply", "-f", "-", "--timeout", "1"], &routes(202));
         let told = mesh.must(&args, "");
         assert!(told.contains("state      behind") && told.contains("route table http."), "{told}");
         assert!(told.contains("answers 201"), "{told}");

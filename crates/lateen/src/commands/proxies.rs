@@ -1,5 +1,7 @@
 //! `wait`, `proxy-status`, `version`.
 
+use std::time::Duration;
+
 use anyhow::{Result, bail};
 use clap::Args;
 use node::client::{Client, ClientError};
@@ -34,7 +36,12 @@ pub(crate) async fn synced(mesh: &MeshArgs, seconds: u64) -> Result<()> {
 /// Waits until every proxy runs the objects as they were at a version.
 pub(crate) async fn synced_at(mesh: &MeshArgs, version: u64, seconds: u64) -> Result<()> {
     let plane = Client::new(&debug_socket(mesh)?);
-    match plane.get::<Value>(&format!("/debug/synced?resourceVersion={version}&timeout={seconds}")).await {
+    let path = format!("/debug/synced?resourceVersion={version}&timeout={seconds}");
+    // It keeps the time itself, unless it hangs.
+    let Ok(answer) = tokio::time::timeout(Duration::from_secs(seconds + 1), plane.get::<Value>(&path)).await else {
+        bail!("the control plane does not answer within {seconds} s");
+    };
+    match answer {
         Ok(_) => Ok(()),
         Err(ClientError::Refused { status: 504, body, .. }) => {
             let laggards = body["laggards"].as_array().into_iter().flatten().map(|laggard| {
