@@ -430,8 +430,7 @@ impl JwtFilter {
 
     fn denied(&self, refusal: Refusal, head: &RequestHead) -> Denied {
         const PATH_MAX: usize = 256;
-        let status = refusal.cause.surface().status;
-        let www_authenticate = (status == 401 && !self.strip_failure).then(|| {
+        let www_authenticate = (!self.strip_failure).then(|| {
             let path = head.path();
             let realm = format!(
                 "{}://{}{}",

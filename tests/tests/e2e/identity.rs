@@ -107,6 +107,10 @@ fn the_innermost_peer_authentication_that_says_something_holds() {
 fn of_two_policies_of_a_namespace_the_older_one_holds() {
     let mesh = SECURITY.turn();
     let _older = mesh.with(&peer_authentication("foo", "zzz", "{mtls: {mode: STRICT}}"));
+    // Ages are told in seconds; of two of one second the name decides.
+    let second = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let made = second();
+    testkit::eventually("the next second", || if second() > made { Ok(()) } else { Err(String::new()) });
     let _younger = mesh.with(&peer_authentication("foo", "aaa", "{mtls: {mode: PERMISSIVE}}"));
     assert_eq!(taken(&mesh, "legacy/curl"), None);
 }

@@ -508,7 +508,7 @@ fn log_line(line: &str) -> Option<(usize, LogLine)> {
         code: word(1),
         flags: word(2),
         details: word(3),
-        forwarded_for: word(10),
+        forwarded_for: told_by_clients(&word(10)),
         authority: word(13),
         upstream_host: word(14),
         cluster: word(15),
@@ -521,8 +521,23 @@ fn log_line(line: &str) -> Option<(usize, LogLine)> {
 const BY_NATURE: [&str; 6] =
     ["date", "x-request-id", "user-agent", "x-envoy-upstream-service-time", "content-length", "server"];
 
+/// Names of a trace, which Lateen begins also where no tracing is configured.
+const OF_TRACES: &str = "x-b3-";
+
+/// What came with a request of `x-forwarded-for`: the last address is the proxy's own addition, for
+/// which Envoy writes the machine's address instead of a loopback address.
+fn told_by_clients(forwarded_for: &str) -> String {
+    forwarded_for.rsplit_once(',').map_or("", |(told, _)| told).to_owned()
+}
+
 pub(crate) fn comparable(headers: impl IntoIterator<Item = (String, String)>) -> Vec<(String, String)> {
-    let mut kept: Vec<_> = headers.into_iter().filter(|(name, _)| !BY_NATURE.contains(&name.as_str())).collect();
+    let is_kept = |name: &str| !BY_NATURE.contains(&name) && !name.starts_with(OF_TRACES);
+    let mut kept: Vec<_> = headers.into_iter().filter(|(name, _)| is_kept(name)).collect();
+    for (name, value) in &mut kept {
+        if name == "x-forwarded-for" {
+            *value = told_by_clients(value);
+        }
+    }
     kept.sort();
     kept
 }
