@@ -172,13 +172,12 @@ fn read(from: &mut impl BufRead) -> Option<Value> {
         }
     }
     let mut body = Vec::new();
-    while is_chunked {
+    let mut is_more = is_chunked;
+    while is_more {
         let size = u64::from_str_radix(line(from)?.split(';').next()?, 16).ok()?;
         from.by_ref().take(size.min(BODY_MAX)).read_to_end(&mut body).ok()?;
         line(from)?;
-        if size == 0 {
-            break;
-        }
+        is_more = size > 0;
     }
     from.by_ref().take(BODY_MAX.min(length)).read_to_end(&mut body).ok()?;
     let body = String::from_utf8_lossy(&body);
