@@ -16,7 +16,7 @@ use crate::http::Response;
 use crate::tunnel::Tunnel;
 
 /// How long one step of a stream may take.
-const STEP_MAX: Duration = Duration::from_secs(30);
+const STEP_MAX: Duration = crate::PATIENCE;
 
 /// One connection; its streams may be used side by side.
 #[derive(Debug)]

@@ -22,7 +22,7 @@ pub use tunnel::Tunnel;
 use std::time::{Duration, Instant};
 
 /// How long [`eventually`] looks.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Looks until `look` gives a value, and fails with the last answer else.
 #[track_caller]

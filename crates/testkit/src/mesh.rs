@@ -19,7 +19,7 @@ const KEEPER: &str = r#"dir=$1; shift; "$@" </dev/null >"$dir/up.log" 2>&1 & pid
 read -r _; kill -TERM $pid 2>/dev/null; wait $pid; rm -rf "$dir""#;
 
 /// Seconds until a mesh must be ready.
-const START_MAX: Duration = Duration::from_secs(90);
+const START_MAX: Duration = Duration::from_secs(180);
 
 /// The `lateen` binary of this build.
 pub fn lateen() -> &'static Path {
@@ -273,7 +273,7 @@ impl Mesh {
     /// Waits until every proxy runs what was applied.
     #[track_caller]
     pub fn synced(&self) {
-        self.must(&["wait", "--for=synced", "--timeout", "30"], "");
+        self.must(&["wait", "--for=synced", "--timeout", "90"], "");
     }
 
     /// Applies manifests and waits until every proxy runs them.
@@ -332,7 +332,7 @@ impl Mesh {
 
     /// `curl` in a deployment's pod. Status 0 when no answer came.
     pub fn curl(&self, whence: &str, args: &[&str]) -> Response {
-        let mut command = vec!["curl", "-s", "--max-time", "15", "-i", "-w", "\n%{http_code}"];
+        let mut command = vec!["curl", "-s", "--max-time", "60", "-i", "-w", "\n%{http_code}"];
         command.extend(args);
         let output = self.exec(whence, &command);
         let text = String::from_utf8_lossy(&output.stdout).replace("\r\n", "\n");

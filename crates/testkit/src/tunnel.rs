@@ -11,7 +11,7 @@ cat <&4 >&3 & writer=$!
 wait -n; kill $reader $writer 2>/dev/null"#;
 
 /// Seconds after which a connection is cut, so that a test that waits for ever fails instead.
-const LIFE_MAX: &str = "120";
+const LIFE_MAX: &str = "300";
 
 /// A TCP connection that a program in a pod opened, its bytes carried over that program's standard
 /// streams. Dropping it closes the connection.
