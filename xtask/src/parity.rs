@@ -1,18 +1,19 @@
 //! `docs/parity.md`: behaviour rows and the tests that show them.
 //!
-//! A row is `| behaviour | test |`; the test is `not yet`, or one or more names in backticks, each
-//! the name of a test function somewhere in the tree.
+//! A row is `| § | behaviour | test |`; the test is `not yet (why)`, or one or more names in backticks,
+//! each the name of a test function somewhere in the tree that is not `#[ignore]`d.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-/// Checks that every test named in the page exists, and prints the tally.
+/// Checks that every test named in the page exists and is run, keeps the page's count, and prints it.
 pub(crate) fn check(root: &Path) -> Result<()> {
-    let page = fs::read_to_string(root.join("docs/parity.md")).context("reading docs/parity.md")?;
-    let mut tests = BTreeSet::new();
+    let path = root.join("docs/parity.md");
+    let page = fs::read_to_string(&path).context("reading docs/parity.md")?;
+    let mut tests = BTreeMap::new();
     for folder in ["crates", "tests", "xtask"] {
         collect(&root.join(folder), &mut tests)?;
     }
@@ -32,13 +33,23 @@ pub(crate) fn check(root: &Path) -> Result<()> {
         if names.is_empty() {
             wrong.push(format!("docs/parity.md:{}: neither a test in backticks nor \"not yet\"", number + 1));
         }
-        for name in names.iter().filter(|name| !tests.contains(**name)) {
-            wrong.push(format!("docs/parity.md:{}: there is no test `{name}`", number + 1));
+        for name in names {
+            match tests.get(name) {
+                None => wrong.push(format!("docs/parity.md:{}: there is no test `{name}`", number + 1)),
+                Some(false) => {
+                    wrong.push(format!("docs/parity.md:{}: `{name}` is ignored, it shows nothing", number + 1))
+                }
+                Some(true) => {}
+            }
         }
         shown += 1;
     }
     if !wrong.is_empty() {
         bail!("parity:\n  {}", wrong.join("\n  "));
+    }
+    let counted = counted(&page, shown, open);
+    if counted != page {
+        fs::write(&path, counted).context("writing docs/parity.md")?;
     }
     #[expect(clippy::print_stdout, reason = "a chore's answer")]
     {
@@ -47,7 +58,15 @@ pub(crate) fn check(root: &Path) -> Result<()> {
     Ok(())
 }
 
-fn collect(folder: &Path, tests: &mut BTreeSet<String>) -> Result<()> {
+/// The page with the count of its rows in the line that begins with `Rows:`.
+fn counted(page: &str, shown: usize, open: usize) -> String {
+    let count = format!("Rows: {}, of which {shown} are shown by tests and {open} are not yet.", shown + open);
+    let lines = page.split_inclusive('\n');
+    lines.map(|line| if line.starts_with("Rows: ") { format!("{count}\n") } else { line.to_owned() }).collect()
+}
+
+/// Test functions by name, and whether one of that name is run.
+fn collect(folder: &Path, tests: &mut BTreeMap<String, bool>) -> Result<()> {
     for entry in fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))? {
         let path = entry?.path();
         if path.is_dir() {
@@ -56,14 +75,17 @@ fn collect(folder: &Path, tests: &mut BTreeSet<String>) -> Result<()> {
             }
         } else if path.extension().is_some_and(|extension| extension == "rs") {
             let text = fs::read_to_string(&path)?;
-            let mut is_test = false;
+            let (mut is_test, mut is_run) = (false, true);
             for line in text.lines().map(str::trim) {
                 if line.starts_with("#[test]") || line.starts_with("#[tokio::test") {
-                    is_test = true;
+                    (is_test, is_run) = (true, true);
+                } else if is_test && line.starts_with("#[ignore") {
+                    is_run = false;
                 } else if is_test
                     && let Some(rest) = line.strip_prefix("fn ").or_else(|| line.strip_prefix("async fn "))
                 {
-                    tests.insert(rest.split('(').next().unwrap_or_default().to_owned());
+                    let name = rest.split('(').next().unwrap_or_default().to_owned();
+                    *tests.entry(name).or_default() |= is_run;
                     is_test = false;
                 }
             }
@@ -71,4 +93,15 @@ fn collect(folder: &Path, tests: &mut BTreeSet<String>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_counts_its_rows() {
+        let page = "# P\n\nRows: 1, of which…\nrest\n";
+        assert_eq!(counted(page, 2, 3), "# P\n\nRows: 5, of which 2 are shown by tests and 3 are not yet.\nrest\n");
+    }
 }

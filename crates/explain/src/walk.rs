@@ -153,10 +153,8 @@ impl Walk<'_> {
             let ports: Vec<String> = proxy.config.listeners.iter().map(|(_, l)| l.address.port().to_string()).collect();
             let ports = if ports.is_empty() { "none".to_owned() } else { ports.join(", ") };
             let text = format!("the gateway {} does not listen on port {port}; it listens on: {ports}", proxy.name());
-            return only(End::cause(EndKind::Closed, Cause::ConnectFailed, text))
-                .into_iter()
-                .map(without_status)
-                .collect();
+            // Nobody answers: no proxy has a flag or a log line for it.
+            return only(End::good(EndKind::Closed, text));
         };
         let client = SocketAddr::new(call.client.unwrap_or(CLIENT.ip()), CLIENT.port());
         let facts = client_facts(&listener.name, address, client, call, looks(&listener, port));
@@ -506,11 +504,6 @@ fn prefixed(hop: &Hop, rest: Vec<Path>, percent: f64, is_exact: bool) -> Vec<Pat
             path
         })
         .collect()
-}
-
-fn without_status(mut path: Path) -> Path {
-    path.end.status = None;
-    path
 }
 
 /// A connection that the other side closes is an answer of the caller's proxy to the caller.

@@ -436,7 +436,7 @@ fn a_deny_policy_is_named() {
            policy     denied
                       because AuthorizationPolicy shop/no-admin spec.rules[0] (mesh.yaml:72)
         => the proxy of shop/reviews-v2 answers 403 rbac_access_denied_matched_policy[ns[shop]-policy[no-admin]-rule[0]]
-           remedy: see the AuthorizationPolicy named in the details
+           remedy: see the AuthorizationPolicy named in the details; none: no ALLOW rule fits the request
     "#]],
     );
     check(
@@ -524,7 +524,7 @@ fn an_allow_policy_by_principal() {
            policy     denied  (no ALLOW policy has a rule that matches)
                       not AuthorizationPolicy shop/only-curl: no rule matches [AuthorizationPolicy shop/only-curl (mesh.yaml:65)]
         => the proxy of shop/reviews-v1 answers 403 rbac_access_denied_matched_policy[none]
-           remedy: see the AuthorizationPolicy named in the details
+           remedy: see the AuthorizationPolicy named in the details; none: no ALLOW rule fits the request
     "#]],
     );
 }
@@ -634,7 +634,7 @@ spec:
            policy     denied  (no ALLOW policy has a rule that matches)
                       not AuthorizationPolicy shop/with-token: no rule matches [AuthorizationPolicy shop/with-token (mesh.yaml:75)]
         => the proxy of shop/reviews-v2 answers 403 rbac_access_denied_matched_policy[none]
-           remedy: see the AuthorizationPolicy named in the details
+           remedy: see the AuthorizationPolicy named in the details; none: no ALLOW rule fits the request
     "#]],
     );
     check(
@@ -759,8 +759,7 @@ fn through_the_gateway() {
         "gateway shop GET http://shop.example.com:8443/",
         expect![[r#"
         outside, at istio-system/istio-ingressgateway: GET http://shop.example.com:8443/
-        => the gateway istio-system/istio-ingressgateway does not listen on port 8443; it listens on: 8080 [UF] upstream_reset_before_response_started
-           remedy: the endpoint refuses connections: is the application listening on that port?
+        => the gateway istio-system/istio-ingressgateway does not listen on port 8443; it listens on: 8080
     "#]],
     );
 }

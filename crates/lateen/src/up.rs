@@ -238,8 +238,9 @@ impl Mesh {
             let text = |key: &str| pod[key].as_str().unwrap_or_default();
             controller.is_blamed(&NamespacedName::new(text("namespace"), text("name")))
         };
-        let mut all_pods = pods.iter();
-        !pods.is_empty() && has_all_pods(&self.store) && all_pods.all(|pod| pod["is_ready"] == true || is_blamed(pod))
+        // Ready pods alone settle nothing: their deployment says a moment later that it is complete.
+        let mut unready = pods.iter().filter(|pod| pod["is_ready"] != true).peekable();
+        unready.peek().is_some() && has_all_pods(&self.store) && unready.all(is_blamed)
     }
 
     /// Every listening address with its role and pod: those of the machine first, then each pod's.
@@ -440,7 +441,7 @@ async fn run(
         if is_ready && let Err(error) = commands::synced(&args.mesh, SYNC_MAX).await {
             output::note(&format!("{error:#}"));
         }
-        announce(&mesh, is_ready, is_demo, began);
+        announce(args, &mesh, is_ready, is_demo, began);
         tokio::join!(follow_files(&files), follow_findings(args, &mesh, said));
     };
     let lost = tokio::select! {
@@ -623,7 +624,7 @@ fn report_round(outcomes: &[node::store::Outcome]) {
     }
 }
 
-fn announce(mesh: &Mesh, is_ready: bool, is_demo: bool, began: Instant) {
+fn announce(args: &UpArgs, mesh: &Mesh, is_ready: bool, is_demo: bool, began: Instant) {
     let status = mesh.status();
     output::line("");
     commands::print_status(&status);
@@ -634,27 +635,64 @@ fn announce(mesh: &Mesh, is_ready: bool, is_demo: bool, began: Instant) {
         output::error("not everything is ready; see STATUS above, what follows, and `lateen logs`");
     }
     let http = status["addresses"]["ingress-http"].as_str().unwrap_or("-");
-    let https = status["addresses"]["ingress-https"].as_str().unwrap_or("-");
     if is_demo {
-        output::line(&format!("\n  Open {} in a browser.\n", output::bold(&format!("http://{http}/productpage"))));
-        output::line("Try next:");
-        let name = if mesh.name == "lateen" { String::new() } else { format!(" --name {}", mesh.name) };
-        for command in [
-            format!("curl -s http://{http}/productpage | grep 'served by'"),
-            format!("curl -sk https://{https}/api/v1/products/0/reviews"),
-            format!("curl -s -H 'Host: maildev.localhost' http://{http}/email"),
-            format!("lateen get pods -n bookinfo{name}"),
-            format!("lateen exec deploy/productpage-v1 -n bookinfo{name} -- curl -s reviews:9080/reviews/0"),
-        ] {
+        let mails = http.rsplit(':').next().unwrap_or_default();
+        output::line(&format!("\n  Open {} in a browser;", output::bold(&format!("http://{http}/productpage"))));
+        output::line(&format!("  mail arrives at {}.\n", output::bold(&format!("http://maildev.localhost:{mails}/"))));
+        output::line("Try next, in another terminal:");
+        for command in next_commands(&args.mesh, &program(), http) {
             output::line(&format!("  {command}"));
         }
     }
     output::line("\nCtrl-C stops everything.");
 }
 
+/// Five commands that show what a mesh does. Each can be pasted as it is.
+fn next_commands(mesh: &MeshArgs, program: &str, http: &str) -> [String; 5] {
+    let mut which = String::new();
+    if mesh.name != "lateen" {
+        which += &format!(" --name {}", mesh.name);
+    }
+    if let Some(dir) = &mesh.state_dir {
+        which += &format!(" --state-dir {}", dir.display());
+    }
+    [
+        format!("curl -s http://{http}/productpage | grep 'served by'   # again: three versions take turns"),
+        format!("{program} get pods -A{which}"),
+        format!("{program} exec deploy/productpage-v1 -n bookinfo{which} -- curl -s reviews:9080/reviews/0"),
+        format!("{program} explain --from deploy/productpage-v1 -n bookinfo{which} GET http://reviews:9080/reviews/0"),
+        format!("{program} explain --from gateway{which} GET http://{http}/nowhere"),
+    ]
+}
+
+/// How this program is called: by its name where `PATH` finds it, else by its path.
+fn program() -> String {
+    let Ok(own) = std::env::current_exe() else { return "lateen".to_owned() };
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|dir| dir.join("lateen")).find(|program| program.is_file());
+    if found.and_then(|found| found.canonicalize().ok()) == Some(own.clone()) {
+        return "lateen".to_owned();
+    }
+    let here = std::env::current_dir().unwrap_or_default();
+    match own.strip_prefix(&here) {
+        Ok(inside) => Path::new(".").join(inside).display().to_string(),
+        Err(_) => own.display().to_string(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn commands_to_try_name_the_mesh_they_are_for() {
+        let mesh = |name: &str, dir: Option<&str>| MeshArgs { name: name.into(), state_dir: dir.map(Into::into) };
+        let said = next_commands(&mesh("lateen", None), "lateen", "127.0.0.1:8080");
+        assert!(said[1].ends_with("lateen get pods -A") && said[0].contains("http://127.0.0.1:8080/productpage"));
+        for command in &next_commands(&mesh("two", Some("/s")), "./lateen", "127.0.0.1:1")[1..] {
+            assert!(command.starts_with("./lateen ") && command.contains(" --name two --state-dir /s"), "{command}");
+        }
+    }
 
     #[test]
     fn our_own_manifests_are_admitted() {

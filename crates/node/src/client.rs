@@ -1,5 +1,6 @@
 //! A client of the local socket.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -16,8 +17,14 @@ use tokio::net::UnixStream;
 #[derive(Debug, Error)]
 pub enum ClientError {
     /// Nobody serves the socket.
-    #[error("no mesh is running at {path}: start one with `lateen up` or `lateen demo`", path = path.display())]
+    #[error("no mesh is running at {path}: start one with `lateen up` or `lateen demo`, or say which one with --name or --state-dir", path = path.display())]
     NotRunning {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The socket is there, and not for us.
+    #[error("the mesh at {path} cannot be asked; it answers its owner only", path = path.display())]
+    Unreachable {
         /// The socket.
         path: PathBuf,
         /// Why not.
@@ -56,8 +63,14 @@ impl Client {
     }
 
     async fn send(&self, method: Method, uri: &str, body: Vec<u8>) -> Result<http::Response<Incoming>, ClientError> {
-        let not_running = |source| ClientError::NotRunning { path: self.path.clone(), source };
-        let stream = UnixStream::connect(&self.path).await.map_err(not_running)?;
+        let unreachable = |source: std::io::Error| {
+            let path = self.path.clone();
+            match source.kind() {
+                ErrorKind::NotFound | ErrorKind::ConnectionRefused => ClientError::NotRunning { path },
+                _ => ClientError::Unreachable { path, source },
+            }
+        };
+        let stream = UnixStream::connect(&self.path).await.map_err(unreachable)?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         tokio::spawn(connection);

@@ -26,6 +26,9 @@ pub(crate) struct Accepted {
     pub(crate) stream: std::net::TcpStream,
     pub(crate) listener: Arc<str>,
     pub(crate) peer: SocketAddr,
+    /// The configuration's port, where the socket was inherited and has another: policies, inspectors
+    /// and logs know this one only.
+    pub(crate) stands_for: Option<u16>,
 }
 
 /// A connection that has found its chain.
@@ -71,7 +74,10 @@ pub(crate) async fn serve(worker: &Rc<Worker>, accepted: Accepted) {
     let config = worker.config();
     let Some(listener) = config.listeners.get(&accepted.listener) else { return };
     let Ok(local) = stream.local_addr() else { return };
-    let local = canonical(local);
+    let mut local = canonical(local);
+    if let Some(port) = accepted.stands_for {
+        local.set_port(port);
+    }
     let original = if listener.filters.original_dst || listener.use_original_dst {
         original_destination(&stream, local)
     } else {

@@ -135,7 +135,11 @@ impl Listeners {
                     None => continue,
                 },
             };
-            match socket.and_then(|socket| self.accept_on(socket, &name)) {
+            let stands_for = match place {
+                Place::Own(..) => None,
+                Place::Inherited(port) => Some(port),
+            };
+            match socket.and_then(|socket| self.accept_on(socket, &name, stands_for)) {
                 Ok(bound) => {
                     self.bound.insert(place, bound);
                 }
@@ -162,12 +166,12 @@ impl Listeners {
         self.bound.retain(|_, bound| !which(&bound.listener.lock().unwrap_or_else(PoisonError::into_inner)));
     }
 
-    fn accept_on(&self, socket: TcpListener, name: &Name) -> io::Result<Bound> {
+    fn accept_on(&self, socket: TcpListener, name: &Name, stands_for: Option<u16>) -> io::Result<Bound> {
         let address = socket.local_addr()?;
         let socket = tokio::net::TcpListener::from_std(socket)?;
         let listener = Arc::new(Mutex::new(Name::clone(name)));
         let (belongs, workers) = (Arc::clone(&listener), self.workers.clone());
-        let task = tokio::spawn(accept(socket, belongs, workers));
+        let task = tokio::spawn(accept(socket, belongs, stands_for, workers));
         Ok(Bound { listener, address, task })
     }
 }
@@ -191,7 +195,12 @@ fn listen(address: SocketAddr, transparent: bool, backlog: i32) -> io::Result<Tc
 /// After running out of descriptors: neither spinning nor ending (property 23).
 const PAUSE: Duration = Duration::from_millis(20);
 
-async fn accept(socket: tokio::net::TcpListener, listener: Arc<Mutex<Name>>, workers: Workers) {
+async fn accept(
+    socket: tokio::net::TcpListener,
+    listener: Arc<Mutex<Name>>,
+    stands_for: Option<u16>,
+    workers: Workers,
+) {
     // said once, not fifty times a second
     let mut failing = false;
     loop {
@@ -201,7 +210,7 @@ async fn accept(socket: tokio::net::TcpListener, listener: Arc<Mutex<Name>>, wor
             Ok((stream, peer)) => {
                 failing = false;
                 let name = Name::clone(&listener.lock().unwrap_or_else(PoisonError::into_inner));
-                workers.hand_over(Accepted { stream, listener: name, peer });
+                workers.hand_over(Accepted { stream, listener: name, peer, stands_for });
             }
             // the client is gone already: the next one waits
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {

@@ -102,28 +102,43 @@ fn app(call: &Call, mailbox: &Shared) -> Answer {
     }
 }
 
+/// The newest mail comes first, and open.
 fn page(mails: &VecDeque<Mail>) -> String {
-    let rows: String = mails
-        .iter()
-        .rev()
-        .map(|mail| {
-            format!(
-                "<details><summary><b>{}</b> <span>{} → {}</span></summary><pre>{}</pre></details>",
-                escape(mail.header("subject")),
-                escape(&mail.from),
-                escape(&mail.to.join(", ")),
-                escape(mail.body())
-            )
-        })
-        .collect();
-    let rows = if rows.is_empty() { "<p class=none>No mail yet. Send some to port 1025.</p>".to_owned() } else { rows };
-    format!(
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>MailDev</title>\
-         <style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem}}\
-         details{{border:1px solid #8885;border-radius:8px;margin:.6rem 0;padding:.7rem 1rem}}summary{{cursor:pointer}}span,.none{{opacity:.65}}\
-         pre{{white-space:pre-wrap}}</style><h1>MailDev</h1>{rows}</html>"
-    )
+    let card = |(index, mail): (usize, &Mail)| {
+        let subject = mail.header("subject");
+        format!(
+            "<details{open}><summary><b>{subject}</b><span>{from} → {to}</span></summary><pre>{body}</pre></details>\n",
+            open = if index == 0 { " open" } else { "" },
+            subject = if subject.is_empty() { "(no subject)".to_owned() } else { escape(subject) },
+            from = escape(&mail.from),
+            to = escape(&mail.to.join(", ")),
+            body = escape(mail.body().trim_end())
+        )
+    };
+    let cards: String = mails.iter().rev().enumerate().map(card).collect();
+    let cards = if cards.is_empty() { NO_MAIL.to_owned() } else { cards };
+    let count = match mails.len() {
+        0 => "empty".to_owned(),
+        1 => "1 mail".to_owned(),
+        count => format!("{count} mails"),
+    };
+    PAGE.replace("{count}", &count).replace("{cards}", &cards)
 }
+
+const NO_MAIL: &str = "<p class=none>Nothing has arrived yet. Whatever a pod sends to <code>maildev.mail:1025</code> \
+    by SMTP is caught here and goes no further.</p>";
+
+const PAGE: &str = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>
+<title>MailDev</title><style>
+:root{color-scheme:light dark;--paper:#faf7f2;--ink:#24211d;--soft:#6f675c;--line:#e2dacd;--card:#fff;--sea:#0b6e75}
+@media(prefers-color-scheme:dark){:root{--paper:#171512;--ink:#ece6db;--soft:#a59b8c;--line:#37322b;--card:#201d19;--sea:#5cc2c7}}
+*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
+header,main{max-width:50rem;margin:auto;padding:1.1rem 1.5rem}header{display:flex;align-items:baseline;justify-content:space-between;border-bottom:1px solid var(--line)}
+h1{margin:0;font:600 1rem/1.4 system-ui,sans-serif;color:var(--sea)}header a{color:var(--soft);text-decoration:none}.count,.none{color:var(--soft)}
+details{background:var(--card);border:1px solid var(--line);border-radius:10px;margin:1rem 0}summary{cursor:pointer;padding:.9rem 1.2rem;display:flex;flex-wrap:wrap;gap:.2rem 1rem;justify-content:space-between;overflow-wrap:anywhere}
+summary span{color:var(--soft);font-size:.92rem}pre{margin:0;padding:1rem 1.2rem;border-top:1px solid var(--line);font:15px/1.5 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+</style><header><h1>MailDev</h1><span class=count>{count} · <a href=/>look again</a></span></header><main>
+{cards}</main></html>";
 
 async fn session(stream: TcpStream, mailbox: &Shared) -> Option<()> {
     let (read, mut write) = stream.into_split();
@@ -208,6 +223,17 @@ mod tests {
         let mail = Mail { data: "Subject: Hello\r\nX: y\r\n\r\nbody\r\n".into(), ..Mail::default() };
         assert_eq!((mail.header("subject"), mail.body()), ("Hello", "body\r\n"));
         assert_eq!(address(" <a@b> SIZE=3"), "a@b");
+    }
+
+    #[test]
+    fn the_newest_mail_is_open_and_none_writes_html() {
+        assert!(page(&VecDeque::new()).contains("maildev.mail:1025"));
+        let mail = |subject: &str| Mail { data: format!("Subject: {subject}\r\n\r\n<i>"), ..Mail::default() };
+        let out = page(&VecDeque::from([mail("first"), mail("<b>last")]));
+        assert!(out.contains("2 mails") && out.contains("&lt;i&gt;") && !out.contains("<i>"), "{out}");
+        let (open, closed) =
+            (out.find("<details open><summary><b>&lt;b&gt;last"), out.find("<details><summary><b>first"));
+        assert!(open.is_some() && open < closed, "{out}");
     }
 
     #[tokio::test]

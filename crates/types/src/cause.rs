@@ -127,9 +127,9 @@ causes! {
     FaultAbort = (503, "FI", "fault_filter_abort", "fault filter abort", "this is configured: fault.abort"),
     // ---- policy ----
     /// A DENY rule matched, or no ALLOW rule did (HTTP).
-    RbacDenied = (403, "-", "rbac_access_denied_matched_policy", "RBAC: access denied", "see the AuthorizationPolicy named in the details"),
+    RbacDenied = (403, "-", "rbac_access_denied_matched_policy", "RBAC: access denied", "see the AuthorizationPolicy named in the details; none: no ALLOW rule fits the request"),
     /// The same, for a connection.
-    RbacDeniedConnection = (0, "-", "rbac_access_denied_matched_policy", "", "see the AuthorizationPolicy named in the details"),
+    RbacDeniedConnection = (0, "-", "rbac_access_denied_matched_policy", "", "see the AuthorizationPolicy named in the details; none: no ALLOW rule fits the request"),
     /// External authorization said no.
     ExtAuthzDenied = (403, "UAEX", "ext_authz_denied", "", "the external authorizer refused the request"),
     /// External authorization could not be asked, and the provider fails closed.

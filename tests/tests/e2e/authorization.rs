@@ -51,6 +51,30 @@ fn a_path_is_denied_from_outside_and_allowed_inside() {
     check(&mesh, "foo/curl", &[], "/headers", true);
 }
 
+/// Whatever port of the machine leads to a gateway: its policies, like Istio's, know its own.
+#[test]
+fn policies_of_a_gateway_know_its_own_port() {
+    let mesh = SECURITY.turn();
+    let deny = |port: u16| {
+        format!(
+            "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: port, namespace: istio-system}}
+spec:
+  selector: {{matchLabels: {{istio: ingressgateway}}}}
+  action: DENY
+  rules: [{{to: [{{operation: {{ports: [\"{port}\"]}}}}]}}]
+"
+        )
+    };
+    let _policy = mesh.with(&deny(8080));
+    let outside = mesh.get("httpbin.foo.test", "/get", &[]);
+    assert_eq!((outside.status, outside.body.as_str()), DENIED);
+    mesh.apply(&deny(mesh.http.port()));
+    assert_eq!(mesh.get("httpbin.foo.test", "/get", &[]).status, 200);
+}
+
 #[test]
 fn paths_are_normalised_before_policies_see_them() {
     let mesh = SECURITY.turn();

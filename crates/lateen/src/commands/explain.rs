@@ -1,6 +1,7 @@
 //! `explain`: where a call would go, and why.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -44,7 +45,7 @@ pub(crate) struct ExplainArgs {
     host: Option<String>,
     /// Address of a client outside.
     #[arg(long, value_name = "ADDRESS")]
-    client_ip: Option<std::net::IpAddr>,
+    client_ip: Option<IpAddr>,
     /// The caller speaks HTTP/2 (with prior knowledge).
     #[arg(long)]
     http2: bool,
@@ -90,6 +91,9 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<()> {
         explain::explain(&snapshot, &call)
     } else {
         let client = client(&args.mesh)?;
+        if matches!(call.from, Caller::Outside(_)) {
+            inside_port(&mut call, &block_on(async { Ok(client.get("/status").await?) })?);
+        }
         let ask = |pod: &NamespacedName| running(&client, pod).map_err(|error| format!("{error:#}"));
         explain::explain_running(&snapshot, &call, &ask)
     };
@@ -104,6 +108,28 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<()> {
         Format::Table | Format::Wide | Format::Name => output::line(explanation.to_string().trim_end()),
     }
     Ok(())
+}
+
+/// A call to an address of this machine is one to the gateway's port behind it; its host stays as it
+/// was written.
+fn inside_port(call: &mut Call, status: &Value) {
+    for (name, port) in [("ingress-http", 8080), ("ingress-https", 8443)] {
+        let Some(address) = status["addresses"][name].as_str().and_then(|text| text.parse::<SocketAddr>().ok()) else {
+            continue;
+        };
+        if call.target.port == address.port() && is_here(&call.target.host) {
+            if !call.headers.iter().any(|(name, _)| name == "host") {
+                call.headers.push(("host".to_owned(), call.target.authority()));
+            }
+            call.target.port = port;
+            return;
+        }
+    }
+}
+
+/// Whether a name stands for this machine.
+fn is_here(host: &str) -> bool {
+    host == "localhost" || host.ends_with(".localhost") || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 /// The proxy of a pod, asked through its admin interface.
@@ -176,4 +202,27 @@ fn positions(files: Files) -> Vec<(ObjectRef, Positions)> {
         found.extend(known.filter(|(object, _)| objects.contains(object)));
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_this_machine_are_ports_of_the_gateway() {
+        let status = serde_json::json!({ "addresses": { "ingress-http": "127.0.0.1:36471", "ingress-https": null } });
+        let now = Now { mono: Instant::now(), wall_nanos: 0 };
+        let check = |url: &str, headers: &[String], port: u16, host: Option<&str>| {
+            let from = Caller::Outside(NamespacedName::new("istio-system", "gateway"));
+            let mut call = Call::parse(from, "GET", url, headers, now).unwrap();
+            inside_port(&mut call, &status);
+            let said = call.headers.iter().find(|(name, _)| name == "host").map(|(_, host)| host.as_str());
+            assert_eq!((call.target.port, said), (port, host), "{url}");
+        };
+        check("http://127.0.0.1:36471/x", &[], 8080, Some("127.0.0.1:36471"));
+        check("http://shop.localhost:36471/x", &[], 8080, Some("shop.localhost:36471"));
+        check("http://127.0.0.1:36471/x", &["Host: shop.test".to_owned()], 8080, Some("shop.test"));
+        check("http://shop.test:36471/x", &[], 36471, None);
+        check("http://127.0.0.1:8080/x", &[], 8080, None);
+    }
 }

@@ -320,11 +320,17 @@ impl Worker {
         self.shared.set_finding(&self.key, None);
         let mut answers: JoinSet<(usize, usize, Result<(), String>)> = JoinSet::new();
         let mut renewal = Instant::now() + TOKEN_RENEWAL;
+        let mut filled = None;
         loop {
-            version.borrow_and_update();
+            let seen = *version.borrow_and_update();
             let Some((objects, object, pod)) = self.wanted() else { return };
-            self.refresh_volumes(&objects, &object, &pod, Instant::now() >= renewal).await;
-            if Instant::now() >= renewal {
+            let renews = Instant::now() >= renewal;
+            // Probes wake us several times a second; they change no volume, and each filling mints tokens.
+            if renews || filled != Some(seen) {
+                self.refresh_volumes(&objects, &object, &pod, renews).await;
+                filled = Some(seen);
+            }
+            if renews {
                 renewal = Instant::now() + TOKEN_RENEWAL;
             }
             self.start_due(&objects, &object, &pod).await;
@@ -748,6 +754,10 @@ impl Worker {
             self.ready_since = (is_ready, now());
         }
         let status = self.status(is_ready);
+        // Looking costs less than a change that changes nothing.
+        if self.current().is_some_and(|(_, object, _)| object.raw["status"] == status) {
+            return;
+        }
         let patched = self.shared.options.store.patch(Kind::Pod, &self.key, |document| {
             if document["metadata"]["uid"] == *self.uid {
                 document["status"] = status;

@@ -159,7 +159,7 @@ fn render_reviews(status: StatusCode, reviews: &Value) -> String {
     }
     let cards: String = reviews["reviews"].as_array().into_iter().flatten().map(render_review).collect();
     let pod = reviews["podname"].as_str().unwrap_or_default();
-    format!("<h2>Book reviews</h2>{cards}<p class=served>Reviews served by: <code>{}</code></p>", escape(pod))
+    format!("<h2>Book reviews</h2>{cards}\n<p class=served>Reviews served by: <code>{}</code></p>", escape(pod))
 }
 
 fn render_review(review: &Value) -> String {
@@ -210,7 +210,7 @@ const PAGE: &str = "<!doctype html><html lang=en><meta charset=utf-8><meta name=
 <title>Simple Bookstore App</title>{style}
 <header><a href=/>BookInfo Sample</a>{who}</header>
 <main><section class=hero>
-<svg viewBox='0 0 120 150' role=img aria-label='Cover of a book'><rect x=6 y=4 width=108 height=142 rx=6 fill='#0b6e75'/><rect x=6 y=4 width=14 height=142 rx=6 fill='#084f54'/><circle cx=52 cy=66 r=20 fill='#faf7f2'/><circle cx=82 cy=66 r=20 fill='#faf7f2' fill-opacity=.72/><path d='M44 70q8 9 16 0M74 72q8-9 16 0' stroke='#0b6e75' stroke-width=3 fill=none stroke-linecap=round /><path d='M34 112h66M44 124h46' stroke='#faf7f2' stroke-width=3 stroke-linecap=round /></svg>
+<svg viewBox='0 0 120 150' role=img aria-label='Cover of a book'><rect x='6' y='4' width='108' height='142' rx='6' fill='#0b6e75'/><rect x='6' y='4' width='14' height='142' rx='6' fill='#084f54'/><circle cx='50' cy='62' r='21' fill='#faf7f2'/><circle cx='86' cy='62' r='21' fill='#cfe4e2'/><g fill='#0b6e75'><circle cx='43' cy='57' r='2.6'/><circle cx='57' cy='57' r='2.6'/><circle cx='79' cy='57' r='2.6'/><circle cx='93' cy='57' r='2.6'/></g><path d='M41 67q9 9 18 0M77 71q9-9 18 0' stroke='#0b6e75' stroke-width='3' fill='none' stroke-linecap='round'/><path d='M36 108h64M46 121h44' stroke='#faf7f2' stroke-width='3' stroke-linecap='round'/></svg>
 <div><h1>The Comedy of Errors</h1><p>Two pairs of identical twins, separated at birth, and one day of mistaken identity in Ephesus: one of William Shakespeare’s earliest plays, his shortest, and his most farcical.</p></div></section>
 <div class=columns><section>{details}</section><section>{reviews}</section></div></main></html>";
 
