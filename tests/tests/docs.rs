@@ -117,6 +117,10 @@ fn commands_that_need_no_mesh_print_what_the_pages_show() {
             let name = block.text.lines().next().and_then(|line| line.strip_prefix("# "));
             if let Some(name) = name.filter(|name| block.info.starts_with("yaml") && name.ends_with(".yaml")) {
                 fs::write(dir.path().join(name), &block.text).unwrap();
+                // One that also lies beside the pages, to be run from there, is the same.
+                if let Ok(file) = fs::read_to_string(root().join("docs").join(name)) {
+                    assert_eq!(block.text, file, "{}:{}", page.display(), block.line);
+                }
             }
         }
         for block in blocks.iter().filter(|block| block.info == "console") {

@@ -87,6 +87,8 @@ fn collect(folder: &Path, tests: &mut BTreeMap<String, bool>) -> Result<()> {
                     let name = rest.split('(').next().unwrap_or_default().to_owned();
                     *tests.entry(name).or_default() |= is_run;
                     is_test = false;
+                } else if let Some(name) = case(line) {
+                    tests.insert(name.to_owned(), true);
                 }
             }
             // proptest writes its tests inside a macro, with #[test] before each: caught above.
@@ -95,9 +97,24 @@ fn collect(folder: &Path, tests: &mut BTreeMap<String, bool>) -> Result<()> {
     Ok(())
 }
 
+/// The function of a line `("name", |…| … function() …),`: a test of a target without the usual harness.
+fn case(line: &str) -> Option<&str> {
+    let (_, body) = line.strip_prefix("(\"")?.split_once("\", |")?;
+    let (before, _) = body.split_once("()")?;
+    let start = before.rfind(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).map_or(0, |at| at + 1);
+    Some(&before[start..]).filter(|name| !name.is_empty())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cases_of_a_table_are_tests() {
+        assert_eq!(case("(\"reach\", |rt| rt.block_on(pods_reach_each_other())),"), Some("pods_reach_each_other"));
+        assert_eq!(case("(\"kill\", |_| killed_parents_leave_nothing()),"), Some("killed_parents_leave_nothing"));
+        assert_eq!(case("(\"a\", \"b\"),"), None);
+    }
 
     #[test]
     fn the_page_counts_its_rows() {

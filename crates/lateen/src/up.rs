@@ -639,7 +639,7 @@ fn announce(args: &UpArgs, mesh: &Mesh, is_ready: bool, is_demo: bool, began: In
         let mails = http.rsplit(':').next().unwrap_or_default();
         output::line(&format!("\n  Open {} in a browser;", output::bold(&format!("http://{http}/productpage"))));
         output::line(&format!("  mail arrives at {}.\n", output::bold(&format!("http://maildev.localhost:{mails}/"))));
-        output::line("Try next, in another terminal:");
+        output::line("Try next: (in another terminal)");
         for command in next_commands(&args.mesh, &program(), http) {
             output::line(&format!("  {command}"));
         }

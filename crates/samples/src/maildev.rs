@@ -129,12 +129,12 @@ const NO_MAIL: &str = "<p class=none>Nothing has arrived yet. Whatever a pod sen
     by SMTP is caught here and goes no further.</p>";
 
 const PAGE: &str = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>
-<title>MailDev</title><style>
+<title>MailDev</title><link rel=icon href='data:,'><style>
 :root{color-scheme:light dark;--paper:#faf7f2;--ink:#24211d;--soft:#6f675c;--line:#e2dacd;--card:#fff;--sea:#0b6e75}
 @media(prefers-color-scheme:dark){:root{--paper:#171512;--ink:#ece6db;--soft:#a59b8c;--line:#37322b;--card:#201d19;--sea:#5cc2c7}}
 *{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 header,main{max-width:50rem;margin:auto;padding:1.1rem 1.5rem}header{display:flex;align-items:baseline;justify-content:space-between;border-bottom:1px solid var(--line)}
-h1{margin:0;font:600 1rem/1.4 system-ui,sans-serif;color:var(--sea)}header a{color:var(--soft);text-decoration:none}.count,.none{color:var(--soft)}
+h1{margin:0;font:600 1rem/1.4 system-ui,sans-serif;color:var(--sea)}header a{color:var(--soft);text-decoration:none}.count,.none{color:var(--soft)}header a:hover{color:var(--sea)}
 details{background:var(--card);border:1px solid var(--line);border-radius:10px;margin:1rem 0}summary{cursor:pointer;padding:.9rem 1.2rem;display:flex;flex-wrap:wrap;gap:.2rem 1rem;justify-content:space-between;overflow-wrap:anywhere}
 summary span{color:var(--soft);font-size:.92rem}pre{margin:0;padding:1rem 1.2rem;border-top:1px solid var(--line);font:15px/1.5 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 </style><header><h1>MailDev</h1><span class=count>{count} · <a href=/>look again</a></span></header><main>

@@ -111,7 +111,7 @@ async fn page(call: &Call) -> Answer {
     let (reviews_status, reviews) = fetch("reviews", "/reviews/0", &headers, REVIEWS_TRIES).await;
     let who = match user(call) {
         Some(user) => format!(
-            "<span class=who>Signed in as <b>{}</b></span> <a class=button href=/logout>Sign out</a>",
+            "<form action=/logout><span class=who>Signed in as <b>{}</b></span><button class=button>Sign out</button></form>",
             escape(&user)
         ),
         None => "<form method=post action=/login><input name=username placeholder='jason' aria-label='User name'>\
@@ -202,12 +202,12 @@ table{width:100%;border-collapse:collapse;font-size:.96rem}th,td{text-align:left
 blockquote{margin:0 0 1.1rem;padding:1.1rem 1.3rem;background:var(--card);border:1px solid var(--line);border-radius:10px}blockquote p{margin:0}blockquote footer{margin-top:.5rem;color:var(--soft);font-size:.92rem}
 blockquote footer::before{content:'— '}.stars{margin-top:.5rem!important;font-size:1.3rem;letter-spacing:.12em}.stars.red{color:var(--red)}.stars span{opacity:.2}
 .served,.sorry{color:var(--soft);font-size:.9rem}.failure{padding:1.1rem 1.3rem;border:1px solid var(--red);border-radius:10px}.failure h2{color:var(--red)}.failure p{margin:0}
-form{display:flex;gap:.5rem}input,.button{font:500 .95rem/1 system-ui,sans-serif;padding:.55rem .8rem;border-radius:8px;border:1px solid var(--line);background:var(--card);color:var(--ink)}
+form{display:flex;gap:.8rem;align-items:center}input,.button{font:500 .95rem/1 system-ui,sans-serif;padding:.55rem .8rem;border-radius:8px;border:1px solid var(--line);background:var(--card);color:var(--ink)}
 .button{background:var(--sea);border-color:var(--sea);color:var(--paper);cursor:pointer;text-decoration:none}.who{font-size:.95rem}code{font-size:.9em}
 </style>";
 
 const PAGE: &str = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>
-<title>Simple Bookstore App</title>{style}
+<title>Simple Bookstore App</title><link rel=icon href='data:,'>{style}
 <header><a href=/>BookInfo Sample</a>{who}</header>
 <main><section class=hero>
 <svg viewBox='0 0 120 150' role=img aria-label='Cover of a book'><rect x='6' y='4' width='108' height='142' rx='6' fill='#0b6e75'/><rect x='6' y='4' width='14' height='142' rx='6' fill='#084f54'/><circle cx='50' cy='62' r='21' fill='#faf7f2'/><circle cx='86' cy='62' r='21' fill='#cfe4e2'/><g fill='#0b6e75'><circle cx='43' cy='57' r='2.6'/><circle cx='57' cy='57' r='2.6'/><circle cx='79' cy='57' r='2.6'/><circle cx='93' cy='57' r='2.6'/></g><path d='M41 67q9 9 18 0M77 71q9-9 18 0' stroke='#0b6e75' stroke-width='3' fill='none' stroke-linecap='round'/><path d='M36 108h64M46 121h44' stroke='#faf7f2' stroke-width='3' stroke-linecap='round'/></svg>
@@ -215,7 +215,7 @@ const PAGE: &str = "<!doctype html><html lang=en><meta charset=utf-8><meta name=
 <div class=columns><section>{details}</section><section>{reviews}</section></div></main></html>";
 
 const FRONT: &str = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>
-<title>Simple Bookstore App</title>{style}<header><a href=/>BookInfo Sample</a></header>
+<title>Simple Bookstore App</title><link rel=icon href='data:,'>{style}<header><a href=/>BookInfo Sample</a></header>
 <main><section class=hero><div><h1>Hello! This is a simple bookstore application.</h1>
 <p>It consists of four services: productpage, details, reviews in three versions, and ratings.</p><p style='margin-top:1.4rem'><a class=button href=/productpage>To the product page</a></p></div></section></main></html>";
 
