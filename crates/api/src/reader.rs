@@ -236,6 +236,9 @@ impl Report {
     }
 }
 
+/// The name of an IstioOperator that has none, which is the one that istioctl gives it in a cluster.
+const NAME_OF_SETTINGS: &str = "installed-state";
+
 fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> Option<Object> {
     let Tree::Map(entries) = &node.tree else {
         report.add(
@@ -284,6 +287,8 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
         }
     };
     let namespace = if kind.is_namespaced() { namespace } else { "" };
+    // istioctl takes a file without a name.
+    let name = if name.is_empty() && kind == Kind::IstioOperator { NAME_OF_SETTINGS } else { name };
     report.reference = Some(ObjectRef::new(kind.name(), namespace, name));
     report.is_security = kind.is_security();
     let info = kind.info();
@@ -349,10 +354,10 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
             "",
         );
     }
-    let raw = filled(node, namespace, kind);
+    let raw = filled(node, name, namespace, kind);
     let created = meta.creation_timestamp.as_deref().and_then(scalar::parse_time).unwrap_or_default();
     let meta = Metadata {
-        name: meta.name.into(),
+        name: name.into(),
         namespace: namespace.into(),
         labels: meta.labels,
         annotations: meta.annotations,
@@ -366,10 +371,14 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
     Some(Object { kind, meta, spec, raw: Arc::new(raw) })
 }
 
-/// The object as JSON, with its namespace.
-fn filled(node: &Node, namespace: &str, kind: Kind) -> Value {
+/// The object as JSON, with its name and namespace.
+fn filled(node: &Node, name: &str, namespace: &str, kind: Kind) -> Value {
     let mut raw = node.to_json();
+    if !raw["metadata"].is_object() {
+        raw["metadata"] = Value::Object(serde_json::Map::new());
+    }
     if let Some(meta) = raw.get_mut("metadata").and_then(Value::as_object_mut) {
+        meta.insert("name".to_owned(), name.into());
         if kind.is_namespaced() {
             meta.insert("namespace".to_owned(), namespace.into());
         } else {

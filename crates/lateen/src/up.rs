@@ -42,6 +42,9 @@ const SOCKET_PATH_MAX: usize = 97;
 /// Seconds that the control plane has to read what findings are asked for.
 const FINDINGS_MAX: u64 = 2;
 
+/// A mesh at rest is looked at this often: certificates expire without any change.
+const FINDINGS_AT_REST: Duration = Duration::from_secs(10);
+
 /// A mesh in motion is looked at this often for new findings.
 const FINDINGS_EVERY: Duration = Duration::from_millis(300);
 
@@ -369,6 +372,7 @@ async fn run(
         mesh: args.mesh.name.clone(),
         run_dir,
         run_files: vec![socket.clone(), commands::debug_socket(&args.mesh)?],
+        unfinished: vec![StateDir::unfinished(state)],
         host_listeners: vec![
             HostListener { port: 8080, address: args.ingress_http },
             HostListener { port: 8443, address: args.ingress_https },
@@ -565,17 +569,18 @@ async fn follow_files(files: &Files) {
     }
 }
 
-/// Says what is found wrong after each change, also what pods lack some time after it. Ends never.
+/// Says what is found wrong after each change, and what goes wrong without one. Ends never.
 async fn follow_findings(args: &UpArgs, mesh: &Mesh, mut said: Said) {
     let mut version = mesh.store.version();
     loop {
         version.borrow_and_update();
         said.all_new(&args.mesh, mesh).await;
-        if version.changed().await.is_err() {
-            return;
+        match tokio::time::timeout(FINDINGS_AT_REST, version.changed()).await {
+            // A rollout is many changes.
+            Ok(Ok(())) => tokio::time::sleep(FINDINGS_EVERY).await,
+            Ok(Err(_)) => return,
+            Err(_) => {}
         }
-        // A rollout is many changes.
-        tokio::time::sleep(FINDINGS_EVERY).await;
     }
 }
 

@@ -27,12 +27,12 @@ use types::{Finding, NamespacedName};
 
 use crate::env::ImageProgram;
 use crate::exec::ExecTarget;
+use crate::listening;
 use crate::logs::Logs;
 use crate::runtime::{Output, OutputSink, PodRuntime, RuntimeEvent};
 use crate::spec::PodId;
 use crate::store::Store;
 use crate::token::Tokens;
-use crate::{inject, listening};
 
 /// Name of the one node.
 pub const NODE_NAME: &str = "lateen";
@@ -242,7 +242,7 @@ async fn run(shared: Arc<Shared>, mut events: mpsc::Receiver<RuntimeEvent>) {
         root_cert.borrow_and_update();
         root_certificates(&shared);
         default_accounts(&shared.options.store);
-        deployment::reconcile(&shared.options.store, &mesh(&shared));
+        deployment::reconcile(&shared.options.store);
         start_workers(&shared, &mut workers);
         network.reconcile(&shared.options.store, &shared.options.runtime).await;
         // Wait for something new; events of containers are handed on meanwhile.
@@ -293,15 +293,6 @@ fn hand_on(shared: &Shared, pod: PodId, container: String, code: i32) {
     }
 }
 
-/// What injection needs, from the mesh's settings as they are now.
-fn mesh(shared: &Shared) -> inject::Mesh {
-    let objects = shared.options.store.objects();
-    let settings = objects.mesh_config();
-    let trust_domain = settings.map(|(_, config)| config.trust_domain()).unwrap_or_default().to_string();
-    let proxy_config = settings.and_then(|(object, _)| object.raw.pointer("/spec/meshConfig/defaultConfig").cloned());
-    inject::Mesh { trust_domain, proxy_config: proxy_config.unwrap_or_else(|| json!({})) }
-}
-
 /// Every namespace has the root certificate, as Istio's control plane does it.
 fn root_certificates(shared: &Shared) {
     let Some(pem) = shared.options.root_cert.borrow().clone() else { return };
@@ -350,29 +341,4 @@ fn start_workers(shared: &Arc<Shared>, workers: &mut JoinSet<NamespacedName>) {
         drop(running);
         workers.spawn(pod::run(Arc::clone(shared), key, object.meta.uid.clone(), exits_from));
     }
-}
-
-/// A pod's document with its proxy, if it is to have one.
-fn with_proxy(
-    store: &Store,
-    mut document: serde_json::Value,
-    workload: inject::Workload<'_>,
-    mesh: &inject::Mesh,
-) -> serde_json::Value {
-    let (Some(object), _) = api::from_json(&document) else { return document };
-    let Some(typed) = object.typed::<k8s::Pod>() else { return document };
-    let objects = store.objects();
-    let none = BTreeMap::new();
-    let namespace = objects.find(Kind::Namespace, &NamespacedName::new("", &object.meta.namespace));
-    let candidate = inject::Candidate {
-        namespace: &object.meta.namespace,
-        namespace_labels: namespace.map_or(&none, |namespace| &namespace.meta.labels),
-        labels: &object.meta.labels,
-        annotations: &object.meta.annotations,
-        host_network: typed.spec.host_network,
-    };
-    if inject::wants_proxy(&candidate) {
-        inject::inject(&mut document, workload, mesh);
-    }
-    document
 }

@@ -2,8 +2,11 @@
 //!
 //! *Source*: `operations.md` D1 (matrix, without other revisions) and D2.
 
-use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 
+use api::{ConfigSet, Kind, Object, k8s};
+use serde_json::{Map, Value, json};
+use types::NamespacedName;
 use types::wellknown::{self, annotations, labels};
 
 /// Name of the proxy's container.
@@ -18,6 +21,22 @@ pub struct Mesh {
     pub trust_domain: String,
     /// `meshConfig.defaultConfig` as JSON, for `PROXY_CONFIG`.
     pub proxy_config: Value,
+    /// `meshConfig.enablePrometheusMerge`
+    pub merges_metrics: bool,
+}
+
+impl Mesh {
+    /// The settings as they are now.
+    pub fn of(objects: &ConfigSet) -> Self {
+        let settings = objects.mesh_config();
+        let trust_domain = settings.map(|(_, config)| config.trust_domain()).unwrap_or_default().to_string();
+        let written = |name: &str| settings.and_then(|(object, _)| object.raw["spec"]["meshConfig"].get(name));
+        Self {
+            trust_domain,
+            proxy_config: written("defaultConfig").cloned().unwrap_or_else(|| json!({})),
+            merges_metrics: written("enablePrometheusMerge") != Some(&Value::Bool(false)),
+        }
+    }
 }
 
 /// Who owns the pod: a Deployment's name, or the pod's own.
@@ -27,6 +46,43 @@ pub struct Workload<'a> {
     pub kind: &'a str,
     /// Its name.
     pub name: &'a str,
+}
+
+impl<'a> Workload<'a> {
+    /// The owner of `pod`.
+    pub fn of(pod: &'a Object) -> Self {
+        match deployment_of(pod) {
+            Some(name) => Self { kind: "Deployment", name },
+            None => Self { kind: "Pod", name: &pod.meta.name },
+        }
+    }
+}
+
+/// The deployment behind a pod's ReplicaSet: its name without the template's hash.
+pub(crate) fn deployment_of(pod: &Object) -> Option<&str> {
+    let replica_set = pod.meta.owners.iter().find(|owner| owner.kind == "ReplicaSet")?;
+    let hash = pod.meta.labels.get(labels::POD_TEMPLATE_HASH)?;
+    replica_set.name.strip_suffix(hash.as_str())?.strip_suffix('-')
+}
+
+/// The document of a pod that is about to be made, with its proxy if it is to have one: what Istio's
+/// webhook answers on `CREATE`, and on nothing else.
+pub fn admitted(pod: &Object, objects: &ConfigSet) -> Value {
+    let mut document = (*pod.raw).clone();
+    let Some(typed) = pod.typed::<k8s::Pod>() else { return document };
+    let none = BTreeMap::new();
+    let namespace = objects.find(Kind::Namespace, &NamespacedName::new("", &pod.meta.namespace));
+    let candidate = Candidate {
+        namespace: &pod.meta.namespace,
+        namespace_labels: namespace.map_or(&none, |namespace| &namespace.meta.labels),
+        labels: &pod.meta.labels,
+        annotations: &pod.meta.annotations,
+        host_network: typed.spec.host_network,
+    };
+    if wants_proxy(&candidate) {
+        inject(&mut document, Workload::of(pod), &Mesh::of(objects));
+    }
+    document
 }
 
 /// Adds the proxy to a pod document. A pod that has one already is left as it is.
@@ -50,7 +106,12 @@ pub fn inject(pod: &mut Value, workload: Workload<'_>, mesh: &Mesh) {
     let config = proxy_config(&pod["metadata"]["annotations"], mesh);
     let holds = !is_gateway && config["holdApplicationUntilProxyStarts"] == true;
     let mut fields = Map::new();
-    let env = environment(&workload, mesh, &config, &apps, &ports, is_gateway, &namespace);
+    let mut env = environment(&workload, mesh, &config, &apps, &ports, is_gateway, &namespace);
+    let merged = merged_metrics(&pod["metadata"]["annotations"], mesh);
+    if let Some(of_app) = merged.as_ref().filter(|of_app| !of_app.is_empty()) {
+        let of_app = serde_json::to_string(of_app).unwrap_or_default();
+        env.push(json!({"name": "ISTIO_PROMETHEUS_ANNOTATIONS", "value": of_app}));
+    }
     let role = if is_gateway { "router" } else { "sidecar" };
     fields.insert("name".to_owned(), PROXY.into());
     fields.insert("image".to_owned(), "auto".into());
@@ -88,6 +149,10 @@ pub fn inject(pod: &mut Value, workload: Workload<'_>, mesh: &Mesh) {
         // As Istio writes it; the node knows what it means.
         fields.insert("lifecycle".to_owned(), json!({"postStart": {"exec": {"command": ["pilot-agent", "wait"]}}}));
     }
+    if let Some(own) = containers.iter().find(|container| container["name"] == PROXY) {
+        let own = json!({ "containers": [own] }).to_string();
+        set_default(&mut pod["metadata"]["annotations"], OVERRIDES, &own);
+    }
     overlay(pod, fields, if holds { Place::First } else { Place::Last });
 
     let volumes = json!([
@@ -106,6 +171,31 @@ pub fn inject(pod: &mut Value, workload: Workload<'_>, mesh: &Mesh) {
     push_all(&mut pod["spec"]["volumes"], volumes);
 
     mark(pod, workload, &names, is_gateway);
+    if merged.is_some() {
+        let annotations = &mut pod["metadata"]["annotations"];
+        annotations[SCRAPE] = "true".into();
+        annotations[SCRAPE_PORT] = wellknown::ports::MERGED_METRICS.to_string().into();
+        annotations[SCRAPE_PATH] = "/stats/prometheus".into();
+    }
+}
+
+const SCRAPE: &str = "prometheus.io/scrape";
+const SCRAPE_PORT: &str = "prometheus.io/port";
+const SCRAPE_PATH: &str = "prometheus.io/path";
+const MERGE_METRICS: &str = "prometheus.istio.io/merge-metrics";
+/// What the user wrote into the proxy's container.
+const OVERRIDES: &str = "proxy.istio.io/overrides";
+
+/// Where a pod says that its own metrics are; `None` when they are not served beside the proxy's.
+///
+/// *Source*: `operations.md` SCR-1.
+fn merged_metrics(annotations: &Value, mesh: &Mesh) -> Option<BTreeMap<&'static str, String>> {
+    let text = |name: &str| annotations.get(name).and_then(Value::as_str);
+    let wants =
+        text(SCRAPE) != Some("false") && text(MERGE_METRICS).map_or(mesh.merges_metrics, |word| word != "false");
+    let fields = [("scrape", SCRAPE), ("port", SCRAPE_PORT), ("path", SCRAPE_PATH)];
+    let own = fields.into_iter().filter_map(|(field, name)| Some((field, text(name)?.to_owned()))).collect();
+    wants.then_some(own)
 }
 
 /// Labels and annotations of an injected pod.
@@ -225,8 +315,9 @@ fn environment(
     let field = |name: &str, path: &str| json!({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}});
     let value = |name: &str, value: String| json!({"name": name, "value": value});
     let address = format!("istiod.{}.svc:{}", wellknown::DEFAULT_ROOT_NAMESPACE, wellknown::ports::XDS);
+    let group = if workload.kind == "Pod" { "v1" } else { "apps/v1" };
     let owner =
-        format!("kubernetes://apis/apps/v1/namespaces/{namespace}/{}s/{}", workload.kind.to_lowercase(), workload.name);
+        format!("kubernetes://apis/{group}/namespaces/{namespace}/{}s/{}", workload.kind.to_lowercase(), workload.name);
     let mut env = vec![
         value("PILOT_CERT_PROVIDER", "istiod".to_owned()),
         value("CA_ADDR", address),
@@ -281,7 +372,6 @@ fn push_all(list: &mut Value, items: Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
     use types::Labels;
 
     fn map(text: &str) -> Labels {
@@ -352,7 +442,7 @@ mod tests {
     }
 
     fn mesh() -> Mesh {
-        Mesh { trust_domain: "cluster.local".into(), proxy_config: json!({}) }
+        Mesh { trust_domain: "cluster.local".into(), proxy_config: json!({}), merges_metrics: true }
     }
 
     #[test]
@@ -387,6 +477,7 @@ mod tests {
         let mesh = Mesh {
             trust_domain: "cluster.local".into(),
             proxy_config: json!({"binaryPath": "/a", "concurrency": 2, "proxyMetadata": {"A": "1", "B": "1"}}),
+            merges_metrics: true,
         };
         let env_of = |annotation: &str| {
             let mut pod = json!({"metadata": {"name": "p", "namespace": "shop",
@@ -408,6 +499,30 @@ mod tests {
         let broken = env_of("[");
         let config: Value = serde_json::from_str(&broken("PROXY_CONFIG")).unwrap();
         assert_eq!(config["binaryPath"], "/a");
+    }
+
+    #[test]
+    fn metrics_of_the_application_are_found_through_the_proxy() {
+        let made = |annotations: Value, merges_metrics: bool| {
+            let mut pod = json!({"metadata": {"name": "p", "namespace": "shop", "annotations": annotations},
+                "spec": {"containers": [{"name": "a"}]}});
+            inject(&mut pod, Workload { kind: "Pod", name: "p" }, &Mesh { merges_metrics, ..mesh() });
+            let env = pod["spec"]["containers"][1]["env"].as_array().unwrap().clone();
+            let own = env.iter().find(|variable| variable["name"] == "ISTIO_PROMETHEUS_ANNOTATIONS");
+            let own = own.map(|variable| serde_json::from_str::<Value>(variable["value"].as_str().unwrap()).unwrap());
+            let annotation = |name: &str| pod["metadata"]["annotations"][name].as_str().unwrap_or("-").to_owned();
+            ([SCRAPE, SCRAPE_PORT, SCRAPE_PATH].map(annotation).join(" "), own)
+        };
+        let ours = "true 15020 /stats/prometheus".to_owned();
+        assert_eq!(made(json!({}), true), (ours.clone(), None));
+        let own = json!({SCRAPE: "true", SCRAPE_PORT: "9102", SCRAPE_PATH: "/m"});
+        let told = json!({"scrape": "true", "port": "9102", "path": "/m"});
+        assert_eq!(made(own.clone(), true), (ours.clone(), Some(told.clone())));
+        assert_eq!(made(own.clone(), false), ("true 9102 /m".to_owned(), None));
+        let asks = json!({SCRAPE: "true", SCRAPE_PORT: "9102", SCRAPE_PATH: "/m", MERGE_METRICS: "true"});
+        assert_eq!(made(asks, false), (ours, Some(told)));
+        assert_eq!(made(json!({SCRAPE: "false"}), true), ("false - -".to_owned(), None));
+        assert_eq!(made(json!({MERGE_METRICS: "false"}), true), ("- - -".to_owned(), None));
     }
 
     #[test]
@@ -444,5 +559,7 @@ mod tests {
         assert_eq!(list[0]["env"][0]["name"], "MINE");
         assert!(list[0]["env"].as_array().unwrap().len() > 5);
         assert!(pod["metadata"]["labels"].get("security.istio.io/tlsMode").is_none());
+        let kept: Value = serde_json::from_str(pod["metadata"]["annotations"][OVERRIDES].as_str().unwrap()).unwrap();
+        assert_eq!(kept["containers"][0]["image"], "auto");
     }
 }

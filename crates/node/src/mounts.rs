@@ -13,9 +13,11 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Component, Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use crate::spec::{Mount, Volume, VolumeFile, VolumeSource};
@@ -144,8 +146,15 @@ impl PodFiles {
             view.replace_root()?;
         }
         view.overlay_etc(&self.etc)?;
+        // From here on by descriptor: a volume may cover the folder that the others lie below (`/tmp`).
+        let own = Held::open(&view.dir)?;
+        view.dir.clone_from(&own.path);
+        let mut held = Vec::new();
         for (source, mount) in sources {
-            view.bind(&source, &mount.path, mount.read_only)?;
+            held.push((Held::open(&source)?, mount));
+        }
+        for (source, mount) in &held {
+            view.bind(&source.path, &mount.path, mount.read_only)?;
         }
         for path in hidden {
             View::hide(path)?;
@@ -202,6 +211,20 @@ fn inside(path: &str) -> Result<PathBuf, Refusal> {
 /// Whether the first part of a mount path is missing on the machine.
 fn needs_root(path: &Path) -> bool {
     path.components().nth(1).is_some_and(|first| fs::metadata(Path::new("/").join(first)).is_err())
+}
+
+/// A file or folder by a path that leads to it whatever is mounted over its own.
+struct Held {
+    path: PathBuf,
+    _file: OwnedFd,
+}
+
+impl Held {
+    fn open(path: &Path) -> Result<Self, Refusal> {
+        let file = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .map_err(Refusal::step(format!("opening {}", path.display())))?;
+        Ok(Self { path: format!("/proc/thread-self/fd/{}", file.as_raw_fd()).into(), _file: file })
+    }
 }
 
 /// The mounts of one container while they are made.

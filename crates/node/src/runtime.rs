@@ -61,6 +61,8 @@ pub struct RuntimeOptions {
     pub run_dir: PathBuf,
     /// Files that must not outlive the mesh, whatever way it ends (sockets). Their absence is fine.
     pub run_files: Vec<PathBuf>,
+    /// Files that our process leaves half written when it is killed. Removed then, and only then.
+    pub unfinished: Vec<PathBuf>,
     /// Ports of the machine for gateways.
     pub host_listeners: Vec<HostListener>,
     /// Folders of the machine that containers must not see (state with keys). Shown empty.

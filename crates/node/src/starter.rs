@@ -48,6 +48,7 @@ pub(crate) struct Config {
     pub(crate) mesh: String,
     pub(crate) run_dir: PathBuf,
     pub(crate) run_files: Vec<PathBuf>,
+    pub(crate) unfinished: Vec<PathBuf>,
     pub(crate) hidden: Vec<PathBuf>,
     pub(crate) user_namespace: bool,
 }
@@ -78,6 +79,7 @@ pub(crate) fn start(options: &RuntimeOptions) -> io::Result<Started> {
         mesh: options.mesh.clone(),
         run_dir: options.run_dir.clone(),
         run_files: options.run_files.clone(),
+        unfinished: options.unfinished.clone(),
         hidden: options.hidden.clone(),
         user_namespace: needs_user_namespace(),
     };
@@ -178,6 +180,9 @@ fn make_namespaces(argument: &str) -> Result<ExitCode, CaptureError> {
     }
     let status = manager.wait().map_err(spawn_failed)?;
     crate::tolerate(rustix::mount::unmount(&config.run_dir, rustix::mount::UnmountFlags::DETACH));
+    if lives_on {
+        remove(&config.unfinished);
+    }
     clean(&config);
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -202,11 +207,15 @@ fn wait_for_end(manager: &Child) -> io::Result<bool> {
 
 /// Removes what must not outlive the mesh.
 fn clean(config: &Config) {
-    for file in &config.run_files {
+    remove(&config.run_files);
+    crate::tolerate(std::fs::remove_dir(&config.run_dir));
+}
+
+fn remove(files: &[PathBuf]) {
+    for file in files {
         // Gone already, or a folder that lost its rights meanwhile: nothing to be done either way.
         crate::tolerate(std::fs::remove_file(file));
     }
-    crate::tolerate(std::fs::remove_dir(&config.run_dir));
 }
 
 /// Makes the run folder, once all that an earlier mesh had in it is gone.

@@ -1,8 +1,9 @@
 //! The mesh's folder on disk: who runs it, and the admitted objects.
 //!
 //! `objects.json` is a header line with length and checksum, then JSON. It is replaced as a whole
-//! (written beside, flushed, renamed), so that a crash leaves the old or the new one; one that is
-//! cut short or changed by hand is told apart and never half used.
+//! (written beside, flushed, renamed), so that a crash leaves the old or the new one, and what was
+//! being written beside it, which the next one removes; one that is cut short or changed by hand is
+//! told apart and never half used.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, Write as _};
@@ -88,11 +89,17 @@ impl StateDir {
             }
             Err(errno) => return Err(failed(errno.into())),
         }
+        crate::tolerate(fs::remove_file(Self::unfinished(folder)));
         lock.set_len(0)
             .and_then(|()| lock.rewind())
             .and_then(|()| lock.write_all(std::process::id().to_string().as_bytes()))
             .map_err(failed)?;
         Ok(Self { folder: folder.to_owned(), _lock: lock })
+    }
+
+    /// What whoever is killed while saving leaves in `folder`.
+    pub fn unfinished(folder: &Path) -> PathBuf {
+        folder.join(format!("{OBJECTS}.new"))
     }
 
     /// The folder.
@@ -129,7 +136,7 @@ impl StateDir {
     /// Replaces the saved value.
     pub fn save(&self, value: &Value) -> Result<(), StateError> {
         let file = self.folder.join(OBJECTS);
-        let beside = self.folder.join(format!("{OBJECTS}.new"));
+        let beside = Self::unfinished(&self.folder);
         let body = value.to_string();
         let write = || -> io::Result<()> {
             let mut out = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
@@ -185,6 +192,16 @@ mod tests {
         fs::write(folder.join(OBJECTS), changed).unwrap();
         assert!(state.load().unwrap_err().to_string().contains("checksum"));
         fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn what_was_being_saved_by_a_killed_one_goes() {
+        let folder = tempfile::tempdir().unwrap();
+        StateDir::open(folder.path()).unwrap().save(&serde_json::json!([1])).unwrap();
+        fs::write(StateDir::unfinished(folder.path()), "half").unwrap();
+        let state = StateDir::open(folder.path()).unwrap();
+        assert!(!StateDir::unfinished(folder.path()).exists());
+        assert_eq!(state.load().unwrap(), Some(serde_json::json!([1])));
     }
 
     #[test]

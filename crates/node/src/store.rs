@@ -2,7 +2,8 @@
 //!
 //! Users' objects come from files and the API; controllers add pods and endpoint slices. Admission
 //! is what an API server would do: a bad object or edit is refused with findings, and the last good
-//! version stays. Users' objects are saved before they count, so that they survive a restart.
+//! version stays; a new pod gets its proxy. Users' objects are saved before they count, so that they
+//! survive a restart.
 //!
 //! **Invariants.** The set only holds objects that passed `api`'s checks. Versions only grow. A
 //! watcher that falls behind is cut off, never waited for.
@@ -133,7 +134,9 @@ impl Store {
         if let Some(saved) = state.load()? {
             let list = saved.get("objects").and_then(Value::as_array).cloned().unwrap_or_default();
             inner.version = saved.get("version").and_then(Value::as_u64).unwrap_or_default();
-            for entry in list {
+            for mut entry in list {
+                // What ran then does not run now.
+                set_or_remove(&mut entry["live"], "status", None);
                 let (object, said) = api::from_json(&entry["live"]);
                 findings.extend(said.into_iter().filter(|finding| finding.severity == Severity::Error));
                 let Some(object) = object else { continue };
@@ -193,7 +196,8 @@ impl Store {
         files.collect()
     }
 
-    /// Takes documents one by one, as an API server would; all or none are saved.
+    /// Takes documents one by one, as an API server would; all or none are saved. Those that decide how
+    /// others are admitted come first, wherever they stand; outcomes are in the order of `documents`.
     pub fn apply(
         &self,
         documents: Vec<(Value, Origin)>,
@@ -202,11 +206,15 @@ impl Store {
     ) -> Result<Vec<Outcome>, StateError> {
         let mut inner = self.lock();
         let mut draft = Draft { next: inner.clone(), events: Vec::new(), is_saved: false };
-        let outcomes = documents.into_iter().map(|(document, origin)| draft.take(&document, origin, mode)).collect();
+        let mut numbered: Vec<_> = documents.into_iter().enumerate().collect();
+        numbered.sort_by_key(|(_, (document, _))| !steers_admission(document));
+        let take = |(at, (document, origin)): (usize, (Value, Origin))| (at, draft.take(&document, origin, mode));
+        let mut outcomes: Vec<(usize, Outcome)> = numbered.into_iter().map(take).collect();
+        outcomes.sort_by_key(|(at, _)| *at);
         if !dry_run {
             self.commit(&mut inner, draft)?;
         }
-        Ok(outcomes)
+        Ok(outcomes.into_iter().map(|(_, outcome)| outcome).collect())
     }
 
     /// Removes an object; a pod is marked and goes when its containers ended. A namespace takes
@@ -325,6 +333,10 @@ impl Draft {
             return Outcome { object: Some(reference), action: Action::Unchanged, findings };
         }
         let last = before.map(|(applied, _)| Arc::clone(applied));
+        // A pod that nothing runs of yet is made anew with what is asked for now.
+        let live = live.filter(|live| {
+            kind != Kind::Pod || !live.raw["status"].is_null() || keeps_spec(&object, live, last.as_deref())
+        });
         let mut next = match (&live, mode) {
             (Some(live), Mode::Apply) => merge(last.as_deref().unwrap_or(&Value::Null), &object.raw, &live.raw),
             _ => (*object.raw).clone(),
@@ -333,7 +345,12 @@ impl Draft {
             let status = live.as_ref().and_then(|live| live.raw.get("status").cloned());
             set_or_remove(&mut next, "status", status);
         }
-        if let Err(finding) = self.fill_service(&object, live.as_deref(), &mut next) {
+        let filled = match kind {
+            Kind::Service => self.fill_service(&object, live.as_deref(), &mut next),
+            Kind::Pod => self.fill_pod(&object, live.as_deref(), last.as_deref(), &mut next),
+            _ => Ok(()),
+        };
+        if let Err(finding) = filled {
             findings.push(*finding);
             return Outcome { object: Some(reference), action: Action::Refused, findings };
         }
@@ -418,6 +435,41 @@ impl Draft {
             Arc::make_mut(&mut self.next.applied).insert(key, (Arc::new(document), Origin::Api));
             self.is_saved = true;
         }
+    }
+
+    /// Gives a new pod its proxy; a pod that is there keeps what it runs.
+    ///
+    /// *Source*: Kubernetes refuses edits of a pod's `spec`, but for a few fields that no local program
+    /// knows; Istio's webhook is asked when a pod is made and never again.
+    fn fill_pod(
+        &self,
+        object: &Object,
+        live: Option<&Object>,
+        last: Option<&Value>,
+        next: &mut Value,
+    ) -> Result<(), Box<Finding>> {
+        let Some(live) = live else {
+            *next = crate::inject::admitted(object, &self.next.objects);
+            // Account and node, as Kubernetes' admission and scheduler write them.
+            if let (Some(spec), Spec::Pod(pod)) = (next["spec"].as_object_mut(), &object.spec) {
+                spec.insert("serviceAccountName".to_owned(), pod.spec.account().into());
+                spec.insert("nodeName".to_owned(), crate::controller::NODE_NAME.into());
+            }
+            return Ok(());
+        };
+        if !keeps_spec(object, live, last) {
+            return Err(Box::new(Finding {
+                code: api::codes::SCHEMA.into(),
+                severity: Severity::Error,
+                object: Some(object.reference()),
+                field: "spec".into(),
+                position: None,
+                message: "the spec of a pod cannot be changed".into(),
+                hint: "delete the pod first, or let a Deployment replace it".into(),
+            }));
+        }
+        set_or_remove(next, "spec", live.raw.get("spec").cloned());
+        Ok(())
     }
 
     /// Gives a service its address; keeps the one it has.
@@ -533,6 +585,19 @@ impl Draft {
         let object = Arc::new(Object { raw: Arc::new(last), ..(*live).clone() });
         self.events.push(StoreEvent { kind: EventKind::Deleted, object });
     }
+}
+
+/// Whether a pod is asked to be what it was asked to be before: what the user wrote then is in `last`,
+/// and the pod itself carries more since it was admitted.
+fn keeps_spec(object: &Object, live: &Object, last: Option<&Value>) -> bool {
+    object.raw["spec"] == last.unwrap_or(&live.raw)["spec"]
+}
+
+/// Whether admission of other objects looks at this one: what a namespace and the mesh's settings say
+/// about injection.
+fn steers_admission(document: &Value) -> bool {
+    let kind = document["kind"].as_str().and_then(Kind::parse);
+    matches!(kind, Some(Kind::Namespace | Kind::IstioOperator))
 }
 
 /// Three-way merge of maps: what `last` had and `next` has not goes, what others set stays. Lists
@@ -668,6 +733,67 @@ mod tests {
         assert!(error.to_string().contains("nothing was changed"), "{error}");
         assert_eq!(service(&store.objects()), service(&before));
         std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: shop}\nspec: {containers: [{name: app, image: i}]}\n";
+    const INJECTED: &str =
+        "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {istio-injection: enabled}}\n";
+
+    fn containers(store: &Store) -> Vec<String> {
+        let objects = store.objects();
+        let (_, pod) = objects.get::<api::k8s::Pod>("shop", "p").unwrap();
+        pod.spec.containers.iter().map(|container| container.name.clone()).collect()
+    }
+
+    #[test]
+    fn a_new_pod_gets_its_proxy_and_keeps_what_it_runs() {
+        let store = Store::in_memory();
+        // The namespace counts wherever it stands.
+        let made = store.apply(documents(&format!("{POD}---\n{INJECTED}")), Mode::Apply, false).unwrap();
+        assert_eq!(made[0].object.as_ref().unwrap().kind.as_ref(), "Pod", "in the order of the documents");
+        assert_eq!(containers(&store), ["app", "istio-proxy"]);
+        let spec = store.objects().find(Kind::Pod, &NamespacedName::new("shop", "p")).unwrap().raw["spec"].clone();
+        assert_eq!((&spec["serviceAccountName"], &spec["nodeName"]), (&json!("default"), &json!("lateen")));
+        let key = NamespacedName::new("shop", "p");
+        store.patch(Kind::Pod, &key, |pod| pod["status"] = json!({"phase": "Running"})).unwrap();
+        assert_eq!(apply(&store, POD), [Action::Unchanged]);
+        let labelled = POD.replace("namespace: shop", "namespace: shop, labels: {a: b}");
+        assert_eq!(apply(&store, &labelled), [Action::Configured]);
+        assert_eq!(containers(&store), ["app", "istio-proxy"]);
+        let live = store.objects().find(Kind::Pod, &key).cloned().unwrap();
+        assert_eq!(
+            (live.meta.labels["a"].as_str(), live.meta.labels["security.istio.io/tlsMode"].as_str()),
+            ("b", "istio")
+        );
+        let refused = store.apply(documents(&labelled.replace("image: i", "image: j")), Mode::Apply, false).unwrap();
+        assert_eq!((refused[0].action, &*refused[0].findings[0].field), (Action::Refused, "spec"));
+        // The label of the namespace is asked when a pod is made, not later.
+        apply(&store, &INJECTED.replace("enabled", "disabled"));
+        assert_eq!(
+            apply(&store, &POD.replace("namespace: shop", "namespace: shop, labels: {c: d}")),
+            [Action::Configured]
+        );
+        assert_eq!(containers(&store), ["app", "istio-proxy"]);
+    }
+
+    #[test]
+    fn a_pod_of_an_earlier_run_may_change() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Store::open(StateDir::open(folder.path()).unwrap()).unwrap().0;
+        let store = open();
+        apply(&store, POD);
+        let key = NamespacedName::new("shop", "p");
+        store.patch(Kind::Pod, &key, |pod| pod["status"] = json!({"phase": "Running"})).unwrap();
+        drop(store);
+        let store = open();
+        let uid = |store: &Store| {
+            let pod = store.objects().find(Kind::Pod, &key).cloned().unwrap();
+            assert!(pod.raw["status"].is_null(), "nothing runs yet");
+            pod.meta.uid.clone()
+        };
+        let first = uid(&store);
+        apply(&store, &POD.replace("image: i", "image: j"));
+        assert_ne!(uid(&store), first, "another pod of that name");
     }
 
     #[test]

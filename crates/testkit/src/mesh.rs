@@ -62,7 +62,8 @@ pub fn run_lateen(args: &[&str], input: &str) -> Output {
     run(Command::new(lateen()).args(args), input)
 }
 
-fn run(command: &mut Command, input: &str) -> Output {
+/// Runs a command with this standard input.
+pub fn run(command: &mut Command, input: &str) -> Output {
     let mut child =
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("lateen starts");
     // A command that does not read its input may be gone already.
@@ -121,11 +122,13 @@ pub fn is_root() -> bool {
     std::os::unix::fs::MetadataExt::uid(&std::fs::metadata("/proc/self").expect("Linux has /proc")) == 0
 }
 
-/// `lateen`, or its stand-in as another user.
-fn program(dir: &Path, as_ordinary_user: bool) -> Vec<PathBuf> {
+/// The words that run `lateen`; as a user without any right, who also gets `dir`, when root asks for
+/// that.
+pub fn program(dir: &Path, as_ordinary_user: bool) -> Vec<PathBuf> {
     if !(as_ordinary_user && is_root()) {
         return vec![lateen().to_owned()];
     }
+    std::os::unix::fs::chown(dir, Some(ORDINARY_USER), Some(ORDINARY_USER)).expect("root gives folders away");
     // The folder of the build may be closed to others.
     let own = dir.join("lateen");
     if !own.exists() && std::fs::hard_link(lateen(), &own).is_err() {
@@ -168,9 +171,6 @@ impl Mesh {
         let file = dir.join("mesh.yaml");
         std::fs::write(&file, &setup.manifests).expect("its folder takes files");
         let program = program(&dir, setup.is_ordinary);
-        if setup.is_ordinary && is_root() {
-            std::os::unix::fs::chown(&dir, Some(ORDINARY_USER), Some(ORDINARY_USER)).expect("root gives folders away");
-        }
         let mut keeper = Command::new("sh");
         keeper.args(["-c", KEEPER, "sh"]).arg(&dir).args(&program).args([setup.command, "--name", &setup.name]);
         keeper.arg("--state-dir").arg(dir.join("s"));

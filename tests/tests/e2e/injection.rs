@@ -35,7 +35,6 @@ const MATRIX: [(&str, &str, &[&str]); 4] = [
 ];
 
 #[test]
-#[ignore = "not yet: a Pod object of its own does not show the injected containers"]
 fn the_matrix_of_namespaces_and_pods() {
     let mesh = TRAFFIC.turn();
     let mut all = String::new();
@@ -85,7 +84,6 @@ fn the_matrix_of_namespaces_and_pods() {
 }
 
 #[test]
-#[ignore = "not yet: a Pod object of its own does not show the injected containers"]
 fn a_pod_sets_up_its_own_proxy() {
     let mesh = TRAFFIC.turn();
     let _pod = mesh.with(

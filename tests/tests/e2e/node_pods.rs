@@ -275,7 +275,6 @@ fn an_application_hears_of_its_end_and_has_its_grace() {
 }
 
 #[test]
-#[ignore = "not yet: a Pod object of its own does not show the injected containers"]
 fn an_application_that_waits_for_its_proxy_reaches_the_mesh_at_once() {
     let mesh = NODE.turn();
     let call = "curl -s --max-time 10 -o /dev/null -w 'first call: %{http_code}\\n' http://httpbin.plain:8000/get; sleep infinity";

@@ -42,7 +42,6 @@ fn all_have_proxies(mesh: &Mesh, count: usize) {
 }
 
 #[test]
-#[ignore = "not yet: productpage of this fixture does not become ready"]
 fn bookinfo_with_its_gateway_subsets_and_faults() {
     let mesh = SAMPLES.turn();
     let _app = apply(&mesh, &["bookinfo", "bookinfo-gateway", "destination-rule-all"]);

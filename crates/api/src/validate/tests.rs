@@ -393,6 +393,20 @@ fn documents_and_kinds() {
 }
 
 #[test]
+fn settings_need_no_name() {
+    for text in [
+        "apiVersion: install.istio.io/v1alpha1\nkind: IstioOperator\nspec: {meshConfig: {accessLogFile: /dev/stdout}}\n",
+        "apiVersion: install.istio.io/v1alpha1\nkind: IstioOperator\nmetadata: {name: ''}\nspec: {}\n",
+    ] {
+        let documents = parse_documents("t.yaml", text);
+        assert!(documents.findings.is_empty(), "{:?}", documents.findings);
+        let object = &documents.objects[0].object;
+        assert_eq!(object.reference().to_string(), "IstioOperator default/installed-state");
+        assert_eq!(crate::from_json(&object.raw).0.unwrap().reference(), object.reference(), "so it is kept");
+    }
+}
+
+#[test]
 fn a_finding_names_file_line_object_field_and_remedy() {
     let text = "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata:\n  name: reviews\nspec:\n  hosts:\n  - reviews\n  http:\n  - route:\n    - destination:\n        host: reviews\n      wieght: 90\n";
     let documents = parse_documents("shop.yaml", text);

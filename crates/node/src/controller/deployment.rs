@@ -8,8 +8,8 @@ use api::{ConfigSet, Kind, Object};
 use types::NamespacedName;
 use types::wellknown::labels::POD_TEMPLATE_HASH;
 
-use super::{report, with_proxy};
-use crate::inject::{Mesh, Workload};
+use super::report;
+use crate::inject::deployment_of;
 use crate::store::{Store, now, random};
 
 /// Letters of generated names: no vowels, no digits that look like letters, as Kubernetes'.
@@ -32,29 +32,24 @@ struct Plan {
 }
 
 /// Makes and removes pods of all deployments and removes pods that lost theirs.
-pub(super) fn reconcile(store: &Store, mesh: &Mesh) {
+pub(super) fn reconcile(store: &Store) {
     let objects = store.objects();
     for (object, deployment) in objects.all::<k8s::Deployment>() {
-        one(store, &objects, object, deployment, mesh);
+        one(store, &objects, object, deployment);
     }
     for (object, _) in objects.all::<k8s::Pod>() {
         if object.meta.deleted {
             continue;
         }
-        let Some(owner) = object.meta.owners.iter().find(|owner| owner.kind == "ReplicaSet") else { continue };
-        let deployment = deployment_of(object, &owner.name);
-        let is_owned =
-            deployment.is_some_and(|name| objects.get::<k8s::Deployment>(&object.meta.namespace, name).is_some());
+        if !object.meta.owners.iter().any(|owner| owner.kind == "ReplicaSet") {
+            continue;
+        }
+        let is_owned = deployment_of(object)
+            .is_some_and(|name| objects.get::<k8s::Deployment>(&object.meta.namespace, name).is_some());
         if !is_owned {
             delete(store, &object.key());
         }
     }
-}
-
-/// The deployment behind a pod's ReplicaSet: its name without the template's hash.
-pub(super) fn deployment_of<'a>(pod: &Object, replica_set: &'a str) -> Option<&'a str> {
-    let hash = pod.meta.labels.get(POD_TEMPLATE_HASH)?;
-    replica_set.strip_suffix(hash.as_str())?.strip_suffix('-')
 }
 
 fn delete(store: &Store, key: &NamespacedName) {
@@ -63,13 +58,12 @@ fn delete(store: &Store, key: &NamespacedName) {
     }
 }
 
-fn one(store: &Store, objects: &ConfigSet, object: &Object, deployment: &k8s::Deployment, mesh: &Mesh) {
+fn one(store: &Store, objects: &ConfigSet, object: &Object, deployment: &k8s::Deployment) {
     let hash = template_hash(&object.raw["spec"]["template"]);
     let namespace = &*object.meta.namespace;
     let (mut members, mut terminating) = (Vec::new(), 0);
     for (pod, typed) in objects.in_namespace::<k8s::Pod>(namespace) {
-        let owner = pod.meta.owners.iter().find(|owner| owner.kind == "ReplicaSet");
-        if owner.and_then(|owner| deployment_of(pod, &owner.name)) != Some(&*object.meta.name) {
+        if deployment_of(pod) != Some(&*object.meta.name) {
             continue;
         }
         if pod.meta.deleted {
@@ -88,9 +82,7 @@ fn one(store: &Store, objects: &ConfigSet, object: &Object, deployment: &k8s::De
         delete(store, &NamespacedName::new(namespace, name));
     }
     for _ in 0..plan.create {
-        let document = pod(object, &hash);
-        let document = with_proxy(store, document, Workload { kind: "Deployment", name: &object.meta.name }, mesh);
-        report(store.put(&document));
+        report(store.put(&pod(object, &hash)));
     }
     status(store, object, &deployment.spec, &members);
 }
@@ -263,7 +255,6 @@ mod tests {
     #[test]
     fn pods_come_and_go_with_their_deployment() {
         let store = Store::in_memory();
-        let mesh = Mesh { trust_domain: "cluster.local".into(), proxy_config: json!({}) };
         let text = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {istio-injection: enabled}}\n---\napiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web, namespace: shop}\nspec: {replicas: 2, selector: {matchLabels: {app: web}}, template: {metadata: {labels: {app: web}}, spec: {containers: [{name: c, image: i, command: [x]}]}}}\n";
         let documents = api::parse_documents("t", text)
             .objects
@@ -271,8 +262,8 @@ mod tests {
             .map(|o| ((*o.object.raw).clone(), crate::store::Origin::Api))
             .collect();
         store.apply(documents, crate::store::Mode::Apply, false).unwrap();
-        reconcile(&store, &mesh);
-        reconcile(&store, &mesh);
+        reconcile(&store);
+        reconcile(&store);
         let objects = store.objects();
         let pods: Vec<_> = objects.all::<k8s::Pod>().collect();
         assert_eq!(pods.len(), 2);
@@ -282,10 +273,10 @@ mod tests {
         assert_eq!(pod.meta.labels["security.istio.io/tlsMode"], "istio");
         let key = NamespacedName::new("shop", "web");
         store.patch(Kind::Deployment, &key, |d| d["spec"]["replicas"] = 1.into()).unwrap();
-        reconcile(&store, &mesh);
+        reconcile(&store);
         assert_eq!(store.objects().all::<k8s::Pod>().filter(|(o, _)| o.meta.deleted).count(), 1);
         store.delete(Kind::Deployment, &key).unwrap();
-        reconcile(&store, &mesh);
+        reconcile(&store);
         assert_eq!(store.objects().all::<k8s::Pod>().filter(|(o, _)| o.meta.deleted).count(), 2);
     }
 }

@@ -861,10 +861,8 @@ const MISSING_PROGRAM: &str = "install the program, or name another one; program
 
 /// The object that the user wrote for a pod, and where the pod's `spec` is in it.
 fn written<'a>(objects: &'a ConfigSet, pod: &'a Object) -> (&'a Object, &'static str) {
-    let deployment = pod.meta.owners.iter().find(|owner| owner.kind == "ReplicaSet").and_then(|owner| {
-        let name = super::deployment::deployment_of(pod, &owner.name)?;
-        objects.get::<k8s::Deployment>(&pod.meta.namespace, name).map(|(object, _)| object)
-    });
+    let deployment = crate::inject::deployment_of(pod)
+        .and_then(|name| objects.get::<k8s::Deployment>(&pod.meta.namespace, name).map(|(object, _)| object));
     deployment.map_or((pod, "spec"), |deployment| (&**deployment, "spec.template.spec"))
 }
 
@@ -873,6 +871,9 @@ fn unfilled_volume(objects: &ConfigSet, pod: &Object, unfilled: &UnfilledVolume)
     let (object, spec) = written(objects, pod);
     let volumes = object.raw.pointer(&format!("/{}/volumes", spec.replace('.', "/")))?.as_array()?;
     let at = volumes.iter().position(|volume| volume["name"] == *unfilled.volume)?;
+    if volumes[at]["configMap"]["name"] == super::ROOT_CERT_MAP {
+        return None;
+    }
     Some(Finding {
         code: "LAT0010".into(),
         severity: Severity::Error,
@@ -892,7 +893,9 @@ fn blame(objects: &ConfigSet, pod: &Object, container: &Container, trouble: &Tro
     let pointer = format!("/{}", spec.replace('.', "/"));
     let place = ["containers", "initContainers"].iter().find_map(|list| {
         let all = object.raw.pointer(&pointer)?.get(list)?.as_array()?;
-        let at = all.iter().position(|one| one["name"] == *container.name)?;
+        // A pod of its own carries the proxy, which may stand first; the user's file does not.
+        let of_file = |one: &&Value| object.kind != Kind::Pod || one["name"] != PROXY || container.name == PROXY;
+        let at = all.iter().filter(of_file).position(|one| one["name"] == *container.name)?;
         Some(format!("{spec}.{list}[{at}].{field}"))
     });
     Some(Finding {

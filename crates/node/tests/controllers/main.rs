@@ -197,6 +197,7 @@ async fn tests() {
         mesh: "controllers".into(),
         run_dir: folder.path().join("run"),
         run_files: Vec::new(),
+        unfinished: Vec::new(),
         host_listeners: Vec::new(),
         hidden: Vec::new(),
         output: outputs.sink(),

@@ -69,6 +69,7 @@ impl Mesh {
             mesh: "podtest".into(),
             run_dir: dir.path().join("run"),
             run_files: vec![dir.path().join("socket")],
+            unfinished: Vec::new(),
             host_listeners: listeners.to_vec(),
             hidden: vec![dir.path().join("state")],
             output: Arc::new(move |Output { pod, container, bytes, .. }: Output<'_>| {
@@ -387,6 +388,11 @@ async fn mounts() {
         let said = shell("app", format!("(echo x > {path}) 2>&1")).await;
         assert!(said.to_lowercase().contains("read-only"), "{path}: {said}");
     }
+    // Over the folder below which the mesh keeps all volumes, as an emptyDir at /tmp may be.
+    let over = [mount("scratch", mesh.dir.path().to_str().unwrap(), None, false), mounts[1].clone(), mounts[2].clone()];
+    mesh.run_with(&a, "over", &["wait"], |request| request.mounts = over.to_vec()).await;
+    let script = "cat /etc/istio/tokens/token /lateen-test-config/deep/a.conf; ls";
+    assert_eq!(shell("over", format!("{script} {}", mesh.dir.path().display())).await, "t1A1x\n");
     // Keys of the mesh are out of sight.
     let state = mesh.dir.path().join("state");
     assert_eq!(shell("app", format!("ls {}", state.display())).await, "");
@@ -478,6 +484,7 @@ async fn the_machine_is_reached() {
         mesh: "taken".into(),
         run_dir: std::env::temp_dir().join(format!("lateen-taken-{}", std::process::id())),
         run_files: Vec::new(),
+        unfinished: Vec::new(),
         host_listeners: vec![HostListener { port: 8080, address: taken.local_addr().unwrap() }],
         hidden: Vec::new(),
         output: Arc::new(|_| {}),
