@@ -6,6 +6,7 @@ mod manifests;
 mod pods;
 mod proxies;
 mod proxy_config;
+mod selector;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -15,7 +16,7 @@ use clap::Args;
 use node::client::Client;
 use serde_json::Value;
 
-use crate::cli::{Format, MeshArgs};
+use crate::cli::{ExitWith, Format, MeshArgs, exit};
 use crate::output;
 
 pub(crate) use explain::{ExplainArgs, explain};
@@ -73,6 +74,26 @@ fn resource(kind: api::Kind) -> String {
 /// [`resource`] of a kind by its name.
 fn resource_named(kind: &str) -> String {
     api::Kind::parse(kind).map_or_else(|| kind.to_lowercase(), resource)
+}
+
+/// The name in `KIND/NAME`, `KIND NAME` or `NAME`, where only deployments can be meant; none for a
+/// kind alone.
+fn deployment_named(words: &[String]) -> Result<Option<&str>> {
+    let of = |kind: &str| match api::Kind::parse(kind) {
+        Some(api::Kind::Deployment) => Ok(()),
+        _ => Err(ExitWith { code: exit::USAGE, message: format!("{kind:?}: only deployments can do that") }),
+    };
+    match words {
+        [] => Ok(None),
+        [word] => match word.split_once('/') {
+            Some((kind, name)) => of(kind).map(|()| Some(name)),
+            None if of(word).is_ok() => Ok(None),
+            None => Ok(Some(word.as_str())),
+        },
+        [kind, name] => of(kind).map(|()| Some(name.as_str())),
+        _ => Err(ExitWith { code: exit::USAGE, message: "give one deployment: deploy/NAME".into() }),
+    }
+    .map_err(Into::into)
 }
 
 /// Splits `kind/name`, or takes a pod's name.
@@ -140,5 +161,23 @@ pub(crate) fn print_status(status: &Value) {
         for (role, address) in addresses {
             output::line(&format!("{role:<14} {}", text(address)));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deployment_as_it_is_typed() {
+        let named = |text: &str| {
+            let words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
+            deployment_named(&words).map(|name| name.map(str::to_owned)).map_err(|error| error.to_string())
+        };
+        for text in ["deploy/a", "deployment a", "deployments.apps/a", "a"] {
+            assert_eq!(named(text), Ok(Some("a".to_owned())), "{text}");
+        }
+        assert_eq!((named(""), named("deployment")), (Ok(None), Ok(None)));
+        assert!(named("pod/a").unwrap_err().contains("pod") && named("deploy a b").is_err());
     }
 }

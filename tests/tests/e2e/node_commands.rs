@@ -135,6 +135,23 @@ fn get_has_kubectls_names_and_columns() {
         mesh.must(&["get", "pods", "-n", "plain", "-l", "app!=httpbin,version=v1", "-o", "name"], "")
             .starts_with("pod/curl-")
     );
+    let set_based =
+        ["get", "pods", "-n", "plain", "-l", "app in (curl, httpbin),version notin (v2),!tier", "-o", "name"];
+    assert_eq!(mesh.must(&set_based, "").lines().count(), 2);
+    let nonsense = mesh.command(&["get", "pods", "-n", "plain", "-l", "app in curl"], "");
+    assert_eq!(nonsense.status.code(), Some(64), "{}", text(&nonsense.stderr));
+    let all = mesh.must(&["get", "all", "-n", "plain"], "");
+    for name in ["pod/curl-", "service/httpbin ", "deployment.apps/curl "] {
+        assert!(all.lines().any(|line| line.starts_with(name)), "{name}: {all}");
+    }
+    let labels = mesh.must(&["get", "ns", "plain", "shop", "-L", "istio-injection", "--show-labels"], "");
+    assert_eq!(head(&labels), "NAME|STATUS|AGE|ISTIO-INJECTION|LABELS");
+    assert!(labels.contains("enabled") && labels.contains("istio-injection=disabled"), "{labels}");
+    let some = mesh.command(&["get", "deploy", "curl", "none", "-n", "plain"], "");
+    assert_eq!(some.status.code(), Some(1));
+    assert!(text(&some.stdout).contains("curl") && text(&some.stderr).contains("plain/none is not found"));
+    let on_node = mesh.must(&["get", "pods", "-n", "plain", "-l", "app=curl", "-o", "wide"], "");
+    assert!(on_node.lines().nth(1).is_some_and(|row| row.contains("lateen")), "{on_node}");
     let nothing = mesh.command(&["get", "pods", "-n", "nowhere"], "");
     assert!(nothing.status.success() && text(&nothing.stderr).contains("No resources found in nowhere namespace."));
     let unknown = mesh.command(&["get", "gizmos"], "");
@@ -235,9 +252,9 @@ fn deployments_are_scaled_restarted_and_labelled() {
     let rolled = mesh.must(&["rollout", "status", "deployment/httpbin", "-n", "plain"], "");
     assert_eq!(rolled, "deployment \"httpbin\" successfully rolled out\n");
     assert_eq!(pods().lines().count(), 2);
-    mesh.must(&["scale", "deploy/httpbin", "--replicas", "1", "-n", "plain"], "");
+    mesh.must(&["scale", "deployment", "httpbin", "--replicas", "1", "-n", "plain"], "");
     assert_eq!(
-        mesh.must(&["rollout", "restart", "deploy/httpbin", "-n", "plain"], ""),
+        mesh.must(&["rollout", "restart", "deployment", "httpbin", "-n", "plain"], ""),
         "deployment.apps/httpbin restarted\n"
     );
     mesh.must(&["rollout", "status", "deploy/httpbin", "-n", "plain"], "");
@@ -247,6 +264,10 @@ fn deployments_are_scaled_restarted_and_labelled() {
     });
     let nowhere = mesh.command(&["rollout", "status", "deploy/none", "-n", "plain"], "");
     assert!(!nowhere.status.success() && text(&nowhere.stderr).contains("none"));
+    for words in [&["scale", "pod/httpbin", "--replicas", "2"][..], &["rollout", "restart", "svc", "httpbin"]] {
+        let refused = mesh.command(&[words, &["-n", "plain"]].concat(), "");
+        assert_eq!(refused.status.code(), Some(64), "{words:?}: {}", text(&refused.stderr));
+    }
 
     assert_eq!(
         mesh.must(&["label", "deploy/httpbin", "tier=back", "-n", "plain"], ""),
@@ -256,7 +277,14 @@ fn deployments_are_scaled_restarted_and_labelled() {
     assert!(!refused.status.success() && text(&refused.stderr).contains("--overwrite"), "{}", text(&refused.stderr));
     mesh.must(&["label", "--overwrite", "deploy", "httpbin", "tier=front", "-n", "plain"], "");
     assert!(mesh.must(&["get", "deploy", "-n", "plain", "-l", "tier=front", "-o", "name"], "").contains("httpbin"));
-    mesh.must(&["label", "deploy/httpbin", "tier-", "-n", "plain"], "");
+    assert_eq!(
+        mesh.must(&["label", "deploy", "-l", "tier=front", "tier=front", "-n", "plain"], ""),
+        "deployment.apps/httpbin not labeled\n"
+    );
+    assert_eq!(
+        mesh.must(&["label", "deploy/httpbin", "tier-", "-n", "plain"], ""),
+        "deployment.apps/httpbin unlabeled\n"
+    );
     assert_eq!(mesh.must(&["get", "deploy", "-n", "plain", "-l", "tier", "-o", "name"], ""), "");
 }
 

@@ -3,10 +3,12 @@
 use anyhow::{Context, Result};
 use api::Kind;
 use clap::Args;
+use node::client::ClientError;
 use serde_json::{Value, json};
 
+use super::selector::Selector;
 use super::{block_on, client};
-use crate::cli::{Format, MeshArgs};
+use crate::cli::{ExitWith, Format, MeshArgs, exit};
 use crate::output;
 
 /// Lists objects.
@@ -14,7 +16,7 @@ use crate::output;
 pub(crate) struct GetArgs {
     #[command(flatten)]
     mesh: MeshArgs,
-    /// `KIND`, `KIND NAME…`, or `KIND/NAME…`; several kinds with commas.
+    /// `KIND`, `KIND NAME…`, or `KIND/NAME…`; several kinds with commas; `all` for what runs.
     #[arg(required = true)]
     what: Vec<String>,
     /// Namespace.
@@ -23,27 +25,22 @@ pub(crate) struct GetArgs {
     /// All namespaces.
     #[arg(short = 'A', long)]
     all_namespaces: bool,
-    /// `key=value,key!=value,key`.
+    /// `key=value,key!=value,key in (a,b),key notin (a,b),key,!key`.
     #[arg(short = 'l', long)]
     selector: Option<String>,
+    /// A column for each of these labels.
+    #[arg(short = 'L', long, value_delimiter = ',', value_name = "KEY")]
+    label_columns: Vec<String>,
+    /// A column with all labels.
+    #[arg(long)]
+    show_labels: bool,
     /// How to print.
     #[arg(short, long, value_enum, default_value = "table")]
     output: Format,
 }
 
-/// Whether labels fit an equality selector.
-fn selected(object: &Value, selector: &str) -> bool {
-    let labels = &object["metadata"]["labels"];
-    selector.split(',').map(str::trim).filter(|term| !term.is_empty()).all(|term| {
-        if let Some((key, value)) = term.split_once("!=") {
-            labels[key] != *value
-        } else if let Some((key, value)) = term.split_once("==").or_else(|| term.split_once('=')) {
-            labels[key] == *value
-        } else {
-            labels.get(term).is_some()
-        }
-    })
-}
+/// What kubectl means by `all`, as far as a mesh has it.
+const ALL: [Kind; 3] = [Kind::Pod, Kind::Service, Kind::Deployment];
 
 /// Kinds, each with a name or none for all, as they were typed.
 fn targets(what: &[String]) -> Result<Vec<(Kind, Option<&str>)>> {
@@ -58,6 +55,10 @@ fn targets(what: &[String]) -> Result<Vec<(Kind, Option<&str>)>> {
     }
     let Some((kinds, names)) = what.split_first() else { return Ok(out) };
     for word in kinds.split(',') {
+        if word == "all" {
+            out.extend(ALL.map(|kind| (kind, None)));
+            continue;
+        }
         let kind = kind(word)?;
         if names.is_empty() {
             out.push((kind, None));
@@ -69,25 +70,36 @@ fn targets(what: &[String]) -> Result<Vec<(Kind, Option<&str>)>> {
 
 pub(crate) fn get(args: &GetArgs) -> Result<()> {
     let targets = targets(&args.what)?;
+    let selector = args.selector.as_deref().unwrap_or_default().parse::<Selector>()?;
     let client = client(&args.mesh)?;
     let mut found: Vec<(Kind, Value)> = Vec::new();
+    let mut missing = false;
     for &(kind, name) in &targets {
         let namespace = if kind.is_namespaced() { args.namespace.as_str() } else { "_" };
-        let objects: Vec<Value> = block_on(async {
-            if let Some(name) = name {
-                return Ok(vec![client.get::<Value>(&format!("/objects/{}/{namespace}/{name}", kind.name())).await?]);
+        let uri = match name {
+            Some(name) => format!("/objects/{}/{namespace}/{name}", kind.name()),
+            None if args.all_namespaces || !kind.is_namespaced() => format!("/objects/{}", kind.name()),
+            None => format!("/objects/{}?namespace={namespace}", kind.name()),
+        };
+        match block_on(async { Ok(client.get::<Value>(&uri).await) })? {
+            Ok(object) if name.is_some() => found.push((kind, object)),
+            Ok(list) => {
+                let objects = list["items"].as_array().into_iter().flatten();
+                found.extend(objects.filter(|object| selector.fits(object)).map(|object| (kind, object.clone())));
             }
-            let everywhere = args.all_namespaces || !kind.is_namespaced();
-            let query = if everywhere { String::new() } else { format!("?namespace={namespace}") };
-            let list: Value = client.get(&format!("/objects/{}{query}", kind.name())).await?;
-            Ok(list["items"].as_array().cloned().unwrap_or_default())
-        })?;
-        let wanted = |object: &Value| args.selector.as_deref().is_none_or(|selector| selected(object, selector));
-        found.extend(objects.into_iter().filter(wanted).map(|object| (kind, object)));
+            // The others are shown all the same.
+            Err(ClientError::Refused { status: 404, message, .. }) if name.is_some() => {
+                output::error(&message);
+                missing = true;
+            }
+            Err(error) => return Err(error.into()),
+        }
     }
     let is_single = targets.len() == 1 && targets[0].1.is_some();
-    print(args, is_single, found);
-    Ok(())
+    if !(missing && found.is_empty()) {
+        print(args, is_single, found);
+    }
+    if missing { Err(ExitWith { code: exit::ERROR, message: String::new() }.into()) } else { Ok(()) }
 }
 
 fn print(args: &GetArgs, single: bool, found: Vec<(Kind, Value)>) {
@@ -122,7 +134,7 @@ fn print(args: &GetArgs, single: bool, found: Vec<(Kind, Value)>) {
                 }
                 let objects: Vec<&Value> =
                     found.iter().filter(|(at, _)| at == kind).map(|(_, object)| object).collect();
-                table(*kind, &objects, args.all_namespaces && kind.is_namespaced(), args.output == Format::Wide);
+                table(args, *kind, &objects, kinds.len() > 1);
             }
         }
     }
@@ -323,26 +335,34 @@ fn columns(kind: Kind) -> Vec<(&'static str, Cell, bool)> {
     }
 }
 
-fn table(kind: Kind, objects: &[&Value], with_namespace: bool, wide: bool) {
-    let columns: Vec<_> = columns(kind).into_iter().filter(|(_, _, only_wide)| wide || !only_wide).collect();
-    let mut head: Vec<&str> = columns.iter().map(|(name, ..)| *name).collect();
-    head.insert(0, "NAME");
-    if with_namespace {
-        head.insert(0, "NAMESPACE");
+/// One kind's table; `with_kind`: there are others, so each name says its kind.
+fn table(args: &GetArgs, kind: Kind, objects: &[&Value], with_kind: bool) {
+    let with_namespace = args.all_namespaces && kind.is_namespaced();
+    let is_shown = |(_, _, only_wide): &(_, _, bool)| args.output == Format::Wide || !only_wide;
+    let columns: Vec<_> = columns(kind).into_iter().filter(is_shown).collect();
+    let mut head: Vec<String> = if with_namespace { vec!["NAMESPACE".to_owned()] } else { Vec::new() };
+    head.push("NAME".to_owned());
+    head.extend(columns.iter().map(|(name, ..)| (*name).to_owned()));
+    // As kubectl: what follows the last slash.
+    head.extend(args.label_columns.iter().map(|key| key.rsplit('/').next().unwrap_or(key).to_uppercase()));
+    if args.show_labels {
+        head.push("LABELS".to_owned());
     }
     let rows: Vec<Vec<String>> = objects
         .iter()
         .map(|object| {
-            let mut row = Vec::new();
-            if with_namespace {
-                row.push(text(&object["metadata"]["namespace"]));
-            }
-            row.push(text(&object["metadata"]["name"]));
+            let mut row = if with_namespace { vec![text(&object["metadata"]["namespace"])] } else { Vec::new() };
+            let name = text(&object["metadata"]["name"]);
+            row.push(if with_kind { format!("{}/{name}", super::resource(kind)) } else { name });
             row.extend(columns.iter().map(|(_, cell, _)| cell(object)));
+            row.extend(args.label_columns.iter().map(|key| text(&object["metadata"]["labels"][key.as_str()])));
+            if args.show_labels {
+                row.push(labels(&object["metadata"]["labels"]));
+            }
             row
         })
         .collect();
-    output::table(&head, &rows);
+    output::table(&head.iter().map(String::as_str).collect::<Vec<_>>(), &rows);
 }
 
 #[cfg(test)]
@@ -358,23 +378,9 @@ mod tests {
         check(&["po,svc"], &[(Kind::Pod, None), (Kind::Service, None)]);
         check(&["pods", "a", "b"], &[(Kind::Pod, Some("a")), (Kind::Pod, Some("b"))]);
         check(&["deploy/a", "svc/b"], &[(Kind::Deployment, Some("a")), (Kind::Service, Some("b"))]);
+        check(&["all"], &ALL.map(|kind| (kind, None)));
         assert!(targets(&["deploy/a".to_owned(), "b".to_owned()]).is_err());
         assert!(targets(&["gizmos".to_owned()]).unwrap_err().to_string().contains("gizmos"));
-    }
-
-    #[test]
-    fn selectors() {
-        let object = json!({ "metadata": { "labels": { "app": "a", "version": "v1" } } });
-        for (selector, fits) in [
-            ("app=a", true),
-            ("app==a,version=v1", true),
-            ("app!=a", false),
-            ("version", true),
-            ("x", false),
-            ("x!=1", true),
-        ] {
-            assert_eq!(selected(&object, selector), fits, "{selector}");
-        }
     }
 
     #[test]

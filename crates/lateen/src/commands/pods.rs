@@ -8,8 +8,9 @@ use clap::{Args, Subcommand};
 use node::client::Client;
 use serde_json::{Value, json};
 
-use super::{block_on, client, target};
-use crate::cli::{ExitWith, MeshArgs};
+use super::selector::Selector;
+use super::{block_on, client, deployment_named, target};
+use crate::cli::{ExitWith, MeshArgs, exit};
 use crate::output;
 
 /// The pod that `pod`, `pod/NAME` or `deploy/NAME` means.
@@ -139,8 +140,8 @@ pub(crate) enum RolloutCommand {
 pub(crate) struct RolloutArgs {
     #[command(flatten)]
     mesh: MeshArgs,
-    /// `deploy/NAME`; every deployment of the namespace when left out.
-    deployment: Option<String>,
+    /// `deploy/NAME` or `deploy NAME`; every deployment of the namespace when left out.
+    deployment: Vec<String>,
     /// Namespace.
     #[arg(short, long, default_value = "default")]
     namespace: String,
@@ -150,8 +151,8 @@ pub(crate) struct RolloutArgs {
 }
 
 async fn deployments(client: &Client, args: &RolloutArgs) -> Result<Vec<String>> {
-    if let Some(what) = &args.deployment {
-        return Ok(vec![what.split_once('/').map_or(what.as_str(), |(_, name)| name).to_owned()]);
+    if let Some(name) = deployment_named(&args.deployment)? {
+        return Ok(vec![name.to_owned()]);
     }
     let list: Value = client.get(&format!("/objects/Deployment?namespace={}", args.namespace)).await?;
     Ok(list["items"].as_array().into_iter().flatten().map(|one| name_of(one).to_owned()).collect())
@@ -235,8 +236,9 @@ pub(crate) async fn wait_for_rollout(client: &Client, namespace: &str, name: &st
 pub(crate) struct ScaleArgs {
     #[command(flatten)]
     mesh: MeshArgs,
-    /// `deploy/NAME`.
-    deployment: String,
+    /// `deploy/NAME` or `deploy NAME`.
+    #[arg(required = true)]
+    deployment: Vec<String>,
     /// How many.
     #[arg(long)]
     replicas: u32,
@@ -246,7 +248,8 @@ pub(crate) struct ScaleArgs {
 }
 
 pub(crate) fn scale(args: &ScaleArgs) -> Result<()> {
-    let name = args.deployment.split_once('/').map_or(args.deployment.as_str(), |(_, name)| name);
+    let nameless = || ExitWith { code: exit::USAGE, message: "which one? give deploy/NAME".into() };
+    let name = deployment_named(&args.deployment)?.ok_or_else(nameless)?;
     let client = client(&args.mesh)?;
     let patch = json!({ "spec": { "replicas": args.replicas } });
     let uri = format!("/objects/Deployment/{}/{name}/merge", args.namespace);
@@ -266,54 +269,116 @@ pub(crate) struct LabelArgs {
     /// Namespace.
     #[arg(short, long, default_value = "default")]
     namespace: String,
+    /// Those of the kind that have such labels, in place of a name.
+    #[arg(short = 'l', long)]
+    selector: Option<String>,
+    /// All of the kind in the namespace, in place of a name.
+    #[arg(long)]
+    all: bool,
     /// Change labels that have another value.
     #[arg(long)]
     overwrite: bool,
 }
 
-pub(crate) fn label(args: &LabelArgs) -> Result<()> {
-    let (kind, name, labels) = match args.words.as_slice() {
-        [both, labels @ ..] if both.contains('/') => {
-            let (kind, name) = target(both);
-            (kind, name, labels)
+/// What to do with labels: a value to set, or none to remove.
+type Changes = Vec<(String, Option<String>)>;
+
+fn changes(words: &[String]) -> Result<Changes> {
+    let usage = |message: String| anyhow::Error::from(ExitWith { code: exit::USAGE, message });
+    if words.is_empty() {
+        return Err(usage("give at least one key=value to set, or key- to remove".to_owned()));
+    }
+    let parse = |word: &String| match (word.split_once('='), word.strip_suffix('-')) {
+        (Some((key, value)), _) => Ok((key.to_owned(), Some(value.to_owned()))),
+        (None, Some(key)) => Ok((key.to_owned(), None)),
+        (None, None) => Err(usage(format!("{word:?} is neither key=value nor key-"))),
+    };
+    words.iter().map(parse).collect()
+}
+
+/// kubectl's word for what `changes` do to `labels`.
+///
+/// *Errors*: a label has another value already, and that is not to be changed.
+fn outcome(labels: &Value, changes: &Changes, overwrite: bool) -> Result<&'static str> {
+    let has = |key: &String| labels[key.as_str()].as_str();
+    for (key, value) in changes {
+        if let (Some(has), Some(wanted)) = (has(key), value)
+            && has != wanted
+            && !overwrite
+        {
+            bail!("label {key:?} has the value {has:?} already; give --overwrite to change it");
         }
-        [kind, name, labels @ ..] => (kind.as_str(), name.as_str(), labels),
-        _ => bail!("give KIND NAME key=value"),
+    }
+    Ok(if changes.iter().all(|(key, value)| has(key) == value.as_deref()) {
+        "not labeled"
+    } else if changes.iter().all(|(_, value)| value.is_none()) {
+        "unlabeled"
+    } else {
+        "labeled"
+    })
+}
+
+pub(crate) fn label(args: &LabelArgs) -> Result<()> {
+    let is_group = args.all || args.selector.is_some();
+    let (kind, name, words) = match args.words.as_slice() {
+        [kind, words @ ..] if is_group => (kind.as_str(), None, words),
+        [both, words @ ..] if both.contains('/') => {
+            let (kind, name) = target(both);
+            (kind, Some(name), words)
+        }
+        [kind, name, words @ ..] => (kind.as_str(), Some(name.as_str()), words),
+        _ => return Err(ExitWith { code: exit::USAGE, message: "give KIND NAME key=value".into() }.into()),
     };
-    if labels.is_empty() {
-        bail!("give at least one key=value to set, or key- to remove");
-    }
-    let mut patch = serde_json::Map::new();
-    for label in labels {
-        match (label.split_once('='), label.strip_suffix('-')) {
-            (Some((key, value)), _) => patch.insert(key.to_owned(), json!(value)),
-            (None, Some(key)) => patch.insert(key.to_owned(), Value::Null),
-            (None, None) => bail!("{label:?} is neither key=value nor key-"),
-        };
-    }
-    let parsed = api::Kind::parse(kind).with_context(|| format!("the mesh has no kind {kind:?}"))?;
-    let namespace = if parsed.is_namespaced() { args.namespace.as_str() } else { "_" };
+    let changes = changes(words)?;
+    let selector = args.selector.as_deref().unwrap_or_default().parse::<Selector>()?;
+    let kind = api::Kind::parse(kind).with_context(|| format!("the mesh has no kind {kind:?}"))?;
+    let namespace = if kind.is_namespaced() { args.namespace.as_str() } else { "_" };
     let client = client(&args.mesh)?;
-    let uri = format!("/objects/{}/{namespace}/{name}", parsed.name());
-    let live: Value = block_on(async { Ok(client.get(&uri).await?) })?;
-    let differs = |(key, value): &(&String, &Value)| {
-        let has = &live["metadata"]["labels"][key.as_str()];
-        !value.is_null() && !has.is_null() && has != *value
-    };
-    if !args.overwrite
-        && let Some((key, _)) = patch.iter().find(differs)
-    {
-        bail!("label {key:?} has the value {} already; give --overwrite to change it", live["metadata"]["labels"][key]);
+    let found: Vec<Value> = block_on(async {
+        if let Some(name) = name {
+            return Ok(vec![client.get::<Value>(&format!("/objects/{}/{namespace}/{name}", kind.name())).await?]);
+        }
+        let query = if kind.is_namespaced() { format!("?namespace={namespace}") } else { String::new() };
+        let list: Value = client.get(&format!("/objects/{}{query}", kind.name())).await?;
+        Ok(list["items"].as_array().into_iter().flatten().filter(|object| selector.fits(object)).cloned().collect())
+    })?;
+    if found.is_empty() {
+        output::note(&format!("No resources found in {namespace} namespace."));
     }
-    let body = json!({ "metadata": { "labels": patch } }).to_string().into_bytes();
-    block_on(async { Ok(client.post::<Value>(&format!("{uri}/merge"), body).await?) })?;
-    output::line(&format!("{}/{name} labeled", super::resource(parsed)));
+    let set = changes.iter().map(|(key, value)| (key.clone(), json!(value))).collect::<serde_json::Map<_, _>>();
+    let body = json!({ "metadata": { "labels": set } }).to_string().into_bytes();
+    for object in &found {
+        let name = name_of(object);
+        let word = outcome(&object["metadata"]["labels"], &changes, args.overwrite)?;
+        if word != "not labeled" {
+            let uri = format!("/objects/{}/{namespace}/{name}/merge", kind.name());
+            block_on(async { Ok(client.post::<Value>(&uri, body.clone()).await?) })?;
+        }
+        output::line(&format!("{}/{name} {word}", super::resource(kind)));
+    }
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn labels_change_as_kubectl_says_it() {
+        let labels = json!({ "a": "1" });
+        let check = |words: &str, overwrite: bool| {
+            let words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
+            outcome(&labels, &changes(&words).unwrap(), overwrite).map_err(|error| error.to_string())
+        };
+        assert_eq!(check("b=2", false), Ok("labeled"));
+        assert_eq!(check("a=1", false), Ok("not labeled"));
+        assert_eq!(check("b-", false), Ok("not labeled"));
+        assert_eq!(check("a-", false), Ok("unlabeled"));
+        assert_eq!(check("a- b=2", false), Ok("labeled"));
+        assert_eq!(check("a=2", true), Ok("labeled"));
+        assert!(check("a=2", false).unwrap_err().contains("--overwrite"));
+        assert!(changes(&[]).is_err() && changes(&["a".to_owned()]).is_err());
+    }
 
     #[test]
     fn a_rollout_is_through_when_nothing_old_is_left() {
