@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use compile::{ProxyKind, View};
 use mesh::Reach;
@@ -24,6 +25,9 @@ use crate::compiler::{Compiled, Compiler};
 use crate::mesh_state::{Mesh, f64_of};
 use crate::pool::Pool;
 
+/// Longest wait for a moment of the wall clock.
+const LOOK_EVERY: Duration = Duration::from_mins(1);
+
 /// One connected stream.
 struct Proxy {
     node_id: Box<str>,
@@ -39,6 +43,8 @@ struct Proxy {
     /// The last push that may tell it something else than the one before.
     affected_by: u64,
     findings: Vec<Finding>,
+    /// When its secrets are to be judged again: one of them expires, or becomes valid.
+    judged_until: Option<SystemTime>,
     progress: Progress,
     types: BTreeMap<Box<str>, TypeState>,
 }
@@ -148,6 +154,7 @@ impl Fleet {
             was_workload: false,
             affected_by: 0,
             findings: Vec::new(),
+            judged_until: None,
             progress: Progress { generation: 0, settled: false, refused: Vec::new() },
             types: BTreeMap::new(),
         };
@@ -230,10 +237,32 @@ impl Fleet {
         }
     }
 
+    /// Ready when secrets of some proxy are to be judged again; asks for its push then.
+    async fn until_judged_again(&self) {
+        loop {
+            let next = self.inner().proxies.values().filter_map(|proxy| proxy.judged_until).min();
+            let Some(next) = next else { return std::future::pending().await };
+            let left = next.duration_since(SystemTime::now()).unwrap_or_default();
+            // The machine may sleep, and its clock be set: a look now and then.
+            tokio::time::sleep(left.min(LOOK_EVERY)).await;
+            let mut inner = self.inner();
+            let now = SystemTime::now();
+            let due: Vec<u64> =
+                inner.proxies.iter().filter(|(_, proxy)| proxy.is_due(now)).map(|(number, _)| *number).collect();
+            for number in &due {
+                inner.enqueue(*number);
+            }
+            if !due.is_empty() {
+                return;
+            }
+        }
+    }
+
     fn job(&self, number: u64) -> Option<Job> {
         let inner = self.inner();
         let proxy = inner.proxies.get(&number)?;
         Some(Job {
+            is_due: proxy.is_due(SystemTime::now()),
             view: Arc::clone(&proxy.view),
             before: proxy.resources.borrow().clone(),
             affected_by: proxy.affected_by,
@@ -252,6 +281,7 @@ impl Fleet {
         if let Some(proxy) = inner.proxies.get_mut(&number) {
             proxy.was_workload |= built.is_workload;
             proxy.findings = built.findings;
+            proxy.judged_until = built.judged_until;
             proxy.resources.send_replace(Some(Arc::new(built.resources)));
         }
     }
@@ -260,6 +290,7 @@ impl Fleet {
 struct Built {
     resources: ResourceSet,
     findings: Vec<Finding>,
+    judged_until: Option<SystemTime>,
     /// Its pod is in the mesh.
     is_workload: bool,
 }
@@ -268,13 +299,14 @@ struct Job {
     view: Arc<View>,
     before: Option<Arc<ResourceSet>>,
     affected_by: u64,
+    is_due: bool,
     may_have_secrets: bool,
 }
 
 impl Job {
     /// What the proxy has, if all that happened since does not concern it.
     fn unaffected(&self) -> Option<&ResourceSet> {
-        self.before.as_deref().filter(|before| before.generation >= self.affected_by)
+        self.before.as_deref().filter(|before| !self.is_due && before.generation >= self.affected_by)
     }
 }
 
@@ -293,6 +325,10 @@ impl Inner {
 }
 
 impl Proxy {
+    fn is_due(&self, now: SystemTime) -> bool {
+        self.judged_until.is_some_and(|until| until < now)
+    }
+
     fn name(&self) -> String {
         format!("{}.{}", self.view.name, self.view.namespace)
     }
@@ -401,7 +437,11 @@ impl Drop for Member {
 pub async fn run(fleet: Arc<Fleet>, meshes: watch::Receiver<Option<Arc<Mesh>>>, compiler: Arc<dyn Compiler>) {
     let pool = Arc::new(Mutex::new(Pool::default()));
     loop {
-        let (number, since) = fleet.next_waiting().await;
+        let (number, since) = tokio::select! {
+            // Either order is right: what is due is asked for, and waits like everybody.
+            first = fleet.next_waiting() => first,
+            () = fleet.until_judged_again() => continue,
+        };
         // Without a mesh the proxy waits; the first snapshot asks for everybody again.
         let Some(mesh) = meshes.borrow().clone() else { continue };
         let Some(job) = fleet.job(number) else { continue };
@@ -432,22 +472,27 @@ pub async fn run(fleet: Arc<Fleet>, meshes: watch::Receiver<Option<Arc<Mesh>>>, 
 }
 
 fn build(mut compiled: Compiled, mesh: &Mesh, job: &Job, pool: &mut Pool) -> Built {
-    let now = std::time::SystemTime::now();
+    let now = SystemTime::now();
+    let mut judged_until = None;
     let mut set = ResourceSet::new(mesh.push, &mesh.label);
     for (name, any) in compiled.resources {
         // Secrets go to nobody who did not prove who they are (property 29).
         if any.type_url == type_urls::SECRET && !job.may_have_secrets {
             continue;
         }
-        if any.type_url == type_urls::SECRET
-            && let Some(finding) = crate::secrets::check(&name, &any, &job.view.namespace, now)
-        {
-            // A bad key pair is not sent; the last good one stays.
-            compiled.findings.push(finding);
-            if let Some(good) = job.before.as_ref().and_then(|before| before.get(&any.type_url, &name)) {
-                set.insert_shared(Arc::clone(good));
+        if any.type_url == type_urls::SECRET {
+            let namespace = &*job.view.namespace;
+            let written = |object: &str| mesh.snapshot.secret(namespace, object).map(|secret| Arc::clone(&secret.spec));
+            let judged = crate::secrets::check(&name, &any, namespace, written, now);
+            judged_until = [judged_until, judged.until].into_iter().flatten().min();
+            if let Some(finding) = judged.finding {
+                // A bad key pair is not sent; the last good one stays.
+                compiled.findings.push(finding);
+                if let Some(good) = job.before.as_ref().and_then(|before| before.get(&any.type_url, &name)) {
+                    set.insert_shared(Arc::clone(good));
+                }
+                continue;
             }
-            continue;
         }
         let shared = pool.share(&name, any);
         // Equal content whose bytes differ (the order of a map) stays what the proxy has.
@@ -456,5 +501,5 @@ fn build(mut compiled: Compiled, mesh: &Mesh, job: &Job, pool: &mut Pool) -> Bui
         set.insert_shared(same.map_or(shared, Arc::clone));
     }
     let is_workload = mesh.snapshot.workload(&job.view.namespace, &job.view.name).is_some();
-    Built { resources: set, findings: compiled.findings, is_workload }
+    Built { resources: set, findings: compiled.findings, judged_until, is_workload }
 }

@@ -1,5 +1,7 @@
 //! The ingress gateway: hosts, TLS, redirects.
 
+use std::time::{Duration, SystemTime};
+
 use testkit::{Client, eventually};
 
 use crate::apps::{TRAFFIC, virtual_service};
@@ -29,12 +31,40 @@ fn pair(host: &str) -> Pair {
 fn pair_of(hosts: &[&str]) -> Pair {
     let names: Vec<String> = hosts.iter().map(|host| (*host).to_owned()).collect();
     let made = rcgen::generate_simple_self_signed(names).unwrap();
+    let secret = credential(&made.cert.pem(), &made.signing_key.serialize_pem());
+    Pair { root: made.cert.der().to_vec(), secret }
+}
+
+fn credential(certificate: &str, key: &str) -> String {
     let secret = serde_json::json!({
         "apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls",
         "metadata": {"name": "shop-credential", "namespace": "istio-system"},
-        "stringData": {"tls.crt": made.cert.pem(), "tls.key": made.signing_key.serialize_pem()},
+        "stringData": {"tls.crt": certificate, "tls.key": key},
     });
-    Pair { root: made.cert.der().to_vec(), secret: secret.to_string() }
+    secret.to_string()
+}
+
+/// TLS for `NAME.shop.test`, ended at the gateway, on to httpbin.
+fn https(name: &str) -> String {
+    format!(
+        "
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {{name: {name}, namespace: shop}}
+spec:
+  selector: {{istio: ingressgateway}}
+  servers:
+  - {{port: {{number: 443, name: https, protocol: HTTPS}}, hosts: [{name}.shop.test], tls: {{mode: SIMPLE, credentialName: shop-credential}}}}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {{name: {name}, namespace: shop}}
+spec:
+  hosts: [{name}.shop.test]
+  gateways: [{name}]
+  http: [{{route: [{{destination: {{host: httpbin, port: {{number: 8000}}}}}}]}}]
+"
+    )
 }
 
 #[test]
@@ -43,25 +73,7 @@ fn tls_ends_at_the_gateway_and_its_secret_is_replaced_without_a_drop() {
     let host = "tls.shop.test";
     let old = pair(host);
     let _secret = mesh.with(&old.secret);
-    let _gateway = mesh.with(
-        "
-apiVersion: networking.istio.io/v1
-kind: Gateway
-metadata: {name: tls, namespace: shop}
-spec:
-  selector: {istio: ingressgateway}
-  servers:
-  - {port: {number: 443, name: https, protocol: HTTPS}, hosts: [tls.shop.test], tls: {mode: SIMPLE, credentialName: shop-credential}}
----
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: tls, namespace: shop}
-spec:
-  hosts: [tls.shop.test]
-  gateways: [tls]
-  http: [{route: [{destination: {host: httpbin, port: {number: 8000}}}]}]
-",
-    );
+    let _gateway = mesh.with(&https("tls"));
     let open = |root: &[u8]| Client::tls(mesh.https, host, root);
     let mut kept = eventually("TLS at the gateway", || open(&old.root).map_err(|error| error.to_string()));
     let seen = kept.send("GET", host, "/headers", &[]).unwrap();
@@ -96,6 +108,66 @@ spec:
     assert!(open(&old.root).is_err(), "the old certificate is gone");
     assert_eq!(kept.send("GET", host, "/status/200", &[]).unwrap().status, 200, "the old connection goes on");
     assert!(Client::tls(mesh.https, "other.shop.test", &new.root).is_err(), "no chain for another server name");
+}
+
+/// A certificate for `host` that ends at this second since 1970, with its key.
+fn until(host: &str, seconds: u64) -> Pair {
+    let signer = rcgen::KeyPair::generate().unwrap();
+    let mut parameters = rcgen::CertificateParams::new(vec![host.to_owned()]).unwrap();
+    parameters.not_after = rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(seconds);
+    let made = parameters.self_signed(&signer).unwrap();
+    Pair { root: made.der().to_vec(), secret: credential(&made.pem(), &signer.serialize_pem()) }
+}
+
+/// A pair that cannot serve is named by `apply`, and the one before goes on serving.
+#[test]
+fn a_bad_key_pair_is_named_with_its_remedy_and_the_last_good_one_stays() {
+    let mesh = TRAFFIC.turn();
+    let host = "pair.shop.test";
+    let good = pair(host);
+    let _secret = mesh.with(&good.secret);
+    let _gateway = mesh.with(&https("pair"));
+    let open = |pair: &Pair| Client::tls(mesh.https, host, &pair.root).map_err(|error| error.to_string());
+    eventually("TLS at the gateway", || open(&good));
+    let said = |secret: &str| {
+        let output = mesh.command(&["apply", "-f", "-"], secret);
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    };
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let (one, other) = (pair_parts(host), pair_parts(host));
+    for (secret, words) in [
+        (credential(&one.0, &other.1), ["stringData.tls.key", "does not belong to the certificate", "(put in the key"]),
+        (credential(&one.0, "none"), ["stringData.tls.key", "private key", "(put in the certificate's private key"]),
+        (credential("none", &one.1), ["stringData.tls.crt", "certificate chain", "(put in a certificate chain"]),
+        (until(host, now - 60).secret, ["stringData.tls.crt", "has expired", "(renew it"]),
+    ] {
+        eventually("the finding", || {
+            let said = said(&secret);
+            let is_said = |word: &&str| said.contains(word);
+            if words.iter().all(is_said) && said.contains("Secret istio-system/shop-credential") {
+                Ok(())
+            } else {
+                Err(said)
+            }
+        });
+        open(&good).expect("the last good pair stays");
+    }
+
+    // A pair that ends while nothing else happens is found as well.
+    let short = until(host, now + 8);
+    eventually("its end", || {
+        let said = said(&short.secret);
+        if said.contains("has expired") { Ok(()) } else { Err(said) }
+    });
+    let next = pair(host);
+    mesh.apply(&next.secret);
+    eventually("the new pair", || open(&next));
+    assert!(!said(&next.secret).contains("LAT0501"));
+}
+
+fn pair_parts(host: &str) -> (String, String) {
+    let made = rcgen::generate_simple_self_signed([host.to_owned()]).unwrap();
+    (made.cert.pem(), made.signing_key.serialize_pem())
 }
 
 /// One certificate for two hosts of two servers: the handshake's name decides which one a connection

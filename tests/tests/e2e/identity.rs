@@ -65,7 +65,6 @@ fn taken(mesh: &Mesh, whence: &str) -> Option<bool> {
 }
 
 #[test]
-#[ignore = "not yet: clients do not speak mutual TLS to a STRICT port of a DISABLE workload"]
 fn the_innermost_peer_authentication_that_says_something_holds() {
     let mesh = SECURITY.turn();
     // modes of mesh, namespace, workload, port; what plaintext and meshed callers meet
@@ -83,7 +82,10 @@ fn the_innermost_peer_authentication_that_says_something_holds() {
         (["PERMISSIVE", "STRICT", "UNSET", "UNSET"], None, Some(true)),
         (["STRICT", "STRICT", "STRICT", "PERMISSIVE"], Some(false), Some(true)),
         (["STRICT", "STRICT", "STRICT", "DISABLE"], Some(false), Some(false)),
-        (["DISABLE", "DISABLE", "DISABLE", "STRICT"], None, Some(true)),
+        (["PERMISSIVE", "PERMISSIVE", "DISABLE", "STRICT"], None, Some(true)),
+        // Where all of a namespace is DISABLE, clients speak no TLS to its services, whatever a port
+        // says: istiod's `BestEffortInferServiceMTLSMode` looks at mesh and namespace only.
+        (["DISABLE", "DISABLE", "DISABLE", "STRICT"], None, None),
     ] {
         let [mesh_wide, namespace, of_workload, port] = modes;
         let mut objects =

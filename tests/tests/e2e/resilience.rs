@@ -3,10 +3,10 @@
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
-use testkit::{Client, Client2, Mesh, Puppet, eventually};
+use serde_json::{Value, json};
+use testkit::{Client, Client2, Mesh, Puppet, Response, eventually};
 
-use crate::apps::{COLLECTOR, TRAFFIC, virtual_service, workload};
+use crate::apps::{COLLECTOR, TRAFFIC, service, virtual_service, workload};
 use crate::stats::assert_share;
 
 const GATEWAY: &str = "istio-system/istio-ingressgateway";
@@ -182,14 +182,62 @@ fn a_try_that_takes_too_long_is_repeated_where_the_policy_says_so() {
     line(&mesh, GATEWAY, "/delay/13", &[" 504 UT ", "response_timeout"]);
 }
 
+/// Takes turns, so that what a try meets does not hang on chance.
+fn in_turns(namespace: &str, host: &str) -> String {
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {host}-turns, namespace: {namespace}}}\nspec: {{host: {host}, trafficPolicy: {{loadBalancer: {{simple: ROUND_ROBIN}}}}}}\n"
+    )
+}
+
 #[test]
-#[ignore = "to decide: the sidecar of an unreachable application answers 503, which is not tried again by default"]
 fn an_unreachable_pod_is_passed_over_by_default() {
     let mesh = TRAFFIC.turn();
-    let _routes =
-        mesh.with(&virtual_service("passed", "  - route: [{destination: {host: flaky, port: {number: 80}}}]"));
-    let tally = mesh.tally("passed.shop.test", "/get", 40, |answer| answer.status.to_string());
-    assert_eq!(tally.get("200"), Some(&40), "one of two pods refuses, the next try finds the other: {tally:?}");
+    // Two pods without a proxy: one serves, the other one listens nowhere.
+    let pod = |name: &str, image: &str, more: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: plain, labels: {{app: pair}}}}\nspec: {{containers: [{{name: app, image: {image}{more}}}]}}\n"
+        )
+    };
+    let objects = [
+        pod("pair-good", "docker.io/kong/httpbin", ", readinessProbe: {tcpSocket: {port: 80}, periodSeconds: 1}"),
+        pod("pair-dead", "curlimages/curl", ""),
+        service("plain", "pair", "{name: http, port: 80}"),
+        in_turns("plain", "pair"),
+        virtual_service(
+            "passed",
+            "  - route: [{destination: {host: pair.plain.svc.cluster.local, port: {number: 80}}}]",
+        ),
+    ];
+    let _objects = mesh.with(&objects.join("---\n"));
+    eventually("both are ready", || {
+        let of_pair = ["get", "endpointslices", "-n", "plain", "-l", "kubernetes.io/service-name=pair", "-o", "json"];
+        let slices = mesh.must(&of_pair, "");
+        let list: Value = serde_json::from_str(&slices).unwrap_or_default();
+        let endpoints = list["items"][0]["endpoints"].as_array().cloned().unwrap_or_default();
+        let ready = endpoints.iter().filter(|endpoint| endpoint["conditions"]["ready"] == true).count();
+        if ready == 2 { Ok(()) } else { Err(slices) }
+    });
+    mesh.synced();
+    let tries = |answer: &Response| {
+        let count = answer.json()["headers"]["x-envoy-attempt-count"].to_string();
+        format!("{} {}", answer.status, count.trim_matches(['[', ']', '"']))
+    };
+    let tally = mesh.tally("passed.shop.test", "/get", 20, tries);
+    assert_eq!(tally.values().sum::<usize>(), 20);
+    assert_eq!(tally.keys().collect::<Vec<_>>(), ["200 1", "200 2"], "the next try finds the other one: {tally:?}");
+}
+
+/// The proxy of a pod whose application is down answers 503, and 503 is not on the default list.
+#[test]
+fn an_application_that_is_down_behind_its_proxy_is_passed_over_where_the_policy_says_so() {
+    let mesh = TRAFFIC.turn();
+    let _turns = mesh.with(&in_turns("shop", "flaky"));
+    for (policy, expect) in [("", &["200", "503"][..]), ("retries: {attempts: 2, retryOn: '503'}, ", &["200"][..])] {
+        let rule = format!("  - {{{policy}route: [{{destination: {{host: flaky, port: {{number: 80}}}}}}]}}");
+        let _routes = mesh.with(&virtual_service("down", &rule));
+        let tally = mesh.tally("down.shop.test", "/get", 20, |answer| answer.status.to_string());
+        assert_eq!(tally.keys().collect::<Vec<_>>(), expect, "{policy:?}: {tally:?}");
+    }
 }
 
 #[test]
