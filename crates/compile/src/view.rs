@@ -28,7 +28,7 @@ pub enum ProxyKind {
 /// |---|---|
 /// | `istio.alpn` | the cluster's own ALPN says the protocol, `istio-http/1.1` or `istio-h2`; where the client's protocol decides, `istio-peer-exchange, istio` (the server then takes such a request as bytes) |
 /// | `istio.stats` | no such metrics |
-/// | `istio.metadata_exchange` (network, upstream, HTTP) | peers stay unknown in telemetry |
+/// | `istio.metadata_exchange` (network, upstream, HTTP) | peers stay unknown in telemetry; as servers of bytes they offer `istio` in place of `istio-peer-exchange`, lest a peer's metadata reach the application |
 /// | `envoy.filters.network.ext_authz` | authorizers that speak gRPC cannot be asked; what their policies match is refused |
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Capabilities {

@@ -137,6 +137,45 @@ pub fn from_json(name: &str, json: Value) -> Result<Vec<u8>, String> {
     Ok(message.encode_to_vec())
 }
 
+/// A message inside another one whose type is not known here.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct UnknownType {
+    /// Where it stands, as the JSON spells it.
+    pub path: String,
+    /// The name of the extension that it configures, if it has one.
+    pub extension: Option<String>,
+    /// Its full name.
+    pub kind: String,
+}
+
+/// The first message of an unknown type inside of `json`: what [`from_json`] stumbled over, where.
+pub fn unknown_type(json: &Value) -> Option<UnknownType> {
+    find_unknown(&pool(), String::new(), None, json)
+}
+
+fn find_unknown(pool: &DescriptorPool, path: String, extension: Option<&str>, json: &Value) -> Option<UnknownType> {
+    match json {
+        Value::Object(fields) => {
+            if let Some(url) = fields.get("@type").and_then(Value::as_str) {
+                let kind = url.rsplit('/').next().unwrap_or_default();
+                if pool.get_message_by_name(kind).is_none() {
+                    return Some(UnknownType { path, extension: extension.map(str::to_owned), kind: kind.to_owned() });
+                }
+            }
+            let own = fields.get("name").and_then(Value::as_str);
+            fields.iter().find_map(|(name, value)| {
+                let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+                find_unknown(pool, path, own, value)
+            })
+        }
+        Value::Array(items) => {
+            let mut items = items.iter().enumerate();
+            items.find_map(|(at, item)| find_unknown(pool, format!("{path}[{at}]"), extension, item))
+        }
+        _ => None,
+    }
+}
+
 /// A message from JSON that says its type in `@type`, as `to_json` writes it.
 ///
 /// *Errors*: no `@type`, an unknown one, or what does not fit.
@@ -215,6 +254,22 @@ mod tests {
         assert_eq!(filters[0]["typed_config"]["value"]["x"], true);
         assert_eq!(filters[1]["typed_config"]["value"]["type_url"], "type.googleapis.com/nobody.knows.This");
         assert_eq!(filters[1]["typed_config"]["value"]["base64"], "AQ==");
+    }
+
+    #[test]
+    fn an_unknown_type_is_found_where_it_stands() {
+        let find = |config: Value| {
+            unknown_type(
+                &json!({ "name": "l", "filter_chains": [{}, { "filters": [{ "name": "f", "typed_config": config }] }] }),
+            )
+        };
+        let expect = UnknownType {
+            path: "filter_chains[1].filters[0].typed_config".into(),
+            extension: Some("f".into()),
+            kind: "nobody.knows.This".into(),
+        };
+        assert_eq!(find(json!({ "@type": "type.googleapis.com/nobody.knows.This" })), Some(expect));
+        assert_eq!(find(json!({ "@type": "type.googleapis.com/google.protobuf.Struct" })), None);
     }
 
     #[test]

@@ -226,7 +226,7 @@ async fn serve_detected(worker: &Rc<Worker>, listener: &Arc<Listener>, socket: S
                     let wants_chain = matches!(&chain.terminal, Terminal::Http(hcm) if hcm.client_cert_parts.chain);
                     let seen = crate::tls::facts(connection, connection.peer_certificates(), &store, wants_chain);
                     facts.tls = Some(Arc::new(seen));
-                    Io::ServerTls(Box::new(stream))
+                    Io::server_tls(stream)
                 }
                 Err(reason) => {
                     worker.recorder.count(Counter::TlsErrors);

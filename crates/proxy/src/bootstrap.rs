@@ -13,7 +13,7 @@ use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::google::protobuf::Any;
 use identity::channel::{ControlPlane, PlainTcp, Source};
 use prost::Message as _;
-use proto::json::from_json;
+use proto::json::{from_json, unknown_type};
 use serde_json::{Map, Value};
 use thiserror::Error;
 use types::wellknown::type_urls;
@@ -214,9 +214,22 @@ fn resource(
     if let Value::Object(fields) = &mut json {
         fields.remove("@type");
     }
-    let value =
-        from_json(message, json).map_err(|reason| InvalidBootstrap::Message { path: path.to_owned(), reason })?;
+    let value = match from_json(message, json.clone()) {
+        Ok(value) => value,
+        Err(reason) => return Err(misfit(path, reason, &json)),
+    };
     Ok((url, Raw { name: name.into(), body: Any { type_url: url.to_owned(), value } }))
+}
+
+/// Why a resource is no message: a part of a type that is not built is named with its place.
+fn misfit(path: &str, reason: String, json: &Value) -> InvalidBootstrap {
+    match unknown_type(json) {
+        Some(unknown) => {
+            let extension = unknown.extension.map(|name| format!(" {name:?}")).unwrap_or_default();
+            InvalidBootstrap::NotBuilt(format!("{path}.{}{extension}: {}", unknown.path, unknown.kind))
+        }
+        None => InvalidBootstrap::Message { path: path.to_owned(), reason },
+    }
 }
 
 fn static_resources(json: Value, files: &mut Files) -> Result<StaticResources, InvalidBootstrap> {
@@ -461,6 +474,11 @@ static_resources:
         check("static_resources: { listeners: [{ nam: a }] }", "nam");
         check("static_resources: { clusters: [{ name: a, connect_timeout: x }] }", "static_resources.clusters[0]");
         check("hds_config: {}", "hds_config");
+        let lua = MINIMAL.replace("http.router.v3.Router", "http.lua.v3.Lua").replace("{ name: r,", "{ name: script,");
+        check(
+            &lua,
+            r#"static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_filters[0].typed_config "script": envoy.extensions.filters.http.lua.v3.Lua is not built yet"#,
+        );
         check("dynamic_resources: { ads_config: { api_type: REST } }", "REST");
     }
 

@@ -11,12 +11,37 @@ use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::TcpStream;
 
+/// Bytes that were read before, to be read again.
+#[derive(Debug, Default)]
+struct Front(Bytes);
+
+impl Front {
+    /// Puts bytes before what is here already, of which they were read.
+    fn put_back(&mut self, bytes: Bytes) {
+        self.0 = if self.0.is_empty() { bytes } else { [bytes, self.0.clone()].concat().into() };
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Gives what fits. `false`: there is nothing.
+    fn give(&mut self, buf: &mut ReadBuf<'_>) -> bool {
+        if self.0.is_empty() {
+            return false;
+        }
+        let n = self.0.len().min(buf.remaining());
+        buf.put_slice(&self.0[..n]);
+        self.0.advance(n);
+        true
+    }
+}
+
 /// A byte stream below TLS.
 #[derive(Debug)]
 pub(crate) struct Socket {
     stream: Stream,
-    /// Read before, to be read again.
-    front: Bytes,
+    front: Front,
 }
 
 #[derive(Debug)]
@@ -28,21 +53,17 @@ enum Stream {
 
 impl Socket {
     pub(crate) fn tcp(stream: TcpStream) -> Self {
-        Self { stream: Stream::Tcp(stream), front: Bytes::new() }
+        Self { stream: Stream::Tcp(stream), front: Front::default() }
     }
 
     #[cfg_attr(not(test), expect(dead_code, reason = "tests drive connections through pipes"))]
     pub(crate) fn pipe(stream: DuplexStream) -> Self {
-        Self { stream: Stream::Pipe(stream), front: Bytes::new() }
+        Self { stream: Stream::Pipe(stream), front: Front::default() }
     }
 
-    /// Puts bytes back, to be read first: before what is in front already, of which they were read.
+    /// Puts bytes back, to be read first.
     pub(crate) fn unread(&mut self, bytes: Bytes) {
-        if self.front.is_empty() {
-            self.front = bytes;
-        } else {
-            self.front = [bytes, self.front.clone()].concat().into();
-        }
+        self.front.put_back(bytes);
     }
 
     pub(crate) fn tcp_stream(&self) -> Option<&TcpStream> {
@@ -63,10 +84,7 @@ impl Socket {
 
 impl AsyncRead for Socket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if !self.front.is_empty() {
-            let n = self.front.len().min(buf.remaining());
-            buf.put_slice(&self.front[..n]);
-            self.front.advance(n);
+        if self.front.give(buf) {
             return Poll::Ready(Ok(()));
         }
         match &mut self.stream {
@@ -115,16 +133,37 @@ impl AsyncWrite for Socket {
 #[derive(Debug)]
 pub(crate) enum Io {
     Plain(Socket),
-    ServerTls(Box<tokio_rustls::server::TlsStream<Socket>>),
+    ServerTls(Box<ServerTls>),
     ClientTls(Box<tokio_rustls::client::TlsStream<Socket>>),
 }
 
+/// The server's end of TLS.
+#[derive(Debug)]
+pub(crate) struct ServerTls {
+    stream: tokio_rustls::server::TlsStream<Socket>,
+    front: Front,
+}
+
 impl Io {
+    /// The server's end of TLS, after the handshake.
+    pub(crate) fn server_tls(stream: tokio_rustls::server::TlsStream<Socket>) -> Self {
+        Self::ServerTls(Box::new(ServerTls { stream, front: Front::default() }))
+    }
+
     pub(crate) fn socket(&self) -> &Socket {
         match self {
             Self::Plain(socket) => socket,
-            Self::ServerTls(stream) => stream.get_ref().0,
+            Self::ServerTls(tls) => tls.stream.get_ref().0,
             Self::ClientTls(stream) => stream.get_ref().0,
+        }
+    }
+
+    /// Puts bytes of a client back, to be read first.
+    pub(crate) fn unread(&mut self, bytes: Bytes) {
+        match self {
+            Self::Plain(socket) => socket.unread(bytes),
+            Self::ServerTls(tls) => tls.front.put_back(bytes),
+            Self::ClientTls(_) => debug_assert!(bytes.is_empty(), "only clients are read ahead of"),
         }
     }
 
@@ -132,14 +171,17 @@ impl Io {
     pub(crate) fn alpn(&self) -> Option<&[u8]> {
         match self {
             Self::Plain(_) => None,
-            Self::ServerTls(stream) => stream.get_ref().1.alpn_protocol(),
+            Self::ServerTls(tls) => tls.stream.get_ref().1.alpn_protocol(),
             Self::ClientTls(stream) => stream.get_ref().1.alpn_protocol(),
         }
     }
 
     /// Ready when a read may give something. Only right after a read said `Pending`.
     pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.socket().poll_readable(cx)
+        match self {
+            Self::ServerTls(tls) if !tls.front.is_empty() => Poll::Ready(()),
+            _ => self.socket().poll_readable(cx),
+        }
     }
 
     /// Reads once into `buf`, which keeps what it holds. 0 is the end.
@@ -154,14 +196,22 @@ macro_rules! each {
     ($self:expr, $stream:ident => $body:expr) => {
         match $self.get_mut() {
             Io::Plain($stream) => $body,
-            Io::ServerTls($stream) => $body,
+            Io::ServerTls(tls) => {
+                let $stream = &mut tls.stream;
+                $body
+            }
             Io::ClientTls($stream) => $body,
         }
     };
 }
 
 impl AsyncRead for Io {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if let Self::ServerTls(tls) = &mut *self
+            && tls.front.give(buf)
+        {
+            return Poll::Ready(Ok(()));
+        }
         each!(self, stream => Pin::new(stream).poll_read(cx, buf))
     }
 }

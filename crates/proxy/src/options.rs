@@ -281,6 +281,12 @@ impl Options {
             })?,
             None => serde_json::Value::Null,
         };
+        if let Some(value) = config["drainDuration"].as_str() {
+            options.drain_time = go_duration(value).filter(|time| time.as_secs() > 0).ok_or_else(|| {
+                let (name, wanted) = ("drainDuration", "a duration of at least one second, such as 45s");
+                InvalidOptions::Bad { name, value: value.to_owned(), wanted }
+            })?;
+        }
         options.binary = config["binaryPath"].as_str().filter(|path| !path.is_empty()).map(PathBuf::from);
         options.take_signals = true;
         Ok(options)
@@ -313,9 +319,13 @@ fn number(variables: &BTreeMap<String, String>, name: &'static str) -> Result<Op
 /// A duration as Go writes it, above zero.
 fn duration(variables: &BTreeMap<String, String>, name: &'static str) -> Result<Option<Duration>, InvalidOptions> {
     let Some(value) = variables.get(name).filter(|value| !value.is_empty()) else { return Ok(None) };
-    let parsed = value.parse::<jiff::SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok());
+    let parsed = go_duration(value);
     let bad = || InvalidOptions::Bad { name, value: value.clone(), wanted: "a duration such as 24h or 30m" };
     parsed.filter(|duration| !duration.is_zero()).map(Some).ok_or_else(bad)
+}
+
+fn go_duration(text: &str) -> Option<Duration> {
+    text.parse::<jiff::SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok())
 }
 
 fn share(variables: &BTreeMap<String, String>, name: &'static str) -> Result<Option<f64>, InvalidOptions> {
@@ -426,7 +436,7 @@ mod tests {
             ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
             ("ISTIO_METAJSON_PORTS", "[1]"),
             ("CA_ADDR", "10.77.0.1:15012"),
-            ("PROXY_CONFIG", r#"{"binaryPath":"/usr/local/bin/envoy","concurrency":1}"#),
+            ("PROXY_CONFIG", r#"{"binaryPath":"/usr/local/bin/envoy","concurrency":1,"drainDuration":"1m30s"}"#),
             ("ISTIO_PROMETHEUS_ANNOTATIONS", r#"{"scrape":"true","path":"/m","port":"9090"}"#),
         ] {
             variables.insert(name.to_owned(), value.to_owned());
@@ -441,6 +451,9 @@ mod tests {
         assert_eq!(options.xds.unwrap().server_name, "istiod.istio-system.svc");
         assert_eq!(options.app_metrics, Some((9090, "/m".into())));
         assert_eq!(options.binary, Some("/usr/local/bin/envoy".into()));
+        assert_eq!(options.drain_time, Duration::from_secs(90));
+        variables.insert("PROXY_CONFIG".into(), r#"{"drainDuration":"10ms"}"#.into());
+        assert!(Options::from_environment(Role::Sidecar, &variables, read).is_err());
         variables.insert("PROXY_CONFIG".into(), r#"{"binaryPath":""}"#.into());
         assert_eq!(Options::from_environment(Role::Sidecar, &variables, read).unwrap().binary, None);
         assert_eq!(options.renewal, Renewal::default());

@@ -69,39 +69,45 @@ pub(crate) async fn http(worker: &Rc<Worker>, conn: Rc<Conn>, hcm: &Hcm, mut io:
 
 /// ALPN tells, or the inspector told, or the preface does. `None`: the client is gone.
 async fn is_http2(conn: &Conn, hcm: &Hcm, io: &mut Io) -> Option<bool> {
-    if let Some(tls) = &conn.facts.tls {
-        return Some(matches!(tls.alpn.as_deref(), Some("h2" | "istio-h2")));
+    let told = match &conn.facts.tls {
+        Some(tls) => tls.alpn.as_deref().map(|alpn| matches!(alpn, "h2" | "istio-h2")),
+        None => match conn.facts.protocols.as_slice() {
+            [only] => Some(&**only == "h2c"),
+            _ => None,
+        },
+    };
+    if told.is_some() {
+        return told;
     }
-    if let [only] = conn.facts.protocols.as_slice() {
-        return Some(&**only == "h2c");
-    }
-    let Io::Plain(socket) = io else { return Some(false) };
+    // the preface and little more: a silent client shall not cost a buffer
+    let mut seen = bytes::BytesMut::with_capacity(32);
     let idle = hcm.timeouts.idle.map(|idle| Instant::now() + idle);
     // bytes that are here count, whoever wants to leave
-    tokio::select! {
+    let first = tokio::select! {
         biased;
-        () = poll_fn(|cx| socket.poll_readable(cx)) => {}
+        read = poll_fn(|cx| io.poll_read_buf(cx, &mut seen)) => read,
         () = leaves(conn) => return None,
         () = sleep_until(idle) => return None,
+    };
+    if !matches!(first, Ok(1..)) {
+        return None;
     }
-    let mut seen = bytes::BytesMut::new();
     let reading = async {
-        use tokio::io::AsyncReadExt as _;
         loop {
             match detect::http2(&seen) {
                 Seen::Yes(()) => return Some(true),
                 Seen::No => return Some(false),
                 Seen::NeedMore => {}
             }
-            seen.reserve(1024);
-            match socket.read_buf(&mut seen).await {
+            seen.reserve(1);
+            match poll_fn(|cx| io.poll_read_buf(cx, &mut seen)).await {
                 Ok(0) | Err(_) => return None,
                 Ok(_) => {}
             }
         }
     };
     let result = tokio::time::timeout(head_timeout(hcm), reading).await.unwrap_or(None);
-    socket.unread(seen.freeze());
+    io.unread(seen.freeze());
     result
 }
 

@@ -18,7 +18,7 @@ use types::Cause;
 use crate::accept::Conn;
 use crate::exchange::ask;
 use crate::io::Io;
-use crate::metadata_exchange::{Strip, header};
+use crate::metadata_exchange::{Front, Strip, header};
 use crate::record::{Counts, Ended};
 use crate::upstream::{self, Endpoints, Open};
 use crate::worker::Worker;
@@ -52,12 +52,11 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Conn, mut down: Io) {
             }
             StreamStep::Relay { idle_timeout, duration_max } => {
                 let Some((up, ..)) = &mut upstream else { break };
-                let series = worker.telemetry.tcp_series(worker, conn, stream.info());
-                series.opened();
                 let limits = RelayLimits { idle: idle_timeout, until: duration_max.map(|max| Instant::now() + max) };
                 let ways = directions(worker, conn, up, attempt_held.as_deref());
-                let ending = relay(conn, (&mut down, up), ways, &series, &limits, &mut moved).await;
-                series.closed();
+                let mut meter = Meter::new(worker, conn, &mut stream);
+                let ending = relay(conn, (&mut down, up), ways, &limits, &mut meter).await;
+                moved = meter.close();
                 if let Some(cause) = ending {
                     stream.broke(cause);
                 }
@@ -142,10 +141,64 @@ fn directions(worker: &Worker, conn: &Conn, up: &Io, attempt: Option<&TcpAttempt
 }
 
 /// Bytes that passed: `received` from downstream, `sent` to it.
-#[derive(Default)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct Moved {
     received: u64,
     sent: u64,
+}
+
+/// Counts a connection, from when it is known who is at its ends: peers that agreed to tell have told,
+/// or will not.
+///
+/// *Source*: Istio's `istio_stats`, which reports a connection once its peer is known or it has ended.
+struct Meter<'a> {
+    worker: &'a Worker,
+    conn: &'a Conn,
+    stream: &'a mut Stream,
+    series: Option<Arc<Series>>,
+    moved: Moved,
+    counted: Moved,
+}
+
+impl<'a> Meter<'a> {
+    fn new(worker: &'a Worker, conn: &'a Conn, stream: &'a mut Stream) -> Self {
+        Self { worker, conn, stream, series: None, moved: Moved::default(), counted: Moved::default() }
+    }
+
+    /// Takes what has passed and was told. `false`: nothing has passed since.
+    fn take(&mut self, there: &mut OneWay, back: &mut OneWay) -> bool {
+        if let Some(metadata) = there.told.take() {
+            self.stream.met_downstream(metadata);
+        }
+        if let Some(metadata) = back.told.take() {
+            self.stream.met_upstream(metadata);
+        }
+        let now = Moved { received: there.passed(), sent: back.passed() };
+        let has_moved = now != self.moved;
+        self.moved = now;
+        if there.strip.is_none() && back.strip.is_none() && (has_moved || self.series.is_none()) {
+            self.count();
+        }
+        has_moved
+    }
+
+    fn count(&mut self) -> &Series {
+        let Self { worker, conn, stream, series, moved, counted } = self;
+        let series = series.get_or_insert_with(|| {
+            let series = worker.telemetry.tcp_series(worker, conn, stream.info());
+            series.opened();
+            series
+        });
+        series.bytes(moved.sent - counted.sent, moved.received - counted.received);
+        *counted = *moved;
+        series
+    }
+
+    /// The connection has ended.
+    fn close(mut self) -> Moved {
+        self.count().closed();
+        self.moved
+    }
 }
 
 struct RelayLimits {
@@ -170,6 +223,8 @@ struct OneWay {
     own: u64,
     /// The peer's metadata is taken off the front.
     strip: Option<Strip>,
+    /// What was taken off, until somebody asks.
+    told: Option<Box<[u8]>>,
 }
 
 impl OneWay {
@@ -242,11 +297,11 @@ impl OneWay {
     /// Replaces what was just read by what follows the peer's metadata.
     fn take_metadata(&mut self) {
         let Some(strip) = &mut self.strip else { return };
-        let rest = if self.read_done { Some(strip.end()) } else { strip.take(&self.buffer[..self.end]) };
-        if rest.is_some() {
-            self.strip = None;
+        let front = if self.read_done { Some(strip.end()) } else { strip.take(&self.buffer[..self.end]) };
+        self.buffer.clear();
+        if let Some(Front { metadata, rest }) = front {
+            (self.strip, self.told, self.buffer) = (None, metadata, rest);
         }
-        self.buffer = rest.unwrap_or_default();
         self.end = self.buffer.len();
     }
 }
@@ -256,9 +311,8 @@ async fn relay(
     conn: &Conn,
     (down, up): (&mut Io, &mut Io),
     (mut there, mut back): (OneWay, OneWay),
-    series: &Series,
     limits: &RelayLimits,
-    moved: &mut Moved,
+    meter: &mut Meter<'_>,
 ) -> Option<Cause> {
     let mut timer: Option<Pin<Box<tokio::time::Sleep>>> = None;
     let mut last = Instant::now();
@@ -270,9 +324,7 @@ async fn relay(
         }
         let to = there.poll(cx, down, up);
         let from = back.poll(cx, up, down);
-        if (there.passed(), back.passed()) != (moved.received, moved.sent) {
-            series.bytes(back.passed() - moved.sent, there.passed() - moved.received);
-            (moved.received, moved.sent) = (there.passed(), back.passed());
+        if meter.take(&mut there, &mut back) {
             last = Instant::now();
         }
         match (to, from) {

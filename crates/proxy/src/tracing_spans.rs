@@ -133,12 +133,13 @@ impl RequestTrace {
     /// Sends the span off, or both of them.
     pub(crate) fn finish(self, worker: &Worker, conn: &Conn, line: &Finishing<'_>) {
         let Some(Running { tracing, context, parent, upstream_span }) = self.running else { return };
-        let is_inbound = conn.state.direction == Direction::Inbound && !conn.state.is_gateway;
+        // A call of the workload's own is a client's; where it has a span of its own, this one is the server's.
+        let is_client = conn.state.direction == Direction::Outbound && upstream_span.is_none();
         let span = Span {
             trace_id: context.trace_id,
             id: context.span_id,
             parent_id: parent,
-            kind: if is_inbound || upstream_span.is_some() { SpanKind::Server } else { SpanKind::Client },
+            kind: if is_client { SpanKind::Client } else { SpanKind::Server },
             name: line.operation(),
             timestamp_us: line.ended.start.wall_nanos / 1000,
             duration_us: micros(line.ended.duration()),

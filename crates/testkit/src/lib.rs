@@ -15,7 +15,7 @@ pub mod tunnel;
 
 pub use http::{Client, Response};
 pub use http2::{Client2, Stream2};
-pub use mesh::{Applied, Mesh, Setup, Shared, lateen, run_lateen};
+pub use mesh::{Applied, Mesh, Setup, Shared, Turn, lateen, run_lateen};
 pub use puppet::Puppet;
 pub use tunnel::Tunnel;
 

@@ -31,7 +31,11 @@ pub(crate) fn context(
             CommonTlsContext {
                 tls_certificate_sds_secret_configs: vec![tls::agent_secret(tls::WORKLOAD_CERT)],
                 validation_context_type: Some(tls::mesh_peers(&context.trust_domains)),
-                alpn_protocols: tls::strings(if is_http { tls::ALPN_HTTP } else { tls::ALPN_TCP }),
+                alpn_protocols: tls::strings(if is_http {
+                    tls::ALPN_HTTP
+                } else {
+                    tls::alpn_of_bytes(context.view.capabilities)
+                }),
                 ..CommonTlsContext::default()
             },
             true,

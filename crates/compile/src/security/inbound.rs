@@ -346,7 +346,7 @@ fn chain(context: &Context<'_>, target: &Target, row: ChainRow, policies: &Polic
         let cluster = TcpTarget::Cluster(target.cluster.clone());
         filters.extend(filter::tcp(context, Direction::Inbound, &target.cluster, cluster, &TcpOptions::default()));
     }
-    let alpn = if row.is_http { tls::ALPN_HTTP } else { tls::ALPN_TCP };
+    let alpn = if row.is_http { tls::ALPN_HTTP } else { tls::alpn_of_bytes(context.view.capabilities) };
     let settings = context.snapshot.mesh_config().mesh_mtls.as_ref();
     FilterChain {
         name: if row.is_http { target.http_name.clone() } else { target.tcp_name.clone() },

@@ -92,6 +92,21 @@ fn strict_takes_nothing_but_tls() {
 }
 
 #[test]
+fn who_cannot_exchange_metadata_does_not_offer_to() {
+    let snapshot =
+        test_mesh::snapshot(&format!("{SERVICE}{}", peer_authentication("istio-system", "{mtls: {mode: STRICT}}")));
+    let mut view = test_mesh::view(ProxyKind::Sidecar, "shop", &["app=mixed"]);
+    view.capabilities = crate::view::Capabilities::NONE;
+    let offered: BTreeSet<String> = listener(&Context::new(&snapshot, &view))
+        .filter_chains
+        .iter()
+        .map(test_mesh::chain)
+        .filter_map(|chain| Some(chain.strip_suffix(')')?.rsplit_once(" suites ")?.1.to_owned()))
+        .collect();
+    assert_eq!(offered, BTreeSet::from(["h2,http/1.1".to_owned(), "istio,h2,http/1.1".to_owned()]));
+}
+
+#[test]
 fn disable_takes_plaintext() {
     check("DISABLE", 8080, &["raw_buffer -> HTTP"]);
     check("DISABLE", 9001, &["raw_buffer -> TCP"]);

@@ -18,6 +18,7 @@ use envoy_types::pb::google::protobuf::{BoolValue, Duration};
 use envoy_types::util::pack_any;
 
 use super::matchers;
+use crate::view::Capabilities;
 
 /// The secret with the workload's own certificate.
 pub(crate) const WORKLOAD_CERT: &str = "default";
@@ -29,7 +30,14 @@ const AGENT_CLUSTER: &str = "sds-grpc";
 /// ALPN of a chain that serves HTTP.
 pub(crate) const ALPN_HTTP: &[&str] = &["h2", "http/1.1"];
 /// ALPN of a chain that relays bytes of the mesh.
-pub(crate) const ALPN_TCP: &[&str] = &["istio-peer-exchange", "h2", "http/1.1"];
+const ALPN_TCP: &[&str] = &["istio-peer-exchange", "h2", "http/1.1"];
+/// The same of a server that would take a peer's metadata for bytes of the application.
+const ALPN_TCP_PLAIN: &[&str] = &["istio", "h2", "http/1.1"];
+
+/// ALPN of a chain that relays bytes of the mesh, by what the server can do.
+pub(crate) fn alpn_of_bytes(capabilities: Capabilities) -> &'static [&'static str] {
+    if capabilities.has_metadata_exchange { ALPN_TCP } else { ALPN_TCP_PLAIN }
+}
 
 /// Suites of mesh TLS 1.2, best first; the last two are for old peers.
 const MESH_SUITES: &[&str] = &[

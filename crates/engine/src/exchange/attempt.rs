@@ -1,7 +1,7 @@
 //! Picks an endpoint and everything an attempt needs.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use smallvec::SmallVec;
 use types::{Cause, RequestHead, Version};
@@ -68,17 +68,7 @@ pub(crate) fn make(
             }
         }
     };
-    let alpn = plan.alpn.filter(|_| !cluster.keep_alpn && transport.tls.is_some()).map(|overrides| match protocol {
-        UpstreamProtocol::Http1 => match plan.head.map(|head| head.version) {
-            Some(Version::Http10) => &overrides.http10,
-            _ => &overrides.http11,
-        },
-        UpstreamProtocol::Http2 | UpstreamProtocol::Auto => &overrides.http2,
-    });
-    let alpn = match alpn {
-        Some(list) if !list.is_empty() => AlpnList::Override(Arc::clone(list)),
-        _ => AlpnList::Transport,
-    };
+    let alpn = alpn(&plan, cluster, &transport, protocol);
     note(recorder, Stage::Transport, None, || {
         let name = if transport.tls.is_some() { "tls" } else { "plaintext" };
         (name.to_owned(), transport.name.to_string())
@@ -101,6 +91,37 @@ pub(crate) fn make(
         mirrors: Vec::new(),
     };
     Ok((attempt, priority))
+}
+
+/// The ALPN list to offer: what `istio.alpn` says of the request, else the transport's own. Where that
+/// is empty, a request's protocol is said all the same, so that the server need not guess it.
+///
+/// *Source*: Envoy's HTTP connection pools (`applicationProtocolFallback`).
+fn alpn(
+    plan: &Plan<'_>,
+    cluster: &Cluster,
+    transport: &crate::cluster::TransportSocket,
+    protocol: UpstreamProtocol,
+) -> AlpnList {
+    static HTTP1: LazyLock<Arc<[Box<str>]>> = LazyLock::new(|| Arc::from([Box::from("http/1.1")]));
+    static HTTP2: LazyLock<Arc<[Box<str>]>> = LazyLock::new(|| Arc::from([Box::from("h2")]));
+    static EITHER: LazyLock<Arc<[Box<str>]>> = LazyLock::new(|| Arc::from([Box::from("h2"), Box::from("http/1.1")]));
+    let (Some(tls), Some(head)) = (&transport.tls, plan.head) else { return AlpnList::Transport };
+    let overridden = plan.alpn.filter(|_| !cluster.keep_alpn).map(|overrides| match protocol {
+        UpstreamProtocol::Http1 if head.version == Version::Http10 => &overrides.http10,
+        UpstreamProtocol::Http1 => &overrides.http11,
+        UpstreamProtocol::Http2 | UpstreamProtocol::Auto => &overrides.http2,
+    });
+    let fallback = match protocol {
+        UpstreamProtocol::Http1 => &HTTP1,
+        UpstreamProtocol::Http2 => &HTTP2,
+        UpstreamProtocol::Auto => &EITHER,
+    };
+    match overridden {
+        Some(list) if !list.is_empty() => AlpnList::Override(Arc::clone(list)),
+        _ if tls.alpn.is_empty() => AlpnList::Override(Arc::clone(fallback)),
+        _ => AlpnList::Transport,
+    }
 }
 
 /// Server name and name to verify.

@@ -1048,6 +1048,48 @@ fn peers_exchange_who_they_are() {
 }
 
 #[test]
+fn a_request_over_tls_says_its_protocol() {
+    use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
+    use envoy_types::pb::envoy::extensions::upstreams::http::v3::{
+        HttpProtocolOptions, http_protocol_options as options,
+    };
+    use options::explicit_http_config::ProtocolConfig;
+    let offered = |alpn: &[&str], upstream: options::UpstreamProtocolOptions| {
+        let context = tls::UpstreamTlsContext {
+            common_tls_context: Some(tls::CommonTlsContext {
+                alpn_protocols: alpn.iter().map(|name| (*name).to_owned()).collect(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let http = HttpProtocolOptions { upstream_protocol_options: Some(upstream), ..Default::default() };
+        let mut to_tls = cluster("a", &[8001]);
+        to_tls.transport_socket = Some(core::TransportSocket {
+            name: "tls".to_owned(),
+            config_type: Some(core::transport_socket::ConfigType::TypedConfig(pack(&context))),
+        });
+        to_tls.typed_extension_protocol_options =
+            [("envoy.extensions.upstreams.http.v3.HttpProtocolOptions".to_owned(), pack(&http))].into();
+        let world = Http::new(vec![host(&["*"], vec![to("/", "a")])], vec![to_tls]).build();
+        let mut call = world.start(get("a", "/"));
+        let attempt = call.attempt();
+        attempt.alpn.list(&attempt.transport).join(",")
+    };
+    let explicit = |config| {
+        options::UpstreamProtocolOptions::ExplicitHttpConfig(options::ExplicitHttpConfig {
+            protocol_config: Some(config),
+        })
+    };
+    let http1 = || explicit(ProtocolConfig::HttpProtocolOptions(core::Http1ProtocolOptions::default()));
+    let http2 = || explicit(ProtocolConfig::Http2ProtocolOptions(core::Http2ProtocolOptions::default()));
+    let auto = options::UpstreamProtocolOptions::AutoConfig(options::AutoHttpConfig::default());
+    assert_eq!(offered(&[], http1()), "http/1.1");
+    assert_eq!(offered(&[], http2()), "h2");
+    assert_eq!(offered(&[], auto), "h2,http/1.1");
+    assert_eq!(offered(&["own"], http2()), "own");
+}
+
+#[test]
 fn mirrors_are_copies_with_limits_of_their_own() {
     let one = with(to("/", "a"), |action| {
         action.request_mirror_policies = vec![route::route_action::RequestMirrorPolicy {

@@ -159,6 +159,16 @@ impl Stream {
         }
     }
 
+    /// The client told who it is: node metadata as `x-envoy-peer-metadata` holds it.
+    pub fn met_downstream(&mut self, metadata: Box<[u8]>) {
+        self.info.downstream_peer = Some(metadata);
+    }
+
+    /// The server told who it is.
+    pub fn met_upstream(&mut self, metadata: Box<[u8]>) {
+        self.info.upstream_peer = Some(metadata);
+    }
+
     /// Marks why it ended.
     pub fn broke(&mut self, cause: Cause) {
         self.info.causes.push(cause);

@@ -13,6 +13,9 @@ use types::Labels;
 
 /// Peers remembered before all are forgotten.
 const PEERS_MAX: usize = 2048;
+/// Metadata that is longer is not looked at: no workload needs so much to say who it is, and what is
+/// remembered is what peers chose to send.
+const METADATA_MAX: usize = 16 * 1024;
 
 /// Peers by what they told of themselves, under each identity they proved. Looked up with what a
 /// request brings, without a copy of it.
@@ -55,7 +58,7 @@ impl Peers {
     /// A client, by the metadata it sent and the identity it proved.
     pub(crate) fn of_header(&self, header: Option<&[u8]>, principal: Option<&str>) -> Arc<Peer> {
         let principal = principal.unwrap_or_default();
-        let header = header.unwrap_or_default();
+        let header = header.filter(|header| header.len() <= METADATA_MAX).unwrap_or_default();
         if header.is_empty() && principal.is_empty() {
             return Arc::clone(&self.unknown);
         }
@@ -67,7 +70,7 @@ impl Peers {
     pub(crate) fn of_endpoint(&self, info: &StreamInfo) -> Arc<Peer> {
         let endpoint = info.picked.as_ref().and_then(|picked| picked.endpoint.as_ref());
         let workload = endpoint.map_or("", |endpoint| &*endpoint.workload);
-        let header = info.upstream_peer.as_deref().unwrap_or_default();
+        let header = info.upstream_peer.as_deref().filter(|header| header.len() <= METADATA_MAX).unwrap_or_default();
         let principal = server_principal(info);
         if header.is_empty() && workload.is_empty() {
             return Arc::clone(&self.unknown);
