@@ -25,7 +25,7 @@ use engine::record::NoRecord;
 use engine::{Now, RuntimeConfig};
 use telemetry::metrics::{Counter, Gauge};
 use tokio::time::Instant;
-use types::{Cause, Fields, RequestHead, ResponseHead};
+use types::{Cause, Fields, RequestHead, ResponseHead, Version};
 
 use crate::accept::Conn;
 use crate::alarm::Alarm;
@@ -344,7 +344,8 @@ impl Driver<'_, '_> {
         let endpoints = leased.endpoints.clone();
         let over_http2 = leased.is_http2();
         self.moved = Instant::now();
-        self.log.sent(&endpoints, self.moved.into_std());
+        let version = if over_http2 { Version::Http2 } else { Version::Http11 };
+        self.log.sent(&endpoints, version, self.moved.into_std());
         let mut running = match leased.start(self.head, self.upload.ended) {
             Ok(running) => running,
             Err(broken) => return Some(self.failed(failure_of(broken, false))),

@@ -15,7 +15,7 @@ use engine::facts::{ConnFacts, Now};
 use telemetry::log::LineSink;
 use telemetry::metrics::{Destination, Flags, Protocol, Reporter, RequestSample, Security, Series, SeriesKey};
 use telemetry::peer::Peer;
-use types::{Cause, Fields, RequestHead, ResponseHead};
+use types::{Cause, Fields, RequestHead, ResponseHead, Version};
 
 use crate::accept::Conn;
 use crate::proxy::Shared;
@@ -321,6 +321,7 @@ pub(crate) struct RequestLog {
     start: Now,
     chain: Arc<FilterChain>,
     upstream: Endpoints,
+    upstream_version: Version,
     sent: Option<std::time::Instant>,
     head: Option<std::time::Instant>,
     status: u16,
@@ -345,6 +346,7 @@ impl RequestLog {
             start,
             chain: Arc::clone(chain),
             upstream: Endpoints::default(),
+            upstream_version: Version::default(),
             sent: None,
             head: None,
             status: 0,
@@ -354,8 +356,9 @@ impl RequestLog {
     }
 
     /// The request goes to an upstream.
-    pub(crate) fn sent(&mut self, upstream: &Endpoints, now: std::time::Instant) {
+    pub(crate) fn sent(&mut self, upstream: &Endpoints, version: Version, now: std::time::Instant) {
         self.upstream = upstream.clone();
+        self.upstream_version = version;
         self.sent = Some(now);
     }
 
@@ -427,7 +430,8 @@ impl RequestLog {
             };
             crate::access::write(telemetry, &hcm.access_log, &line);
         }
-        self.tracing.finish(worker, conn, &Finishing { head, status, info, ended: &ended, counts });
+        let upstream_version = self.upstream_version;
+        self.tracing.finish(worker, conn, &Finishing { head, status, info, ended: &ended, counts, upstream_version });
     }
 }
 

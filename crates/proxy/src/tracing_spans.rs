@@ -21,7 +21,7 @@ use telemetry::metrics::{Counter, Recorder};
 use telemetry::trace::{Extracted, Propagation, TraceContext, extract, inject};
 use telemetry::zipkin::{Span, SpanKind, encode};
 use tokio::sync::mpsc;
-use types::{RequestHead, wellknown::marks};
+use types::{RequestHead, Version, wellknown::marks};
 
 use crate::accept::Conn;
 use crate::proxy::Shared;
@@ -157,7 +157,7 @@ impl RequestTrace {
                 timestamp_us: span.timestamp_us + micros(waited),
                 duration_us: micros(line.ended.duration().saturating_sub(waited)),
                 service_name: Arc::clone(&span.service_name),
-                tags: line.upstream_tags(),
+                tags: line.upstream_tags(&tracing),
                 ..span
             };
             send_off(worker, &tracing, child);
@@ -185,6 +185,8 @@ pub(crate) struct Finishing<'a> {
     pub(crate) info: &'a StreamInfo,
     pub(crate) ended: &'a Ended,
     pub(crate) counts: &'a Counts,
+    /// What the last attempt spoke.
+    pub(crate) upstream_version: Version,
 }
 
 impl Finishing<'_> {
@@ -223,18 +225,42 @@ impl Finishing<'_> {
     }
 
     /// Of a gateway's call: *Source*: Envoy's router, upstream span.
-    fn upstream_tags(&self) -> Tags {
-        let mut tags: Tags = vec![("component".into(), "proxy".into())];
+    fn upstream_tags(&self, tracing: &Tracing) -> Tags {
+        let mut tags: Tags =
+            vec![("component".into(), "proxy".into()), ("http.protocol".into(), self.upstream_version.as_str().into())];
         if let Some(address) = self.upstream_address() {
             tags.push(("peer.address".into(), address));
         }
         self.outcome(&mut tags);
+        self.custom(tracing, &mut tags);
         tags
+    }
+
+    /// What the configuration adds.
+    fn custom(&self, tracing: &Tracing, tags: &mut Tags) {
+        for (name, source) in &tracing.tags {
+            let value = match source {
+                TagSource::Literal(text) => text.to_string(),
+                TagSource::Environment(variable, other) => {
+                    std::env::var(&**variable).unwrap_or_else(|_| other.to_string())
+                }
+                TagSource::Header(field, other) => self.header(field).unwrap_or_else(|| other.to_string()),
+                TagSource::Metadata(filter, path, other) => match self.info.metadata.at(filter, path) {
+                    Some(serde_json::Value::String(text)) => text.clone(),
+                    Some(value) => value.to_string(),
+                    None => other.to_string(),
+                },
+            };
+            tags.push((name.to_string().into(), value.into()));
+        }
+    }
+
+    fn header(&self, name: &str) -> Option<String> {
+        self.head.header(name).map(|value| String::from_utf8_lossy(&value).into_owned())
     }
 
     /// *Source*: Envoy's `HttpTracerUtility`.
     fn tags(&self, worker: &Worker, conn: &Conn, tracing: &Tracing) -> Tags {
-        let header = |name: &str| self.head.header(name).map(|value| String::from_utf8_lossy(&value).into_owned());
         let path = String::from_utf8_lossy(self.head.path());
         let path: String = path.chars().take(tracing.path_tag_max as usize).collect();
         let mut url = String::new();
@@ -242,14 +268,14 @@ impl Finishing<'_> {
         let mut tags: Tags = vec![
             ("component".into(), "proxy".into()),
             ("node_id".into(), worker.config().node.id.clone()),
-            ("guid:x-request-id".into(), header("x-request-id").unwrap_or_default().into()),
+            ("guid:x-request-id".into(), self.header("x-request-id").unwrap_or_default().into()),
             ("http.url".into(), url.into()),
             ("http.method".into(), self.head.method().into()),
             (
                 "downstream_cluster".into(),
-                header("x-envoy-downstream-service-cluster").unwrap_or_else(|| "-".into()).into(),
+                self.header("x-envoy-downstream-service-cluster").unwrap_or_else(|| "-".into()).into(),
             ),
-            ("user_agent".into(), header("user-agent").unwrap_or_else(|| "-".into()).into()),
+            ("user_agent".into(), self.header("user-agent").unwrap_or_else(|| "-".into()).into()),
             ("http.protocol".into(), self.head.version.as_str().into()),
             ("peer.address".into(), conn.facts.peer.ip().to_string().into()),
             ("request_size".into(), self.counts.request_bytes.to_string().into()),
@@ -266,21 +292,7 @@ impl Finishing<'_> {
                 tags.push((name.into(), value.clone()));
             }
         }
-        for (name, source) in &tracing.tags {
-            let value = match source {
-                TagSource::Literal(text) => text.to_string(),
-                TagSource::Environment(variable, other) => {
-                    std::env::var(&**variable).unwrap_or_else(|_| other.to_string())
-                }
-                TagSource::Header(field, other) => header(field).unwrap_or_else(|| other.to_string()),
-                TagSource::Metadata(filter, path, other) => match self.info.metadata.at(filter, path) {
-                    Some(serde_json::Value::String(text)) => text.clone(),
-                    Some(value) => value.to_string(),
-                    None => other.to_string(),
-                },
-            };
-            tags.push((name.to_string().into(), value.into()));
-        }
+        self.custom(tracing, &mut tags);
         tags
     }
 }

@@ -190,7 +190,7 @@ fn with<'a>(mesh: &'a Mesh, manifests: &str) -> Applied<'a> {
 fn settled(mesh: &Mesh) {
     for whence in envoys() {
         eventually("what was replaced has drained", || {
-            let stats = admin(mesh, &whence, "/stats?filter=warming|draining");
+            let stats = admin(mesh, &whence, "/stats?filter=listener_manager.total|cluster_manager.warming");
             let wanted = ["total_listeners_warming", "total_listeners_draining", "total_filter_chains_draining"];
             let quiet = wanted.iter().all(|name| stats.contains(&format!("listener_manager.{name}: 0")));
             if quiet && stats.contains("cluster_manager.warming_clusters: 0") { Ok(()) } else { Err(stats) }
