@@ -1050,10 +1050,10 @@ fn peers_exchange_who_they_are() {
 #[test]
 fn a_request_over_tls_says_its_protocol() {
     use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
+    use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_options::explicit_http_config::ProtocolConfig;
     use envoy_types::pb::envoy::extensions::upstreams::http::v3::{
         HttpProtocolOptions, http_protocol_options as options,
     };
-    use options::explicit_http_config::ProtocolConfig;
     let offered = |alpn: &[&str], upstream: options::UpstreamProtocolOptions| {
         let context = tls::UpstreamTlsContext {
             common_tls_context: Some(tls::CommonTlsContext {
