@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use api::Positions;
-use types::{Finding, ObjectRef, Severity};
+use api::{Kind, Positions};
+use types::{Finding, NamespacedName, ObjectRef, Severity};
 
 use crate::state::StateError;
 use crate::store::{Action, Mode, Origin, Outcome, Store};
@@ -39,12 +39,21 @@ pub struct Files {
     seen: Mutex<BTreeMap<PathBuf, Stamp>>,
     findings: Mutex<Vec<Finding>>,
     positions: Mutex<BTreeMap<ObjectRef, Positions>>,
+    /// Refused because what they replace is still ending.
+    waiting: Mutex<Vec<(Kind, NamespacedName)>>,
 }
 
 impl Files {
     /// Nothing is read yet.
     pub fn new(sources: Vec<Source>, store: Arc<Store>) -> Self {
-        Self { sources, store, seen: Mutex::default(), findings: Mutex::default(), positions: Mutex::default() }
+        Self {
+            sources,
+            store,
+            seen: Mutex::default(),
+            findings: Mutex::default(),
+            positions: Mutex::default(),
+            waiting: Mutex::default(),
+        }
     }
 
     /// Adds file and line to a finding about an object of these files that has none: those of its
@@ -121,6 +130,13 @@ impl Files {
                 self.store.delete(kind, &key)?;
             }
         }
+        let objects = self.store.objects();
+        let refused = outcomes.iter().filter(|outcome| outcome.action == Action::Refused);
+        let ending = refused.filter_map(|outcome| outcome.object.as_ref()).filter_map(|object| {
+            let (kind, key) = (Kind::parse(&object.kind)?, NamespacedName::new(&object.namespace, &object.name));
+            objects.find(kind, &key)?.meta.deleted.then_some((kind, key))
+        });
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = ending.collect();
         *self.positions.lock().unwrap_or_else(PoisonError::into_inner) = positions;
         for finding in &mut findings {
             self.place(finding);
@@ -141,10 +157,17 @@ impl Files {
             let (paths, _) = self.paths();
             let now: BTreeMap<PathBuf, Stamp> = paths.into_iter().map(|path| (path.clone(), stamp(&path))).collect();
             let changed = *self.seen.lock().unwrap_or_else(PoisonError::into_inner) != now;
-            if changed {
+            if changed || self.has_room() {
                 return self.sync();
             }
         }
+    }
+
+    /// Whether something that was in the way of an object is gone.
+    fn has_room(&self) -> bool {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let objects = self.store.objects();
+        waiting.iter().any(|(kind, key)| objects.find(*kind, key).is_none())
     }
 
     /// All files, sorted within a folder, and folders that cannot be read.
@@ -208,8 +231,6 @@ fn unreadable(path: &Path, error: &io::Error) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use api::Kind;
-    use types::NamespacedName;
 
     fn map(name: &str, value: &str) -> String {
         format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {name}}}\ndata: {{k: \"{value}\"}}\n---\n")
@@ -219,6 +240,24 @@ mod tests {
         let objects = store.objects();
         let (_, map) = objects.get::<api::k8s::ConfigMap>("default", name)?;
         map.data.get("k").cloned()
+    }
+
+    #[tokio::test]
+    async fn a_pod_comes_back_when_the_one_before_has_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("pod.yaml");
+        let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec: {containers: [{name: c, image: i}]}\n";
+        std::fs::write(&file, pod).unwrap();
+        let store = Arc::new(Store::in_memory());
+        let files = Files::new(vec![Source::Path(file)], Arc::clone(&store));
+        assert_eq!(files.sync().unwrap()[0].action, Action::Created);
+        let key = NamespacedName::new("default", "p");
+        store.delete(Kind::Pod, &key).unwrap();
+        assert_eq!(files.sync().unwrap()[0].action, Action::Refused);
+        assert!(files.findings()[0].message.contains("still ending"));
+        store.remove_pod(&key);
+        assert_eq!(files.changed().await.unwrap()[0].action, Action::Created);
+        assert!(files.findings().is_empty());
     }
 
     #[test]

@@ -324,6 +324,11 @@ impl Draft {
             self.ensure_namespace(&key.namespace);
         }
         let live = self.next.objects.find(kind, &key).cloned();
+        if kind == Kind::Pod && from_user && live.as_ref().is_some_and(|live| live.meta.deleted) {
+            let message = "the pod of this name is still ending".to_owned();
+            findings.push(*refusal(&object, "", message, "apply it again once it is gone; files do so by themselves"));
+            return Outcome { object: Some(reference), action: Action::Refused, findings };
+        }
         let before = self.next.applied.get(&(kind, key.clone()));
         if live.is_some()
             && matches!(&origin, Origin::File(_))
@@ -458,15 +463,8 @@ impl Draft {
             return Ok(());
         };
         if !keeps_spec(object, live, last) {
-            return Err(Box::new(Finding {
-                code: api::codes::SCHEMA.into(),
-                severity: Severity::Error,
-                object: Some(object.reference()),
-                field: "spec".into(),
-                position: None,
-                message: "the spec of a pod cannot be changed".into(),
-                hint: "delete the pod first, or let a Deployment replace it".into(),
-            }));
+            let message = "the spec of a pod cannot be changed".to_owned();
+            return Err(refusal(object, "spec", message, "delete the pod first, or let a Deployment replace it"));
         }
         set_or_remove(next, "spec", live.raw.get("spec").cloned());
         Ok(())
@@ -488,17 +486,7 @@ impl Draft {
             .filter(|(other, _)| other.key() != object.key())
             .map(|(other, service)| (service.spec.cluster_ip.as_str(), other.key()))
             .collect();
-        let refuse = |message: String, hint: &str| {
-            Box::new(Finding {
-                code: api::codes::SCHEMA.into(),
-                severity: Severity::Error,
-                object: Some(object.reference()),
-                field: "spec.clusterIP".into(),
-                position: None,
-                message: message.into(),
-                hint: hint.into(),
-            })
-        };
+        let refuse = |message: String, hint: &str| refusal(object, "spec.clusterIP", message, hint);
         let ip = match (wanted, had) {
             (Some(wanted), Some(had)) if wanted != had => {
                 return Err(refuse(
@@ -585,6 +573,18 @@ impl Draft {
         let object = Arc::new(Object { raw: Arc::new(last), ..(*live).clone() });
         self.events.push(StoreEvent { kind: EventKind::Deleted, object });
     }
+}
+
+fn refusal(object: &Object, field: &str, message: String, hint: &str) -> Box<Finding> {
+    Box::new(Finding {
+        code: api::codes::SCHEMA.into(),
+        severity: Severity::Error,
+        object: Some(object.reference()),
+        field: field.into(),
+        position: None,
+        message: message.into(),
+        hint: hint.into(),
+    })
 }
 
 /// Whether a pod is asked to be what it was asked to be before: what the user wrote then is in `last`,

@@ -88,7 +88,11 @@ pub(crate) fn apply(args: &ApplyArgs) -> Result<()> {
         applied.extend(parsed.into_iter().map(|parsed| (parsed.object.reference(), parsed.positions)));
         let file = name.replace(['&', ' ', '#', '?'], "_");
         let uri = format!("/objects?file={file}&namespace={}&dryRun={}", args.namespace, args.dry_run);
-        let report: Report = block_on(async { Ok(client.post(&uri, text.into_bytes()).await?) })?;
+        let mut report: Report = block_on(async { Ok(client.post(&uri, text.into_bytes()).await?) })?;
+        for finding in report.findings.iter_mut().filter(|finding| finding.position.is_none()) {
+            let positions = finding.object.as_ref().and_then(|object| applied.get(object));
+            finding.position = positions.map(|positions: &Positions| positions.at(&finding.field));
+        }
         for outcome in &report.outcomes {
             let object = &outcome.object;
             output::line(&format!("{}/{} {}", super::resource_named(&object.kind), object.name, outcome.action));
