@@ -217,6 +217,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         "\x01HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 204 No\r\n\r\n",
         "\x01HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
         "\x01HTTP/1.0 200 OK\r\n\r\nuntil the end",
+        "\x01HTTP/1.1 200 OK\r\nHost: a\r\nContent-Length: 0\r\n\r\n",
         "\x02HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n",
         "\x03HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\nbytes",
         "\x04HTTP/1.1 200 OK\r\n\r\nbytes",

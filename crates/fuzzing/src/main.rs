@@ -85,10 +85,17 @@ fn fuzz(target: Target, budget: Duration, seed: u64) -> bool {
     true
 }
 
+/// An input may take so long, twice in a row: once may be the machine's fault.
+const SLOW: Duration = Duration::from_secs(10);
+
 fn one(target: Target, input: &[u8]) -> Option<u64> {
-    let began = Instant::now();
-    let result = catch_unwind(AssertUnwindSafe(|| (target.run)(input)));
-    let slow = began.elapsed() > Duration::from_secs(10);
+    let timed = || {
+        let began = Instant::now();
+        let result = catch_unwind(AssertUnwindSafe(|| (target.run)(input)));
+        (result, began.elapsed() > SLOW)
+    };
+    let (result, slow) = timed();
+    let slow = slow && timed().1;
     match result {
         Ok(signature) if !slow => Some(signature),
         _ => {

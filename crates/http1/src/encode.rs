@@ -23,7 +23,8 @@ pub fn encode_request(out: &mut BytesMut, head: &RequestHead, framing: Framing) 
     out.put_slice(b" HTTP/1.1\r\nhost: ");
     out.put_slice(head.authority());
     out.put_slice(b"\r\n");
-    put_fields(out, &head.fields);
+    // the authority has been written as the one Host; a response may have a field of that name
+    put_fields(out, &head.fields, |name| name == "host");
     if let Some(protocol) = protocol {
         out.put_slice(b"connection: upgrade\r\nupgrade: ");
         out.put_slice(protocol);
@@ -59,9 +60,10 @@ fn check_fields(fields: &Fields) -> Result<(), UnsafeHead> {
     }
 }
 
-fn put_fields(out: &mut BytesMut, fields: &Fields) {
+/// Writes the fields, without those that belong to the framing or this hop, and those that are `written` already.
+fn put_fields(out: &mut BytesMut, fields: &Fields, written: impl Fn(&str) -> bool) {
     for (name, value) in fields.iter() {
-        if matches!(name, "content-length" | "host") || is_hop_by_hop(name) {
+        if name == "content-length" || is_hop_by_hop(name) || written(name) {
             continue;
         }
         out.put_slice(name.as_bytes());
@@ -114,7 +116,7 @@ pub fn encode_response(
     out.put_u8(b' ');
     out.put_slice(reason_phrase(head.status).as_bytes());
     out.put_slice(b"\r\n");
-    put_fields(out, &head.fields);
+    put_fields(out, &head.fields, |_| false);
     let upgrade = head.fields.get("upgrade").filter(|_| head.status == 101);
     if let Some(protocol) = upgrade {
         out.put_slice(b"connection: upgrade\r\nupgrade: ");

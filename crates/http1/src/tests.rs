@@ -295,6 +295,8 @@ fn responses_are_written_so() {
         write(200, Framing::Chunked, false, &[("content-length", "5"), ("connection", "x")]),
         "HTTP/1.1 200 OK\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
     );
+    // of a request it would be the authority
+    assert_eq!(write(204, Framing::None, true, &[("host", "a")]), "HTTP/1.1 204 No Content\r\nhost: a\r\n\r\n");
     assert_eq!(
         write(304, Framing::None, true, &[("content-length", "5")]),
         "HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\n\r\n"
