@@ -121,6 +121,7 @@ impl Telemetry {
     pub(crate) fn connection_refused(&self, worker: &Worker, listener: &Listener, facts: &ConnFacts, cause: Cause) {
         let mut info = StreamInfo::default();
         info.causes.push(cause);
+        info.details = engine::exchange::Details::Static(cause.surface().details);
         crate::access::connection(
             self,
             worker,
