@@ -133,10 +133,7 @@ const LEAVE_AFTER: Duration = Duration::from_secs(1);
 
 /// Returns when a connection with nothing under way should end: some time after it began to drain.
 async fn leaves(conn: &Conn) {
-    let drained = conn.state.drained.notified();
-    if !conn.is_draining() {
-        drained.await;
-    }
+    poll_fn(|cx| conn.state.poll_draining(cx)).await;
     tokio::time::sleep(LEAVE_AFTER).await;
 }
 
@@ -332,7 +329,7 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
         let accepted = tokio::select! {
             biased;
             accepted = poll_fn(|cx| connection.poll_accept(cx)) => accepted,
-            () = conn.state.drained.notified(), if !draining => continue,
+            () = poll_fn(|cx| conn.state.poll_draining(cx)), if !draining => continue,
             () = sleep_until(until) => {
                 if drain_until.is_some() {
                     connection.abrupt_shutdown(h2::Reason::NO_ERROR);

@@ -316,10 +316,9 @@ async fn relay(
 ) -> Option<Cause> {
     let mut timer: Option<Pin<Box<tokio::time::Sleep>>> = None;
     let mut last = Instant::now();
-    let mut drained = std::pin::pin!(conn.state.drained.notified());
     let mut drain_until: Option<Instant> = None;
     let cause = poll_fn(|cx| {
-        if conn.is_draining() || drained.as_mut().poll(cx).is_ready() {
+        if conn.state.poll_draining(cx).is_ready() {
             drain_until.get_or_insert_with(|| Instant::now() + conn.state.drain_time);
         }
         let to = there.poll(cx, down, up);

@@ -11,6 +11,7 @@ use std::panic::AssertUnwindSafe;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use engine::chain::{Direction, FilterChain, Terminal};
@@ -18,7 +19,7 @@ use engine::exchange::Env;
 use engine::{Now, RuntimeConfig};
 use futures_util::FutureExt as _;
 use telemetry::metrics::{Counter, Recorder};
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::accept::Accepted;
 use crate::proxy::Shared;
@@ -84,7 +85,8 @@ pub(crate) struct ConnState {
     /// The newest version of its chain: the one that was chosen, or what stood in its place later.
     chain: RefCell<Arc<FilterChain>>,
     draining: Cell<bool>,
-    pub(crate) drained: Notify,
+    /// The connection's task, when it waits for [`Self::drain`]. No other task does.
+    waiting: Cell<Option<Waker>>,
     /// What is left after this is cut.
     pub(crate) drain_time: Duration,
     /// The proxy is a gateway: it reports as a source.
@@ -98,9 +100,22 @@ impl ConnState {
     }
 
     pub(crate) fn drain(&self) {
-        if !self.draining.replace(true) {
-            self.drained.notify_waiters();
+        if !self.draining.replace(true)
+            && let Some(waker) = self.waiting.take()
+        {
+            waker.wake();
         }
+    }
+
+    /// Ready once the connection drains. For its own task only: the last one that asked is woken. A
+    /// connection that falls idle asks each time, so this takes no lock, and keeps the waker it has.
+    pub(crate) fn poll_draining(&self, cx: &Context<'_>) -> Poll<()> {
+        if self.is_draining() {
+            return Poll::Ready(());
+        }
+        let waker = self.waiting.take().filter(|known| known.will_wake(cx.waker()));
+        self.waiting.set(Some(waker.unwrap_or_else(|| cx.waker().clone())));
+        Poll::Pending
     }
 
     /// The chain whose filters the next request meets. When the configuration has no such chain any
@@ -220,7 +235,7 @@ impl Worker {
             listener: Arc::clone(listener),
             chain: RefCell::new(current),
             draining: Cell::new(self.draining.get().is_some_and(|scope| scope.covers(direction))),
-            drained: Notify::new(),
+            waiting: Cell::default(),
             drain_time: self.shared.drain_time,
             is_gateway: self.shared.is_gateway,
         });
