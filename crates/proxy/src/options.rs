@@ -220,12 +220,20 @@ impl Options {
         let need = |name: &'static str| get(name).ok_or(InvalidOptions::Missing(name));
         let (pod, namespace, ip) = (need("POD_NAME")?, need("POD_NAMESPACE")?, need("INSTANCE_IP")?);
         let domain = get("DOMAIN_SUFFIX").unwrap_or(DEFAULT_DOMAIN_SUFFIX);
+        let config: serde_json::Value = match get("PROXY_CONFIG") {
+            Some(value) => serde_json::from_str(value).map_err(|_| InvalidOptions::Bad {
+                name: "PROXY_CONFIG",
+                value: value.to_owned(),
+                wanted: "JSON",
+            })?,
+            None => serde_json::Value::Null,
+        };
         let kind = if role == Role::Router { "router" } else { "sidecar" };
         let node = Node {
             id: format!("{kind}~{ip}~{pod}.{namespace}~{namespace}.svc.{domain}"),
             cluster: get("ISTIO_META_WORKLOAD_NAME")
                 .map_or_else(|| pod.to_owned(), |name| format!("{name}.{namespace}")),
-            metadata: Some(metadata(variables, &read)),
+            metadata: Some(metadata(variables, &config, &read)),
             locality: get("ISTIO_LOCALITY").map(|text| {
                 let mut parts = text.split('/').map(str::to_owned);
                 Locality {
@@ -264,8 +272,18 @@ impl Options {
         };
         options.concurrency =
             number(variables, "ISTIO_META_CONCURRENCY")?.or(number(variables, "CONCURRENCY")?).unwrap_or(2);
+        if let Some(drain) = configured_duration(&config, "drainDuration", 1)? {
+            options.drain_time = drain;
+        }
+        if let Some(drain) = configured_duration(&config, "terminationDrainDuration", 0)? {
+            options.termination.drain = drain;
+        }
+        // the older way to say it holds where both do
         if let Some(seconds) = number(variables, "TERMINATION_DRAIN_DURATION_SECONDS")? {
             options.termination.drain = Duration::from_secs(seconds as u64);
+        }
+        if let Some(minimum) = duration(variables, "MINIMUM_DRAIN_DURATION")? {
+            options.termination.minimum = minimum;
         }
         options.termination.exit_on_zero = get("EXIT_ON_ZERO_ACTIVE_CONNECTIONS") == Some("true");
         options.dns_upstream = read("/etc/resolv.conf").map(|text| nameservers(&text)).unwrap_or_default();
@@ -273,20 +291,6 @@ impl Options {
             options.dns_upstream = servers.split(',').filter_map(|server| server.trim().parse().ok()).collect();
         }
         options.app_metrics = get("ISTIO_PROMETHEUS_ANNOTATIONS").and_then(app_metrics);
-        let config: serde_json::Value = match get("PROXY_CONFIG") {
-            Some(value) => serde_json::from_str(value).map_err(|_| InvalidOptions::Bad {
-                name: "PROXY_CONFIG",
-                value: value.to_owned(),
-                wanted: "JSON",
-            })?,
-            None => serde_json::Value::Null,
-        };
-        if let Some(value) = config["drainDuration"].as_str() {
-            options.drain_time = go_duration(value).filter(|time| time.as_secs() > 0).ok_or_else(|| {
-                let (name, wanted) = ("drainDuration", "a duration of at least one second, such as 45s");
-                InvalidOptions::Bad { name, value: value.to_owned(), wanted }
-            })?;
-        }
         options.binary = config["binaryPath"].as_str().filter(|path| !path.is_empty()).map(PathBuf::from);
         options.take_signals = true;
         Ok(options)
@@ -328,6 +332,27 @@ fn go_duration(text: &str) -> Option<Duration> {
     text.parse::<jiff::SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok())
 }
 
+/// A duration in `PROXY_CONFIG`, as JSON of protobuf writes it (`5s`) or as Go does (`1m30s`), of so many seconds
+/// at least.
+fn configured_duration(
+    config: &serde_json::Value,
+    name: &'static str,
+    seconds_min: u64,
+) -> Result<Option<Duration>, InvalidOptions> {
+    let value = match &config[name] {
+        serde_json::Value::Null => return Ok(None),
+        serde_json::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let wanted = if seconds_min == 0 {
+        "a duration such as 5s"
+    } else {
+        "a duration of at least one second, such as 45s"
+    };
+    let duration = go_duration(&value).filter(|duration| duration.as_secs() >= seconds_min);
+    duration.map(Some).ok_or(InvalidOptions::Bad { name, value, wanted })
+}
+
 fn share(variables: &BTreeMap<String, String>, name: &'static str) -> Result<Option<f64>, InvalidOptions> {
     let Some(value) = variables.get(name).filter(|value| !value.is_empty()) else { return Ok(None) };
     let bad = || InvalidOptions::Bad { name, value: value.clone(), wanted: "a number from 0 to 1" };
@@ -343,9 +368,16 @@ fn map(entries: impl IntoIterator<Item = (String, Value)>) -> Value {
 }
 
 /// Node metadata: `ISTIO_META_X=v` is `X: v`, `ISTIO_METAJSON_X={..}` is its content merged in;
-/// labels and annotations come from the downward files.
-fn metadata(variables: &BTreeMap<String, String>, read: &impl Fn(&str) -> Option<String>) -> Struct {
+/// labels and annotations come from the downward files, and the proxy's own `config` is told, too.
+fn metadata(
+    variables: &BTreeMap<String, String>,
+    config: &serde_json::Value,
+    read: &impl Fn(&str) -> Option<String>,
+) -> Struct {
     let mut fields = std::collections::HashMap::new();
+    if config.is_object() {
+        fields.insert("PROXY_CONFIG".to_owned(), from_json(config));
+    }
     for (name, value) in variables {
         if let Some(key) = name.strip_prefix("ISTIO_META_") {
             fields.insert(key.to_owned(), text(value));
@@ -436,7 +468,10 @@ mod tests {
             ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
             ("ISTIO_METAJSON_PORTS", "[1]"),
             ("CA_ADDR", "10.77.0.1:15012"),
-            ("PROXY_CONFIG", r#"{"binaryPath":"/usr/local/bin/envoy","concurrency":1,"drainDuration":"1m30s"}"#),
+            (
+                "PROXY_CONFIG",
+                r#"{"binaryPath":"/usr/local/bin/envoy","concurrency":1,"drainDuration":"1m30s","terminationDrainDuration":"7s"}"#,
+            ),
             ("ISTIO_PROMETHEUS_ANNOTATIONS", r#"{"scrape":"true","path":"/m","port":"9090"}"#),
         ] {
             variables.insert(name.to_owned(), value.to_owned());
@@ -451,9 +486,24 @@ mod tests {
         assert_eq!(options.xds.unwrap().server_name, "istiod.istio-system.svc");
         assert_eq!(options.app_metrics, Some((9090, "/m".into())));
         assert_eq!(options.binary, Some("/usr/local/bin/envoy".into()));
+        let Some(Kind::StructValue(told)) = &metadata["PROXY_CONFIG"].kind else { panic!("no PROXY_CONFIG is told") };
+        assert_eq!(told.fields["binaryPath"], text("/usr/local/bin/envoy"));
         assert_eq!(options.drain_time, Duration::from_secs(90));
-        variables.insert("PROXY_CONFIG".into(), r#"{"drainDuration":"10ms"}"#.into());
-        assert!(Options::from_environment(Role::Sidecar, &variables, read).is_err());
+        assert_eq!(options.termination.drain, Duration::from_secs(7));
+        variables.insert("TERMINATION_DRAIN_DURATION_SECONDS".into(), "9".into());
+        let options = Options::from_environment(Role::Sidecar, &variables, read).unwrap();
+        assert_eq!(options.termination.drain, Duration::from_secs(9));
+        for (config, expect) in [
+            (r#"{"drainDuration":"10ms"}"#, None),
+            (r#"{"drainDuration":"2s"}"#, Some(2)),
+            (r#"{"drainDuration":"soon"}"#, None),
+            (r#"{"drainDuration":5}"#, None),
+            (r#"{"terminationDrainDuration":"-1s"}"#, None),
+        ] {
+            variables.insert("PROXY_CONFIG".into(), config.into());
+            let options = Options::from_environment(Role::Sidecar, &variables, read);
+            assert_eq!(options.ok().map(|options| options.drain_time.as_secs()), expect, "{config}");
+        }
         variables.insert("PROXY_CONFIG".into(), r#"{"binaryPath":""}"#.into());
         assert_eq!(Options::from_environment(Role::Sidecar, &variables, read).unwrap().binary, None);
         assert_eq!(options.renewal, Renewal::default());
