@@ -9,12 +9,14 @@
 //! ```text
 //!  peer ──► PING, SETTINGS, PRIORITY, WINDOW_UPDATE, ──► credit - 1 ──► 0: the connection fails
 //!           RST_STREAM, CONTINUATION, empty DATA, …
+//!  peer ◄── RST_STREAM ◄─────────────────────────────── credit - 1   (a stream that was refused)
 //!  peer ◄── HEADERS, DATA ◄──────────────────────────── credit + 10  (an honest peer answers
 //!  time ──► credit + 100 a second                                     what it gets with few frames)
 //! ```
 //!
 //! A stream that is reset after its response began has paid for its reset; one reset before that
-//! has not, which is the "rapid reset" attack.
+//! has not, which is the "rapid reset" attack; nor has one that we refuse, because the peer opens more
+//! streams than it may.
 //!
 //! *Source*: RFC 9113, section 10.5; Envoy's `max_inbound_window_update_frames_per_data_frame_sent`
 //! (10) and `premature_reset_total_stream_count` for the proportions.
@@ -42,8 +44,11 @@ const PREFACE: usize = 24;
 
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
 const END_STREAM: u8 = 1;
 const PADDED: u8 = 8;
+/// Most of a frame that may be padding, with its own length.
+const PADDING_MAX: u32 = 256;
 
 /// A frame's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,15 +63,13 @@ impl FrameHead {
     fn is_empty_work(self) -> bool {
         match self.kind {
             HEADERS => false,
-            // padding is nothing too
-            DATA => self.flags & PADDED != 0 || (self.length == 0 && self.flags & END_STREAM == 0),
+            // padding is nothing too, unless it cannot be the most of it
+            DATA => {
+                (self.flags & PADDED != 0 && self.length <= 2 * PADDING_MAX)
+                    || (self.length == 0 && self.flags & END_STREAM == 0)
+            }
             _ => true,
         }
-    }
-
-    /// Whether it is an answer, or a request, of ours.
-    fn earns(self) -> bool {
-        matches!(self.kind, DATA | HEADERS)
     }
 }
 
@@ -140,6 +143,8 @@ pub(crate) struct Guarded {
     incoming: Frames,
     outgoing: Frames,
     credit: Credit,
+    /// We had to refuse more than the peer has paid for.
+    is_overdrawn: bool,
     flooded: Rc<Cell<bool>>,
 }
 
@@ -161,6 +166,7 @@ impl Guarded {
             incoming: Frames::after(incoming),
             outgoing: Frames::after(outgoing),
             credit: Credit { left: CREDIT_MAX, refilled: Instant::now() },
+            is_overdrawn: false,
             flooded: Rc::clone(&flooded),
         };
         (made, flooded)
@@ -168,18 +174,19 @@ impl Guarded {
 
     /// Looks at what was read. `false`: the peer has nothing left.
     fn received(&mut self, bytes: &[u8]) -> bool {
-        let Self { incoming, credit, .. } = self;
-        let mut fits = true;
+        let Self { incoming, credit, is_overdrawn, .. } = self;
+        let mut fits = !*is_overdrawn;
         incoming.take(bytes, |frame| fits &= !frame.is_empty_work() || credit.spend(Instant::now));
         fits
     }
 
     fn sent(&mut self, bytes: &[u8]) {
-        let Self { outgoing, credit, .. } = self;
-        outgoing.take(bytes, |frame| {
-            if frame.earns() {
-                credit.earn();
-            }
+        let Self { outgoing, credit, is_overdrawn, .. } = self;
+        outgoing.take(bytes, |frame| match frame.kind {
+            // an answer, or a request, of ours
+            DATA | HEADERS => credit.earn(),
+            RST_STREAM => *is_overdrawn |= !credit.spend(Instant::now),
+            _ => {}
         });
     }
 }
@@ -262,6 +269,8 @@ mod tests {
             (head(DATA, 0, 0), true),
             (head(DATA, END_STREAM, 0), false),
             (head(DATA, PADDED, 200), true),
+            (head(DATA, PADDED, 512), true),
+            (head(DATA, PADDED, 513), false),
             (head(HEADERS, 0, 0), false),
             (head(2, 0, 5), true),
             (head(3, 0, 4), true),

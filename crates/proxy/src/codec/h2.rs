@@ -31,6 +31,10 @@ impl Default for H2Settings {
     }
 }
 
+/// Bookkeeping for DATA frames of a connection that nobody has taken yet: about 32 000 frames of a byte.
+/// Their windows count payload only, of which a frame of a byte has the least.
+const FRAMES_HELD_BYTES: usize = 8 * 1024 * 1024;
+
 /// A server's builder.
 pub(crate) fn server_builder(settings: &H2Settings) -> h2::server::Builder {
     let mut builder = h2::server::Builder::new();
@@ -40,6 +44,7 @@ pub(crate) fn server_builder(settings: &H2Settings) -> h2::server::Builder {
         .initial_connection_window_size(settings.connection_window)
         .max_header_list_size(settings.head_bytes_max)
         .max_send_buffer_size(super::HELD_MAX)
+        .data_frame_budget(FRAMES_HELD_BYTES)
         .max_concurrent_reset_streams(50)
         .max_pending_accept_reset_streams(20)
         .max_local_error_reset_streams(Some(1024));
@@ -55,6 +60,7 @@ pub(crate) fn client_builder(settings: &H2Settings) -> h2::client::Builder {
         .initial_connection_window_size(settings.connection_window)
         .max_header_list_size(settings.head_bytes_max)
         .max_send_buffer_size(super::HELD_MAX)
+        .data_frame_budget(FRAMES_HELD_BYTES)
         .max_concurrent_reset_streams(50);
     builder
 }
@@ -169,7 +175,7 @@ impl Sending {
                 self.ended = true;
             }
             End::Trailers(trailers) => {
-                self.stream.send_trailers(map_from(&trailers)?)?;
+                self.stream.send_trailers(map_from(&trailers, is_forbidden_trailer)?)?;
                 self.ended = true;
             }
             End::NotYet => {}
@@ -363,12 +369,13 @@ fn fields_from(map: &HeaderMap, keep: impl Fn(&str) -> bool) -> Fields {
     fields
 }
 
-fn map_from(fields: &Fields) -> Result<HeaderMap, Broken> {
+/// Fields as a map, without those that are `written` already.
+fn map_from(fields: &Fields, written: impl Fn(&str) -> bool) -> Result<HeaderMap, Broken> {
     let mut map = HeaderMap::with_capacity(fields.len());
     // one copy for all values, each a part of it
     let buffer = Bytes::copy_from_slice(fields.buffer());
     for (name, value) in fields.spans() {
-        if is_hop_by_hop(name) || name == "host" {
+        if is_hop_by_hop(name) || written(name) {
             continue;
         }
         let name = match known_name(name) {
@@ -476,7 +483,8 @@ pub(crate) fn read_request(
 pub(crate) fn request_to(head: &RequestHead) -> Result<http::Request<()>, Broken> {
     let mut request = http::Request::new(());
     *request.version_mut() = http::Version::HTTP_2;
-    *request.headers_mut() = map_from(&head.fields)?;
+    // the authority stands for it
+    *request.headers_mut() = map_from(&head.fields, |name| name == "host")?;
     let mut uri = http::uri::Parts::default();
     uri.authority = Some(http::uri::Authority::try_from(head.authority()).map_err(|_| Broken::Unwritable)?);
     let connect = head.method() == "CONNECT" && head.protocol().is_none();
@@ -513,6 +521,6 @@ fn response_to(head: &ResponseHead) -> Result<http::Response<()>, Broken> {
     let mut response = http::Response::new(());
     *response.version_mut() = http::Version::HTTP_2;
     *response.status_mut() = http::StatusCode::from_u16(head.status).map_err(|_| Broken::Unwritable)?;
-    *response.headers_mut() = map_from(&head.fields)?;
+    *response.headers_mut() = map_from(&head.fields, |_| false)?;
     Ok(response)
 }

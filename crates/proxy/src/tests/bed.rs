@@ -21,6 +21,12 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::options::{Options, Role, StaticResources};
 use crate::proxy::Proxy;
 
+/// How long anything may take before a test fails.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where nobody listens: a port that is given to nobody who asks for any.
+pub(crate) const NOBODY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(127, 77, 0, 1)), 1);
+
 /// Packs a message.
 pub(crate) fn any<M: Message + prost::Name>(message: &M) -> Any {
     Any { type_url: M::type_url(), value: message.encode_to_vec() }
@@ -231,8 +237,25 @@ pub(crate) async fn talk(at: SocketAddr, bytes: &[u8], enough: impl Fn(&str) -> 
             }
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), reading).await.expect("an answer within ten seconds");
+    tokio::time::timeout(PATIENCE, reading).await.expect("an answer");
     String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// Waits until `progress` stands still: while the only worker served a hundred other requests, it did
+/// not change.
+pub(crate) async fn stands_still(at: SocketAddr, progress: impl Fn() -> usize) -> usize {
+    let mut before = progress();
+    loop {
+        for _ in 0..100 {
+            let answer = talk(at, b"GET /marker HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", |_| false).await;
+            assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        }
+        let now = progress();
+        if now == before {
+            return now;
+        }
+        before = now;
+    }
 }
 
 /// A server that answers each connection with `serve`.
@@ -292,7 +315,7 @@ impl Seen {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        let waited = tokio::time::timeout(Duration::from_secs(10), waiting).await;
+        let waited = tokio::time::timeout(PATIENCE, waiting).await;
         assert!(waited.is_ok(), "{:?}", self.text());
     }
 }
@@ -347,14 +370,14 @@ pub(crate) async fn edited(
 
 /// So many milliseconds.
 pub(crate) fn milliseconds(n: i32) -> Option<envoy_types::pb::google::protobuf::Duration> {
-    Some(envoy_types::pb::google::protobuf::Duration { seconds: 0, nanos: n * 1_000_000 })
+    Some(envoy_types::pb::google::protobuf::Duration { seconds: (n / 1000).into(), nanos: n % 1000 * 1_000_000 })
 }
 
-/// Whether the peer closes, or resets, the connection within ten seconds; what came before is dropped.
+/// Whether the peer closes, or resets, the connection; what came before is dropped.
 pub(crate) async fn is_closed(stream: &mut TcpStream) -> bool {
     let reading = async {
         let mut buffer = vec![0; 16 * 1024];
         while let Ok(1..) = stream.read(&mut buffer).await {}
     };
-    tokio::time::timeout(Duration::from_secs(10), reading).await.is_ok()
+    tokio::time::timeout(PATIENCE, reading).await.is_ok()
 }

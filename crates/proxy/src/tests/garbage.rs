@@ -34,7 +34,7 @@ async fn a_bad_proxy_preamble_ends_the_connection() {
     const V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
     for optional in [false, true] {
         let config = ProxyProtocol { allow_requests_without_proxy_protocol: optional, ..ProxyProtocol::default() };
-        let (running, seen) = behind(vec![filter("p", bed::any(&config))], 500).await;
+        let (running, seen) = behind(vec![filter("p", bed::any(&config))], 3000).await;
         let mut cases: Vec<Vec<u8>> = [
             "PROXY TCP4 1.2.3.4 5.6.7.8 1\r\n",
             "PROXY TCP4 1.2.3.4 5.6.7.8 1 2 3\r\n",
@@ -78,7 +78,7 @@ async fn inspectors_do_not_wait_for_ever() {
         filter("tls", bed::any(&tls_inspector::v3::TlsInspector::default())),
         filter("http", bed::any(&http_inspector::v3::HttpInspector::default())),
     ];
-    let (running, _) = behind(filters, 200).await;
+    let (running, _) = behind(filters, 1500).await;
     // silence, half a ClientHello, half a request line
     for bytes in [&b""[..], &[22, 3, 1, 1, 0, 1, 0, 0, 252, 3, 3], b"GET / HT"] {
         let mut stream = TcpStream::connect(running.at("in")).await.unwrap();

@@ -2,7 +2,6 @@
 //! cannot say is translated.
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -36,7 +35,7 @@ async fn connect(at: SocketAddr) -> TcpStream {
     stream
 }
 
-/// Writes pieces until the peer has closed; `false` if it took them all, and then said nothing for a while.
+/// Writes pieces until the peer has closed; `false` if it took them all and stays.
 async fn flood(at: SocketAddr, pieces: usize, mut piece: impl FnMut(u32) -> Vec<u8>) -> bool {
     let stream = connect(at).await;
     let (mut read, mut write) = stream.into_split();
@@ -48,17 +47,19 @@ async fn flood(at: SocketAddr, pieces: usize, mut piece: impl FnMut(u32) -> Vec<
         for n in 0..pieces {
             if write.write_all(&piece(u32::try_from(n).unwrap())).await.is_err() {
                 // it is closed, which reading tells
-                std::future::pending::<()>().await;
+                break;
             }
         }
-        // the last ones may still be on their way
-        tokio::time::sleep(Duration::from_secs(5)).await;
+        // held, so that it is the peer who closes
+        std::future::pending::<()>().await;
     };
-    tokio::select! {
-        biased;
-        () = closed => true,
-        () = writing => false,
-    }
+    let ending = async {
+        tokio::select! {
+            () = closed => {}
+            () = writing => {}
+        }
+    };
+    tokio::time::timeout(bed::PATIENCE, ending).await.is_ok()
 }
 
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
@@ -77,9 +78,7 @@ async fn floods_end_their_connection_and_nobody_elses() {
     // held open meanwhile: others feel nothing
     let mut other = TcpStream::connect(at).await.unwrap();
     other.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
-    let post =
-        [literal(":method", "POST"), literal(":scheme", "http"), literal(":authority", "a"), literal(":path", "/")];
-    let open = |n: u32| if n == 0 { frame(1, 4, 1, &post.concat()) } else { Vec::new() };
+    let open = |n: u32| if n == 0 { frame(1, 4, 1, &post()) } else { Vec::new() };
     assert!(flood(at, 100_000, |_| frame(6, 0, 0, &[7; 8])).await, "PING");
     assert!(flood(at, 100_000, |_| frame(6, 1, 0, &[7; 8])).await, "PING answers");
     assert!(flood(at, 100_000, |_| frame(4, 0, 0, &[])).await, "SETTINGS");
@@ -99,9 +98,57 @@ async fn floods_end_their_connection_and_nobody_elses() {
     let mut answer = vec![0; 1024];
     let n = other.read(&mut answer).await.unwrap();
     assert!(answer[..n].starts_with(b"HTTP/1.1 200 "));
-    let stats = bed::talk(running.admin(), b"GET /stats HTTP/1.0\r\n\r\n", |_| false).await;
-    let flooded = stats.lines().find(|line| line.contains("flood")).expect("a counter of floods");
-    assert!(!flooded.ends_with(": 0"), "{flooded}");
+    assert!(counted_a_flood(&running).await);
+    running.end().await;
+}
+
+/// The head of a request with a body.
+fn post() -> Vec<u8> {
+    [literal(":method", "POST"), literal(":scheme", "http"), literal(":authority", "a"), literal(":path", "/")].concat()
+}
+
+/// Whether the proxy counted a flood.
+async fn counted_a_flood(running: &bed::Running) -> bool {
+    let stats = Box::pin(bed::talk(running.admin(), b"GET /stats HTTP/1.0\r\n\r\n", |_| false)).await;
+    stats.lines().any(|line| line.contains("flood") && !line.ends_with(": 0"))
+}
+
+/// Windows count the bytes of a body, not what it costs to hold them one by one.
+#[tokio::test]
+async fn bodies_of_crumbs_for_a_stalled_upstream_end_their_connection() {
+    // three streams, each within its window
+    const EACH: u32 = 60_000;
+    // it takes what fits the first window of its connection, and nothing more ever
+    let up = bed::server(|mut stream| async move {
+        drop(stream.write_all(&frame(4, 0, 0, &[])).await);
+        let mut buffer = vec![0; 16 * 1024];
+        while let Ok(1..) = stream.read(&mut buffer).await {}
+    })
+    .await;
+    let running = bed::edited(up, true, |_, _| {}).await;
+    let crumb = |n: u32| {
+        let stream = n / EACH * 2 + 1;
+        let open = if n % EACH == 0 { frame(1, 4, stream, &post()) } else { Vec::new() };
+        [open, frame(0, 0, stream, b"x")].concat()
+    };
+    assert!(flood(running.at("in"), 3 * EACH as usize, crumb).await);
+    assert!(counted_a_flood(&running).await);
+    running.end().await;
+}
+
+#[tokio::test]
+async fn streams_beyond_the_limit_end_their_connection() {
+    let (up, seen) = bed::recorder("never", b"").await;
+    let running = bed::edited(up, false, |manager, _| {
+        manager.http2_protocol_options = Some(envoy_types::pb::envoy::config::core::v3::Http2ProtocolOptions {
+            max_concurrent_streams: Some(envoy_types::pb::google::protobuf::UInt32Value { value: 10 }),
+            ..Default::default()
+        });
+    })
+    .await;
+    assert!(flood(running.at("in"), 100_000, |n| frame(1, 4, n * 2 + 1, &post())).await);
+    assert!(seen.text().len() <= 10, "{} requests went upstream", seen.text().len());
+    assert!(counted_a_flood(&running).await);
     running.end().await;
 }
 
@@ -130,7 +177,7 @@ async fn answer(at: SocketAddr, frames: &[u8]) -> Vec<(u8, Vec<u8>)> {
             }
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), reading).await.expect("an end");
+    tokio::time::timeout(bed::PATIENCE, reading).await.expect("an end");
     seen
 }
 
@@ -290,7 +337,7 @@ async fn a_stalled_window_holds_the_upstream_back_and_times_out() {
             }
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), reading).await.expect("the stream ends");
+    tokio::time::timeout(bed::PATIENCE, reading).await.expect("the stream ends");
     assert!(reset);
     running.end().await;
 }
