@@ -352,6 +352,69 @@ mod tests {
         assert!(cluster.try_hold(Resource::Request, 1).is_some());
     }
 
+    /// Each entry is one step of one atomic, so no order of steps of several workers passes the limit.
+    #[test]
+    fn a_limit_holds_for_all_workers_together() {
+        const MAX: u32 = 3;
+        let cluster = SharedCluster::detached("a", Instant::now());
+        let inside = AtomicU32::new(0);
+        let entered = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..5_000 {
+                        let Some(held) = cluster.try_hold(Resource::Connection, MAX) else { continue };
+                        assert!(inside.fetch_add(1, Relaxed) < MAX, "one above the limit");
+                        entered.fetch_add(1, Relaxed);
+                        std::thread::yield_now();
+                        // counted out before the place is free for the next
+                        inside.fetch_sub(1, Relaxed);
+                        drop(held);
+                    }
+                });
+            }
+        });
+        assert!(entered.load(Relaxed) >= MAX, "somebody came in");
+        assert_eq!(cluster.connections.get(), 0, "every place came back");
+    }
+
+    #[test]
+    fn what_no_longer_ejects_gives_its_hosts_back() {
+        use crate::testing::{World, cluster};
+        use envoy_types::pb::envoy::config::cluster::v3 as messages;
+
+        let detects = |name: &str| messages::Cluster {
+            outlier_detection: Some(messages::OutlierDetection {
+                enforcing_success_rate: crate::testing::number(0),
+                ..messages::OutlierDetection::default()
+            }),
+            ..cluster(name, &[80])
+        };
+        let before = World::new(&[], &[detects("changed"), detects("kept")], crate::config::NodeFacts::default());
+        let after = World::new(&[], &[cluster("changed", &[80]), detects("kept")], crate::config::NodeFacts::default());
+        let now = Instant::now();
+        let table = SharedTable::new(now);
+        let address = Address::Ip("10.0.0.1:80".parse().unwrap());
+        let eject = |name: &str| {
+            let cluster = table.cluster(&name.into());
+            let host = cluster.host(&address, now);
+            host.ejected.store(true, Relaxed);
+            host.ejections.store(2, Relaxed);
+            cluster.ejected.enter();
+            (cluster, host)
+        };
+        let all = [eject("changed"), eject("kept")];
+        table.reconcile(&before.config);
+        assert!(all.iter().all(|(_, host)| host.is_ejected()), "the configuration still detects");
+        table.reconcile(&after.config);
+        let [(changed, back), (kept, out)] = &all;
+        assert_eq!((back.is_ejected(), back.ejections.load(Relaxed), changed.ejected.get()), (false, 0, 0));
+        assert_eq!((out.is_ejected(), out.ejections.load(Relaxed), kept.ejected.get()), (true, 2, 1));
+        assert_eq!(changed.health_version.load(Relaxed), 1, "pickers look again");
+        table.reconcile(&after.config);
+        assert_eq!((changed.health_version.load(Relaxed), kept.health_version.load(Relaxed)), (1, 0));
+    }
+
     #[test]
     fn hosts_survive_while_used_or_listed() {
         let now = Instant::now();
