@@ -28,7 +28,7 @@ use tokio::task::JoinHandle;
 use types::wellknown::type_urls;
 use xds::client::{self, Dialed, Event, Handle, Names, Protocol, Update};
 
-const WAIT: Duration = Duration::from_secs(20);
+const WAIT: Duration = Duration::from_secs(90);
 
 /// Who mints tokens.
 struct Minter {
@@ -284,7 +284,7 @@ async fn a_workload_gets_its_certificate_and_its_configuration() {
         }
         assert!(names.contains("BlackHoleCluster"), "{names:?}");
         let (status, body) = tokio::select! {
-            answer = plane.get("/debug/synced?timeout=15") => answer,
+            answer = plane.get("/debug/synced?timeout=90") => answer,
             () = proxy.accept() => unreachable!("it has no end"),
         };
         assert_eq!((status, serde_json::from_str::<Json>(&body).unwrap()["laggards"].clone()), (200, json!([])));
@@ -410,7 +410,7 @@ async fn a_restart_costs_nothing() {
         Proxy::connect(plane.client(None), Some(identity.clone()), node(REVIEWS, &[]), Protocol::Delta, &BOTH);
     assert_eq!(proxy.names().await.0, set(&["a", "b"]));
     let synced = tokio::select! {
-        answer = plane.get("/debug/synced?timeout=15") => answer,
+        answer = plane.get("/debug/synced?timeout=90") => answer,
         () = proxy.accept() => unreachable!("it has no end"),
     };
     assert_eq!(synced.0, 200);
@@ -450,7 +450,7 @@ async fn changes_reach_the_others_while_one_is_stuck() {
     // Once it answers, it gets everything at once.
     stuck.handle.answer(&unanswered.id, &[]);
     assert_eq!(stuck.names().await.0, set(&["c0", "c1", "c2"]));
-    assert_eq!(plane.get("/debug/synced?timeout=20").await.0, 200);
+    assert_eq!(plane.get("/debug/synced?timeout=90").await.0, 200);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -480,7 +480,7 @@ async fn certificates_are_renewed_with_new_keys() {
     let minter = Minter::new();
     let plane = Plane::start(dir.path(), &minter, Arc::new(Toy::default()), None).await;
     let mut options = agent::Options::new(plane.client(Some(minter.token("shop", "reviews", "reviews-1"))));
-    options.ttl = Duration::from_secs(2);
+    options.ttl = Duration::from_secs(8);
     let (agent, mut identities) = Agent::new(options);
     let running = tokio::spawn(agent.run());
     let mut seen: Vec<PeerFacts> = Vec::new();
@@ -540,13 +540,13 @@ async fn nobody_waits_for_a_pod_that_is_gone() {
     std::fs::write(&file, pod).unwrap();
     let plane = Plane::start(dir.path(), &minter, toy, None).await;
     let token = minter.token("shop", "reviews", "reviews-1");
-    assert_eq!(plane.get("/debug/synced?resourceVersion=1&timeout=15").await.0, 200);
+    assert_eq!(plane.get("/debug/synced?resourceVersion=1&timeout=90").await.0, 200);
     // It never answers, as one whose namespace was taken away.
     let mut proxy = Proxy::connect(plane.client(Some(token)), None, node(REVIEWS, &[]), Protocol::Delta, &BOTH);
     proxy.update().await;
     let (status, body) = plane.get("/debug/synced?timeout=0.1").await;
     assert_eq!((status, body.contains("reviews-1.shop")), (504, true), "{body}");
     std::fs::remove_file(&file).unwrap();
-    let (status, body) = plane.get("/debug/synced?resourceVersion=2&timeout=15").await;
+    let (status, body) = plane.get("/debug/synced?resourceVersion=2&timeout=90").await;
     assert_eq!(status, 200, "{body}");
 }

@@ -31,7 +31,7 @@ use xds::ResourceSet;
 use xds::client::Protocol;
 use xds::server::{Admitted, Ads, Answered, Authority, Caller, Observer, Outgoing, Progress};
 
-const WAIT: Duration = Duration::from_secs(30);
+const WAIT: Duration = Duration::from_secs(90);
 
 struct Envoy(Child);
 

@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::BroadcastStream;
 
-const WAIT: Duration = Duration::from_secs(20);
+const WAIT: Duration = Duration::from_secs(90);
 
 fn node(socket: &Path, present: Vec<Event>, changes: &broadcast::Sender<Event>) -> JoinHandle<()> {
     let changes = changes.clone();

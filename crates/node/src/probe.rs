@@ -175,7 +175,7 @@ mod tests {
         let question = Question {
             to: "127.0.0.1:1".parse().unwrap(),
             request: Some("GET / HTTP/1.1\r\n\r\n".into()),
-            timeout_ms: 1000,
+            timeout_ms: 60_000,
         };
         tokio::join!(serve, talk(client, &question)).1
     }

@@ -55,7 +55,7 @@ mod tests {
         }
         // what was waited for and given up does not ring for what comes after it
         let start = Instant::now();
-        for (given_up, waited_for) in [(1_000, 2), (900, 30)] {
+        for (given_up, waited_for) in [(3_600_000, 2), (1_800_000, 30)] {
             let [other, at] = [given_up, waited_for].map(|millis| start + Duration::from_millis(millis));
             let looked = poll_fn(|cx| Poll::Ready(alarm.poll(cx, other).is_ready())).await;
             assert!(!looked);

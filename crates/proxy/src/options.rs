@@ -344,11 +344,8 @@ fn configured_duration(
         serde_json::Value::String(text) => text.clone(),
         other => other.to_string(),
     };
-    let wanted = if seconds_min == 0 {
-        "a duration such as 5s"
-    } else {
-        "a duration of at least one second, such as 45s"
-    };
+    let wanted =
+        if seconds_min == 0 { "a duration such as 5s" } else { "a duration of at least one second, such as 45s" };
     let duration = go_duration(&value).filter(|duration| duration.as_secs() >= seconds_min);
     duration.map(Some).ok_or(InvalidOptions::Bad { name, value, wanted })
 }

@@ -2,7 +2,6 @@
 //!
 //! It shows what a proxy made of a port that does not say its protocol.
 
-use std::cell::Cell;
 use std::convert::Infallible;
 use std::rc::Rc;
 
@@ -22,7 +21,7 @@ pub(crate) async fn serve(options: &Options) -> Result<(), SampleError> {
 async fn accept(listener: tokio::net::TcpListener) {
     let (stop, stopping) = watch::channel(false);
     let (alive, mut ended) = mpsc::channel::<Infallible>(1);
-    let cancelled: Rc<Cell<u64>> = Rc::default();
+    let calls: Rc<grpc_echo::Calls> = Rc::default();
     let told = plain::until_told_to_stop();
     tokio::pin!(told);
     loop {
@@ -34,11 +33,11 @@ async fn accept(listener: tokio::net::TcpListener) {
                 Err(_) => { tokio::task::yield_now().await; continue }
             },
         };
-        let (stopping, alive, cancelled) = (stopping.clone(), alive.clone(), Rc::clone(&cancelled));
+        let (stopping, alive, calls) = (stopping.clone(), alive.clone(), Rc::clone(&calls));
         tokio::task::spawn_local(async move {
             match kind(&stream).await {
                 Some(Kind::Http1) => http_app::connection(stream, httpbin::app, stopping).await,
-                Some(Kind::Http2) => grpc_echo::connection(stream, stopping, &alive, &cancelled).await,
+                Some(Kind::Http2) => grpc_echo::connection(stream, stopping, &alive, &calls).await,
                 Some(Kind::Other) => {
                     // Nothing in its bytes says when it is over.
                     drop(alive);

@@ -5,6 +5,7 @@
 //! | `Collect` | one message with the bytes of all messages of the request (client stream) |
 //! | `Repeat` | the first message, `x-echo-repeat` times (server stream) |
 //! | `Fail` | trailers only, status `x-echo-status` (7 without it) |
+//! | `Begun` | one message: how many calls have arrived, this one among them |
 //! | `Cancelled` | one message: how many calls were given up by their clients |
 //! | any other | each byte of the request as it arrives (unary and both streams) |
 //!
@@ -46,7 +47,7 @@ pub(crate) async fn serve(options: &Options) -> Result<(), SampleError> {
 async fn accept(listener: tokio::net::TcpListener) {
     let (stop, stopping) = watch::channel(false);
     let (alive, mut ended) = mpsc::channel::<Infallible>(1);
-    let cancelled: Rc<Cell<u64>> = Rc::default();
+    let calls: Rc<Calls> = Rc::default();
     let told = until_told_to_stop();
     tokio::pin!(told);
     loop {
@@ -58,9 +59,9 @@ async fn accept(listener: tokio::net::TcpListener) {
                 Err(_) => { tokio::task::yield_now().await; continue }
             },
         };
-        let (stopping, alive, cancelled) = (stopping.clone(), alive.clone(), Rc::clone(&cancelled));
+        let (stopping, alive, calls) = (stopping.clone(), alive.clone(), Rc::clone(&calls));
         tokio::task::spawn_local(async move {
-            connection(stream, stopping, &alive, &cancelled).await;
+            connection(stream, stopping, &alive, &calls).await;
         });
     }
     drop((listener, alive));
@@ -73,7 +74,7 @@ pub(crate) async fn connection(
     stream: TcpStream,
     mut stopping: watch::Receiver<bool>,
     alive: &mpsc::Sender<Infallible>,
-    cancelled: &Rc<Cell<u64>>,
+    calls: &Rc<Calls>,
 ) {
     _ = stream.set_nodelay(true);
     let Ok(mut connection) = h2::server::handshake(stream).await else { return };
@@ -88,14 +89,23 @@ pub(crate) async fn connection(
             }
         };
         let Some(Ok((request, respond))) = accepted else { return };
-        let (alive, cancelled) = (alive.clone(), Rc::clone(cancelled));
+        let (alive, calls) = (alive.clone(), Rc::clone(calls));
         tokio::task::spawn_local(async move {
-            if let Err(Gone) = call(request, respond, &cancelled).await {
-                cancelled.set(cancelled.get() + 1);
+            calls.begun.set(calls.begun.get() + 1);
+            if let Err(Gone) = call(request, respond, &calls).await {
+                calls.cancelled.set(calls.cancelled.get() + 1);
             }
             drop(alive);
         });
     }
+}
+
+/// How many calls there were.
+#[derive(Default)]
+pub(crate) struct Calls {
+    begun: Cell<u64>,
+    /// Given up by their clients.
+    cancelled: Cell<u64>,
 }
 
 /// The client gave the call up, or its connection broke.
@@ -107,11 +117,7 @@ impl From<h2::Error> for Gone {
     }
 }
 
-async fn call(
-    request: Request<RecvStream>,
-    mut respond: SendResponse<Bytes>,
-    cancelled: &Cell<u64>,
-) -> Result<(), Gone> {
+async fn call(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, calls: &Calls) -> Result<(), Gone> {
     let (head, mut body) = request.into_parts();
     let text = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok());
     let number = |name: &str| text(name).and_then(|value| value.parse::<u32>().ok());
@@ -144,7 +150,8 @@ async fn call(
     }
     let mut out = respond.send_response(response, false)?;
     match method {
-        "Cancelled" => send(&mut out, message(cancelled.get().to_string().as_bytes())).await?,
+        "Begun" => send(&mut out, message(calls.begun.get().to_string().as_bytes())).await?,
+        "Cancelled" => send(&mut out, message(calls.cancelled.get().to_string().as_bytes())).await?,
         "Collect" => {
             let mut messages = Messages::default();
             let mut all = BytesMut::new();

@@ -128,9 +128,9 @@ impl Client2 {
     /// One gRPC message there; the answer's body is what came back, framed.
     pub fn unary(&self, host: &str, method: &str, headers: &[(&str, &str)], body: &[u8]) -> io::Result<Response> {
         let mut stream = self.call(host, method, headers)?;
-        stream.say(body)?;
-        stream.end()?;
-        stream.rest()
+        // An answer may come before the message is said, and end the call.
+        let said = stream.say(body).and_then(|()| stream.end());
+        stream.rest().map_err(|error| said.err().unwrap_or(error))
     }
 }
 

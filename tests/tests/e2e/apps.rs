@@ -52,7 +52,7 @@ spec:
       envoyExtAuthzHttp:
         service: puppet.legacy.svc.cluster.local
         port: 8000
-        timeout: 1s
+        timeout: 4s
         pathPrefix: /ask
         includeRequestHeadersInCheck: [x-key]
         includeAdditionalHeadersInCheck: {x-from: mesh}
@@ -61,12 +61,12 @@ spec:
         headersToDownstreamOnDeny: [x-reason]
     - name: ask-open
       envoyExtAuthzHttp:
-        {service: puppet.legacy.svc.cluster.local, port: 8000, timeout: 1s, pathPrefix: /open, failOpen: true, statusOnError: \"503\"}
+        {service: puppet.legacy.svc.cluster.local, port: 8000, timeout: 4s, pathPrefix: /open, failOpen: true, statusOnError: \"503\"}
     - name: ask-body
       envoyExtAuthzHttp:
         service: puppet.legacy.svc.cluster.local
         port: 8000
-        timeout: 1s
+        timeout: 30s
         pathPrefix: /body
         statusOnError: \"503\"
         includeRequestBodyInCheck: {maxRequestBytes: 16, allowPartialMessage: false}

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use testkit::{Applied, Mesh, Puppet, Response, eventually};
 
 use crate::apps::{PUPPET, SECURITY};
@@ -252,7 +252,7 @@ fn policies_and_applications_see_the_same_path() {
             assert_eq!((status, body.as_str()), DENIED, "{sent}");
             continue;
         };
-        let answer: serde_json::Value = serde_json::from_str(&body).unwrap_or_default();
+        let answer: Value = serde_json::from_str(&body).unwrap_or_default();
         let url = answer["url"].as_str().unwrap_or_default();
         assert!(status == 200 && url.ends_with(&format!("httpbin.foo:8000{seen}")), "{sent}: {status} {url} {body}");
     }
@@ -329,7 +329,7 @@ fn a_denied_answer_names_its_flag_and_policy_in_the_log() {
     let mesh = SECURITY.turn();
     let _policy = mesh.with(&policy("logged", "  action: DENY\n  rules: [{to: [{operation: {paths: [/uuid]}}]}]"));
     check(&mesh, "foo/curl", &[], "/uuid", false);
-    testkit::eventually("the access log", || {
+    eventually("the access log", || {
         let log = mesh.logs("foo/httpbin", "istio-proxy");
         let line = log.lines().rfind(|line| line.contains("/uuid")).unwrap_or_default().to_owned();
         let details = "rbac_access_denied_matched_policy[ns[foo]-policy[logged]-rule[0]]";
@@ -390,6 +390,11 @@ fn rules_of_http_narrow_permissions_and_widen_denials_on_connections() {
     });
 }
 
+/// What the authorizer was asked. One request of a hundred is traced by default, and the puppet takes spans, too.
+fn checks(puppet: &Puppet<'_>) -> Vec<Value> {
+    puppet.seen().into_iter().filter(|request| request["path"] != "/api/v2/spans").collect()
+}
+
 fn custom<'a>(mesh: &'a Mesh, provider: &str) -> Applied<'a> {
     let rules = "rules: [{to: [{operation: {paths: [/anything/asked, \"/anything/asked/*\"]}}]}]";
     mesh.with(&policy("custom", &format!("  action: CUSTOM\n  provider: {{name: {provider}}}\n  {rules}")))
@@ -414,7 +419,7 @@ fn an_authorizer_is_asked_and_says_yes_with_headers() {
     assert_eq!(app["x-user"], json!(["ada"]), "the authorizer's, not the client's: {app}");
     assert!(app.get("x-other").is_none() && app.get("x-checked").is_none(), "{app}");
     assert_eq!((answer.header("x-checked"), answer.header("x-other")), (Some("yes"), None), "{answer:?}");
-    let seen = puppet.seen();
+    let seen = checks(&puppet);
     let [check] = &seen[..] else { panic!("asked once: {seen:?}") };
     assert_eq!((&check["method"], &check["path"]), (&json!("GET"), &json!("/ask/anything/asked?a=b")), "{check}");
     for (name, value) in
@@ -425,7 +430,7 @@ fn an_authorizer_is_asked_and_says_yes_with_headers() {
     assert!(check["headers"].get("cookie").is_none(), "{check}");
     // What the policy does not name goes unasked.
     assert_eq!(mesh.get("httpbin.foo.test", "/get", &[]).status, 200);
-    assert_eq!(puppet.seen().len(), 1);
+    assert_eq!(checks(&puppet).len(), 1);
     // What it added is seen by the policies after it.
     let _allow = mesh.with(&policy("user", "  rules: [{when: [{key: \"request.headers[x-user]\", values: [ada]}]}]"));
     assert_eq!(asked(&mesh, &[]).status, 200);
@@ -471,7 +476,7 @@ fn an_authorizer_that_fails_fails_closed_or_when_told_open() {
             let began = Instant::now();
             let got = asked(&mesh, &[]);
             assert_eq!(got.status, expect, "{provider} {answer}: {got:?}");
-            assert!(began.elapsed() < Duration::from_secs(10), "its timeout is a second: {:?}", began.elapsed());
+            assert!(began.elapsed() < Duration::from_secs(60), "its timeout is four seconds: {:?}", began.elapsed());
         }
         puppet.answers(&json!([{"path": path, "status": 401}]));
         assert_eq!(asked(&mesh, &[]).status, 401, "a no is a no: {provider}");
@@ -483,7 +488,7 @@ fn an_authorizer_that_fails_fails_closed_or_when_told_open() {
     // No pod at all.
     let scale = |replicas: &str| {
         mesh.must(&["scale", "deploy/puppet", "--replicas", replicas, "-n", "legacy"], "");
-        mesh.must(&["rollout", "status", "deploy/puppet", "-n", "legacy", "--timeout", "60"], "");
+        mesh.must(&["rollout", "status", "deploy/puppet", "-n", "legacy", "--timeout", "120"], "");
         mesh.synced();
     };
     scale("0");
@@ -516,11 +521,11 @@ fn an_authorizer_reads_the_body_up_to_its_limit() {
         puppet.forget();
         let fits = post(&[chunked, &["-d", "sixteen bytes ok"][..]].concat());
         assert_eq!((fits.status, fits.json()["data"].as_str()), (200, Some("sixteen bytes ok")), "{fits:?}");
-        assert_eq!(puppet.seen()[0]["body"], "sixteen bytes ok");
+        assert_eq!(checks(&puppet)[0]["body"], "sixteen bytes ok");
         puppet.forget();
         let large = post(&[chunked, &["-d", "seventeen bytes !"][..]].concat());
         assert_eq!(large.status, 413, "{large:?}");
-        assert_eq!(puppet.seen().len(), 0, "a body that is cut is not judged");
+        assert_eq!(checks(&puppet).len(), 0, "a body that is cut is not judged");
     }
     puppet.answers(&json!([{"path": "/body", "closes": true}]));
     assert_eq!(post(&["-d", "x"]).status, 503, "statusOnError");

@@ -201,7 +201,10 @@ spec: {containers: [{name: main, image: local/none, command: [no-such-program-an
             ["Pod plain/no-program", "spec.containers[0].command", "no-such-program-anywhere", "install the program"];
         if words.iter().all(|word| said.contains(word)) { Ok(()) } else { Err(said) }
     });
-    assert!(mesh.must(&["get", "pods", "-n", "plain"], "").contains("StartError"));
+    eventually("its state", || match mesh.must(&["get", "pods", "-n", "plain"], "") {
+        pods if pods.contains("StartError") => Ok(()),
+        pods => Err(pods),
+    });
     assert_eq!(mesh.curl("plain/curl", &["http://httpbin:8000/get"]).status, 200, "the rest runs");
 }
 

@@ -72,10 +72,15 @@ fn because(told: &Value, stage: &str) -> Vec<String> {
 fn check(mesh: &Mesh, host: &str, path: &str, headers: &[(&str, &str)]) -> (Value, Response) {
     let told = explain(mesh, &["gateway"], &format!("http://{host}{path}"), headers);
     let [way] = &told["paths"].as_array().unwrap()[..] else { panic!("one way: {told:#}") };
-    let answer = mesh.get(host, path, headers);
-    let line = eventually("the access log", || {
+    let lines = || -> Vec<String> {
         let log = mesh.logs(GATEWAY, "istio-proxy");
-        log.lines().rfind(|line| line.contains(path)).map(str::to_owned).ok_or_else(|| "no line".to_owned())
+        log.lines().filter(|line| line.contains(path)).map(str::to_owned).collect()
+    };
+    let before = lines().len();
+    let answer = mesh.get(host, path, headers);
+    let line = eventually("the access log", || match lines() {
+        lines if lines.len() > before => Ok(lines[lines.len() - 1].clone()),
+        lines => Err(lines.join("\n")),
     });
     if let Some(status) = way["end"]["status"].as_u64() {
         assert_eq!(u64::from(answer.status), status, "{told:#}\n{line}");
@@ -167,10 +172,10 @@ metadata: {name: flaky, namespace: shop}
 spec:
   host: flaky
   trafficPolicy:
-    outlierDetection: {consecutive5xxErrors: 2, interval: 1s, baseEjectionTime: 120s, maxEjectionPercent: 100}
+    outlierDetection: {consecutive5xxErrors: 2, interval: 1s, baseEjectionTime: 600s, maxEjectionPercent: 100}
 ",
     ));
-    mesh.tally("flaky.shop.test", "/get", 20, |answer| answer.status.to_string());
+    mesh.tally("flaky.shop.test", "/get", 60, |answer| answer.status.to_string());
     let (told, answer) = check(&mesh, "flaky.shop.test", "/get?mark=ejected", &[]);
     assert_eq!(answer.status, 200);
     let endpoint = decisions(&told).find(|decision| decision["stage"] == "endpoint").unwrap();

@@ -10,13 +10,10 @@ use testkit::eventually;
 /// A proxy on a bootstrap, with an upstream in this process.
 struct Proxy {
     child: Child,
+    /// Where it writes its admin address.
+    _dir: tempfile::TempDir,
     http: SocketAddr,
     admin: SocketAddr,
-}
-
-/// A free port: the proxy is told it, since a bootstrap's admin address is not told back.
-fn free() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port")
 }
 
 /// Answers every request of every connection with `ok`.
@@ -41,7 +38,7 @@ fn upstream() -> SocketAddr {
 /// One request; `None` if nothing comes back.
 fn ask(at: SocketAddr, path: &str) -> Option<String> {
     let mut stream = TcpStream::connect(at).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
+    stream.set_read_timeout(Some(testkit::PATIENCE)).ok()?;
     stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes()).ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;
@@ -51,7 +48,8 @@ fn ask(at: SocketAddr, path: &str) -> Option<String> {
 impl Proxy {
     /// Starts one that may open so many descriptors.
     fn start(descriptors: u32) -> Self {
-        let (admin, http, up) = (free(), free(), upstream());
+        let dir = tempfile::tempdir().expect("a folder");
+        let (admin_path, any, up) = (dir.path().join("admin"), SocketAddr::from(([127, 0, 0, 1], 0)), upstream());
         let address =
             |at: SocketAddr| format!("{{ socket_address: {{ address: {}, port_value: {} }} }}", at.ip(), at.port());
         let manager =
@@ -78,23 +76,35 @@ static_resources:
     connect_timeout: 5s
     load_assignment: {{ cluster_name: up, endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {} }} }}] }}] }}
 "#,
-            address(admin),
-            address(http),
+            address(any),
+            address(any),
             address(up),
         );
         let child = Command::new("bash")
             .arg("-c")
-            .arg(format!("ulimit -n {descriptors}; exec \"$0\" proxy --concurrency 1 --config-yaml \"$1\""))
+            .arg(format!(
+                "ulimit -n {descriptors}; exec \"$0\" proxy --concurrency 1 --config-yaml \"$1\" --admin-address-path \"$2\""
+            ))
             .arg(testkit::lateen())
             .arg(bootstrap)
+            .arg(&admin_path)
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .expect("bash starts");
-        let proxy = Self { child, http, admin };
-        eventually("the proxy is ready", || match ask(admin, "/ready") {
+        let mut proxy = Self { child, _dir: dir, http: any, admin: any };
+        proxy.admin = eventually("the admin address", || {
+            let text = std::fs::read_to_string(&admin_path).map_err(|error| error.to_string())?;
+            text.trim().parse().map_err(|_| text)
+        });
+        eventually("the proxy is ready", || match ask(proxy.admin, "/ready") {
             Some(answer) if answer.contains("LIVE") => Ok(()),
             other => Err(format!("{other:?}")),
+        });
+        proxy.http = eventually("the listener", || {
+            let page = ask(proxy.admin, "/listeners").unwrap_or_default();
+            let at = page.lines().find_map(|line| line.strip_prefix("http::")?.trim().parse().ok());
+            at.ok_or(page)
         });
         proxy
     }

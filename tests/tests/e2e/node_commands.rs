@@ -209,8 +209,15 @@ stringData: {k: v}
 #[test]
 fn logs_and_exec_take_a_container() {
     let mesh = NODE.turn();
-    assert_eq!(mesh.logs("plain/two", "right"), "right starts\n");
-    assert_eq!(mesh.must(&["logs", "deploy/two", "-n", "plain", "--tail", "1"], ""), "left starts\n", "the first one");
+    let says = |args: &[&str], expect: &str| {
+        eventually("the log", || match mesh.must(&[&["logs", "deploy/two", "-n", "plain"][..], args].concat(), "") {
+            log if log == expect => Ok(()),
+            other => Err(other),
+        });
+    };
+    says(&["-c", "right"], "right starts\n");
+    // Without a name, the first one.
+    says(&["--tail", "1"], "left starts\n");
 
     let mut follow = mesh.prepared(&["logs", "-f", "-c", "left", "deploy/two", "-n", "plain"]);
     let mut follow = follow.stdout(Stdio::piped()).spawn().unwrap();
@@ -354,7 +361,7 @@ fn up_takes_files_folders_and_standard_input_and_says_once_what_nothing_plays() 
     std::fs::write(&file, nobody).unwrap();
     let state = dir.path().join("s");
     let mut up = Command::new(lateen())
-        .args(["up", "--detach", "--name", "mixed", "--timeout", "60", "--image", "example.org/web=sleep"])
+        .args(["up", "--detach", "--name", "mixed", "--timeout", "120", "--image", "example.org/web=sleep"])
         .args(["--ingress-http", "127.0.0.1:0", "--ingress-https", "127.0.0.1:0", "-f", "-", "-f"])
         .arg(&folder)
         .arg("-f")

@@ -253,7 +253,7 @@ fn an_application_hears_of_its_end_and_has_its_grace() {
     let stubborn = "trap 'echo TERM >> /out/stubborn' TERM; echo up; while :; do sleep 0.1; done";
     mesh.must(
         &["apply", "-f", "-"],
-        &(pod("polite", polite, &volume(30)) + "---" + &pod("stubborn", stubborn, &volume(2))),
+        &(pod("polite", polite, &volume(600)) + "---" + &pod("stubborn", stubborn, &volume(2))),
     );
     for name in ["polite", "stubborn"] {
         until_row(&mesh, name, &["1/1", "Running"]);
@@ -262,16 +262,15 @@ fn an_application_hears_of_its_end_and_has_its_grace() {
             other => Err(other.to_owned()),
         });
     }
-    let began = std::time::Instant::now();
     mesh.must(&["delete", "pod", "polite", "stubborn", "-n", "plain"], "");
     for name in ["polite", "stubborn"] {
         eventually("it is gone", || match row(&mesh, name) {
             row if row.is_empty() => Ok(()),
             other => Err(other),
         });
+        // Long before the polite one's grace is over.
         assert_eq!(std::fs::read_to_string(out.path().join(name)).unwrap(), "preStop\nTERM\n");
     }
-    assert!(began.elapsed().as_secs() < 30, "the polite one's grace was not waited for");
 }
 
 #[test]

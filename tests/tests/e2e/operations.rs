@@ -44,7 +44,7 @@ fn a_crashed_control_plane_leaves_traffic_flowing_and_comes_back() {
         load,
         || {
             mesh.must(&["rollout", "restart", "deploy/istiod", "-n", "istio-system"], "");
-            mesh.must(&["rollout", "status", "deploy/istiod", "-n", "istio-system", "--timeout", "60"], "");
+            mesh.must(&["rollout", "status", "deploy/istiod", "-n", "istio-system", "--timeout", "120"], "");
         },
     );
     mesh.must(&["apply", "-f", "-"], &httpbin("/status/202"));

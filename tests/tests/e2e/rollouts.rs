@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use testkit::{Client, Client2, Mesh, Response, eventually};
 
 use crate::apps::{TRAFFIC, virtual_service};
+use crate::stats::assert_share;
 
 /// Keeps `clients` connections busy until `during` is done. Every request must be answered with 200;
 /// answers how often that was. A connection that was closed between two answers, as HTTP/1.1 allows
@@ -103,7 +104,7 @@ fn proxies(mesh: &Mesh) -> Vec<(String, String)> {
 /// Two replicas, all replaced one after the other, and back to one.
 fn roll(mesh: &Mesh, deployment: &str) {
     let target = format!("deploy/{deployment}");
-    let done = || mesh.must(&["rollout", "status", &target, "-n", "shop", "--timeout", "90"], "");
+    let done = || mesh.must(&["rollout", "status", &target, "-n", "shop", "--timeout", "120"], "");
     mesh.must(&["scale", &target, "--replicas", "2", "-n", "shop"], "");
     done();
     mesh.must(&["rollout", "restart", &target, "-n", "shop"], "");
@@ -179,10 +180,14 @@ fn two_replicas_share_the_requests() {
     let _route =
         mesh.with(&virtual_service("shared", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
     mesh.must(&["scale", "deploy/httpbin", "--replicas", "2", "-n", "shop"], "");
-    mesh.must(&["rollout", "status", "deploy/httpbin", "-n", "shop", "--timeout", "90"], "");
+    mesh.must(&["rollout", "status", "deploy/httpbin", "-n", "shop", "--timeout", "120"], "");
     mesh.synced();
+    let host = || mesh.get("shared.shop.test", "/hostname", &[]).body;
+    let first = host();
+    eventually("the other one", || if host() == first { Err(first.clone()) } else { Ok(()) });
     let tally: BTreeMap<String, usize> = mesh.tally("shared.shop.test", "/hostname", 60, |answer| answer.body.clone());
     mesh.must(&["scale", "deploy/httpbin", "--replicas", "1", "-n", "shop"], "");
-    mesh.must(&["rollout", "status", "deploy/httpbin", "-n", "shop", "--timeout", "90"], "");
-    assert!(tally.len() == 2 && tally.values().all(|count| *count >= 10), "{tally:?}");
+    mesh.must(&["rollout", "status", "deploy/httpbin", "-n", "shop", "--timeout", "120"], "");
+    assert_eq!(tally.len(), 2, "{tally:?}");
+    assert_share("each has its half", *tally.values().next().unwrap(), 60, 0.5);
 }

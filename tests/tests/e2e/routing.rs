@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use testkit::{Client, Response, eventually};
+use testkit::{Client, Mesh, Response, eventually};
 
 use crate::apps::{TRAFFIC, virtual_service};
 use crate::rollouts::under_load;
@@ -267,6 +267,16 @@ fn weights_shift_under_load_without_a_failed_request() {
     assert!(served > 20, "the load was on: {served}");
 }
 
+/// The gateway's log has a line of this path that says this.
+#[track_caller]
+fn logged(mesh: &Mesh, path: &str, what: &str) {
+    eventually(&format!("{what:?} of {path}"), || {
+        let log = mesh.logs("istio-system/istio-ingressgateway", "istio-proxy");
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains(path)).collect();
+        if lines.iter().any(|line| line.contains(what)) { Ok(()) } else { Err(lines.join("\n")) }
+    });
+}
+
 #[test]
 fn faults_hit_jason_alone() {
     let mesh = TRAFFIC.turn();
@@ -277,17 +287,18 @@ fn faults_hit_jason_alone() {
         to_httpbin.trim_start_matches("   ")
     );
     let _routes = mesh.with(&virtual_service("faults", &rules));
-    let timed = |path: &str, headers: &[(&str, &str)]| {
-        let began = Instant::now();
-        (mesh.get("faults.shop.test", path, headers), began.elapsed())
-    };
-    let (aborted, _) = timed("/", &[("end-user", "jason")]);
+    let get = |path: &str, headers: &[(&str, &str)]| mesh.get("faults.shop.test", path, headers);
+    let aborted = get("/", &[("end-user", "jason")]);
     assert_eq!((aborted.status, aborted.body.as_str()), (500, "fault filter abort"), "{aborted:?}");
-    assert_eq!(timed("/get", &[("end-user", "kate")]).0.status, 200);
-    let (late, took) = timed("/delay-me", &[("end-user", "jason")]);
+    assert_eq!(get("/get", &[("end-user", "kate")]).status, 200);
+    let began = Instant::now();
+    let late = get("/delay-me?late", &[("end-user", "jason")]);
+    let took = began.elapsed();
     assert!(late.status == 200 && took >= Duration::from_secs(2), "{took:?} {late:?}");
-    let (prompt, took) = timed("/delay-me", &[]);
-    assert!(prompt.status == 200 && took < Duration::from_secs(2), "{took:?} {prompt:?}");
+    assert_eq!(get("/delay-me?prompt", &[]).status, 200);
+    // The log tells apart who was slow: the fault, or the machine.
+    logged(&mesh, "/delay-me?late", " 200 DI via_upstream ");
+    logged(&mesh, "/delay-me?prompt", " 200 - via_upstream ");
     let tally = mesh.tally("faults.shop.test", "/half", 400, |answer| answer.status.to_string());
     assert_eq!(tally.values().sum::<usize>(), 400, "{tally:?}");
     assert_share("50 % aborted", tally.get("418").copied().unwrap_or(0), 400, 0.5);
@@ -313,9 +324,8 @@ fn a_delay_and_an_abort_are_drawn_by_themselves() {
     let answer = mesh.get("both.shop.test", "/always", &[]);
     assert_eq!((answer.status, answer.body.as_str()), (418, "fault filter abort"), "{answer:?}");
     assert!(began.elapsed() >= Duration::from_secs(1), "first the delay: {:?}", began.elapsed());
-    let began = Instant::now();
     assert_eq!(mesh.get("both.shop.test", "/anything/unsaid", &[]).status, 200, "no percentage is none");
-    assert!(began.elapsed() < Duration::from_secs(5));
+    logged(&mesh, "/anything/unsaid", " 200 - via_upstream ");
 
     let count = 500;
     let tally = mesh.tally("both.shop.test", "/anything/sometimes", count, |answer| answer.status.to_string());
@@ -363,6 +373,5 @@ spec:
     let began = Instant::now();
     let jason = mesh.curl("shop/curl", &["-H", "end-user: jason", page]);
     assert!(jason.body.contains("Sorry, product reviews are currently unavailable"), "{jason:?}");
-    let took = began.elapsed();
-    assert!((Duration::from_secs(5)..Duration::from_secs(9)).contains(&took), "two tries of three seconds: {took:?}");
+    assert!(began.elapsed() >= Duration::from_secs(6), "two tries of three seconds: {:?}", began.elapsed());
 }

@@ -21,7 +21,7 @@ fn apply<'a>(mesh: &'a Mesh, names: &[&'static str]) -> Applied<'a> {
         mesh.must(&["apply", "-f", &file(name)], "");
     }
     let applied = Applied { mesh, names: names.to_vec() };
-    mesh.must(&["rollout", "status", "--timeout", "60"], "");
+    mesh.must(&["rollout", "status", "--timeout", "120"], "");
     mesh.synced();
     applied
 }
@@ -36,9 +36,12 @@ impl Drop for Applied<'_> {
 
 /// Every pod of the sample has its proxy.
 fn all_have_proxies(mesh: &Mesh, count: usize) {
-    let pods = mesh.must(&["get", "pods"], "");
-    let ready = pods.lines().filter(|line| line.contains("2/2") && line.contains("Running")).count();
-    assert_eq!(ready, count, "{pods}");
+    // Those of the test before may be on their way out.
+    eventually("as many pods, each with its proxy", || {
+        let pods = mesh.must(&["get", "pods"], "");
+        let ready = pods.lines().filter(|line| line.contains("2/2") && line.contains("Running")).count();
+        if ready == count { Ok(()) } else { Err(pods) }
+    });
 }
 
 #[test]

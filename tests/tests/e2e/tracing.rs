@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use testkit::{Applied, Client, Mesh, Puppet, eventually};
 
 use crate::apps::{COLLECTOR, TRAFFIC, virtual_service};
+use crate::stats::assert_share;
 
 /// Sends this share of requests to the collector.
 fn sampling(mesh: &Mesh, percent: f64) -> Applied<'_> {
@@ -194,7 +195,7 @@ fn the_request_id_decides_which_requests_are_traced() {
         decided.insert(id, expected);
     }
     let share = decided.values().filter(|sampled| **sampled).count();
-    assert!((10..=55).contains(&share), "about a quarter: {share}");
+    assert_share("a quarter is sampled", share, 120, 0.25);
     // The caller's word counts more than chance, either way.
     let (forced, ..) = ask(&[("x-client-trace-id", "mine")]);
     assert_eq!(&forced[14..15], "b", "{forced}");
@@ -233,7 +234,8 @@ fn a_collector_that_hangs_holds_no_request_up() {
     for _ in 0..200 {
         assert_eq!(client.send("GET", "calm.shop.test", "/get", &[]).unwrap().status, 200);
     }
-    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    // Each would wait for its spans' time-out, and that is no less than a second.
+    assert!(began.elapsed() < Duration::from_secs(150), "{:?}", began.elapsed());
     eventually(
         "spans that nobody took",
         || {

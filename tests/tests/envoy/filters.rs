@@ -349,7 +349,7 @@ fn a_service_is_asked_for_permission_the_same_way() {
             }),
         )
     };
-    let gone = SocketAddr::from(([127, 0, 0, 1], backend::free_port()));
+    let gone = backend::nobody();
     let off = json!([
         { "match": { "prefix": "/off" }, "route": { "cluster": "echo" }, "typed_per_filter_config": { "envoy.filters.http.ext_authz":
             { "@type": "type.googleapis.com/envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute", "disabled": true } } },
@@ -541,7 +541,7 @@ fn access_logs_say_the_same() {
         { "match": { "prefix": "/to" }, "route": { "cluster": "echo", "prefix_rewrite": "/" }, "name": "named" },
     ]);
     let echo = Backend::echo("echo");
-    let gone = SocketAddr::from(([127, 0, 0, 1], backend::free_port()));
+    let gone = backend::nobody();
     let format = json!({ "text_format_source": { "inline_string": text } });
     let pair = Pair::start(&bootstrap(
         &[
@@ -689,7 +689,7 @@ fn tcp_proxy(config: Value) -> Value {
 /// Sends a line over TCP; the first line that comes back, empty at a closed connection.
 fn line(at: SocketAddr, words: &str) -> String {
     let Ok(stream) = TcpStream::connect(at) else { return String::new() };
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(testkit::PATIENCE)).unwrap();
     let mut answer = String::new();
     // A connection that was cut is as empty as one that was closed.
     _ = (&stream).write_all(format!("{words}\n").as_bytes());
@@ -711,7 +711,7 @@ fn bytes_are_proxied_the_same_way() {
         )
     };
     let weighted = json!({ "weighted_clusters": { "clusters": [{ "name": "one", "weight": 1 }, { "name": "two", "weight": 999_999 }] } });
-    let gone = SocketAddr::from(([127, 0, 0, 1], backend::free_port()));
+    let gone = backend::nobody();
     let pair = Pair::start(&bootstrap(
         &[
             listener("plain", &[tcp_proxy(json!({ "cluster": "one" }))]),
@@ -794,7 +794,7 @@ fn chains_are_chosen_by_what_inspectors_see() {
           "transport_socket": { "name": "envoy.transport_sockets.raw_buffer", "typed_config": { "@type": "type.googleapis.com/envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer" } } },
         { "filter_chain_match": { "transport_protocol": "raw_buffer" }, "filters": [tcp_proxy(json!({ "cluster": "tcp" }))] },
     ]);
-    chains["listener_filters_timeout"] = "1s".into();
+    chains["listener_filters_timeout"] = "30s".into();
     chains["continue_on_listener_filters_timeout"] = true.into();
     let pair = Pair::start(&bootstrap(&[chains], &[cluster("tcp", &[backend::tcp("tcp")])]));
     for proxy in pair.both() {
@@ -872,7 +872,7 @@ fn sockets_by_endpoint(alpn: &[&str]) {
 fn retries_avoid_hosts_that_failed_before() {
     let (good, bad) = (Backend::echo("good"), Backend::start(|_| (503, vec![], "bad".into())));
     let retry = json!({ "cluster": "both", "retry_policy": {
-        "retry_on": "5xx", "num_retries": 1, "host_selection_retry_max_attempts": 10,
+        "retry_on": "5xx", "num_retries": 1, "host_selection_retry_max_attempts": 40,
         "retry_host_predicate": [typed("envoy.retry_host_predicates.previous_hosts", "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate", json!({}))],
     } });
     let routes = json!([
@@ -905,7 +905,7 @@ fn timeouts_are_the_same() {
     });
     let routes = json!([
         { "match": { "prefix": "/slow/timeout" }, "route": { "cluster": "slow", "timeout": "0.3s" } },
-        { "match": { "prefix": "/slow/tries" }, "route": { "cluster": "slow", "timeout": "2s", "retry_policy": { "retry_on": "reset,5xx", "num_retries": 1, "per_try_timeout": "0.2s" } } },
+        { "match": { "prefix": "/slow/tries" }, "route": { "cluster": "slow", "timeout": "30s", "retry_policy": { "retry_on": "reset,5xx", "num_retries": 1, "per_try_timeout": "1s" } } },
         { "match": { "prefix": "/" }, "route": { "cluster": "slow" } },
     ]);
     let pair = Pair::start(&bootstrap(
@@ -916,7 +916,10 @@ fn timeouts_are_the_same() {
     let late = pair.get("http", "a", "/slow/timeout", &[]);
     assert_eq!((late.status, late.body.as_str()), (504, "upstream request timeout"));
     assert_eq!(pair.get("http", "a", "/slow/tries", &[]).status, 504);
-    assert_eq!(slow.seen().iter().filter(|seen| seen.path == "/slow/tries").count(), 4, "two tries each");
+    eventually("two tries of each", || match slow.seen().iter().filter(|seen| seen.path == "/slow/tries").count() {
+        4 => Ok(()),
+        other => Err(other.to_string()),
+    });
 }
 
 #[test]

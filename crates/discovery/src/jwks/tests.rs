@@ -90,7 +90,7 @@ impl Running {
     }
 
     async fn until(&mut self, holds: impl Fn(&KeySets) -> bool) {
-        let waiting = tokio::time::timeout(Duration::from_secs(20), self.key_sets.wait_for(|sets| holds(sets)));
+        let waiting = tokio::time::timeout(Duration::from_secs(90), self.key_sets.wait_for(|sets| holds(sets)));
         let in_time = waiting.await.map(drop);
         assert!(in_time.is_ok(), "not in time: {:?}", self.key_sets.borrow());
     }

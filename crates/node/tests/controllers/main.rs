@@ -143,7 +143,7 @@ impl Mesh {
     /// Waits for something to become true of the objects.
     async fn until(&self, what: &str, test: impl Fn(&ConfigSet) -> bool) {
         let mut version = self.store.version();
-        let waited = tokio::time::timeout(Duration::from_secs(40), async {
+        let waited = tokio::time::timeout(Duration::from_secs(90), async {
             while !test(&self.store.objects()) {
                 version.changed().await.unwrap();
             }
@@ -260,7 +260,7 @@ async fn facts(mesh: &Mesh) {
     assert!(mesh.controller.exec_target("shop", "none", "web").is_err());
 
     mesh.apply(&OBJECTS.split("---").next().unwrap().replace("hello", "goodbye"));
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while mesh.get(address, "/config").await.unwrap() != "goodbye" {
         assert!(Instant::now() < deadline, "the volume never followed its ConfigMap");
         tokio::task::yield_now().await;

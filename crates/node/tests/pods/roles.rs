@@ -6,6 +6,9 @@ use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::process::ExitCode;
 use std::time::Duration;
 
+/// How long a peer may say nothing.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+
 pub(crate) fn play(role: &str, words: &[String]) -> Option<ExitCode> {
     let word = |index: usize| words.get(index).map_or("", String::as_str);
     let outcome = match role {
@@ -96,14 +99,18 @@ fn connect(to: SocketAddr, mark: Option<u32>, source: Option<IpAddr>) -> std::io
     if let Some(source) = source {
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
-    socket.connect_timeout(&to.into(), Duration::from_secs(5))?;
+    socket.connect_timeout(&to.into(), SILENCE_MAX)?;
     Ok(socket.into())
 }
 
 fn read(mut stream: TcpStream) -> String {
     let mut text = String::new();
-    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-    let _result = stream.read_to_string(&mut text);
+    stream.set_read_timeout(Some(SILENCE_MAX)).unwrap();
+    if let Err(error) = stream.read_to_string(&mut text)
+        && matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut)
+    {
+        text.push_str("(silence)");
+    }
     text
 }
 
@@ -137,7 +144,7 @@ fn dial_host(to: &str) -> Outcome {
     });
     let socket = socket2::Socket::from(socket.expect("a socket"));
     assert!(socket.set_mark(types::wellknown::marks::PROXY).is_err() || rustix::process::geteuid().is_root());
-    socket.connect_timeout(&to.parse::<SocketAddr>().unwrap().into(), Duration::from_secs(5))?;
+    socket.connect_timeout(&to.parse::<SocketAddr>().unwrap().into(), SILENCE_MAX)?;
     socket.set_nonblocking(false)?;
     print!("{}", read(socket.into()));
     Ok(())
