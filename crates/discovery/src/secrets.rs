@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn fields_are_those_that_were_written() {
-        let written = |text: &str| -> k8s::Secret {
+        let written = |text: &str| -> Arc<k8s::Secret> {
             let value: serde_json::Value = serde_json::from_str(text).unwrap();
             api::from_json(&value).0.unwrap().typed::<k8s::Secret>().unwrap().clone()
         };
@@ -208,8 +208,7 @@ mod tests {
             let text = format!(
                 r#"{{"apiVersion": "v1", "kind": "Secret", "metadata": {{"name": "web", "namespace": "edge"}}, "{map}": {{"{key}": "eA=="}}}}"#
             );
-            let finding =
-                check("kubernetes://web", &any, "edge", |_| Some(Arc::new(written(&text))), SystemTime::now()).finding;
+            let finding = check("kubernetes://web", &any, "edge", |_| Some(written(&text)), SystemTime::now()).finding;
             assert_eq!(&*finding.unwrap().field, format!("{map}.{key}"));
         }
     }
