@@ -405,12 +405,12 @@ spec: {{selector: {{app: reviews}}, ports: [{{name: http, port: 9080}}]}}
     });
 }
 
-/// A client with two workers in its proxy: `shop/busy`.
-fn busy() -> String {
-    workload("shop", "busy", "v1", "curlimages/curl", None, "").replace(
-        "deployment: busy, version: v1}",
-        "deployment: busy, version: v1}, annotations: {proxy.istio.io/config: \"concurrency: 2\"}",
-    )
+/// A client with two workers in its proxy. Each test has its own: the pods of a deployment that was deleted take
+/// a moment to end, and would be taken for those of the next one of its name.
+fn busy(name: &str) -> String {
+    let labels = format!("deployment: {name}, version: v1}}");
+    workload("shop", name, "v1", "curlimages/curl", None, "")
+        .replace(&labels, &format!("{labels}, annotations: {{proxy.istio.io/config: \"concurrency: 2\"}}"))
 }
 
 #[test]
@@ -433,13 +433,13 @@ kind: VirtualService
 metadata: {name: limited, namespace: shop}
 spec: {hosts: [limited.plain.svc.cluster.local], http: [{retries: {attempts: 0}, route: [{destination: {host: limited.plain.svc.cluster.local}}]}]}
 ";
-    let _objects = mesh.with(&format!("{}\n---\n{objects}", busy()));
-    mesh.must(&["rollout", "status", "deploy/busy", "-n", "shop", "--timeout", "120"], "");
+    let _objects = mesh.with(&format!("{}\n---\n{objects}", busy("busy-http")));
+    mesh.must(&["rollout", "status", "deploy/busy-http", "-n", "shop", "--timeout", "120"], "");
     mesh.synced();
     puppet.answers(&json!([{"path": "/held", "hangs": true}]));
     let arrived = || puppet.seen().iter().filter(|request| request["path"] == "/held").count();
     let ask = || {
-        let mut tunnel = mesh.dial("shop/busy", "limited.plain", 8011);
+        let mut tunnel = mesh.dial("shop/busy-http", "limited.plain", 8011);
         tunnel.write_all(b"GET /held HTTP/1.1\r\nhost: limited.plain:8011\r\n\r\n").unwrap();
         tunnel
     };
@@ -459,7 +459,7 @@ spec: {hosts: [limited.plain.svc.cluster.local], http: [{retries: {attempts: 0},
     assert_eq!(arrived(), 3);
     drop(held);
     eventually("the overflow in the log", || {
-        let log = mesh.logs("shop/busy", "istio-proxy");
+        let log = mesh.logs("shop/busy-http", "istio-proxy");
         let overflow = " 503 UO upstream_reset_before_response_started{overflow} ";
         if log.lines().filter(|line| line.contains(overflow)).count() == 5 { Ok(()) } else { Err(log) }
     });
@@ -474,11 +474,11 @@ kind: DestinationRule
 metadata: {name: echo, namespace: shop}
 spec: {host: echo, trafficPolicy: {connectionPool: {tcp: {maxConnections: 2}}}}
 ";
-    let _objects = mesh.with(&format!("{}\n---\n{limits}", busy()));
-    mesh.must(&["rollout", "status", "deploy/busy", "-n", "shop", "--timeout", "120"], "");
+    let _objects = mesh.with(&format!("{}\n---\n{limits}", busy("busy-bytes")));
+    mesh.must(&["rollout", "status", "deploy/busy-bytes", "-n", "shop", "--timeout", "120"], "");
     mesh.synced();
     let open = || {
-        let mut tunnel = mesh.dial("shop/busy", "echo", 9000);
+        let mut tunnel = mesh.dial("shop/busy-bytes", "echo", 9000);
         // A connection over the limit may be closed before this is written.
         _ = tunnel.write_all(b"hi\n");
         let mut line = String::new();
@@ -491,7 +491,7 @@ spec: {host: echo, trafficPolicy: {connectionPool: {tcp: {maxConnections: 2}}}}
     let served = kept.iter().filter(|(_, line)| line.ends_with(" hi\n")).count();
     assert_eq!(served, 2, "{:?}", kept.iter().map(|(_, line)| line).collect::<Vec<_>>());
     let refused = eventually("the log", || {
-        let log = mesh.logs("shop/busy", "istio-proxy");
+        let log = mesh.logs("shop/busy-bytes", "istio-proxy");
         match log.lines().filter(|line| line.contains(" UO ")).count() {
             3 => Ok(log),
             other => Err(format!("{other}: {log}")),
