@@ -155,7 +155,7 @@ impl Agent {
                     failures = failures.saturating_add(1);
                     let pause = PAUSE_FIRST.saturating_mul(1 << failures.min(16).saturating_sub(1)).min(PAUSE_MAX);
                     let pause = pause.mul_f64(0.5 + 0.5 * draw());
-                    tracing::warn!(error = %describe(&error), ?pause, "no certificate; the one at hand stays");
+                    tracing::warn!(error = %describe(&error), ?pause, "no certificate was issued; what is at hand stays, and another try follows");
                     self.errors.send_replace(Some(Arc::new(error)));
                     pause
                 }

@@ -1,6 +1,7 @@
 //! The process's own log: where its levels come from, and how they change while it runs.
 
 use std::collections::BTreeMap;
+use std::io::IsTerminal as _;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use proxy::LogLevels;
@@ -36,8 +37,12 @@ fn word(level: &str) -> Option<&'static str> {
 pub(crate) fn start(level: &str) -> Arc<Levels> {
     let level = word(level).unwrap_or("warn");
     let filter = EnvFilter::try_from_env("LATEEN_LOG").unwrap_or_else(|_| level.into());
-    let builder =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_filter_reloading();
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        // What is kept in a file, as the logs of pods are, is text.
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_filter_reloading();
     let handle = builder.reload_handle();
     // A second call is a test's; the first one holds.
     _ = builder.try_init();

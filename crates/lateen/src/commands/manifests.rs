@@ -235,7 +235,8 @@ pub(crate) fn validate(args: &ValidateArgs) -> Result<()> {
         0 => Ok(()),
         count => {
             let code = if unread { exit::DATA } else { exit::ERROR };
-            Err(ExitWith { code, message: format!("{count} errors") }.into())
+            Err(ExitWith { code, message: if count == 1 { "1 error".to_owned() } else { format!("{count} errors") } }
+                .into())
         }
     }
 }
