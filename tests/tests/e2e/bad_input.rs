@@ -205,6 +205,11 @@ spec: {containers: [{name: main, image: local/none, command: [no-such-program-an
         pods if pods.contains("StartError") => Ok(()),
         pods => Err(pods),
     });
+    eventually("the reason in place of a log", || {
+        let said = text(&mesh.command(&["logs", "no-program", "-n", "plain"], "").stderr);
+        let words = ["container main waits to start: StartError", "no-such-program"];
+        if words.iter().all(|word| said.contains(word)) { Ok(()) } else { Err(said) }
+    });
     assert_eq!(mesh.curl("plain/curl", &["http://httpbin:8000/get"]).status, 200, "the rest runs");
 }
 

@@ -104,9 +104,11 @@ pub(crate) fn apply(args: &ApplyArgs) -> Result<()> {
         block_on(settle(args, &applied))?;
     }
     if refused > 0 {
-        return Err(
-            ExitWith { code: exit::ERROR, message: format!("{refused} errors; the last good versions stay") }.into()
-        );
+        return Err(ExitWith {
+            code: exit::ERROR,
+            message: format!("{}; the last good versions stay", errors(refused)),
+        }
+        .into());
     }
     Ok(())
 }
@@ -235,8 +237,12 @@ pub(crate) fn validate(args: &ValidateArgs) -> Result<()> {
         0 => Ok(()),
         count => {
             let code = if unread { exit::DATA } else { exit::ERROR };
-            Err(ExitWith { code, message: if count == 1 { "1 error".to_owned() } else { format!("{count} errors") } }
-                .into())
+            Err(ExitWith { code, message: errors(count) }.into())
         }
     }
+}
+
+/// `1 error`, `2 errors`.
+fn errors(count: usize) -> String {
+    if count == 1 { "1 error".to_owned() } else { format!("{count} errors") }
 }

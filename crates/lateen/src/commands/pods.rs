@@ -75,6 +75,9 @@ pub(crate) fn logs(args: &LogsArgs) -> Result<()> {
     block_on(async {
         let pod = find_pod(&client, &args.namespace, &args.pod).await?;
         let container = container_of(&pod, args.container.as_deref());
+        if let Some(why) = waits_for(&pod, container) {
+            output::note(&format!("container {container} waits to start: {why}"));
+        }
         let tail = args.tail.map(|tail| format!("&tail={tail}")).unwrap_or_default();
         let uri = format!("/logs/{}/{}/{container}?follow={}{tail}", args.namespace, name_of(&pod), args.follow);
         let mut lines = client.lines(&uri).await?;
@@ -83,6 +86,15 @@ pub(crate) fn logs(args: &LogsArgs) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// Why a container does not run, if it waits: there may be no log to say so.
+fn waits_for(pod: &Value, container: &str) -> Option<String> {
+    let statuses = ["containerStatuses", "initContainerStatuses"].map(|list| pod["status"][list].as_array());
+    let status = statuses.into_iter().flatten().flatten().find(|status| status["name"] == container)?;
+    let waiting = status["state"].get("waiting")?;
+    let text = |key: &str| waiting[key].as_str().filter(|text| !text.is_empty());
+    Some([text("reason"), text("message")].into_iter().flatten().collect::<Vec<_>>().join(": "))
 }
 
 /// Runs a program inside a pod.
