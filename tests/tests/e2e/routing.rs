@@ -80,6 +80,9 @@ fn the_first_rule_that_matches_wins() {
         ("uri: {prefix: /two}", "path-prefix"),
         ("uri: {regex: \"/three/[0-9]+\"}", "path-regex"),
         ("uri: {exact: /FOUR}, ignoreUriCase: true", "path-any-case"),
+        ("uri: {prefix: /FIVE}, ignoreUriCase: true", "path-prefix-any-case"),
+        ("scheme: {exact: http}, uri: {exact: /scheme}", "scheme"),
+        ("scheme: {exact: https}, uri: {exact: /secure}", "secure"),
         ("method: {exact: DELETE}", "method"),
         ("method: {prefix: PA}", "method-prefix"),
         ("method: {regex: \"PUT|POST\"}, uri: {exact: /write}", "method-regex"),
@@ -113,6 +116,9 @@ fn the_first_rule_that_matches_wins() {
     check("GET", "/three/33", &[], "path-regex");
     check("GET", "/three/33x", &[], "default");
     check("GET", "/four", &[], "path-any-case");
+    check("GET", "/fivefold", &[], "path-prefix-any-case");
+    check("GET", "/scheme", &[], "scheme");
+    check("GET", "/secure", &[], "default");
     check("DELETE", "/", &[], "method");
     check("PATCH", "/", &[], "method-prefix");
     check("PUT", "/write", &[], "method-regex");
