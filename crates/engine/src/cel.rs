@@ -448,8 +448,7 @@ impl Attribute {
                     info.picked.as_ref().map_or(Value::Missing, |picked| owned(picked.host.address.to_string()))
                 }
                 "upstream.cluster" | "xds.cluster_name" => {
-                    let named = info.cluster.as_ref().map(|cluster| &cluster.name).or(info.cluster_name.as_ref());
-                    named.map_or(Value::Missing, |name| text(name))
+                    info.cluster.as_ref().map_or(Value::Missing, |cluster| text(&cluster.name))
                 }
                 "xds.route_name" => info.route_name.as_deref().map_or(Value::Missing, text),
                 _ => Value::Missing,

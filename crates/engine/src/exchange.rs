@@ -306,7 +306,7 @@ pub struct StreamInfo {
     pub traced: bool,
     /// The route's objects.
     pub provenance: Option<Arc<crate::record::Provenance>>,
-    /// The cluster chosen.
+    /// The cluster of the route, whether or not anything goes there.
     pub cluster: Option<Arc<Cluster>>,
     /// The name chosen when there is no such cluster.
     pub cluster_name: Option<Name>,

@@ -90,9 +90,12 @@ fn mix(mut z: u64) -> u64 {
 
 impl RequestTrace {
     /// Continues the caller's trace, or begins one, and tells the upstream.
+    ///
+    /// Where nobody collects spans, the caller's context passes as it is.
     pub(crate) fn start(hcm: &Hcm, head: &mut RequestHead, info: &StreamInfo, seed: u64) -> Self {
         let Some(tracing) = &hcm.tracing else { return Self::default() };
-        let long = !matches!(tracing.provider, Some(TraceProvider::Zipkin { long_ids: false, .. }));
+        let Some(provider) = &tracing.provider else { return Self::default() };
+        let long = !matches!(provider, TraceProvider::Zipkin { long_ids: false, .. });
         let span_id = mix(seed ^ 0x7370_616e);
         let fresh = || {
             let low = u128::from(mix(seed ^ 0x7472_6163));
@@ -106,10 +109,10 @@ impl RequestTrace {
             Extracted::None => (fresh(), None, info.traced),
         };
         let context = TraceContext { trace_id, span_id, parent_id: parent, sampled: Some(sampled), debug: false };
-        let propagation = match tracing.provider {
-            Some(TraceProvider::OpenTelemetry { .. }) => Propagation::W3c,
-            Some(TraceProvider::Zipkin { w3c: true, .. }) => Propagation::B3AndW3c,
-            _ => Propagation::B3,
+        let propagation = match provider {
+            TraceProvider::OpenTelemetry { .. } => Propagation::W3c,
+            TraceProvider::Zipkin { w3c: true, .. } => Propagation::B3AndW3c,
+            TraceProvider::Zipkin { .. } => Propagation::B3,
         };
         let upstream_span = tracing.spawn_upstream_span.then(|| mix(seed ^ 0x7570_7374));
         match upstream_span {
@@ -121,12 +124,7 @@ impl RequestTrace {
             ),
             None => inject(&mut head.fields, propagation, &context, parent),
         }
-        let running = (sampled && tracing.provider.is_some()).then(|| Running {
-            tracing: Arc::clone(tracing),
-            context,
-            parent,
-            upstream_span,
-        });
+        let running = sampled.then(|| Running { tracing: Arc::clone(tracing), context, parent, upstream_span });
         Self { running }
     }
 

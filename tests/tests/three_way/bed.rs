@@ -18,11 +18,14 @@ use testkit::{Client, Response, eventually};
 use types::NamespacedName;
 use types::wellknown::type_urls;
 
-use crate::random::{Case, Request, Tokens};
+use crate::random::{Case, POOLS, Request, Tokens};
 
 /// Addresses of the three backends; all listen on the same port.
 const BACKENDS: [(&str, Ipv4Addr); 3] =
     [("v1", Ipv4Addr::new(127, 0, 0, 2)), ("v2", Ipv4Addr::new(127, 0, 0, 3)), ("other", Ipv4Addr::new(127, 0, 0, 4))];
+
+/// Of a pod where nobody listens.
+const DEAD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 99);
 
 const GATEWAY: &str = "istio-ingressgateway";
 
@@ -33,9 +36,45 @@ pub(crate) struct Bed {
     dir: tempfile::TempDir,
 }
 
+/// Where the gateway listens: for each of its two servers. Both proxies have the same ports, which
+/// policies may name, at addresses of their own.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ports {
+    /// Of the server with port 80.
+    pub(crate) first: u16,
+    /// Of the server with port 81.
+    pub(crate) second: u16,
+}
+
+/// For what is only looked at.
+pub(crate) const SOME_PORTS: Ports = Ports { first: 8080, second: 8081 };
+
+impl Ports {
+    fn free() -> Self {
+        let both = || {
+            eventually("a port that both proxies can have", || {
+                let port = free_port(address("lateen"));
+                TcpListener::bind((address("envoy"), port)).map(|_| port).map_err(|error| error.to_string())
+            })
+        };
+        Self { first: both(), second: both() }
+    }
+
+    fn of(self, server: u16) -> u16 {
+        if server == 81 { self.second } else { self.first }
+    }
+}
+
+/// A proxy's address, in all likelihood its own: nobody takes a port between choosing and listening.
+fn address(proxy: &str) -> Ipv4Addr {
+    let [_, _, high, low] = std::process::id().to_be_bytes();
+    Ipv4Addr::new(127, if proxy == "envoy" { 78 } else { 77 }, high, low.clamp(1, 254))
+}
+
 /// Cases with their hosts, compiled.
 pub(crate) struct Compiled {
     snapshot: MeshSnapshot,
+    ports: Ports,
     /// With the addresses of the objects.
     clusters: Vec<Value>,
     listeners: Vec<Value>,
@@ -52,6 +91,7 @@ fn backend(name: &'static str, listener: TcpListener) {
 
 /// Keeps the connection until the peer ends it.
 fn serve(name: &str, stream: TcpStream) -> Option<()> {
+    stream.set_nodelay(true).ok()?;
     let mut out = stream.try_clone().ok()?;
     let mut input = BufReader::new(stream);
     loop {
@@ -76,17 +116,26 @@ fn serve(name: &str, stream: TcpStream) -> Option<()> {
         let of = |name: &str| headers.iter().find(|(have, _)| have == name).map(|(_, value)| value.as_str());
         let length = of("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
         std::io::copy(&mut (&mut input).take(length), &mut std::io::sink()).ok()?;
+        if of("x-reply-reset").is_some() {
+            return None;
+        }
         let status = of("x-reply-status").unwrap_or("200");
         let body =
             json!({ "echo": true, "backend": name, "method": method, "path": path, "headers": headers }).to_string();
         let sent = if method == "HEAD" { "" } else { &body };
         let length = body.len();
-        write!(
-            out,
+        // In one piece: what comes in several waits for the peer's acknowledgement of the first.
+        let answer = format!(
             "HTTP/1.1 {status} X\r\nx-backend: {name}\r\nx-a: answer\r\ncontent-length: {length}\r\n\r\n{sent}"
-        )
-        .ok()?;
+        );
+        out.write_all(answer.as_bytes()).ok()?;
     }
+}
+
+fn pod(name: &str, labels: &str, ip: Ipv4Addr) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{{labels}}}}}\nspec: {{containers: [{{name: a, image: a}}]}}\nstatus: {{phase: Running, podIP: {ip}, conditions: [{{type: Ready, status: 'True'}}]}}\n"
+    )
 }
 
 impl Bed {
@@ -139,7 +188,8 @@ impl Bed {
         Tokens(list)
     }
 
-    fn base(&self) -> String {
+    fn base(&self, ports: Ports) -> String {
+        let Ports { first, second } = ports;
         let mut all = format!(
             r#"
 apiVersion: install.istio.io/v1alpha1
@@ -150,7 +200,7 @@ spec: {{meshConfig: {{accessLogFile: /dev/stdout, enableAutoMtls: false}}}}
 apiVersion: v1
 kind: Service
 metadata: {{name: {GATEWAY}, namespace: istio-system}}
-spec: {{clusterIP: 10.96.0.1, selector: {{istio: ingressgateway}}, ports: [{{name: http2, port: 80, targetPort: 8080}}]}}
+spec: {{clusterIP: 10.96.0.1, selector: {{istio: ingressgateway}}, ports: [{{name: http2, port: 80, targetPort: {first}}}, {{name: more, port: 81, targetPort: {second}}}]}}
 ---
 apiVersion: v1
 kind: Pod
@@ -161,7 +211,7 @@ status: {{phase: Running, podIP: 10.1.0.1, conditions: [{{type: Ready, status: '
 apiVersion: networking.istio.io/v1
 kind: Gateway
 metadata: {{name: gateway, namespace: shop}}
-spec: {{selector: {{istio: ingressgateway}}, servers: [{{port: {{number: 80, name: http, protocol: HTTP}}, hosts: ["*.test"]}}]}}
+spec: {{selector: {{istio: ingressgateway}}, servers: [{{port: {{number: 80, name: http, protocol: HTTP}}, hosts: ["*.test"]}}, {{port: {{number: 81, name: http-more, protocol: HTTP}}, hosts: ["*.test"]}}]}}
 ---
 apiVersion: networking.istio.io/v1
 kind: DestinationRule
@@ -183,41 +233,67 @@ metadata: {{name: tokens, namespace: istio-system}}
 spec:
   selector: {{matchLabels: {{istio: ingressgateway}}}}
   jwtRules:
-  - {{issuer: issuer-a, jwks: '{}'}}
-  - {{issuer: issuer-b, jwks: '{}', audiences: [shop], forwardOriginalToken: true}}
+  - issuer: issuer-a
+    jwks: '{}'
+    fromHeaders: [{{name: authorization, prefix: "Bearer "}}, {{name: x-jwt, prefix: "Token "}}]
+    fromParams: [token]
+    outputClaimToHeaders: [{{header: x-claim-group, claim: group}}, {{header: x-claim-deep, claim: nested.key}}]
+  - {{issuer: issuer-b, jwks: '{}', audiences: [shop], forwardOriginalToken: true, outputPayloadToHeader: x-payload}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: pool-header, namespace: shop}}
+spec: {{host: pool-header, trafficPolicy: {{loadBalancer: {{consistentHash: {{httpHeaderName: x-a}}}}}}}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: pool-query, namespace: shop}}
+spec: {{host: pool-query, trafficPolicy: {{loadBalancer: {{consistentHash: {{httpQueryParameterName: q}}}}}}}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: pool-source, namespace: shop}}
+spec: {{host: pool-source, trafficPolicy: {{loadBalancer: {{consistentHash: {{useSourceIp: true}}}}}}}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: pool-maglev, namespace: shop}}
+spec: {{host: pool-maglev, trafficPolicy: {{loadBalancer: {{consistentHash: {{httpHeaderName: x-a, maglev: {{}}}}}}}}}}
 "#,
             self.issuers[0].jwks(),
             self.issuers[1].jwks(),
         );
         let port = self.backend_port;
-        for service in ["echo", "other"] {
+        let services = [("echo", "app: echo"), ("other", "app: other"), ("dead", "app: dead")];
+        let services = services.into_iter().chain(POOLS.map(|pool| (pool, "pool: all")));
+        for (number, (service, selector)) in services.enumerate() {
             all.push_str(&format!(
-                "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {service}, namespace: shop}}\nspec: {{clusterIP: 10.96.1.{}, selector: {{app: {service}}}, ports: [{{name: http, port: 80, targetPort: {port}}}]}}\n",
-                service.len(),
+                "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {service}, namespace: shop}}\nspec: {{clusterIP: 10.96.1.{}, selector: {{{selector}}}, ports: [{{name: http, port: 80, targetPort: {port}}}]}}\n",
+                number + 1,
             ));
         }
         for (name, ip) in BACKENDS {
             let app = if name == "other" { "other" } else { "echo" };
-            all.push_str(&format!(
-                "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: {app}, version: {name}}}}}\nspec: {{containers: [{{name: a, image: a}}]}}\nstatus: {{phase: Running, podIP: {ip}, conditions: [{{type: Ready, status: 'True'}}]}}\n"
-            ));
+            all.push_str(&pod(name, &format!("app: {app}, version: {name}, pool: all"), ip));
         }
+        all.push_str(&pod("dead", "app: dead", DEAD));
         all
     }
 
     /// Whether the API server would take the objects of a case.
     pub(crate) fn is_valid(case: &Case) -> bool {
-        !api::parse_documents("case.yaml", &text(case, "c0.open.test", "c0")).has_errors()
+        !api::parse_documents("case.yaml", &text(case, "c0.open.test", "c0", SOME_PORTS)).has_errors()
     }
 
     /// Compiles cases, each with its host; those with equal objects may share one.
     pub(crate) fn compile(&self, cases: &[(String, &Case)]) -> Compiled {
-        let mut yaml = self.base();
+        let ports = Ports::free();
+        let mut yaml = self.base(ports);
         let mut seen = std::collections::BTreeSet::new();
         for (host, case) in cases {
             if seen.insert(host) {
                 yaml.push_str("\n---\n");
-                yaml.push_str(&text(case, host, host.split('.').next().unwrap()));
+                yaml.push_str(&text(case, host, host.split('.').next().unwrap(), ports));
             }
         }
         let documents = api::parse_documents("cases.yaml", &yaml);
@@ -241,14 +317,15 @@ spec:
         clusters.iter_mut().for_each(|cluster| with_endpoints(cluster, &endpoints));
         let mut listeners: Vec<Value> = of(type_urls::LISTENER).into_values().collect();
         listeners.iter_mut().for_each(|listener| with_routes(listener, &routes));
-        Compiled { snapshot, clusters, listeners }
+        Compiled { snapshot, ports, clusters, listeners }
     }
 }
 
 /// The documents of a case.
-pub(crate) fn text(case: &Case, host: &str, name: &str) -> String {
+pub(crate) fn text(case: &Case, host: &str, name: &str, ports: Ports) -> String {
     let documents: Vec<String> = case.objects.iter().map(ToString::to_string).collect();
-    documents.join("\n---\n").replace("@HOST@", host).replace("@NAME@", name)
+    let text = documents.join("\n---\n").replace("@HOST@", host).replace("@NAME@", name);
+    text.replace("@PORT@", &ports.first.to_string())
 }
 
 fn plain(any: &proto::any::Any) -> Value {
@@ -286,16 +363,16 @@ fn with_routes(value: &mut Value, routes: &BTreeMap<String, Value>) {
 }
 
 impl Compiled {
-    /// The file that both proxies get, but for the ports.
-    fn bootstrap(&self, listener_port: u16, admin_port: u16) -> Value {
+    /// The file that both proxies get, but for the addresses.
+    fn bootstrap(&self, address: Ipv4Addr, admin_port: u16) -> Value {
         let mut listeners = self.listeners.clone();
         for listener in &mut listeners {
-            listener["address"]["socket_address"] = json!({ "address": "127.0.0.1", "port_value": listener_port });
+            listener["address"]["socket_address"]["address"] = json!(address.to_string());
         }
-        assert_eq!(listeners.len(), 1, "the gateway has one port");
+        assert_eq!(listeners.len(), 2, "the gateway has two ports");
         json!({
             "node": { "id": format!("router~127.0.0.1~{GATEWAY}.istio-system~istio-system.svc.cluster.local"), "cluster": GATEWAY },
-            "admin": { "address": { "socket_address": { "address": "127.0.0.1", "port_value": admin_port } } },
+            "admin": { "address": { "socket_address": { "address": address.to_string(), "port_value": admin_port } } },
             "static_resources": { "listeners": listeners, "clusters": self.clusters },
         })
     }
@@ -314,13 +391,13 @@ impl Compiled {
         let explained = cases.iter().map(|(host, case)| {
             let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
             let now = Now { mono: Instant::now(), wall_nanos: u64::try_from(wall).unwrap() };
-            let Request { method, path, headers, .. } = &case.request;
+            let Request { method, path, headers, port, .. } = &case.request;
             let headers: Vec<String> = all_headers(host, &case.request, headers)
                 .into_iter()
                 .map(|(name, value)| format!("{name}: {value}"))
                 .collect();
             let from = Caller::Outside(NamespacedName::new("istio-system", GATEWAY));
-            let mut call = Call::parse(from, method, &format!("http://{host}{path}"), &headers, now).unwrap();
+            let mut call = Call::parse(from, method, &format!("http://{host}:{port}{path}"), &headers, now).unwrap();
             call.client = Some(Ipv4Addr::LOCALHOST.into());
             explainer.explain(&call)
         });
@@ -331,6 +408,7 @@ impl Compiled {
 }
 
 fn all_headers(host: &str, request: &Request, more: &[(String, String)]) -> Vec<(String, String)> {
+    let host = if request.is_shouting { host.to_ascii_uppercase() } else { host.to_owned() };
     let mut all = vec![("host".to_owned(), format!("{host}{}", request.host_suffix))];
     all.extend_from_slice(more);
     all
@@ -340,9 +418,10 @@ fn all_headers(host: &str, request: &Request, more: &[(String, String)]) -> Vec<
 pub(crate) struct Live {
     name: &'static str,
     child: Child,
-    address: SocketAddr,
+    ports: Ports,
     log: PathBuf,
-    client: Option<Client>,
+    /// By server.
+    clients: BTreeMap<u16, Client>,
 }
 
 impl Drop for Live {
@@ -375,6 +454,25 @@ pub(crate) struct Upstream {
     pub(crate) headers: Vec<(String, String)>,
 }
 
+impl Outcome {
+    /// Whether the endpoint was drawn: it is one of a pool, and the request has no key for it.
+    pub(crate) fn is_drawn(&self, request: &Request) -> bool {
+        let has_key = match POOLS.iter().find(|pool| self.log.cluster.contains(*pool)) {
+            Some(&"pool-query") => request.path.contains("q="),
+            Some(&"pool-source") | None => true,
+            Some(_) => request.headers.iter().any(|(name, value)| name == "x-a" && !value.is_empty()),
+        };
+        !has_key
+    }
+
+    /// The outcome without what tells of the endpoint.
+    pub(crate) fn somewhere(mut self) -> Self {
+        self.log.upstream_host.clear();
+        self.headers.retain(|(name, _)| name != "x-backend");
+        self
+    }
+}
+
 /// Some columns of Istio's access log.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct LogLine {
@@ -388,16 +486,33 @@ pub(crate) struct LogLine {
     pub(crate) route: String,
 }
 
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+impl LogLine {
+    /// Every column with its name.
+    pub(crate) fn columns(&self) -> [(&'static str, &str); 8] {
+        [
+            ("code", &self.code),
+            ("flags", &self.flags),
+            ("details", &self.details),
+            ("forwarded for", &self.forwarded_for),
+            ("authority", &self.authority),
+            ("upstream host", &self.upstream_host),
+            ("cluster", &self.cluster),
+            ("route", &self.route),
+        ]
+    }
+}
+
+fn free_port(address: Ipv4Addr) -> u16 {
+    TcpListener::bind((address, 0)).unwrap().local_addr().unwrap().port()
 }
 
 impl Live {
     /// Starts a proxy; `program` and the arguments before `-c FILE`.
     fn start(name: &'static str, program: &Path, args: &[&str], compiled: &Compiled, dir: &Path) -> Self {
-        let (port, admin) = (free_port(), free_port());
+        let address = address(name);
+        let admin = free_port(address);
         let file = dir.join(format!("{name}.json"));
-        std::fs::write(&file, compiled.bootstrap(port, admin).to_string()).unwrap();
+        std::fs::write(&file, compiled.bootstrap(address, admin).to_string()).unwrap();
         let (log, said) = (dir.join(format!("{name}.log")), dir.join(format!("{name}.err")));
         let child = Command::new(program)
             .args(args)
@@ -408,12 +523,12 @@ impl Live {
             .stderr(std::fs::File::create(&said).unwrap())
             .spawn()
             .unwrap();
-        let mut live = Self { name, child, address: SocketAddr::from(([127, 0, 0, 1], port)), log, client: None };
+        let mut live = Self { name, child, ports: compiled.ports, log, clients: BTreeMap::new() };
         eventually(name, || {
             if let Ok(Some(status)) = live.child.try_wait() {
                 panic!("{name} ends with {status}:\n{}", std::fs::read_to_string(&said).unwrap());
             }
-            let admin = SocketAddr::from(([127, 0, 0, 1], admin));
+            let admin = SocketAddr::from((address, admin));
             let answer = Client::plain(admin).and_then(|mut client| client.send("GET", "x", "/ready", &[]));
             match answer {
                 Ok(answer) if answer.status == 200 => Ok(()),
@@ -445,14 +560,15 @@ impl Live {
         bytes.push_str("\r\n");
         let is_head = request.method == "HEAD";
         // A kept connection may have been closed after its last answer.
-        if let Some(client) = &mut self.client
+        if let Some(client) = self.clients.get_mut(&request.port)
             && let Ok(answer) = client.raw(bytes.as_bytes(), is_head)
         {
             return answer;
         }
-        let mut client = Client::plain(self.address).expect("the proxy takes connections");
+        let at = SocketAddr::from((address(self.name), self.ports.of(request.port)));
+        let mut client = Client::plain(at).expect("the proxy takes connections");
         let answer = client.raw(bytes.as_bytes(), is_head);
-        self.client = Some(client);
+        self.clients.insert(request.port, client);
         answer.unwrap_or(Response { status: 0, headers: Vec::new(), body: String::new(), trailers: Vec::new() })
     }
 
@@ -518,11 +634,11 @@ fn log_line(line: &str) -> Option<(usize, LogLine)> {
 }
 
 /// Names whose values two runs cannot share.
-const BY_NATURE: [&str; 6] =
-    ["date", "x-request-id", "user-agent", "x-envoy-upstream-service-time", "content-length", "server"];
+const BY_NATURE: [&str; 5] = ["date", "x-request-id", "user-agent", "x-envoy-upstream-service-time", "server"];
 
-/// Names of a trace, which Lateen begins also where no tracing is configured.
-const OF_TRACES: &str = "x-b3-";
+/// Names of one hop's framing: an empty answer to HEAD is `content-length: 0` here and
+/// `transfer-encoding: chunked` there.
+const OF_FRAMING: [&str; 2] = ["content-length", "transfer-encoding"];
 
 /// What came with a request of `x-forwarded-for`: the last address is the proxy's own addition, for
 /// which Envoy writes the machine's address instead of a loopback address.
@@ -531,7 +647,7 @@ fn told_by_clients(forwarded_for: &str) -> String {
 }
 
 pub(crate) fn comparable(headers: impl IntoIterator<Item = (String, String)>) -> Vec<(String, String)> {
-    let is_kept = |name: &str| !BY_NATURE.contains(&name) && !name.starts_with(OF_TRACES);
+    let is_kept = |name: &str| !BY_NATURE.contains(&name) && !OF_FRAMING.contains(&name);
     let mut kept: Vec<_> = headers.into_iter().filter(|(name, _)| is_kept(name)).collect();
     for (name, value) in &mut kept {
         if name == "x-forwarded-for" {
@@ -586,6 +702,7 @@ impl Outcome {
                 details: end.details.clone(),
                 upstream_host: decided("endpoint").filter(|_| is_delivered).unwrap_or_else(|| "-".to_owned()),
                 cluster: decided("cluster").unwrap_or_else(|| "-".to_owned()),
+                route: decided("route").filter(|name| name != "unnamed").unwrap_or_else(|| "-".to_owned()),
                 ..LogLine::default()
             };
             let upstream = hop.and_then(|hop| hop.request.as_ref()).filter(|_| is_delivered).map(|request| Upstream {

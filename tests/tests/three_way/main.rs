@@ -87,72 +87,113 @@ fn ask(bed: &Bed, envoy: Option<&PathBuf>, cases: &[Case]) -> Vec<Said> {
         .collect()
 }
 
-/// In what they disagree, a line each: the field, and who says what.
-fn disagreements(case: &Case, said: &Said) -> Vec<String> {
-    let mut out = Vec::new();
-    if let Some(envoy) = &said.envoy {
-        let lateen = &said.lateen;
-        let fields: [(&str, &dyn Fn(&Outcome) -> String); 6] = [
-            ("status", &|one| one.status.to_string()),
-            ("response headers", &|one| format!("{:?}", one.headers)),
-            ("body", &|one| format!("{:?}", one.body)),
-            ("request", &|one| format!("{:?}", one.upstream)),
-            ("flags", &|one| one.log.flags.clone()),
-            ("log", &|one| format!("{:?}", one.log)),
-        ];
-        for (field, of) in fields {
-            let (ours, theirs) = (of(lateen), of(envoy));
-            if ours != theirs {
-                out.push(format!("{field}: lateen {ours}, envoy {theirs}"));
-                // One thing at a time, the gravest first.
-                return out;
-            }
-        }
-    }
-    if let Err(why) = foretold(case, &said.explain, &said.lateen) {
-        out.push(why);
-    }
-    out
+/// Two who say different things.
+#[derive(Clone, Debug)]
+struct Disagreement {
+    /// About what, and who, without values.
+    kind: String,
+    /// Who says what.
+    text: String,
 }
 
-/// Whether `explain` foretold what came.
-fn foretold(case: &Case, explanation: &Explanation, came: &Outcome) -> Result<(), String> {
-    let told = Outcome::explained(explanation);
+/// Collects the disagreements of two.
+struct Compared<'a> {
+    names: [&'a str; 2],
+    found: Vec<Disagreement>,
+}
+
+impl Compared<'_> {
+    fn field<T: std::fmt::Debug + PartialEq>(&mut self, field: &str, one: &T, other: &T) {
+        if one != other {
+            let [a, b] = self.names;
+            let text = format!("{a} {one:?}, {b} {other:?}");
+            self.found.push(Disagreement { kind: format!("{field}, {a} and {b}"), text });
+        }
+    }
+
+    /// Each name that has other values.
+    fn headers(&mut self, which: &str, one: &[(String, String)], other: &[(String, String)]) {
+        fn of<'a>(list: &'a [(String, String)], name: &str) -> Vec<&'a str> {
+            list.iter().filter(|(have, _)| have == name).map(|(_, value)| value.as_str()).collect()
+        }
+        let names: std::collections::BTreeSet<&String> = one.iter().chain(other).map(|(name, _)| name).collect();
+        for name in names {
+            self.field(&format!("{which} {name}"), &of(one, name), &of(other, name));
+        }
+    }
+
+    fn requests(&mut self, one: &bed::Upstream, other: &bed::Upstream) {
+        self.field("method of the request", &one.method, &other.method);
+        self.field("authority of the request", &one.authority, &other.authority);
+        self.field("path of the request", &one.path, &other.path);
+        self.headers("header of the request", &one.headers, &other.headers);
+    }
+}
+
+/// In what they disagree; if in the status, then only this.
+fn disagreements(case: &Case, said: &Said) -> Vec<Disagreement> {
+    let mut all = Vec::new();
+    let is_drawn = said.lateen.is_drawn(&case.request);
+    let known = |outcome: &Outcome| if is_drawn { outcome.clone().somewhere() } else { outcome.clone() };
+    let lateen = &known(&said.lateen);
+    if let Some(envoy) = &said.envoy.as_ref().map(known) {
+        let mut compared = Compared { names: ["lateen", "envoy"], found: Vec::new() };
+        compared.field("status", &lateen.status, &envoy.status);
+        if compared.found.is_empty() {
+            compared.headers("header of the answer", &lateen.headers, &envoy.headers);
+            compared.field("body", &lateen.body, &envoy.body);
+            compared.field("whether a backend is asked", &lateen.upstream.is_some(), &envoy.upstream.is_some());
+            if let (Some(ours), Some(theirs)) = (&lateen.upstream, &envoy.upstream) {
+                compared.requests(ours, theirs);
+            }
+            for ((column, ours), (_, theirs)) in lateen.log.columns().into_iter().zip(envoy.log.columns()) {
+                compared.field(&format!("{column} in the log"), &ours, &theirs);
+            }
+        }
+        all.append(&mut compared.found);
+    }
+    all.extend(foretold(case, &said.explain, lateen, is_drawn));
+    all
+}
+
+/// In what `explain` did not foretell what came.
+fn foretold(case: &Case, explanation: &Explanation, came: &Outcome, is_drawn: bool) -> Vec<Disagreement> {
+    let told = Outcome::explained(explanation).into_iter();
+    let told: Vec<Outcome> = told.map(|told| if is_drawn { told.somewhere() } else { told }).collect();
+    let mut compared = Compared { names: ["explain", "lateen"], found: Vec::new() };
     let ([told], [path]) = (&told[..], &explanation.paths[..]) else {
-        return Err(format!("explain: {} ways for a request that has one", told.len()));
+        compared.field("number of ways", &told.len(), &1);
+        return compared.found;
     };
-    let differ = |field: &str, told: &dyn std::fmt::Debug, came: &dyn std::fmt::Debug| {
-        Err(format!("{field}: explain {told:?}, lateen {came:?}"))
-    };
-    let mut pairs = vec![("endpoint", &told.log.upstream_host, &came.log.upstream_host)];
     if path.end.kind == EndKind::Answered {
-        pairs.extend([
-            ("code", &told.log.code, &came.log.code),
-            ("flags", &told.log.flags, &came.log.flags),
-            ("details", &told.log.details, &came.log.details),
-        ]);
-        if told.headers != came.headers {
-            return differ("answer's headers", &told.headers, &came.headers);
+        compared.field("status", &told.log.code, &came.log.code);
+        if !compared.found.is_empty() {
+            return compared.found;
         }
+        compared.field("flags", &told.log.flags, &came.log.flags);
+        compared.field("details", &told.log.details, &came.log.details);
+        compared.headers("header of the answer", &told.headers, &came.headers);
+    } else {
+        compared.field("route", &told.log.route, &came.log.route);
+        compared.field("cluster", &told.log.cluster, &came.log.cluster);
     }
-    for (field, told, came) in pairs {
-        if told != came {
-            return differ(field, told, came);
-        }
-    }
+    compared.field("endpoint", &told.log.upstream_host, &came.log.upstream_host);
     // A retry carries the number of its try.
     let is_retried = case.request.headers.iter().any(|(name, _)| name == "x-reply-status");
-    let fixed = |upstream: &Option<bed::Upstream>| {
-        let mut upstream = upstream.clone()?;
+    let fixed = |upstream: &bed::Upstream| {
+        let mut upstream = upstream.clone();
         if is_retried {
             upstream.headers.retain(|(name, _)| name != "x-envoy-attempt-count");
         }
-        Some(upstream)
+        upstream
     };
-    if came.upstream.is_some() && fixed(&told.upstream) != fixed(&came.upstream) {
-        return differ("request", &told.upstream, &came.upstream);
+    match (&told.upstream, &came.upstream) {
+        (Some(told), Some(came)) => compared.requests(&fixed(told), &fixed(came)),
+        // An answer without a body does not tell what its backend got.
+        (_, None) => {}
+        (None, Some(_)) => compared.field("whether a backend is asked", &false, &true),
     }
-    Ok(())
+    compared.found
 }
 
 fn run(hosts: usize) {
@@ -170,17 +211,19 @@ fn run(hosts: usize) {
     let said = ask(&bed, envoy.as_ref(), &all);
     let delivered = said.iter().filter(|said| said.lateen.upstream.is_some()).count();
     assert!(delivered > all.len() / 6, "only {delivered} of {} requests reach a backend", all.len());
-    let mut found: BTreeMap<String, (usize, &Case)> = BTreeMap::new();
+    let mut found: BTreeMap<String, (usize, String, &Case)> = BTreeMap::new();
     for (case, said) in all.iter().zip(&said) {
-        for line in disagreements(case, said) {
-            let kind = shrink::kind(&line);
-            found.entry(kind).or_insert((0, case)).0 += 1;
+        for Disagreement { kind, text } in disagreements(case, said) {
+            found.entry(kind).or_insert((0, text, case)).0 += 1;
         }
     }
     if found.is_empty() {
         return;
     }
-    for (kind, (count, case)) in found.iter().take(SHRUNK_MAX) {
+    for (kind, (count, text, _)) in &found {
+        println!("{count} times: {kind}: {text}");
+    }
+    for (kind, (count, _, case)) in found.iter().take(SHRUNK_MAX) {
         println!("\n#### {count} times: {kind}");
         shrink::report(&bed, envoy.as_ref(), case, kind);
     }
@@ -251,7 +294,7 @@ fn chances_are_as_explained() {
                 assert!(
                     p >= P_MIN,
                     "{name}: {what} came {count} times of {DRAWS}, explain says {share}: p = {p:e}\n{}",
-                    bed::text(case, host, "c")
+                    bed::text(case, host, "c", bed::SOME_PORTS)
                 );
                 tests += 1;
             }

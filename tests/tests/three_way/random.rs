@@ -40,9 +40,13 @@ impl Random {
 /// A request. Its host is the case's, with what `suffix` adds.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Request {
+    /// The gateway's port: 80 or 81.
+    pub(crate) port: u16,
     pub(crate) method: String,
     pub(crate) path: String,
     pub(crate) host_suffix: String,
+    /// The host in capitals.
+    pub(crate) is_shouting: bool,
     pub(crate) headers: Vec<(String, String)>,
 }
 
@@ -58,7 +62,7 @@ pub(crate) struct Case {
 /// Tokens that requests may carry, by what is special about them.
 pub(crate) struct Tokens(pub(crate) Vec<(&'static str, String)>);
 
-const PATHS: [&str; 14] = [
+const PATHS: [&str; 26] = [
     "/",
     "/a",
     "/a/",
@@ -73,11 +77,58 @@ const PATHS: [&str; 14] = [
     "/a/../b",
     "/status/200",
     "/a;p=1",
+    "/a%2Fb",
+    "/a%2fb/",
+    "/./a",
+    "/a/./b/",
+    "/%61",
+    "/a%5Cb",
+    "/a\\b",
+    "/a/%2e%2e/b",
+    "//a",
+    "/a/..%2Fb",
+    "/a#b",
+    "/a%zz",
 ];
 const HEADERS: [&str; 4] = ["x-a", "x-b", "end-user", "cookie"];
 const VALUES: [&str; 7] = ["1", "12", "a", "A", "jason", "k=v; z", "a b"];
 const QUERIES: [&str; 8] = ["", "q=1", "q=", "q", "q=12&r=a", "r=a&q=1", "Q=1", "q=1&q=2"];
-const METHODS: [&str; 6] = ["GET", "GET", "POST", "PUT", "OPTIONS", "HEAD"];
+const METHODS: [&str; 8] = ["GET", "GET", "GET", "POST", "POST", "PUT", "OPTIONS", "HEAD"];
+/// What a caller sends who wants to steer the proxies, pretends to be one, or came through one.
+const OF_PROXIES: [(&str, &[&str]); 30] = [
+    ("x-envoy-retry-on", &["5xx", "retriable-4xx"]),
+    ("x-envoy-max-retries", &["3"]),
+    ("x-envoy-upstream-rq-timeout-ms", &["60000"]),
+    ("x-envoy-expected-rq-timeout-ms", &["7"]),
+    ("x-envoy-decorator-operation", &["mine"]),
+    ("x-envoy-original-path", &["/x"]),
+    ("x-envoy-original-host", &["x"]),
+    ("x-envoy-internal", &["true"]),
+    ("x-envoy-external-address", &["10.0.0.1"]),
+    ("x-envoy-attempt-count", &["7"]),
+    ("x-envoy-force-trace", &["1"]),
+    ("x-client-trace-id", &["1"]),
+    ("x-envoy-downstream-service-cluster", &["x"]),
+    ("x-envoy-downstream-service-node", &["x"]),
+    ("x-envoy-upstream-alt-stat-name", &["x"]),
+    ("x-envoy-hedge-on-per-try-timeout", &["true"]),
+    ("x-envoy-peer-metadata-id", &["x"]),
+    ("x-envoy-peer-metadata", &["eA=="]),
+    ("x-forwarded-proto", &["http", "https", "ftp"]),
+    ("x-forwarded-host", &["x"]),
+    ("x-forwarded-port", &["1"]),
+    ("x-forwarded-client-cert", &["By=spiffe://x/y"]),
+    ("x-b3-traceid", &["463ac35c9f6413ad48485a3953bb6124"]),
+    ("x-b3-sampled", &["0", "1"]),
+    ("b3", &["0"]),
+    ("traceparent", &["00-463ac35c9f6413ad48485a3953bb6124-a2fb4a1d1a96d312-01"]),
+    ("te", &["trailers", "gzip"]),
+    ("connection", &["keep-alive", "x-a", "close"]),
+    ("keep-alive", &["timeout=5"]),
+    ("proxy-connection", &["keep-alive"]),
+];
+/// Services of several endpoints, where a key of the request chooses; see the base.
+pub(crate) const POOLS: [&str; 4] = ["pool-header", "pool-query", "pool-source", "pool-maglev"];
 
 fn string_match(random: &mut Random, exact: &str) -> Value {
     match random.below(3) {
@@ -144,7 +195,10 @@ fn http_match(random: &mut Random) -> Value {
 }
 
 fn destination(random: &mut Random) -> Value {
-    match random.below(12) {
+    match random.below(15) {
+        12 | 13 => json!({ "host": random.pick(&POOLS) }),
+        // Nobody listens there.
+        14 => json!({ "host": "dead" }),
         0..=3 => json!({ "host": "echo", "subset": "v1" }),
         4..=6 => json!({ "host": "echo", "subset": "v2" }),
         7..=9 => json!({ "host": "other" }),
@@ -156,18 +210,51 @@ fn destination(random: &mut Random) -> Value {
     }
 }
 
+/// Names that edits set.
+const EDITED: [&str; 10] =
+    ["x-a", "x-b", "x-new", "X-Mixed", "x-backend", "x-c", "content-type", "location", "end-user", "cookie"];
+/// Values that edits set.
+const EDITS: [&str; 21] = [
+    "1",
+    "new",
+    "%REQ(x-a)%",
+    "100%%",
+    "a,b",
+    "%PROTOCOL%",
+    "",
+    "%REQ(:path)% %REQ(:method)%",
+    "%REQ(x-none?x-a)%",
+    "%REQ(x-a):1%",
+    "%REQ(x-none)%",
+    "%ROUTE_NAME%",
+    "%RESP(x-backend)%",
+    "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
+    "%DOWNSTREAM_LOCAL_PORT%",
+    "%UPSTREAM_CLUSTER%",
+    "%RESPONSE_CODE%",
+    "%RESPONSE_CODE_DETAILS%",
+    "%RESPONSE_FLAGS%",
+    "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+    "a %REQ(x-a)% b",
+];
+
 fn header_edits(random: &mut Random) -> Value {
     let mut edits = Map::new();
     for direction in ["request", "response"] {
         if random.percent(60) {
             let mut edit = Map::new();
-            let name = random.pick(&["x-a", "x-b", "x-new", "X-Mixed", "x-backend", "x-c"]);
-            let value = random.pick(&["1", "new", "%REQ(x-a)%", "100%%", "a,b", "%PROTOCOL%"]);
-            match random.below(3) {
-                0 => edit.insert("set".into(), json!({ name: value })),
-                1 => edit.insert("add".into(), json!({ name: value })),
-                _ => edit.insert("remove".into(), json!([random.pick(&["x-a", "x-b", "cookie", "x-backend"])])),
-            };
+            let name = random.pick(&EDITED);
+            let value = random.pick(&EDITS);
+            if random.percent(40) {
+                edit.insert("set".into(), json!({ name: value }));
+            }
+            if random.percent(40) {
+                edit.insert("add".into(), json!({ random.pick(&EDITED): random.pick(&EDITS) }));
+            }
+            if edit.is_empty() || random.percent(20) {
+                let gone = random.pick(&["x-a", "x-b", "cookie", "x-backend", "end-user", "content-type", "location"]);
+                edit.insert("remove".into(), json!([gone]));
+            }
             edits.insert(direction.into(), edit.into());
         }
     }
@@ -176,7 +263,7 @@ fn header_edits(random: &mut Random) -> Value {
 
 fn rewrite(random: &mut Random) -> Value {
     match random.below(5) {
-        0 => json!({ "uri": random.pick(&["/", "/new", "/new/", "/a"]) }),
+        0 => json!({ "uri": random.pick(&["/", "/new", "/new/", "/a", "new", "/n?x=1"]) }),
         1 => json!({ "authority": "other.host" }),
         2 => json!({ "uri": "/new", "authority": "other.host:81" }),
         3 => json!({ "uriRegexRewrite": { "match": "^/([a-z])/(.*)$", "rewrite": "/\\2/\\1" } }),
@@ -265,6 +352,16 @@ fn rule(random: &mut Random) -> Value {
     if random.percent(20) {
         out["route"][0]["headers"] = header_edits(random);
     }
+    if random.percent(15) {
+        // One that is never drawn.
+        out["route"][0]["weight"] = 100.into();
+        let never = json!({ "destination": destination(random), "weight": 0, "headers": header_edits(random) });
+        let list = out["route"].as_array_mut().expect("it was made one");
+        list.insert(random.below(2), never);
+    }
+    if random.percent(10) {
+        out.insert("mirror".into(), destination(random));
+    }
     if random.percent(25) {
         out.insert("rewrite".into(), rewrite(random));
     }
@@ -277,10 +374,28 @@ fn rule(random: &mut Random) -> Value {
     if random.percent(15) {
         let status = [400, 429, 503, 555][random.below(4)];
         let percentage = [0, 100][random.below(2)];
-        out.insert("fault".into(), json!({ "abort": { "httpStatus": status, "percentage": { "value": percentage } } }));
+        let mut fault = json!({ "abort": { "percentage": { "value": percentage } } });
+        if random.percent(80) {
+            fault["abort"]["httpStatus"] = status.into();
+        } else {
+            fault["abort"]["grpcStatus"] = random.pick(&["NOT_FOUND", "UNAVAILABLE"]).into();
+        }
+        if random.percent(20) {
+            fault["delay"] = json!({ "fixedDelay": "0.002s", "percentage": { "value": 100 } });
+        }
+        out.insert("fault".into(), fault);
     }
     if random.percent(15) {
-        let on = random.pick(&["5xx", "gateway-error", "503", "reset", "retriable-4xx", "429,5xx"]);
+        let on = random.pick(&[
+            "5xx",
+            "gateway-error",
+            "503",
+            "reset",
+            "retriable-4xx",
+            "429,5xx",
+            "connect-failure",
+            "retriable-status-codes,404",
+        ]);
         out.insert("retries".into(), json!({ "attempts": random.below(3), "retryOn": on }));
     }
     if random.percent(10) {
@@ -320,12 +435,13 @@ fn policy_rule(random: &mut Random) -> Value {
     }
     if random.percent(15) {
         let key = random.pick(&["ports", "notPorts"]);
-        operation.insert(key.into(), strings(random, &["8080", "80"]));
+        operation.insert(key.into(), strings(random, &["@PORT@", "80"]));
     }
     let mut out = json!({ "to": [{ "operation": operation }] });
     if random.percent(50) {
         let mut source = Map::new();
-        match random.below(5) {
+        match random.below(6) {
+            5 => _ = source.insert("notRemoteIpBlocks".into(), strings(random, &["10.0.0.0/8", "192.0.2.1"])),
             0 => _ = source.insert("ipBlocks".into(), strings(random, &["127.0.0.1", "127.0.0.0/8", "10.0.0.0/8"])),
             1 => _ = source.insert("notIpBlocks".into(), strings(random, &["127.0.0.1", "10.0.0.0/8"])),
             2 => {
@@ -344,7 +460,10 @@ fn policy_rule(random: &mut Random) -> Value {
     if random.percent(50) {
         let conditions = random.some(2, |random| {
             let values = random.pick(&["values", "notValues"]);
-            match random.below(6) {
+            match random.below(9) {
+                6 => json!({ "key": "remote.ip", values: strings(random, &["127.0.0.1", "10.0.0.0/8", "192.0.2.1"]) }),
+                7 => json!({ "key": "destination.port", values: strings(random, &["@PORT@", "80"]) }),
+                8 => json!({ "key": "request.auth.principal", values: strings(random, &["issuer-a/*", "*", "*/me"]) }),
                 0 => json!({ "key": "request.headers[x-a]", values: strings(random, &["1", "1*", "*2", "*", "a"]) }),
                 1 => json!({ "key": "request.headers[end-user]", values: strings(random, &["jason", "*"]) }),
                 2 => json!({ "key": "source.ip", values: strings(random, &["127.0.0.1", "10.0.0.0/8"]) }),
@@ -398,21 +517,38 @@ fn request(random: &mut Random, tokens: &Tokens, wants_token: bool) -> Request {
         }
     }
     if random.percent(10) {
-        headers.push(("x-reply-status".into(), random.pick(&["503", "500", "404", "429"]).to_owned()));
+        headers.push(("x-reply-status".into(), random.pick(&["503", "500", "404", "429", "200", "302"]).to_owned()));
+    }
+    if random.percent(3) {
+        headers.push(("x-reply-reset".into(), "1".into()));
+    }
+    if random.percent(10) {
+        let kind = random.pick(&["application/grpc", "application/grpc+proto", "application/json", "text/plain"]);
+        headers.push(("content-type".into(), kind.to_owned()));
+    }
+    while random.percent(25) {
+        let (name, values) = OF_PROXIES[random.below(OF_PROXIES.len())];
+        headers.push((name.to_owned(), random.pick(values).to_owned()));
     }
     if random.percent(8) {
         headers.push(("x-forwarded-for".into(), random.pick(&["10.1.1.1", "192.0.2.1, 10.2.2.2"]).to_owned()));
     }
     if random.percent(if wants_token { 75 } else { 5 }) {
         let (_, token) = &tokens.0[random.below(tokens.0.len())];
-        headers.push(("authorization".into(), format!("Bearer {token}")));
+        match random.below(10) {
+            0 => headers.push(("x-jwt".into(), format!("Token {token}"))),
+            1 => headers.push(("authorization".into(), format!("Basic {token}"))),
+            2 => path = format!("{path}{}token={token}", if path.contains('?') { '&' } else { '?' }),
+            _ => headers.push(("authorization".into(), format!("Bearer {token}"))),
+        }
     }
     let host_suffix = match random.below(12) {
         0 => ":80",
         1 => ":8080",
         _ => "",
     };
-    Request { method, path, host_suffix: host_suffix.into(), headers }
+    let port = if random.percent(85) { 80 } else { 81 };
+    Request { port, method, path, host_suffix: host_suffix.into(), is_shouting: random.percent(5), headers }
 }
 
 /// A host with its objects, and `requests` cases that differ in the request only.
@@ -479,6 +615,13 @@ pub(crate) fn by_chance(random: &mut Random) -> Case {
     Case {
         class: "open",
         objects: vec![virtual_service(vec![rule])],
-        request: Request { method: "GET".into(), path: "/".into(), host_suffix: String::new(), headers: Vec::new() },
+        request: Request {
+            port: 80,
+            method: "GET".into(),
+            path: "/".into(),
+            host_suffix: String::new(),
+            is_shouting: false,
+            headers: Vec::new(),
+        },
     }
 }

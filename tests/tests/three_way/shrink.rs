@@ -7,38 +7,32 @@ use serde_json::Value;
 
 use crate::bed::{self, Bed};
 use crate::random::Case;
-use crate::{ask, disagreements};
+use crate::{Disagreement, ask, disagreements};
 
 /// Rounds at most; each takes one thing away.
 const ROUNDS_MAX: usize = 60;
 /// Candidates of a round.
 const CANDIDATES_MAX: usize = 400;
 
-/// What a disagreement is about, without its values.
-pub(crate) fn kind(line: &str) -> String {
-    let field = line.split(':').next().unwrap_or_default();
-    let parties =
-        if line.contains("envoy") && line.contains("lateen ") { "lateen and envoy" } else { "explain and lateen" };
-    format!("{field}, {parties}")
-}
-
 /// Shrinks and prints.
 pub(crate) fn report(bed: &Bed, envoy: Option<&PathBuf>, case: &Case, wanted: &str) {
-    let (smallest, lines) = shrink(bed, envoy, case, wanted);
-    println!("{}\n---\n# {:?}", bed::text(&smallest, &format!("c1.{}.test", smallest.class), "c1"), smallest.request);
-    for line in lines {
-        println!("# {line}");
+    let (smallest, found) = shrink(bed, envoy, case, wanted);
+    let host = format!("c1.{}.test", smallest.class);
+    println!("{}\n---\n# {:?}", bed::text(&smallest, &host, "c1", bed::SOME_PORTS), smallest.request);
+    for found in found {
+        println!("# {}: {}", found.kind, found.text);
     }
 }
 
-fn shrink(bed: &Bed, envoy: Option<&PathBuf>, case: &Case, wanted: &str) -> (Case, Vec<String>) {
-    let shows = |cases: &[Case]| -> Option<(Case, Vec<String>)> {
+fn shrink(bed: &Bed, envoy: Option<&PathBuf>, case: &Case, wanted: &str) -> (Case, Vec<Disagreement>) {
+    let shows = |cases: &[Case]| -> Option<(Case, Vec<Disagreement>)> {
         let said = ask(bed, envoy, cases);
         let found = cases.iter().zip(&said).map(|(case, said)| (case.clone(), disagreements(case, said)));
-        found.into_iter().find(|(_, lines)| lines.iter().any(|line| kind(line) == wanted))
+        found.into_iter().find(|(_, found)| found.iter().any(|one| one.kind == wanted))
     };
     let Some(mut smallest) = shows(std::slice::from_ref(case)) else {
-        return (case.clone(), vec!["it does not show alone".to_owned()]);
+        let text = "it does not show alone".to_owned();
+        return (case.clone(), vec![Disagreement { kind: wanted.to_owned(), text }]);
     };
     for _ in 0..ROUNDS_MAX {
         let mut smaller: Vec<Case> = candidates(&smallest.0).into_iter().filter(Bed::is_valid).collect();
@@ -76,6 +70,16 @@ fn candidates(case: &Case) -> Vec<Case> {
     if let Some((path, _)) = case.request.path.split_once('?') {
         let mut less = case.clone();
         less.request.path = path.to_owned();
+        out.push(less);
+    }
+    if case.request.port != 80 {
+        let mut less = case.clone();
+        less.request.port = 80;
+        out.push(less);
+    }
+    if case.request.is_shouting {
+        let mut less = case.clone();
+        less.request.is_shouting = false;
         out.push(less);
     }
     for (method, path, suffix) in

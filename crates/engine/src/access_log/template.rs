@@ -424,8 +424,8 @@ impl Operator {
                 None => Found::Nothing,
             },
             Self::UpstreamCluster => {
-                let named = info.cluster.as_ref().map(|cluster| &cluster.name).or(info.cluster_name.as_ref());
-                named.map_or(Found::Nothing, |name| known(name))
+                // A name that no cluster has is none, as Envoy has it.
+                info.cluster.as_ref().map_or(Found::Nothing, |cluster| known(&cluster.name))
             }
             Self::UpstreamLocal(side) => record.upstream_local.map_or(Found::Nothing, |at| address(at, *side)),
             Self::DownstreamLocal(side) => address(conn.local, *side),

@@ -343,8 +343,7 @@ impl Exchange {
                     self.info.metadata.set("envoy.filters.http.ext_authz", key, Arc::new(value.clone()));
                 }
                 if allowance.clear_route_cache {
-                    self.choose_route(head, recorder);
-                    self.refresh_stream_limits(hcm, head);
+                    self.choose_route_again(hcm, head, recorder);
                 }
                 if allowance.edits_response() {
                     self.filters.allowances.push(*allowance);
@@ -399,8 +398,7 @@ impl Exchange {
         match outcome {
             Ok(passed) => {
                 if passed.clear_route_cache {
-                    self.choose_route(head, recorder);
-                    self.refresh_stream_limits(hcm, head);
+                    self.choose_route_again(hcm, head, recorder);
                 }
                 Verdict::Continue
             }

@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 use types::{Cause, Fields, RequestHead, ResponseHead, Scheme};
 
 use super::attempt::{self, Plan};
-use super::reply::{self, Spec};
+use super::reply::{self, Edits, Spec};
 use super::{Answer, Attempt, Details, Env, Failure, LocalReply, Mirror, Question, Start, Step, StreamInfo};
 use super::{normalize, route_edits};
 use crate::chain::{Direction, FilterChain, Terminal};
@@ -97,6 +97,9 @@ struct AttemptState {
     resolved: Option<std::net::SocketAddr>,
     edited: bool,
 }
+
+/// Carries the operation's name from client to server, and back where the server names it.
+const OPERATION: &str = "x-envoy-decorator-operation";
 
 /// Headers with which internal callers steer the router; they are its own and go no further.
 const STEERING: [&str; 8] = [
@@ -205,9 +208,12 @@ impl Exchange {
             Some(route) => (Some(route.name.clone()), Some(Arc::clone(&route.provenance)), route.operation.clone()),
             None => (None, None, None),
         };
-        let weighted = match route.map(|route| &route.action) {
-            Some(Action::Forward(forward)) => weighted_index(&forward.target, self.draw),
-            _ => None,
+        let (weighted, cluster_name) = match route.map(|route| &route.action) {
+            Some(Action::Forward(forward)) => {
+                let weighted = weighted_index(&forward.target, self.draw);
+                (weighted, cluster_name(forward, weighted, head))
+            }
+            Some(Action::Redirect(_) | Action::Direct(_)) | None => (None, None),
         };
         self.info.route_name = name;
         self.info.provenance = provenance;
@@ -215,6 +221,16 @@ impl Exchange {
             self.info.operation = operation;
         }
         self.weighted = weighted;
+        // Whoever ends the request from here on, its log names the cluster that the route wanted.
+        self.info.cluster = cluster_name.as_ref().and_then(|name| self.config.clusters.get(name).cloned());
+        self.info.cluster_name = cluster_name;
+    }
+
+    /// Chooses the route anew after a filter changed what it depends on, and all that follows from it.
+    pub(super) fn choose_route_again(&mut self, hcm: &Hcm, head: &mut RequestHead, recorder: &mut dyn Recorder) {
+        self.choose_route(head, recorder);
+        self.refresh_stream_limits(hcm, head);
+        self.tell_operation(hcm, head);
     }
 
     fn route_of<'a>(&self, table: &'a RouteTable) -> Option<&'a Route> {
@@ -264,18 +280,25 @@ impl Exchange {
 
     /// The decorator's operation travels from client to server.
     fn operation(&mut self, hcm: &Hcm, head: &mut RequestHead) {
-        const HEADER: &str = "x-envoy-decorator-operation";
         if hcm.tracing.is_none() {
             return;
         }
         if hcm.direction == Direction::Outbound {
-            if let Some(operation) = &self.info.operation {
-                head.fields.set(HEADER, operation.as_bytes());
-            }
-        } else if let Some(given) = head.fields.get_str(HEADER).map(Name::from) {
+            self.tell_operation(hcm, head);
+        } else if let Some(given) = head.fields.get_str(OPERATION).map(Name::from) {
             self.info.operation = Some(given);
             self.info.operation_from_peer = true;
-            head.fields.remove(HEADER);
+            head.fields.remove(OPERATION);
+        }
+    }
+
+    /// Writes the route's operation into an outbound request.
+    fn tell_operation(&self, hcm: &Hcm, head: &mut RequestHead) {
+        if hcm.tracing.is_some()
+            && hcm.direction == Direction::Outbound
+            && let Some(operation) = &self.info.operation
+        {
+            head.fields.set(OPERATION, operation.as_bytes());
         }
     }
 
@@ -348,11 +371,10 @@ impl Exchange {
         head: &mut RequestHead,
         recorder: &mut dyn Recorder,
     ) -> Step {
-        let Some(name) = self.cluster_name(forward, head) else {
+        let Some(name) = self.info.cluster_name.clone() else {
             return self.cluster_not_found(env, forward, head, recorder);
         };
-        self.info.cluster_name = Some(name.clone());
-        let Some(cluster) = self.config.clusters.get(&name).cloned() else {
+        let Some(cluster) = self.info.cluster.clone() else {
             note(recorder, Stage::Cluster, None, || (name.to_string(), "no such cluster".to_owned()));
             return self.cluster_not_found(env, forward, head, recorder);
         };
@@ -360,7 +382,6 @@ impl Exchange {
             let how = if self.weighted.is_some() { "drawn by weight" } else { "" };
             (name.to_string(), how.to_owned())
         });
-        self.info.cluster = Some(Arc::clone(&cluster));
         self.attempt.cluster = Some(name);
         if self.attempt.resolved.is_none() {
             let policy = forward.retry.clone().or_else(|| host.retry.clone());
@@ -402,14 +423,6 @@ impl Exchange {
     ) -> Step {
         let spec = Spec { status: Some(forward.not_found_status), ..Spec::default() };
         self.reply(env, Cause::ClusterNotFound, spec, head, recorder)
-    }
-
-    fn cluster_name(&self, forward: &Forward, head: &RequestHead) -> Option<Name> {
-        match &forward.target {
-            Target::Cluster(name) => Some(name.clone()),
-            Target::Weighted { clusters, .. } => clusters.get(self.weighted?).map(|cluster| cluster.name.clone()),
-            Target::Header(header) => head.fields.get_str(header).map(Name::from),
-        }
     }
 
     /// *Source*: Envoy `FilterUtility::finalTimeout`.
@@ -702,22 +715,27 @@ impl Exchange {
                 response.fields.set("x-envoy-upstream-service-time", waited.to_string().as_bytes());
             }
         }
+        if let Some(cookie) = self.cookie.take() {
+            response.fields.push("set-cookie", cookie.as_bytes());
+        }
+        self.edit_response(head, response, env.now);
+        self.count_attempts(response);
         self.finish_response(env, head, response);
         Step::Respond
     }
 
-    /// Everything that is done to a response, a local one too, on its way out.
-    fn finish_response(&mut self, env: &Env<'_>, request: &RequestHead, response: &mut ResponseHead) {
-        self.edit_response(request, response, env.now);
+    /// Tells the client how many attempts were made, where it is to know.
+    fn count_attempts(&self, response: &mut ResponseHead) {
         if let Some((_, host)) = self.table_and_host()
             && host.attempt_count_in_response
             && self.attempt.number > 0
         {
             response.fields.set("x-envoy-attempt-count", self.attempt.number.to_string().as_bytes());
         }
-        if let Some(cookie) = self.cookie.take() {
-            response.fields.push("set-cookie", cookie.as_bytes());
-        }
+    }
+
+    /// What every response passes on its way out, a local one too: filters and connection manager.
+    fn finish_response(&mut self, env: &Env<'_>, request: &RequestHead, response: &mut ResponseHead) {
         self.encode_filters(env, request, response);
         if let Some(hcm) = self.hcm() {
             let upgraded = self.upgrade && (response.status == 101 || request.method() == "CONNECT");
@@ -957,7 +975,21 @@ impl Exchange {
         note(recorder, Stage::Reply, self.info.provenance.as_ref(), || {
             (cause.name().to_owned(), self.info.details.as_str().to_owned())
         });
-        let LocalReply { cause, mut head, mut body, close } = reply::build(cause, spec, request, self.info.is_grpc);
+        let edit = |head: &mut ResponseHead| {
+            self.edit_response(request, head, env.now);
+            self.count_attempts(head);
+        };
+        // A route that answers by itself edits its own answer; answers of filters and of the router
+        // are edited only where the route leads somewhere.
+        let edits = match (self.route().map(|route| &route.action), cause) {
+            (Some(Action::Forward(_)), _) => Edits::BeforeOwn(&edit),
+            (Some(Action::Redirect(_)), Cause::Redirect) | (Some(Action::Direct(_)), Cause::DirectResponse) => {
+                Edits::AfterOwn(&edit)
+            }
+            (Some(Action::Redirect(_) | Action::Direct(_)) | None, _) => Edits::None,
+        };
+        let LocalReply { cause, mut head, mut body, close } =
+            reply::build(cause, spec, request, self.info.is_grpc, &edits);
         self.finish_response(env, request, &mut head);
         if self.is_head {
             body = Bytes::new();
@@ -983,6 +1015,15 @@ fn avoided_priorities<'a>(policy: Option<&RetryPolicy>, attempt: &'a AttemptStat
             &attempt.tried_priorities[..full]
         }
         _ => &[],
+    }
+}
+
+/// The cluster that a route names; `weighted` is the choice drawn.
+fn cluster_name(forward: &Forward, weighted: Option<usize>, head: &RequestHead) -> Option<Name> {
+    match &forward.target {
+        Target::Cluster(name) => Some(name.clone()),
+        Target::Weighted { clusters, .. } => clusters.get(weighted?).map(|cluster| cluster.name.clone()),
+        Target::Header(header) => head.fields.get_str(header).map(Name::from),
     }
 }
 

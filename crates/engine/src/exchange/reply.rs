@@ -27,43 +27,72 @@ pub(super) struct Spec {
     pub(super) close: bool,
 }
 
-/// The reply for a cause, before the route's and the connection manager's edits.
-pub(super) fn build(cause: Cause, spec: Spec, request: &RequestHead, is_grpc: bool) -> LocalReply {
+/// When the route's edits are made to a reply: before or after it gets headers of its own.
+pub(super) enum Edits<'a> {
+    /// Never.
+    None,
+    /// What the reply sets of its own wins.
+    BeforeOwn(&'a dyn Fn(&mut ResponseHead)),
+    /// The edits win.
+    AfterOwn(&'a dyn Fn(&mut ResponseHead)),
+}
+
+/// The reply for a cause, before filters and connection manager edit it.
+///
+/// What tells of the body comes last: `text/plain` where nobody said otherwise, and no type at all
+/// where there is no body.
+///
+/// *Source*: Envoy `Utility::prepareLocalReply`, checked against the program.
+pub(super) fn build(cause: Cause, spec: Spec, request: &RequestHead, is_grpc: bool, edits: &Edits<'_>) -> LocalReply {
     let surface = cause.surface();
     let status = spec.status.unwrap_or(if surface.status == 0 { 503 } else { surface.status });
     let body = spec.body.unwrap_or(Bytes::from_static(surface.body.as_bytes()));
     let is_head = request.method() == "HEAD";
     let mut head = ResponseHead::new(status);
     let mut sent = Bytes::new();
-    if is_grpc && !spec.plain {
-        head.status = 200;
-        head.fields.push("content-type", b"application/grpc");
-        let code = spec.grpc.unwrap_or_else(|| match cause {
-            Cause::MaxStreamDuration | Cause::UpstreamMaxDuration => cause.grpc_code(),
-            _ => GrpcCode::from_http(status),
-        });
-        head.fields.push("grpc-status", code.0.to_string().as_bytes());
-        if !body.is_empty() && !is_head {
-            head.fields.push("grpc-message", grpc_message(&body).as_bytes());
-        }
-    } else {
-        if !body.is_empty() {
-            head.fields.push("content-length", body.len().to_string().as_bytes());
-            head.fields.push("content-type", b"text/plain");
-        } else if status >= 200 && status != 204 && status != 304 {
-            head.fields.push("content-length", b"0");
-        }
-        if !is_head {
-            sent = body;
-        }
+    if let Edits::BeforeOwn(edit) = edits {
+        edit(&mut head);
     }
     for (name, value) in &spec.headers {
         head.fields.set(name, value);
     }
     for (name, value) in spec.fields.iter().flat_map(types::Fields::iter) {
         // Framing is ours alone.
-        if !matches!(name, "content-length" | "transfer-encoding" | "connection") {
+        if !matches!(name, "transfer-encoding" | "connection") {
             if name == "content-type" { head.fields.set(name, value) } else { head.fields.push(name, value) }
+        }
+    }
+    if let Edits::AfterOwn(edit) = edits {
+        edit(&mut head);
+    }
+    head.fields.remove("content-length");
+    if is_grpc && !spec.plain {
+        head.status = 200;
+        head.fields.set("content-type", b"application/grpc");
+        let code = spec.grpc.unwrap_or_else(|| match cause {
+            Cause::MaxStreamDuration | Cause::UpstreamMaxDuration => cause.grpc_code(),
+            _ => GrpcCode::from_http(status),
+        });
+        if !head.fields.contains("grpc-status") {
+            head.fields.push("grpc-status", code.0.to_string().as_bytes());
+        }
+        if !body.is_empty() && !is_head {
+            head.fields.push("grpc-message", grpc_message(&body).as_bytes());
+        }
+    } else {
+        if !body.is_empty() {
+            head.fields.push("content-length", body.len().to_string().as_bytes());
+            if !head.fields.contains("content-type") {
+                head.fields.push("content-type", b"text/plain");
+            }
+        } else {
+            head.fields.remove("content-type");
+            if status >= 200 && status != 204 && status != 304 {
+                head.fields.push("content-length", b"0");
+            }
+        }
+        if !is_head {
+            sent = body;
         }
     }
     let close = spec.close

@@ -17,6 +17,8 @@ use crate::config::NodeFacts;
 use crate::record::Stage;
 use crate::testing::*;
 
+mod replies;
+
 fn header(name: &str, value: &str, append: bool) -> core::HeaderValueOption {
     core::HeaderValueOption {
         header: Some(core::HeaderValue { key: name.to_owned(), value: value.to_owned(), ..Default::default() }),

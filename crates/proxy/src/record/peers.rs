@@ -88,9 +88,8 @@ impl Peers {
 
 /// The identity mutual TLS demanded of the server: the only SAN its cluster takes.
 pub(super) fn server_principal(info: &StreamInfo) -> &str {
-    let Some(cluster) = &info.cluster else { return "" };
-    let endpoint = info.picked.as_ref().and_then(|picked| picked.endpoint.as_deref());
-    let tls = cluster.transport_for(endpoint).and_then(|transport| transport.tls.as_ref());
+    let (Some(cluster), Some(picked)) = (&info.cluster, &info.picked) else { return "" };
+    let tls = cluster.transport_for(picked.endpoint.as_deref()).and_then(|transport| transport.tls.as_ref());
     let sans = tls.map_or(&[][..], |tls| tls.validation.san_matchers.as_slice());
     match sans {
         [only] => only.matcher.exact_text().and_then(|text| std::str::from_utf8(text).ok()).unwrap_or_default(),
