@@ -354,6 +354,8 @@ pub struct ServiceRef {
 pub struct Cluster {
     /// Its name.
     pub name: Name,
+    /// What `%UPSTREAM_CLUSTER%` shows: `alt_stat_name`, else the name.
+    pub shown_name: Name,
     /// Where its endpoints come from.
     pub discovery: Discovery,
     /// Endpoints of a static cluster.

@@ -260,19 +260,16 @@ impl Operator {
         match self {
             Self::Req(first, second) => {
                 let value =
-                    heads.request.header(first).or_else(|| second.as_ref().and_then(|name| heads.request.header(name)));
-                bytes(value.as_deref(), out)
+                    heads.request.first(first).or_else(|| second.as_ref().and_then(|name| heads.request.first(name)));
+                bytes(value, out)
             }
             Self::Resp(first, second) => {
                 let Some(response) = heads.response else { return false };
                 if &**first == ":status" {
                     return bytes(Some(response.status.to_string().as_bytes()), out);
                 }
-                let value = response
-                    .fields
-                    .joined(first)
-                    .or_else(|| second.as_ref().and_then(|name| response.fields.joined(name)));
-                bytes(value.as_deref(), out)
+                let fields = &response.fields;
+                bytes(fields.get(first).or_else(|| second.as_ref().and_then(|name| fields.get(name))), out)
             }
             Self::Metadata(filter, path) => match context.info.metadata.at(filter, path) {
                 None | Some(Value::Null) => false,
@@ -330,7 +327,10 @@ impl Plain {
                     put(&picked.host.address);
                 }
             }
-            Self::UpstreamCluster | Self::UpstreamClusterRaw => {
+            Self::UpstreamCluster => {
+                put(&info.cluster.as_ref().map(|cluster| &*cluster.shown_name).unwrap_or_default());
+            }
+            Self::UpstreamClusterRaw => {
                 put(&info.cluster.as_ref().map(|cluster| &*cluster.name).unwrap_or_default());
             }
             Self::AttemptCount => put(&info.attempts),
@@ -556,6 +556,11 @@ mod tests {
         };
         check(0, &[], "x-a: 2");
         check(0, &[("x-a", "1")], "x-a: 1; x-a: 2");
+        let several = [("x-b", "1"), ("x-b", "2")];
+        let first = edited(&[option("x-a", "%REQ(x-b)%", 0)], &["x-b"], &several);
+        assert_eq!(first, "", "what is removed is not there any more");
+        let first = edited(&[option("x-a", "%REQ(x-b)%", 0)], &[], &several);
+        assert_eq!(first, "x-b: 1; x-b: 2; x-a: 1", "a formatter sees the first occurrence");
         check(1, &[("x-a", "1")], "x-a: 1");
         check(1, &[], "x-a: 2");
         check(2, &[("x-a", "1"), ("x-a", "1")], "x-a: 2");

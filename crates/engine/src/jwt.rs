@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::engine::general_purpose::STANDARD;
 use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::route::v3 as route;
 use envoy_types::pb::envoy::extensions::filters::http::jwt_authn::v3 as pb;
@@ -611,16 +611,16 @@ impl Provider {
     }
 }
 
-/// A claim as a header; lists and objects as base64url of their JSON. One that would break the
-/// header is left out.
+/// A claim as a header; lists and objects as base64 of their JSON. One that would break the header
+/// is left out.
 fn header_value(claim: &Value) -> Option<String> {
     let text = match claim {
         Value::Null => return None,
         Value::String(text) => text.clone(),
         Value::Bool(_) | Value::Number(_) => claim.to_string(),
         Value::Array(_) | Value::Object(_) => {
-            // Envoy pads neither.
-            URL_SAFE_NO_PAD.encode(claim.to_string())
+            // The JSON is protobuf's, which escapes angle brackets.
+            STANDARD.encode(claim.to_string().replace('<', "\\u003c").replace('>', "\\u003e"))
         }
     };
     let legal = !text.bytes().any(|b| matches!(b, b'\r' | b'\n' | 0));

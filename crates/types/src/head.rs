@@ -337,14 +337,23 @@ impl RequestHead {
     }
 
     /// Value of a header or of the pseudo-header `:method`, `:path`, `:authority` (or `host`),
-    /// `:scheme`, every occurrence joined by `,`: what Envoy's header matchers and formatters see.
+    /// `:scheme`, every occurrence joined by `,`: what Envoy's header matchers see.
     pub fn header(&self, name: &str) -> Option<std::borrow::Cow<'_, [u8]>> {
+        self.pseudo(name).map(Into::into).or_else(|| self.fields.joined(name))
+    }
+
+    /// Value of a header's first occurrence, or of a pseudo-header: what Envoy's formatters see.
+    pub fn first(&self, name: &str) -> Option<&[u8]> {
+        self.pseudo(name).or_else(|| self.fields.get(name))
+    }
+
+    fn pseudo(&self, name: &str) -> Option<&[u8]> {
         match name {
-            ":method" => Some(self.method.of(&self.fields.buf).into()),
-            ":path" => Some(self.path().into()),
-            ":authority" | "host" => Some(self.authority().into()),
-            ":scheme" => Some(self.scheme.as_str().as_bytes().into()),
-            _ => self.fields.joined(name),
+            ":method" => Some(self.method.of(&self.fields.buf)),
+            ":path" => Some(self.path()),
+            ":authority" | "host" => Some(self.authority()),
+            ":scheme" => Some(self.scheme.as_str().as_bytes()),
+            _ => None,
         }
     }
 

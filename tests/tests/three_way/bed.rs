@@ -176,7 +176,14 @@ impl Bed {
                 "good",
                 a.sign(&claims("issuer-a", "you", json!({ "group": ["ops", "dev"], "nested": { "key": "deep" } }))),
             ),
-            ("good", b.sign(&claims("issuer-b", "me", json!({ "aud": "shop", "nested": { "key": ["x", "deep"] } })))),
+            (
+                "good",
+                b.sign(&claims(
+                    "issuer-b",
+                    "me",
+                    json!({ "aud": "shop", "group": "dev", "nested": { "key": ["x", "deep"] } }),
+                )),
+            ),
             ("expired", a.sign(&claims("issuer-a", "me", json!({ "exp": now - 3600 })))),
             ("early", a.sign(&claims("issuer-a", "me", json!({ "nbf": now + 3600 })))),
             ("audience", b.sign(&claims("issuer-b", "me", json!({ "aud": "else" })))),
@@ -237,8 +244,7 @@ spec:
     jwks: '{}'
     fromHeaders: [{{name: authorization, prefix: "Bearer "}}, {{name: x-jwt, prefix: "Token "}}]
     fromParams: [token]
-    outputClaimToHeaders: [{{header: x-claim-group, claim: group}}, {{header: x-claim-deep, claim: nested.key}}]
-  - {{issuer: issuer-b, jwks: '{}', audiences: [shop], forwardOriginalToken: true, outputPayloadToHeader: x-payload}}
+  - {{issuer: issuer-b, jwks: '{}', audiences: [shop], forwardOriginalToken: true, outputPayloadToHeader: x-payload, outputClaimToHeaders: [{{header: x-claim-group, claim: group}}, {{header: x-claim-deep, claim: nested.key}}]}}
 ---
 apiVersion: networking.istio.io/v1
 kind: DestinationRule
@@ -373,6 +379,10 @@ impl Compiled {
         json!({
             "node": { "id": format!("router~127.0.0.1~{GATEWAY}.istio-system~istio-system.svc.cluster.local"), "cluster": GATEWAY },
             "admin": { "address": { "socket_address": { "address": address.to_string(), "port_value": admin_port } } },
+            // As in Istio's bootstrap: a fragment is cut off, not refused.
+            "layered_runtime": { "layers": [{ "name": "istio", "static_layer": {
+                "envoy.reloadable_features.http_reject_path_with_fragment": false,
+            } }] },
             "static_resources": { "listeners": listeners, "clusters": self.clusters },
         })
     }

@@ -172,7 +172,10 @@ fn foretold(case: &Case, explanation: &Explanation, came: &Outcome, is_drawn: bo
         }
         compared.field("flags", &told.log.flags, &came.log.flags);
         compared.field("details", &told.log.details, &came.log.details);
-        compared.headers("header of the answer", &told.headers, &came.headers);
+        // Whether the connection goes on is no part of an explanation.
+        let is_kept = |(name, _): &&(String, String)| name != "connection";
+        let headers: Vec<_> = came.headers.iter().filter(is_kept).cloned().collect();
+        compared.headers("header of the answer", &told.headers, &headers);
     } else {
         compared.field("route", &told.log.route, &came.log.route);
         compared.field("cluster", &told.log.cluster, &came.log.cluster);
@@ -220,8 +223,8 @@ fn run(hosts: usize) {
     if found.is_empty() {
         return;
     }
-    for (kind, (count, text, _)) in &found {
-        println!("{count} times: {kind}: {text}");
+    for (kind, (count, text, case)) in &found {
+        println!("{count} times: {kind}: {text}\n    {:?}", case.request);
     }
     for (kind, (count, _, case)) in found.iter().take(SHRUNK_MAX) {
         println!("\n#### {count} times: {kind}");

@@ -263,7 +263,7 @@ fn header_edits(random: &mut Random) -> Value {
 
 fn rewrite(random: &mut Random) -> Value {
     match random.below(5) {
-        0 => json!({ "uri": random.pick(&["/", "/new", "/new/", "/a", "new", "/n?x=1"]) }),
+        0 => json!({ "uri": random.pick(&["/", "/new", "/new/", "/a", "/n?x=1"]) }),
         1 => json!({ "authority": "other.host" }),
         2 => json!({ "uri": "/new", "authority": "other.host:81" }),
         3 => json!({ "uriRegexRewrite": { "match": "^/([a-z])/(.*)$", "rewrite": "/\\2/\\1" } }),

@@ -62,6 +62,7 @@ enum Operator {
     ResponseTxDuration,
     UpstreamHost(Side),
     UpstreamCluster,
+    UpstreamClusterRaw,
     UpstreamLocal(Side),
     DownstreamLocal(Side),
     DownstreamRemote(Side),
@@ -333,7 +334,8 @@ fn operator(source: &str) -> Result<(Operator, Option<usize>), Unsupported> {
         "UPSTREAM_HOST" | "UPSTREAM_REMOTE_ADDRESS" => Operator::UpstreamHost(Side::Both),
         "UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT" => Operator::UpstreamHost(Side::Ip),
         "UPSTREAM_REMOTE_PORT" => Operator::UpstreamHost(Side::Port),
-        "UPSTREAM_CLUSTER" | "UPSTREAM_CLUSTER_RAW" => Operator::UpstreamCluster,
+        "UPSTREAM_CLUSTER" => Operator::UpstreamCluster,
+        "UPSTREAM_CLUSTER_RAW" => Operator::UpstreamClusterRaw,
         "UPSTREAM_LOCAL_ADDRESS" => Operator::UpstreamLocal(Side::Both),
         "UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT" => Operator::UpstreamLocal(Side::Ip),
         "UPSTREAM_LOCAL_PORT" => Operator::UpstreamLocal(Side::Port),
@@ -378,22 +380,23 @@ fn address(address: SocketAddr, side: Side) -> Found<'static> {
     }
 }
 
-fn header<'a>(get: impl Fn(&str) -> Option<std::borrow::Cow<'a, [u8]>>, main: &str, other: Option<&str>) -> Found<'a> {
-    get(main).or_else(|| get(other?)).map_or(Found::Nothing, Found::Bytes)
+/// Of several occurrences the first, as Envoy formats it.
+fn header<'a>(get: impl Fn(&str) -> Option<&'a [u8]>, main: &str, other: Option<&str>) -> Found<'a> {
+    get(main).or_else(|| get(other?)).map_or(Found::Nothing, |value| Found::Bytes(value.into()))
 }
 
 impl Operator {
     fn find<'a>(&'a self, record: &LogRecord<'a>) -> Found<'a> {
         let LogRecord { conn, info, .. } = *record;
         let fields = |fields: Option<&'a Fields>, main: &str, other: &Option<Box<str>>| match fields {
-            Some(fields) => header(|name| fields.joined(name), main, other.as_deref()),
+            Some(fields) => header(|name| fields.get(name), main, other.as_deref()),
             None => Found::Nothing,
         };
         let peer = conn.peer_certificate();
         match self {
             Self::StartTime(format) => Found::Time(format, record.start_nanos),
             Self::Request(main, other) => match record.request {
-                Some(head) => header(|name| head.header(name), main, other.as_deref()),
+                Some(head) => header(|name| head.first(name), main, other.as_deref()),
                 None => Found::Nothing,
             },
             Self::Response(main, _) if &**main == ":status" => Found::Number(status(record)),
@@ -423,10 +426,9 @@ impl Operator {
                 Some(Address::Unix(path)) => text(path.to_string()),
                 None => Found::Nothing,
             },
-            Self::UpstreamCluster => {
-                // A name that no cluster has is none, as Envoy has it.
-                info.cluster.as_ref().map_or(Found::Nothing, |cluster| known(&cluster.name))
-            }
+            // A name that no cluster has is none, as Envoy has it.
+            Self::UpstreamCluster => info.cluster.as_ref().map_or(Found::Nothing, |cluster| known(&cluster.shown_name)),
+            Self::UpstreamClusterRaw => info.cluster.as_ref().map_or(Found::Nothing, |cluster| known(&cluster.name)),
             Self::UpstreamLocal(side) => record.upstream_local.map_or(Found::Nothing, |at| address(at, *side)),
             Self::DownstreamLocal(side) => address(conn.local, *side),
             Self::DownstreamRemote(side) => address(info.client_address.unwrap_or(conn.peer), *side),

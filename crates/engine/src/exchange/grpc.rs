@@ -25,6 +25,17 @@ pub(super) fn timeout(fields: &Fields) -> Option<Duration> {
     })
 }
 
+/// The value of `grpc-timeout` for a duration, in the finest unit from milliseconds on that holds it.
+///
+/// *Source*: Envoy `Grpc::Common::toGrpcTimeout`.
+pub(super) fn timeout_text(timeout: Duration) -> String {
+    const MOST: u128 = 99_999_999;
+    let millis = timeout.as_millis();
+    let units = [(1, 'm'), (1000, 'S'), (60_000, 'M'), (3_600_000, 'H')];
+    let fits = units.into_iter().find(|(size, _)| millis / size <= MOST);
+    fits.map_or_else(|| format!("{MOST}H"), |(size, unit)| format!("{}{unit}", millis / size))
+}
+
 /// The status of a response for outlier detection: the gRPC status of a trailers-only response as
 /// an HTTP one.
 ///
@@ -64,6 +75,9 @@ mod tests {
         check("250m", Some(Duration::from_millis(250)));
         check("2H", Some(Duration::from_hours(2)));
         check("99999999n", Some(Duration::from_nanos(99_999_999)));
+        assert_eq!(timeout_text(Duration::from_secs(5)), "5000m");
+        assert_eq!(timeout_text(Duration::from_secs(100_000)), "100000S");
+        assert_eq!(timeout_text(Duration::MAX), "99999999H");
         for bad in ["", "S", "1", "123456789S", "1x", "-1S", "1 S", "é"] {
             check(bad, None);
         }

@@ -156,8 +156,11 @@ impl Exchange {
         match normalize::target(&hcm, &self.conn, head).and_then(|()| normalize::underscores(&hcm, head)) {
             Ok(()) => {}
             Err(normalize::Refused::Reply(cause)) => {
-                let close = cause != Cause::BadPath;
-                return self.reply(env, cause, Spec { close, ..Spec::default() }, head, recorder);
+                return self.reply(env, cause, Spec::default(), head, recorder);
+            }
+            // gRPC clients follow no redirect.
+            Err(normalize::Refused::Redirect) if self.info.is_grpc => {
+                return self.reply(env, Cause::BadPath, Spec::default(), head, recorder);
             }
             Err(normalize::Refused::Redirect) => {
                 let to = head.path().to_vec();
@@ -339,8 +342,7 @@ impl Exchange {
             RequireTls::All => true,
         };
         if tls_wanted && !normalize::is_https(head) {
-            let spec =
-                Spec { headers: vec![("location", reply::https_location(head))], plain: true, ..Spec::default() };
+            let spec = Spec { headers: vec![("location", reply::https_location(head))], ..Spec::default() };
             return self.reply(env, Cause::HttpsRedirect, spec, head, recorder);
         }
         let Some(route) = choice.route.map(|route| &host.routes[route]) else {
@@ -355,7 +357,6 @@ impl Exchange {
                 let spec = Spec {
                     status: Some(redirect.status),
                     headers: vec![("location", reply::location(redirect, &route.matches.path, head))],
-                    plain: true,
                     ..Spec::default()
                 };
                 self.reply(env, Cause::Redirect, spec, head, recorder)
@@ -406,9 +407,11 @@ impl Exchange {
         }
         if !self.attempt.edited {
             self.attempt.edited = true;
+            // Edits may tell of the attempt they are made for.
+            self.info.attempts = 1;
             let mirrors = self.mirror_heads(forward, host, head);
             self.edit_request(forward, route, head, env.now);
-            self.upstream_headers(env, host, head);
+            self.upstream_headers(env, (host, forward), head);
             return self.try_once(env, mirrors, head, recorder);
         }
         self.try_once(env, Vec::new(), head, recorder)
@@ -455,14 +458,21 @@ impl Exchange {
     }
 
     /// Headers that tell the upstream about the attempt, and who we are.
-    fn upstream_headers(&mut self, env: &Env<'_>, host: &VirtualHost, head: &mut RequestHead) {
+    fn upstream_headers(&self, env: &Env<'_>, (host, forward): (&VirtualHost, &Forward), head: &mut RequestHead) {
         let Some(hcm) = self.hcm() else { return };
         let suppressed = hcm.filters.iter().any(|filter| match &filter.kind {
             FilterKind::Router(router) => router.suppress_envoy_headers,
             _ => false,
         });
-        if !suppressed && let Some(expected) = self.timing.per_try.or(self.timing.route) {
-            head.fields.set("x-envoy-expected-rq-timeout-ms", expected.as_millis().to_string().as_bytes());
+        if let Some(expected) = self.timing.per_try.or(self.timing.route) {
+            if !suppressed {
+                head.fields.set("x-envoy-expected-rq-timeout-ms", expected.as_millis().to_string().as_bytes());
+            }
+            // A gRPC server learns what is left for it; where streams have a limit of their own, the
+            // client's wish stands.
+            if self.info.is_grpc && forward.grpc_timeout_max.is_some() && forward.stream_duration.is_none() {
+                head.fields.set("grpc-timeout", super::grpc::timeout_text(expected).as_bytes());
+            }
         }
         if host.attempt_count {
             head.fields.set("x-envoy-attempt-count", b"1");
@@ -607,8 +617,9 @@ impl Exchange {
                 retry: None,
                 upgrade: false,
             };
-            // A copy that cannot be sent is dropped: it never affects the client.
-            if let Ok((attempt, _)) = attempt::make(env, &live, plan, recorder) {
+            // A copy that cannot be sent is dropped: it never affects the client. Where it goes is no
+            // decision about the request.
+            if let Ok((attempt, _)) = attempt::make(env, &live, plan, &mut crate::record::NoRecord) {
                 made.push(Mirror { attempt: Box::new(attempt), head: copy, timeout: self.timing.route });
             }
         }

@@ -21,7 +21,7 @@ pub(super) struct Spec {
     pub(super) headers: Vec<(&'static str, Vec<u8>)>,
     /// Further headers of somebody else's making; they win.
     pub(super) fields: Option<types::Fields>,
-    /// Never turned into a gRPC reply (redirects, direct responses, preflights).
+    /// Never turned into a gRPC reply (preflights, and where a path must be asked for anew).
     pub(super) plain: bool,
     /// The connection must be closed.
     pub(super) close: bool,
@@ -95,11 +95,12 @@ pub(super) fn build(cause: Cause, spec: Spec, request: &RequestHead, is_grpc: bo
             sent = body;
         }
     }
+    // Whoever says 400 doubts that the connection is still in step.
     let close = spec.close
+        || status == 400
         || matches!(
             cause,
-            Cause::BadRequest
-                | Cause::HeadersTooLarge
+            Cause::HeadersTooLarge
                 | Cause::UpgradeRequired
                 | Cause::RequestReceiveTimeout
                 | Cause::RequestHeaderTimeout
@@ -159,7 +160,7 @@ pub(super) fn location(redirect: &Redirect, matched: &PathMatch, head: &RequestH
             "https" => &b"443"[..],
             _ => b"80",
         };
-        let drop = redirect.port != 0 || (redirect.scheme.is_some() && port == Some(default_port));
+        let drop = redirect.port != 0 || (scheme != scheme_now && port == Some(default_port));
         to.extend_from_slice(if drop { bare } else { host });
     } else {
         to.extend_from_slice(redirect.host.as_bytes());
@@ -171,6 +172,7 @@ pub(super) fn location(redirect: &Redirect, matched: &PathMatch, head: &RequestH
     let path = head.path_only();
     let query = if redirect.strip_query { None } else { head.query() };
     let mut own_query = false;
+    let authority_end = to.len();
     match &redirect.path {
         RedirectPath::Keep => to.extend_from_slice(path),
         RedirectPath::Path(new) => {
@@ -182,6 +184,10 @@ pub(super) fn location(redirect: &Redirect, matched: &PathMatch, head: &RequestH
             to.extend_from_slice(&path[matched.matched_len(path).min(path.len())..]);
         }
         RedirectPath::Regex(rewrite) => to.extend_from_slice(&rewrite.apply(path)),
+    }
+    // What follows must never become part of the host.
+    if to.get(authority_end) != Some(&b'/') {
+        to.insert(authority_end, b'/');
     }
     if let Some(query) = query.filter(|_| !own_query) {
         to.push(b'?');

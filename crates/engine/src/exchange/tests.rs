@@ -209,9 +209,13 @@ fn redirects() {
     check(Redirect { host: "o.com".into(), ..base() }, false, "h:81", "/a", "http://o.com/a");
     check(Redirect { scheme: Some("https".into()), ..base() }, false, "h:80", "/a", "https://h/a");
     check(Redirect { scheme: Some("https".into()), ..base() }, false, "h:8080", "/a", "https://h:8080/a");
+    check(Redirect { scheme: Some("http".into()), ..base() }, false, "h:80", "/a", "http://h:80/a");
     check(Redirect { port: 8443, ..base() }, true, "h", "/a", "https://h:8443/a");
     check(Redirect { port: 443, ..base() }, true, "h:9", "/a", "https://h/a");
     check(Redirect { strip_query: true, ..base() }, false, "h", "/a?x", "http://h/a");
+    check(Redirect { path: RedirectPath::Path(".evil".into()), ..base() }, false, "h", "/a?x", "http://h/.evil?x");
+    check(Redirect { path: RedirectPath::Path("?y".into()), ..base() }, false, "h", "/a?x", "http://h/?y");
+    check(Redirect { path: RedirectPath::Prefix("b".into()), ..base() }, false, "h", "/a/c", "http://h/b/c");
 }
 
 #[test]

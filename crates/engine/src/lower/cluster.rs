@@ -30,6 +30,10 @@ pub(super) fn lower(any: &Any) -> Result<(Name, Cluster), Unsupported> {
     if name.is_empty() {
         return Err(Unsupported::missing("name"));
     }
+    let shown_name = match std::mem::take(&mut proto.alt_stat_name) {
+        none if none.is_empty() => name.clone(),
+        shown => Name::from(shown.as_str()),
+    };
     let (discovery, inline_endpoints) = discovery(&mut proto, &name)?;
     let metadata = proto.metadata.take();
     let mut http = http_options(&mut proto)?;
@@ -48,6 +52,7 @@ pub(super) fn lower(any: &Any) -> Result<(Name, Cluster), Unsupported> {
     harmless(&mut proto);
     nothing_left(&proto)?;
     let cluster = Cluster {
+        shown_name,
         discovery,
         inline_endpoints,
         connect_timeout,
@@ -74,7 +79,6 @@ pub(super) fn lower(any: &Any) -> Result<(Name, Cluster), Unsupported> {
 
 /// Takes what the documented list of harmless fields names.
 fn harmless(proto: &mut pb::Cluster) {
-    proto.alt_stat_name.clear();
     proto.stats_matcher = None;
     proto.track_cluster_stats = None;
     proto.cleanup_interval = None;

@@ -97,3 +97,29 @@ fn a_route_edits_its_redirect_after_the_location_is_set() {
     assert_eq!(location(Append::OverwriteIfExistsOrAdd.into()).as_deref(), Some("/by-route"));
     assert_eq!(location(Append::AddIfAbsent.into()).as_deref(), Some("http://a/new"));
 }
+
+#[test]
+fn a_grpc_client_is_told_of_a_redirect_in_its_own_form() {
+    let world = Http::new(vec![host(&["*"], vec![redirect("/")])], vec![]).build();
+    let mut head = get("a", "/");
+    head.fields.push("content-type", b"application/grpc");
+    let reply = world.start(head).reply();
+    assert_eq!((reply.head.status, reply.head.fields.get_str("grpc-status")), (200, Some("2")));
+    assert_eq!(reply.head.fields.get_str("location"), Some("http://a/new"));
+}
+
+#[test]
+fn a_400_ends_its_connection() {
+    let bad = fault_pb::HttpFault {
+        abort: Some(fault_pb::FaultAbort {
+            percentage: Some(FractionalPercent { numerator: 100, denominator: 0 }),
+            error_type: Some(fault_pb::fault_abort::ErrorType::HttpStatus(400)),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let world = Http::simple().filter("fault", pack(&bad)).build();
+    assert!(world.start(get("a", "/")).reply().close);
+    let world = Http::simple().filter("fault", pack(&abort())).build();
+    assert!(!world.start(get("a", "/")).reply().close);
+}
