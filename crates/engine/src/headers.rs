@@ -334,16 +334,16 @@ impl Plain {
                 put(&info.cluster.as_ref().map(|cluster| &*cluster.name).unwrap_or_default());
             }
             Self::AttemptCount => put(&info.attempts),
+            // As Envoy has it: an answer of our own has no status yet when it is edited.
             Self::ResponseCode => {
-                if let Some(response) = heads.response {
-                    put(&response.status);
-                }
+                let upstream = heads.response.filter(|_| info.details.as_str() == "via_upstream");
+                put(&upstream.map_or(0, |response| response.status));
             }
             Self::ResponseCodeDetails => put(&info.details.as_str()),
             Self::ResponseFlags => {
                 let flags: Vec<_> =
                     info.causes.iter().map(|cause| cause.surface().flag).filter(|flag| *flag != "-").collect();
-                put(&flags.join(","));
+                put(&if flags.is_empty() { "-".to_owned() } else { flags.join(",") });
             }
             Self::StartTime => put(&utc(*now)),
         }

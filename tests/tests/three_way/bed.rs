@@ -1,11 +1,12 @@
 //! Cases made into one configuration, and everybody who says what becomes of a request: `explain`,
 //! a Lateen proxy and an Envoy, all three with the very same resources.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use compile::{Capabilities, ProxyKind, View};
@@ -295,7 +296,7 @@ spec: {{host: pool-maglev, trafficPolicy: {{loadBalancer: {{consistentHash: {{ht
     pub(crate) fn compile(&self, cases: &[(String, &Case)]) -> Compiled {
         let ports = Ports::free();
         let mut yaml = self.base(ports);
-        let mut seen = std::collections::BTreeSet::new();
+        let mut seen = BTreeSet::new();
         for (host, case) in cases {
             if seen.insert(host) {
                 yaml.push_str("\n---\n");
@@ -512,8 +513,15 @@ impl LogLine {
     }
 }
 
+/// A port that nobody listens on, and that no other test of this process was given.
 fn free_port(address: Ipv4Addr) -> u16 {
-    TcpListener::bind((address, 0)).unwrap().local_addr().unwrap().port()
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    loop {
+        let port = TcpListener::bind((address, 0)).unwrap().local_addr().unwrap().port();
+        if GIVEN.lock().unwrap().insert(port) {
+            return port;
+        }
+    }
 }
 
 impl Live {

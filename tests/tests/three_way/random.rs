@@ -227,7 +227,7 @@ const EDITS: [&str; 21] = [
     "%REQ(x-a):1%",
     "%REQ(x-none)%",
     "%ROUTE_NAME%",
-    "%RESP(x-backend)%",
+    "%RESP(x-a)%",
     "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
     "%DOWNSTREAM_LOCAL_PORT%",
     "%UPSTREAM_CLUSTER%",
@@ -500,7 +500,8 @@ fn request(random: &mut Random, tokens: &Tokens, wants_token: bool) -> Request {
     for name in HEADERS {
         if random.percent(35) {
             headers.push((name.to_owned(), random.pick(&VALUES).to_owned()));
-            if random.percent(10) {
+            // Several lines of cookies: see `docs/open.md`.
+            if random.percent(10) && name != "cookie" {
                 headers.push((name.to_owned(), random.pick(&VALUES).to_owned()));
             }
         }
@@ -538,7 +539,8 @@ fn request(random: &mut Random, tokens: &Tokens, wants_token: bool) -> Request {
         match random.below(10) {
             0 => headers.push(("x-jwt".into(), format!("Token {token}"))),
             1 => headers.push(("authorization".into(), format!("Basic {token}"))),
-            2 => path = format!("{path}{}token={token}", if path.contains('?') { '&' } else { '?' }),
+            // With other parameters around it: see `docs/open.md`.
+            2 if query.is_empty() => path = format!("{path}?token={token}"),
             _ => headers.push(("authorization".into(), format!("Bearer {token}"))),
         }
     }

@@ -153,6 +153,10 @@ impl Exchange {
             RouteSource::Inline(table) => Some(Arc::clone(table)),
             RouteSource::Rds(name) => self.config.routes.get(name).cloned(),
         };
+        if !normalize::take_nominated(head) {
+            self.info.details = Details::Static("http1.connection_header_rejected");
+            return self.reply(env, Cause::BadRequest, Spec::default(), head, recorder);
+        }
         match normalize::target(&hcm, &self.conn, head).and_then(|()| normalize::underscores(&hcm, head)) {
             Ok(()) => {}
             Err(normalize::Refused::Reply(cause)) => {
@@ -991,8 +995,9 @@ impl Exchange {
             self.count_attempts(head);
         };
         // A route that answers by itself edits its own answer; answers of filters and of the router
-        // are edited only where the route leads somewhere.
+        // are edited only where the route leads somewhere, and those to preflights never.
         let edits = match (self.route().map(|route| &route.action), cause) {
+            (_, Cause::CorsPreflight) => Edits::None,
             (Some(Action::Forward(_)), _) => Edits::BeforeOwn(&edit),
             (Some(Action::Redirect(_)), Cause::Redirect) | (Some(Action::Direct(_)), Cause::DirectResponse) => {
                 Edits::AfterOwn(&edit)

@@ -1,5 +1,7 @@
 //! Which answers of the mesh itself a route edits, and what their logs name.
 
+use envoy_types::pb::envoy::config::core::v3 as core;
+
 use super::*;
 
 /// Aborts with 418 wherever the route has it.
