@@ -62,7 +62,9 @@ fn apply<T>(
         next.remove(name);
     }
     for raw in update {
-        if prev.get(&raw.name).is_some_and(|old| same(old, &raw.body)) {
+        if let Some(old) = prev.get(&raw.name).filter(|old| same(old, &raw.body)) {
+            // It may be among what is removed: gone and here again is here.
+            next.insert(raw.name.clone(), Arc::clone(old));
             continue;
         }
         match lower(&raw.body) {
@@ -97,4 +99,42 @@ pub fn apply_endpoints(
     removed: &[Name],
 ) -> (Table<EndpointSet>, Vec<Rejected>) {
     apply(prev, update, removed, endpoint::lower_any, |_, _| false)
+}
+
+#[cfg(test)]
+mod tests {
+    use envoy_types::pb::envoy::config::cluster::v3 as wire;
+    use prost::Message as _;
+
+    use super::*;
+
+    fn raw(name: &str, connect_seconds: i64) -> Raw {
+        let cluster = wire::Cluster {
+            name: name.to_owned(),
+            connect_timeout: Some(envoy_types::pb::google::protobuf::Duration { seconds: connect_seconds, nanos: 0 }),
+            ..wire::Cluster::default()
+        };
+        let type_url = types::wellknown::type_urls::CLUSTER.to_owned();
+        Raw { name: name.into(), body: Any { type_url, value: cluster.encode_to_vec() } }
+    }
+
+    #[test]
+    fn what_is_removed_and_comes_again_is_there() {
+        let (first, rejected) =
+            apply_clusters(&Table::default(), &[raw("same", 1), raw("other", 1), raw("gone", 1)], &[]);
+        assert_eq!(rejected, []);
+        let removed = ["same", "other", "gone"].map(Name::from);
+        let (next, rejected) = apply_clusters(&first, &[raw("same", 1), raw("other", 2)], &removed);
+        assert_eq!(rejected, []);
+        assert!(Arc::ptr_eq(next.get("same").unwrap(), first.get("same").unwrap()), "unchanged is the same");
+        assert!(!Arc::ptr_eq(next.get("other").unwrap(), first.get("other").unwrap()));
+        assert!(next.get("gone").is_none());
+    }
+
+    #[test]
+    fn the_last_of_two_namesakes_stays() {
+        let (first, _) = apply_clusters(&Table::default(), &[raw("a", 1)], &[]);
+        let (next, _) = apply_clusters(&first, &[raw("a", 2), raw("a", 1)], &[]);
+        assert!(Arc::ptr_eq(next.get("a").unwrap(), first.get("a").unwrap()));
+    }
 }
