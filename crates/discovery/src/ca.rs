@@ -185,7 +185,7 @@ impl Ca {
         let chain = pem::certificates(issued.chain.concat().as_bytes()).map_err(|error| wrong(&error))?;
         let keys = KeyAndChain::new(chain, PrivateKeyDer::from(key)).map_err(|error| wrong(&error))?;
         let identity = WorkloadIdentity::new(keys, Arc::clone(&self.roots), 0).map_err(|error| wrong(&error))?;
-        identity.verify_own_chain().map_err(|error| wrong(&error))
+        identity.verify_own_chain(now).map_err(|error| wrong(&error))
     }
 }
 

@@ -176,6 +176,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     }
     let names = options.dns_names();
     let (serving, tls) = watch::channel(Arc::new(serving_config(&ca, &names)?));
+    let (newest_ca, cas) = watch::channel(Arc::clone(&ca));
     let authn = Arc::new(Authn::new(options.trust_domain.clone(), &options.cluster_id, options.tokens));
     let metrics = options.metrics;
     count_roots(&metrics, &ca);
@@ -196,7 +197,9 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let fetching = jwks::run(meshes.clone(), keys_sender, options.jwks, metrics.clone());
     tasks.spawn(named("key fetcher", Box::pin(fetching)));
     tasks.spawn(named("compiler", Box::pin(fleet::run(Arc::clone(&fleet), meshes.clone(), options.compiler))));
-    tasks.spawn(named("certificate renewal", Box::pin(renew_serving(Arc::clone(&ca), names, serving))));
+    tasks.spawn(named("certificate renewal", Box::pin(renew_serving(cas.clone(), names, serving))));
+    let renewing = renew_ca(options.ca_dir, options.root_cert_out, newest_ca, metrics.clone());
+    tasks.spawn(named("root renewal", Box::pin(renewing)));
 
     let admission = Arc::new(ads::Admission::new(Arc::clone(&authn), Arc::clone(&fleet)));
     let ads = || {
@@ -205,7 +208,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .max_encoding_message_size(usize::MAX)
     };
-    let certificates = IstioCertificateServiceServer::new(CertificateService::new(ca, authn, metrics.clone()))
+    let certificates = IstioCertificateServiceServer::new(CertificateService::new(cas, authn, metrics.clone()))
         .max_decoding_message_size(1 << 20);
     let secure = tonic::service::Routes::new(ads()).add_service(certificates).prepare().into_axum_router();
     let plaintext = tonic::service::Routes::new(ads()).prepare().into_axum_router();
@@ -249,14 +252,56 @@ fn serving_config(ca: &Ca, names: &[String]) -> Result<ServerConfigs, RunError> 
     Ok(tls.build()?)
 }
 
-async fn renew_serving(ca: Arc<Ca>, names: Vec<String>, serving: watch::Sender<Arc<ServerConfigs>>) {
+/// Renews the control plane's own certificate in time, and whenever the CA changed.
+async fn renew_serving(
+    mut cas: watch::Receiver<Arc<Ca>>,
+    names: Vec<String>,
+    serving: watch::Sender<Arc<ServerConfigs>>,
+) {
     loop {
+        let ca = Arc::clone(&cas.borrow_and_update());
         let left = ca.not_after().duration_since(SystemTime::now()).unwrap_or_default();
-        tokio::time::sleep((SERVING_LIFETIME / 2).min(left / 2).max(Duration::from_mins(1))).await;
+        let due = (SERVING_LIFETIME / 2).min(left / 2).max(Duration::from_mins(1));
+        if let Ok(Err(_)) = tokio::time::timeout(due, cas.changed()).await {
+            return; // Nobody looks after the CA any more.
+        }
+        let ca = Arc::clone(&cas.borrow_and_update());
         match serving_config(&ca, &names) {
             Ok(config) => drop(serving.send_replace(Arc::new(config))),
             Err(error) => tracing::error!(error = identity::agent::describe(&error), "own certificate not renewed"),
         }
+    }
+}
+
+/// How often it is seen whether the root needs a successor (`CITADEL_SELF_SIGNED_ROOT_CERT_CHECK_INTERVAL`).
+const ROOT_CHECK: Duration = Duration::from_hours(1);
+
+/// Takes over what the CA's directory holds, now and then, as far as nobody is cut off by it.
+async fn renew_ca(dir: PathBuf, root_cert_out: Option<PathBuf>, newest: watch::Sender<Arc<Ca>>, metrics: Registry) {
+    loop {
+        tokio::time::sleep(ROOT_CHECK).await;
+        let (current, dir) = (Arc::clone(&newest.borrow()), dir.clone());
+        let looked = tokio::task::spawn_blocking(move || ca::store::successor(&current, &dir, SystemTime::now())).await;
+        let next = match looked {
+            Ok(Ok(Some(next))) => Arc::new(next),
+            Ok(Ok(None)) => continue,
+            Ok(Err(error)) => {
+                tracing::error!(error = identity::agent::describe(&error), "the CA stays as it was");
+                continue;
+            }
+            Err(error) => {
+                tracing::error!(%error, "the CA stays as it was");
+                continue;
+            }
+        };
+        count_roots(&metrics, &next);
+        if let Some(path) = &root_cert_out
+            && let Err(error) = ca::store::write_atomically(path, next.roots().to_pem().as_bytes(), 0o644)
+        {
+            tracing::error!(error = identity::agent::describe(&error), "the root bundle is not written");
+        }
+        tracing::info!(roots = next.roots().certificates().len(), "the CA's root has a successor");
+        newest.send_replace(next);
     }
 }
 

@@ -219,7 +219,7 @@ fn accept(answer: &[String], key: KeyPair, generation: u64) -> Result<WorkloadId
     let roots = TrustRoots::from_pem(roots.as_bytes()).map_err(IssueError::Unusable)?;
     let keys = KeyAndChain::new(chain, PrivateKeyDer::from(key)).map_err(IssueError::Unusable)?;
     let identity = WorkloadIdentity::new(keys, Arc::new(roots), generation).map_err(IssueError::Unusable)?;
-    identity.verify_own_chain().map_err(IssueError::Untrusted)?;
+    identity.verify_own_chain(SystemTime::now()).map_err(IssueError::Untrusted)?;
     Ok(identity)
 }
 

@@ -185,14 +185,14 @@ impl WorkloadIdentity {
         self.facts.not_after
     }
 
-    /// Whether a peer that trusts our roots would take our chain now.
-    pub fn verify_own_chain(&self) -> Result<(), rustls::Error> {
+    /// Whether a peer that trusts our roots would take our chain at `now`.
+    pub fn verify_own_chain(&self, now: SystemTime) -> Result<(), rustls::Error> {
         let [leaf, intermediates @ ..] = self.keys.chain() else { return Ok(()) };
         rustls::client::verify_server_cert_signed_by_trust_anchor(
             &rustls::server::ParsedCertificate::try_from(leaf)?,
             &self.roots.store,
             intermediates,
-            UnixTime::now(),
+            UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()),
             provider().signature_verification_algorithms.all,
         )
     }

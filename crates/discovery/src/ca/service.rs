@@ -9,6 +9,7 @@ use identity::agent::describe;
 use proto::ca::istio_certificate_service_server::IstioCertificateService;
 use proto::ca::{IstioCertificateRequest, IstioCertificateResponse};
 use telemetry::registry::Registry;
+use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
 use super::{Ca, SignError};
@@ -17,20 +18,20 @@ use crate::listen::Connection;
 
 /// Signs for authenticated callers.
 pub struct CertificateService {
-    ca: Arc<Ca>,
+    ca: watch::Receiver<Arc<Ca>>,
     authn: Arc<Authn>,
     metrics: Registry,
 }
 
 impl fmt::Debug for CertificateService {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CertificateService").field("ca", &self.ca).finish_non_exhaustive()
+        f.debug_struct("CertificateService").field("ca", &*self.ca.borrow()).finish_non_exhaustive()
     }
 }
 
 impl CertificateService {
-    /// A service over a CA.
-    pub fn new(ca: Arc<Ca>, authn: Arc<Authn>, metrics: Registry) -> Self {
+    /// A service over the CA of each moment.
+    pub fn new(ca: watch::Receiver<Arc<Ca>>, authn: Arc<Authn>, metrics: Registry) -> Self {
         Self { ca, authn, metrics }
     }
 }
@@ -60,7 +61,7 @@ impl IstioCertificateService for CertificateService {
         let lifetime = u64::try_from(request.validity_duration)
             .map(Duration::from_secs)
             .map_err(|_| Status::invalid_argument("validity_duration is negative"))?;
-        let ca = Arc::clone(&self.ca);
+        let ca = Arc::clone(&self.ca.borrow());
         let id = caller.id.clone();
         let signed = tokio::task::spawn_blocking(move || ca.sign(&request.csr, &id, lifetime, SystemTime::now())).await;
         let signed = signed.map_err(|_| Status::internal("signing was cancelled"))?;

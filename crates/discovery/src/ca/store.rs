@@ -6,6 +6,10 @@
 //! | some but not all of them | refused: a half-made bundle is never ignored |
 //! | none of them | `self-signed/ca-cert.pem` and `ca-key.pem`, made once and kept |
 //!
+//! A self-signed root gets a successor for the same key before it ends ([`load_or_create`]): it
+//! signs from then on and stands first in the file, and those before stay trusted while they live.
+//! Since the key is the same, old and new roots vouch for each other's certificates.
+//!
 //! What cannot be read or does not fit is an error that names the file; a CA is never silently
 //! replaced, since that would cut every workload off.
 
@@ -21,6 +25,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     PKCS_ECDSA_P256_SHA256, PKCS_ECDSA_P384_SHA384,
 };
+use rustls::pki_types::CertificateDer;
 use thiserror::Error;
 use types::TrustDomain;
 
@@ -28,6 +33,10 @@ use super::{Ca, Lifetimes, SKEW};
 
 /// Life of a self-signed root (`CITADEL_SELF_SIGNED_CA_CERT_TTL`).
 const ROOT_LIFETIME: Duration = Duration::from_hours(3650 * 24);
+
+/// A self-signed root with less of its life left than this gets a successor
+/// (`CITADEL_SELF_SIGNED_ROOT_CERT_GRACE_PERIOD_PERCENTILE`).
+const ROOT_GRACE_PERCENT: u32 = 20;
 
 const PLUGGED_IN: [&str; 4] = ["ca-cert.pem", "ca-key.pem", "root-cert.pem", "cert-chain.pem"];
 const SELF_SIGNED: &str = "self-signed";
@@ -64,12 +73,16 @@ pub enum StoreError {
     /// Key, certificate, chain and root do not belong together.
     #[error("CA key, certificate, chain and root do not fit together: {0}")]
     Inconsistent(String),
+    /// Another CA was put in the place of the one that serves.
+    #[error("the CA that is there now lacks a root that is trusted, so all who hold its certificates would be cut off")]
+    CutsOff,
     /// No key or certificate could be made.
     #[error("cannot make a root certificate: {0}")]
     Make(rcgen::Error),
 }
 
-/// Loads the CA of `dir`, making a self-signed one if the directory holds none.
+/// Loads the CA of `dir`, making a self-signed one if the directory holds none, and a successor of
+/// a self-signed root that will end.
 pub fn load_or_create(
     dir: &Path,
     trust_domain: &TrustDomain,
@@ -86,10 +99,32 @@ pub fn load_or_create(
         if !kept.exists() {
             create_self_signed(dir, &kept, trust_domain, now)?;
         }
+        succeed_self_signed(&kept, trust_domain, now)?;
         load_self_signed(&kept, trust_domain, lifetimes)?
     };
     ca.probe(now)?;
     Ok(ca)
+}
+
+/// What `dir` holds now, if `current` may be replaced by it while it serves: all that is trusted must
+/// stay trusted, but for what has ended. `None` when nothing changed.
+///
+/// *Source*: `security.md`, CA-2 and CA-3.
+pub fn successor(current: &Ca, dir: &Path, now: SystemTime) -> Result<Option<Ca>, StoreError> {
+    let next = load_or_create(dir, &current.trust_domain, current.lifetimes, now)?;
+    let (before, after) = (current.roots.certificates(), next.roots.certificates());
+    let is_same = before == after && current.intermediates == next.intermediates && current.not_after == next.not_after;
+    if is_same {
+        return Ok(None);
+    }
+    if before.iter().any(|root| is_alive(root, now) && !after.contains(root)) {
+        return Err(StoreError::CutsOff);
+    }
+    Ok(Some(next))
+}
+
+fn is_alive(certificate: &CertificateDer<'_>, now: SystemTime) -> bool {
+    PeerFacts::read(certificate).is_ok_and(|facts| facts.not_after > now)
 }
 
 /// Writes a file so that readers see the old text or the new one, and a crash leaves no half.
@@ -145,6 +180,11 @@ fn create_self_signed(dir: &Path, kept: &Path, trust_domain: &TrustDomain, now: 
 fn make_root(trust_domain: &TrustDomain, now: SystemTime) -> Result<(String, String), rcgen::Error> {
     let key =
         KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).or_else(|_| KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256))?;
+    Ok((root_of(&key, trust_domain, now)?, key.serialize_pem()))
+}
+
+/// A root certificate of this key, from now on.
+fn root_of(key: &KeyPair, trust_domain: &TrustDomain, now: SystemTime) -> Result<String, rcgen::Error> {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
@@ -152,8 +192,25 @@ fn make_root(trust_domain: &TrustDomain, now: SystemTime) -> Result<(String, Str
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
     params.not_before = (now - SKEW).into();
     params.not_after = (now + ROOT_LIFETIME).into();
-    let certificate = params.self_signed(&key)?;
-    Ok((pem::encode(certificate.der()), key.serialize_pem()))
+    Ok(pem::encode(params.self_signed(key)?.der()))
+}
+
+/// Puts a successor before a root that will end, and leaves out those that have ended.
+fn succeed_self_signed(kept: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<(), StoreError> {
+    let path = kept.join("ca-cert.pem");
+    let roots = pem::certificates(read(&path)?.as_bytes()).map_err(|error| invalid(&path, &error))?;
+    let first = roots.first().ok_or_else(|| invalid(&path, &"holds no certificate"))?;
+    let facts = PeerFacts::read(first).map_err(|error| invalid(&path, &error))?;
+    let life = facts.not_after.duration_since(facts.not_before).unwrap_or_default();
+    let left = facts.not_after.duration_since(now).unwrap_or_default();
+    if left >= life * ROOT_GRACE_PERCENT / 100 {
+        return Ok(());
+    }
+    let key_path = kept.join("ca-key.pem");
+    let key = KeyPair::from_pem(&read(&key_path)?).map_err(|error| invalid(&key_path, &error))?;
+    let mut bundle = root_of(&key, trust_domain, now).map_err(StoreError::Make)?;
+    bundle.extend(roots.iter().filter(|root| is_alive(root, now)).map(pem::encode));
+    write_atomically(&path, bundle.as_bytes(), 0o644)
 }
 
 fn load_self_signed(kept: &Path, trust_domain: &TrustDomain, lifetimes: Lifetimes) -> Result<Ca, StoreError> {
@@ -198,7 +255,7 @@ fn assemble(
     key_path: &Path,
     key: &str,
     roots: TrustRoots,
-    intermediates: Vec<rustls::pki_types::CertificateDer<'static>>,
+    intermediates: Vec<CertificateDer<'static>>,
     trust_domain: &TrustDomain,
     lifetimes: Lifetimes,
 ) -> Result<Ca, StoreError> {

@@ -47,10 +47,51 @@ fn nothing_of_a_request_counts_but_its_key() {
     // As a peer sees it: usable as a leaf with our key, and no CA.
     let keys = KeyAndChain::new(pem::certificates(issued.chain.concat().as_bytes()).unwrap(), key.into()).unwrap();
     let identity = WorkloadIdentity::new(keys, Arc::clone(ca.roots()), 1).unwrap();
-    identity.verify_own_chain().unwrap();
+    identity.verify_own_chain(SystemTime::now()).unwrap();
     let day = Duration::from_hours(24);
     let life = facts.not_after.duration_since(facts.not_before).unwrap();
     assert!(life >= day && life <= day + 2 * SKEW, "{life:?}");
+}
+
+#[test]
+fn a_root_has_a_successor_before_it_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = ca(dir.path());
+    let at = |now| load_or_create(dir.path(), &TrustDomain::default(), Lifetimes::default(), now).unwrap();
+    let identity = |ca: &Ca, roots: &Ca, now| {
+        let (csr, key) = csr(|_| {});
+        let issued = ca.sign(&csr, &id(), Duration::ZERO, now).unwrap();
+        let chain = pem::certificates(issued.chain.concat().as_bytes()).unwrap();
+        WorkloadIdentity::new(KeyAndChain::new(chain, key.into()).unwrap(), Arc::clone(roots.roots()), 1).unwrap()
+    };
+    let now = SystemTime::now();
+    let life = first.not_after().duration_since(now).unwrap();
+    let early = now + life * 7 / 10;
+    assert!(store::successor(&first, dir.path(), early).unwrap().is_none());
+    // A fifth is left: a new root for the same key signs, and both are trusted.
+    let late = now + life * 9 / 10;
+    let second = store::successor(&first, dir.path(), late).unwrap().unwrap();
+    assert_eq!(second.roots().certificates()[1..], *first.roots().certificates());
+    assert!(second.not_after() > first.not_after());
+    assert!(store::successor(&second, dir.path(), late).unwrap().is_none(), "once");
+    assert_eq!(at(late).roots().certificates(), second.roots().certificates(), "after a restart too");
+    // Who has only one of the roots accepts certificates from before and after.
+    identity(&first, &second, now).verify_own_chain(now).unwrap();
+    identity(&second, &first, now).verify_own_chain(now).unwrap();
+    // Its turn comes again, and what has ended by then is trusted no more.
+    let much_later = first.not_after() + life * 8 / 10;
+    let third = store::successor(&second, dir.path(), much_later).unwrap().unwrap();
+    assert_eq!(third.roots().certificates().len(), 2);
+    assert_eq!(third.roots().certificates()[1], second.roots().certificates()[0]);
+}
+
+#[test]
+fn a_ca_that_would_cut_workloads_off_is_not_taken_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let current = ca(dir.path());
+    std::fs::remove_dir_all(dir.path().join("self-signed")).unwrap();
+    let next = store::successor(&current, dir.path(), SystemTime::now());
+    assert!(matches!(next, Err(StoreError::CutsOff)), "{next:?}");
 }
 
 #[test]
