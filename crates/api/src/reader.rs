@@ -62,6 +62,16 @@ impl Documents {
     pub fn has_errors(&self) -> bool {
         self.findings.iter().any(|finding| finding.severity == Severity::Error)
     }
+
+    /// The objects, each made after the one before: a text tells no dates, and conflicts go to the
+    /// older. Creation counts from 1.
+    pub fn one_after_another(self) -> impl Iterator<Item = Object> {
+        self.objects.into_iter().zip(1..).map(|(parsed, created)| {
+            let mut object = parsed.object;
+            object.meta.created = created;
+            object
+        })
+    }
 }
 
 /// How to read.

@@ -4,7 +4,6 @@
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use compile::{Capabilities, Resources, View, check};
 use engine::config::Table;
@@ -58,19 +57,9 @@ status: {phase: Running, podIP: 10.1.0.9, conditions: [{type: Ready, status: 'Tr
 ";
 
 fn snapshot(yaml: &str) -> MeshSnapshot {
-    let mut set = api::ConfigSet::default();
-    let mut created = 0;
-    for text in [MESH, yaml] {
-        let documents = api::parse_documents("case.yaml", text);
-        assert!(documents.refused.is_empty(), "{:?}", documents.findings);
-        for parsed in documents.objects {
-            let mut object = parsed.object;
-            created += 1;
-            object.meta.created = created;
-            set.apply(&api::Change::Upsert(Arc::new(object)));
-        }
-    }
-    MeshSnapshot::next(None, &set, &[]).0
+    let documents = api::parse_documents("case.yaml", &format!("{MESH}\n---\n{yaml}"));
+    assert!(documents.refused.is_empty(), "{:?}", documents.findings);
+    MeshSnapshot::next(None, &api::ConfigSet::new(documents.one_after_another()), &[]).0
 }
 
 fn client() -> View {

@@ -1,7 +1,6 @@
 //! The reader of YAML, and what follows for objects it admits: no text ends the control plane.
 
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use compile::{ProxyKind, View};
 use mesh::MeshSnapshot;
@@ -17,14 +16,8 @@ pub(crate) fn run(data: &[u8]) -> u64 {
     if admitted.is_empty() {
         return crate::signature(&seen);
     }
-    let mut set = base();
-    for (at, parsed) in admitted.into_iter().enumerate() {
-        seen.push(format!("{:?}", parsed.object.kind));
-        let mut object = parsed.object;
-        object.meta.created = 1000 + i64::try_from(at).unwrap_or_default();
-        set.apply(&api::Change::Upsert(Arc::new(object)));
-    }
-    let (mesh, findings) = MeshSnapshot::next(None, &set, &[]);
+    seen.extend(admitted.iter().map(|parsed| format!("{:?}", parsed.object.kind)));
+    let (mesh, findings) = mesh_with(admitted);
     seen.extend(findings.iter().map(|finding| format!("{} {:?}", finding.code, finding.field)));
     for view in views() {
         let resources = compile::compile(&mesh, &view);
@@ -47,14 +40,11 @@ fn views() -> [View; 2] {
     [sidecar, gateway]
 }
 
-fn base() -> api::ConfigSet {
-    let mut set = api::ConfigSet::default();
-    for (at, parsed) in api::parse_documents("base.yaml", BASE).objects.into_iter().enumerate() {
-        let mut object = parsed.object;
-        object.meta.created = i64::try_from(at).unwrap_or_default();
-        set.apply(&api::Change::Upsert(Arc::new(object)));
-    }
-    set
+/// The base with younger objects.
+fn mesh_with(younger: impl IntoIterator<Item = api::ParsedObject>) -> (MeshSnapshot, Vec<types::Finding>) {
+    let mut documents = api::parse_documents("base.yaml", BASE);
+    documents.objects.extend(younger);
+    MeshSnapshot::next(None, &api::ConfigSet::new(documents.one_after_another()), &[])
 }
 
 const BASE: &str = r"
@@ -214,13 +204,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
 
 /// Resources that seeds compile to.
 pub(crate) fn resources() -> Vec<compile::Resource> {
-    let mut set = base();
-    for (at, parsed) in SEEDS.iter().flat_map(|seed| api::parse_documents("seed.yaml", seed).objects).enumerate() {
-        let mut object = parsed.object;
-        object.meta.created = 1000 + i64::try_from(at).unwrap_or_default();
-        set.apply(&api::Change::Upsert(Arc::new(object)));
-    }
-    let mesh = MeshSnapshot::next(None, &set, &[]).0;
+    let (mesh, _) = mesh_with(SEEDS.iter().flat_map(|seed| api::parse_documents("seed.yaml", seed).objects));
     views().iter().flat_map(|view| compile::compile(&mesh, view).packed()).collect()
 }
 

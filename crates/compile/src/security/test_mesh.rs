@@ -30,7 +30,7 @@ use crate::view::{ProxyKind, View};
 pub(crate) fn snapshot(yaml: &str) -> MeshSnapshot {
     let documents = api::parse_documents("test.yaml", yaml);
     assert!(!documents.has_errors(), "{:#?}", documents.findings);
-    let objects: Vec<_> = documents.objects.into_iter().map(|parsed| parsed.object).collect();
+    let objects: Vec<_> = documents.one_after_another().collect();
     let mut views = vec![view(ProxyKind::Router, "istio-system", &["istio=ingressgateway"])];
     for object in objects.iter().filter(|object| !object.meta.namespace.is_empty()) {
         let mut sidecar = view(ProxyKind::Sidecar, &object.meta.namespace, &[]);
