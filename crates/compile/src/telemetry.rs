@@ -65,10 +65,14 @@ const SAMPLING: f64 = 1.0;
 #[derive(Debug, Default)]
 pub(crate) struct Telemetry {
     log: Option<AccessLog>,
+    /// Connections that no chain takes are logged, where anything is.
+    logs_unmatched: bool,
     provider: Option<Zipkin>,
     /// Percent of requests.
     sampling: f64,
     tags: BTreeMap<String, TagConfig>,
+    /// Of the proxy's settings; a provider's own comes first.
+    path_tag_length: Option<u32>,
 }
 
 #[derive(Debug)]
@@ -80,13 +84,19 @@ struct Zipkin {
 impl Telemetry {
     pub(crate) fn of(snapshot: &MeshSnapshot, view: &View, scope: &Scope, findings: &mut Vec<Finding>) -> Self {
         let mesh = snapshot.mesh_config();
-        let mut telemetry = Self { log: access_log(mesh), provider: None, sampling: SAMPLING, tags: BTreeMap::new() };
+        let mut telemetry = Self {
+            log: access_log(mesh),
+            logs_unmatched: mesh.disable_envoy_listener_log != Some(true),
+            sampling: SAMPLING,
+            ..Self::default()
+        };
         let own = proxy_config(snapshot, view);
         if let Some(config) = own {
             telemetry.sampling = config.trace_sampling();
         }
         if let Some(tracing) = own.and_then(|config| config.tracing.as_ref()) {
             telemetry.tags.clone_from(&tracing.custom_tags);
+            telemetry.path_tag_length = tracing.max_path_tag_length;
         }
         let mut providers: Vec<String> =
             mesh.default_providers.as_ref().map(|of| of.tracing.clone()).unwrap_or_default();
@@ -126,7 +136,8 @@ impl Telemetry {
                 flags: vec!["NR".into()],
             })),
         };
-        self.log.iter().map(|log| AccessLog { filter: Some(filter.clone()), ..log.clone() }).collect()
+        let logs = self.log.iter().filter(|_| self.logs_unmatched);
+        logs.map(|log| AccessLog { filter: Some(filter.clone()), ..log.clone() }).collect()
     }
 }
 
@@ -286,7 +297,7 @@ pub(crate) fn tracing(context: &Context<'_>, direction: Direction) -> hcm::Traci
         max_path_tag_length: telemetry
             .provider
             .as_ref()
-            .and_then(|zipkin| zipkin.settings.max_tag_length)
+            .and_then(|zipkin| zipkin.settings.max_tag_length.or(telemetry.path_tag_length))
             .and_then(uint),
         ..hcm::Tracing::default()
     }

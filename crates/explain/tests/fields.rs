@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use api::{networking as net, security as sec};
+use api::{MeshConfig, networking as net, security as sec};
 use compile::{ProxyKind, View};
 use mesh::MeshSnapshot;
 use serde::Deserialize as _;
@@ -61,43 +61,86 @@ fn authorization_policy() {
     check::<sec::AuthorizationPolicy>("AuthorizationPolicy", include_str!("fields/authorization-policy.yaml"));
 }
 
+#[test]
+#[ignore = "what it finds is not settled"]
+fn mesh_config() {
+    let all = documents(include_str!("fields/mesh-config.yaml"));
+    let (operators, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|object| object["kind"] == "IstioOperator");
+    let mut walk = Walk::new("IstioOperator", "/spec/meshConfig");
+    // The older of two would hold alone.
+    for operator in operators {
+        let objects: Vec<Value> = documents(MESH).into_iter().chain(others.clone()).chain([operator]).collect();
+        walk.through::<MeshConfig>(&objects, &Outcome::of(&objects));
+    }
+    walk.finish();
+}
+
 /// Takes the fields of every walked object of `kind` away, one at a time.
-fn check<Spec: DeserializeOwned>(kind: &str, yaml: &str) {
+fn check<Spec: DeserializeOwned>(kind: &'static str, yaml: &str) {
     let mut objects = documents(MESH);
     objects.extend(documents(yaml));
     let whole = Outcome::of(&objects);
-    let is_walked = |object: &Value| object["kind"] == kind && object.pointer(WALKED).is_some();
-    let fields = RefCell::default();
-    let (mut silent, mut effective) = (Vec::new(), BTreeSet::new());
-    for (index, object) in objects.iter().enumerate().filter(|(_, object)| is_walked(object)) {
-        Spec::deserialize(Recorder { value: &object["spec"], fields: &fields }).unwrap();
-        let name = object["metadata"]["name"].as_str().unwrap();
-        let findings: Vec<&Finding> = whole.findings_on(kind, name).collect();
-        let is_refused = name == "refused";
-        for path in leaves(&object["spec"]) {
-            let field = format!("spec{}", display(&path));
-            // Of a refused object only what it is refused for is of interest.
-            let kind_of = without_indices(&path);
-            if is_refused || ELSEWHERE.contains(&&*kind_of) || findings.iter().any(|finding| names(finding, &field)) {
-                effective.insert(kind_of);
-                continue;
-            }
-            let mut without = objects.clone();
-            remove(&mut without[index]["spec"], &path);
-            if Outcome::of(&without).told == whole.told {
-                silent.push((kind_of, format!("{name}: {field}")));
-            } else {
-                effective.insert(kind_of);
+    let mut walk = Walk::new(kind, "/spec");
+    walk.through::<Spec>(&objects, &whole);
+    walk.finish();
+    refused_for_what_they_say(kind, &objects, &whole);
+}
+
+/// What taking fields away showed.
+struct Walk {
+    kind: &'static str,
+    /// Pointer to what is taken apart in each object.
+    section: &'static str,
+    fields: RefCell<BTreeMap<String, Fields>>,
+    silent: Vec<(String, String)>,
+    effective: BTreeSet<String>,
+}
+
+impl Walk {
+    fn new(kind: &'static str, section: &'static str) -> Self {
+        Self { kind, section, fields: RefCell::default(), silent: Vec::new(), effective: BTreeSet::new() }
+    }
+
+    /// One mesh, and what it gives whole.
+    fn through<Spec: DeserializeOwned>(&mut self, objects: &[Value], whole: &Outcome) {
+        let kind = self.kind;
+        let is_walked = |object: &Value| object["kind"] == kind && object.pointer(WALKED).is_some();
+        for (index, object) in objects.iter().enumerate().filter(|(_, object)| is_walked(object)) {
+            let section = object.pointer(self.section).unwrap();
+            Spec::deserialize(Recorder { value: section, fields: &self.fields }).unwrap();
+            let name = object["metadata"]["name"].as_str().unwrap();
+            let findings: Vec<&Finding> = whole.findings_on(kind, name).collect();
+            let is_refused = name == "refused";
+            for path in leaves(section) {
+                let field = format!("{}{}", self.section.trim_start_matches('/').replace('/', "."), display(&path));
+                // Of a refused object only what it is refused for is of interest.
+                let kind_of = without_indices(&path);
+                let is_said = is_refused || findings.iter().any(|finding| names(finding, &field));
+                if is_said || ELSEWHERE.contains(&&*kind_of) {
+                    self.effective.insert(kind_of);
+                    continue;
+                }
+                let mut without = objects.to_vec();
+                remove(without[index].pointer_mut(self.section).unwrap(), &path);
+                if Outcome::of(&without).told == whole.told {
+                    self.silent.push((kind_of, format!("{name}: {field}")));
+                } else {
+                    self.effective.insert(kind_of);
+                }
             }
         }
     }
-    // A value may happen to be what holds anyway; each field must have an effect at one place.
-    silent.retain(|(kind_of, _)| !effective.contains(kind_of));
-    assert_eq!(silent, [], "fields of {kind} without any effect or finding");
-    let own = fields.take().into_iter().filter(|(owner, _)| kind != "Sidecar" || !BORROWED.contains(&&**owner));
-    let unset: Vec<String> = own.flat_map(|(owner, of)| of.unset(&owner)).collect();
-    assert_eq!(unset, Vec::<String>::new(), "fields of {kind} that fields/*.yaml does not set");
-    refused_for_what_they_say(kind, &objects, &whole);
+
+    fn finish(mut self) {
+        let kind = self.kind;
+        // A value may happen to be what holds anyway; each field must have an effect at one place.
+        self.silent.retain(|(kind_of, _)| !self.effective.contains(kind_of));
+        assert_eq!(self.silent, [], "fields of {kind} without any effect or finding");
+        let borrows = matches!(kind, "Sidecar" | "IstioOperator");
+        let own = self.fields.take().into_iter().filter(|(owner, _)| !borrows || !BORROWED.contains(&&**owner));
+        let unset: Vec<String> = own.flat_map(|(owner, of)| of.unset(&owner)).collect();
+        assert_eq!(unset, Vec::<String>::new(), "fields of {kind} that fields/*.yaml does not set");
+    }
 }
 
 /// A refused object names a field of its own as the reason, never just itself.
@@ -199,12 +242,36 @@ fn display(path: &[Step]) -> String {
         .collect()
 }
 
-/// Fields whose effect is not in what proxies are told: those that only name what they stand in, and
-/// how long the control plane waits for keys.
-const ELSEWHERE: [&str; 4] = [".egress.port.name", ".ingress.port.name", ".servers.name", ".jwtRules.timeout"];
+/// Fields whose effect is not in what proxies are told: those that only name what they stand in, how
+/// long the control plane waits for keys, what injection gives to pods, where the control plane is
+/// (the local mesh knows), and the metrics that every proxy has.
+const ELSEWHERE: [&str; 11] = [
+    ".egress.port.name",
+    ".ingress.port.name",
+    ".servers.name",
+    ".jwtRules.timeout",
+    ".defaultConfig.binaryPath",
+    ".defaultConfig.concurrency",
+    ".defaultConfig.discoveryAddress",
+    ".defaultConfig.holdApplicationUntilProxyStarts",
+    ".defaultConfig.proxyMetadata.A",
+    ".defaultProviders.metrics",
+    ".extensionProviders.prometheus",
+];
 
-/// Types in a Sidecar that the cases of DestinationRule and Gateway set in full.
-const BORROWED: [&str; 5] = ["HttpPoolSettings", "TcpPoolSettings", "TcpKeepalive", "ServerTlsSettings", "Port"];
+/// Types in a Sidecar or in meshConfig that the cases of the other kinds set in full.
+const BORROWED: [&str; 10] = [
+    "HttpPoolSettings",
+    "HttpRetry",
+    "LabelSelector",
+    "LocalityLbSetting",
+    "OutlierDetection",
+    "Port",
+    "Selector",
+    "ServerTlsSettings",
+    "TcpKeepalive",
+    "TcpPoolSettings",
+];
 
 fn without_indices(path: &[Step]) -> String {
     let keys = path.iter().filter_map(|step| match step {

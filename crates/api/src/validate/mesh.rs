@@ -3,7 +3,7 @@
 use super::destination_rule::{connection_pool, outlier_detection};
 use super::virtual_service::retries;
 use super::{Check, rules};
-use crate::mesh_config::{ExtensionProvider, MeshConfig};
+use crate::mesh_config::{ExtensionProvider, MeshConfig, ProxyConfig};
 use crate::networking::OutboundMode;
 use crate::operator::IstioOperator;
 
@@ -80,8 +80,81 @@ fn mesh_config(check: &mut Check<'_>, at: &str, config: &MeshConfig) {
         ("ingressService", config.ingress_service.is_some()),
         ("ingressControllerMode", config.ingress_controller_mode.is_some()),
         ("ingressSelector", config.ingress_selector.is_some()),
+        ("inboundClusterStatName", config.inbound_cluster_stat_name.is_some()),
+        ("outboundClusterStatName", config.outbound_cluster_stat_name.is_some()),
+        ("defaultInboundHttpRetryPolicy", config.default_inbound_http_retry_policy.is_some()),
+        ("hboneIdleTimeout", config.hbone_idle_timeout.is_some()),
+        // What they are when they are true is what is done.
+        ("enablePrometheusMerge", config.enable_prometheus_merge == Some(false)),
+        ("verifyCertificateAtClient", config.verify_certificate_at_client == Some(false)),
+        (
+            "defaultProviders.accessLogging",
+            config.default_providers.as_ref().is_some_and(|of| !of.access_logging.is_empty()),
+        ),
+        (
+            "outboundTrafficPolicy.tls",
+            config.outbound_traffic_policy.as_ref().is_some_and(|policy| policy.tls.is_some()),
+        ),
+        ("meshMTLS.ecdhCurves", config.mesh_mtls.as_ref().is_some_and(|tls| !tls.ecdh_curves.is_empty())),
     ] {
         check.unbuilt_if(set, format!("{at}.{name}"));
+    }
+    if let Some(config) = &config.default_config {
+        proxy_config(check, &format!("{at}.defaultConfig"), config);
+    }
+}
+
+/// What is set here and nothing reads. Where the control plane is (`discoveryAddress`) is known.
+fn proxy_config(check: &mut Check<'_>, at: &str, config: &ProxyConfig) {
+    for (name, set) in [
+        ("configPath", config.config_path.is_some()),
+        ("serviceCluster", config.service_cluster.is_some()),
+        ("drainDuration", config.drain_duration.is_some()),
+        ("terminationDrainDuration", config.termination_drain_duration.is_some()),
+        ("proxyAdminPort", config.proxy_admin_port.is_some()),
+        ("controlPlaneAuthPolicy", config.control_plane_auth_policy.is_some()),
+        ("customConfigFile", config.custom_config_file.is_some()),
+        ("statNameLength", config.stat_name_length.is_some()),
+        ("proxyBootstrapTemplatePath", config.proxy_bootstrap_template_path.is_some()),
+        ("interceptionMode", config.interception_mode.is_some()),
+        ("envoyAccessLogService", config.envoy_access_log_service.is_some()),
+        ("envoyMetricsService", config.envoy_metrics_service.is_some()),
+        ("runtimeValues", !config.runtime_values.is_empty()),
+        ("statusPort", config.status_port.is_some()),
+        ("extraStatTags", !config.extra_stat_tags.is_empty()),
+        ("proxyStatsMatcher", config.proxy_stats_matcher.is_some()),
+        ("readinessProbe", config.readiness_probe.is_some()),
+        ("caCertificatesPem", !config.ca_certificates_pem.is_empty()),
+        ("image", config.image.is_some()),
+        ("privateKeyProvider", config.private_key_provider.is_some()),
+        ("proxyHeaders", config.proxy_headers.is_some()),
+        ("fileFlushInterval", config.file_flush_interval.is_some()),
+        ("fileFlushMinSizeKb", config.file_flush_min_size_kb.is_some()),
+        ("statsCompression", config.stats_compression.is_some()),
+        ("statsEvictionInterval", config.stats_eviction_interval.is_some()),
+        ("selector", config.selector.is_some()),
+        ("environmentVariables", !config.environment_variables.is_empty()),
+        (
+            "gatewayTopology.proxyProtocol",
+            config.gateway_topology.as_ref().is_some_and(|topology| topology.proxy_protocol.is_some()),
+        ),
+    ] {
+        check.unbuilt_if(set, format!("{at}.{name}"));
+    }
+    let Some(tracing) = &config.tracing else { return };
+    let at = format!("{at}.tracing");
+    for (name, set) in [
+        ("lightstep", tracing.lightstep.is_some()),
+        ("datadog", tracing.datadog.is_some()),
+        ("stackdriver", tracing.stackdriver.is_some()),
+        ("openCensusAgent", tracing.open_census_agent.is_some()),
+        ("tlsSettings", tracing.tls_settings.is_some()),
+        ("enableIstioTags", tracing.enable_istio_tags == Some(false)),
+    ] {
+        check.unbuilt_if(set, format!("{at}.{name}"));
+    }
+    for (tag, source) in &tracing.custom_tags {
+        check.unbuilt_if(source.formatter.is_some(), format!("{at}.customTags.{tag}.formatter"));
     }
 }
 
@@ -138,6 +211,8 @@ fn provider(check: &mut Check<'_>, at: &str, entry: &ExtensionProvider) {
     }
     for (name, set) in [
         ("envoyExtAuthzGrpc", entry.envoy_ext_authz_grpc.is_some()),
+        ("zipkin.headers", entry.zipkin.as_ref().is_some_and(|zipkin| zipkin.headers.is_some())),
+        ("envoyFileAccessLog", entry.envoy_file_access_log.is_some()),
         ("opentelemetry", entry.opentelemetry.is_some()),
         ("skywalking", entry.skywalking.is_some()),
         ("datadog", entry.datadog.is_some()),

@@ -122,6 +122,7 @@ fn over_http(name: &str, settings: &ExtAuthzHttp, facts: &PolicyFacts<'_>) -> Re
     let filter = ExtAuthz {
         services: Some(ext_authz::Services::HttpService(service)),
         allowed_headers: header_list(name, "includeRequestHeadersInCheck", asked)?,
+        clear_route_cache: settings.clear_route_cache == Some(true),
         ..common(name, settings.fail_open, &settings.status_on_error, settings.include_request_body_in_check.as_ref())?
     };
     Ok(Provider { http: http_filter(HTTP_NAME, pack_any(filter)), network: None })
@@ -140,6 +141,7 @@ fn over_grpc(name: &str, settings: &ExtAuthzGrpc, facts: &PolicyFacts<'_>) -> Re
     };
     let filter = ExtAuthz {
         services: Some(ext_authz::Services::GrpcService(service.clone())),
+        clear_route_cache: settings.clear_route_cache == Some(true),
         ..common(name, settings.fail_open, &settings.status_on_error, settings.include_request_body_in_check.as_ref())?
     };
     let network = network::ExtAuthz {
