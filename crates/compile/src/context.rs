@@ -1,6 +1,7 @@
 //! What every part of one compilation shares.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use api::mesh_config::ProxyConfig;
@@ -30,18 +31,37 @@ pub(crate) fn proxy_config<'a>(snapshot: &'a MeshSnapshot, view: &'a View) -> Op
     view.proxy_config.as_deref().or(snapshot.mesh_config().default_config.as_ref())
 }
 
+/// A router sees what its namespace does; no Sidecar cuts it.
+fn of_router(services: Vec<Arc<Service>>) -> Scope {
+    Scope {
+        sidecar: None,
+        egress: Vec::new(),
+        services,
+        outbound_mode: net::OutboundMode::AllowAny,
+        egress_proxy: None,
+    }
+}
+
 impl<'a> Context<'a> {
+    /// For all that the proxy sees.
     pub(crate) fn new(snapshot: &'a MeshSnapshot, view: &'a View) -> Self {
         let scope = match view.kind {
             ProxyKind::Sidecar => snapshot.sidecar_scope(&view.namespace, &view.labels),
-            ProxyKind::Router => Scope {
-                sidecar: None,
-                egress: Vec::new(),
-                services: snapshot.visible_services(&view.namespace),
-                outbound_mode: net::OutboundMode::AllowAny,
-                egress_proxy: None,
-            },
+            ProxyKind::Router => of_router(snapshot.visible_services(&view.namespace)),
         };
+        Self::within(scope, snapshot, view)
+    }
+
+    /// For what the proxy sees of these hosts. Enough for their clusters, and only for these.
+    pub(crate) fn of_hosts(snapshot: &'a MeshSnapshot, view: &'a View, hosts: &BTreeSet<&str>) -> Self {
+        let scope = match view.kind {
+            ProxyKind::Sidecar => snapshot.sidecar_scope_of(&view.namespace, &view.labels, hosts),
+            ProxyKind::Router => of_router(snapshot.visible_services_of(&view.namespace, hosts)),
+        };
+        Self::within(scope, snapshot, view)
+    }
+
+    fn within(scope: Scope, snapshot: &'a MeshSnapshot, view: &'a View) -> Self {
         let mut findings = Vec::new();
         let telemetry = Telemetry::of(snapshot, view, &scope, &mut findings);
         Self {

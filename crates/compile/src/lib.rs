@@ -44,6 +44,8 @@ pub use resources::{Resource, Resources};
 pub use view::{Capabilities, Interception, InvalidNode, ProxyKind, View};
 pub use wire::NameTable;
 
+use std::collections::BTreeSet;
+
 use context::Context;
 
 /// Compiles everything that one proxy is told.
@@ -55,9 +57,7 @@ use context::Context;
 pub fn compile(snapshot: &mesh::MeshSnapshot, view: &View) -> Resources {
     let context = Context::new(snapshot, view);
     let mut out = Resources::default();
-    let (clusters, endpoints) = cluster::outbound(&context);
-    out.clusters = clusters;
-    out.endpoints = endpoints;
+    (out.clusters, out.endpoints) = cluster::outbound(&context);
     out.clusters.extend(cluster::fixed(&context));
     match view.kind {
         ProxyKind::Sidecar => {
@@ -77,8 +77,29 @@ pub fn compile(snapshot: &mesh::MeshSnapshot, view: &View) -> Resources {
             out.secrets = compiled.secrets;
         }
     }
-    out.clusters.sort_by(|a, b| a.name.cmp(&b.name));
-    out.endpoints.sort_by(|a, b| a.cluster_name.cmp(&b.cluster_name));
+    sort_clusters(&mut out);
     out.findings = context.into_findings();
     out
+}
+
+/// Compiles the clusters of these services, with their endpoints; of services that the proxy does
+/// not see, none.
+///
+/// Where [`mesh::Reach::clusters_of`] names them and [`mesh::Reach::includes`] does not reach the
+/// proxy, these replace those of the same names, and nothing else of what [`compile`] gives differs
+/// from before, its findings included.
+///
+/// *Cost*: proportional to the services named, and to the routes in the mesh.
+pub fn clusters_of(snapshot: &mesh::MeshSnapshot, view: &View, services: &BTreeSet<mesh::ServiceKey>) -> Resources {
+    let hosts = services.iter().map(|key| &*key.host).collect();
+    let context = Context::of_hosts(snapshot, view, &hosts);
+    let mut out = Resources::default();
+    (out.clusters, out.endpoints) = cluster::outbound(&context);
+    sort_clusters(&mut out);
+    out
+}
+
+fn sort_clusters(of: &mut Resources) {
+    of.clusters.sort_by(|a, b| a.name.cmp(&b.name));
+    of.endpoints.sort_by(|a, b| a.cluster_name.cmp(&b.cluster_name));
 }

@@ -1,174 +1,23 @@
-//! A snapshot made from the one before is the one made from nothing, and who is not reached by a
-//! change is told the same as before.
+//! A snapshot made from the one before is the one made from nothing; and who is not reached by a
+//! change is told the same as before, but for the clusters that are named.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use api::{Change, ConfigSet, Object};
-use compile::{ProxyKind, View};
-use mesh::MeshSnapshot;
+use compile::{ProxyKind, Resources, View};
+use mesh::{MeshSnapshot, Reach, Reached};
 use proptest::prelude::*;
+use types::Finding;
 
-/// Objects that come, change and go. Two of one name are versions of one object.
-const VOCABULARY: &str = r"
-apiVersion: v1
-kind: Service
-metadata: {name: a, namespace: one}
-spec: {clusterIP: 10.96.0.1, selector: {app: a}, ports: [{name: http, port: 80}]}
----
-apiVersion: v1
-kind: Service
-metadata: {name: a, namespace: one}
-spec: {clusterIP: 10.96.0.1, selector: {app: a}, ports: [{name: tcp, port: 80}, {name: http, port: 81}]}
----
-apiVersion: v1
-kind: Service
-metadata: {name: b, namespace: two, annotations: {networking.istio.io/exportTo: .}}
-spec: {clusterIP: 10.96.0.2, selector: {app: b}, ports: [{name: http, port: 80}]}
----
-apiVersion: v1
-kind: Service
-metadata: {name: gateway, namespace: one}
-spec: {clusterIP: 10.96.0.3, selector: {istio: gateway}, ports: [{name: http, port: 80, targetPort: 8080}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: a, namespace: one, labels: {app: a, security.istio.io/tlsMode: istio}}
-spec: {serviceAccountName: a, containers: [{name: a, image: a}]}
-status: {phase: Running, podIP: 10.1.0.1, conditions: [{type: Ready, status: 'True'}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: a, namespace: one, labels: {app: a, security.istio.io/tlsMode: istio}}
-spec: {serviceAccountName: other, containers: [{name: a, image: a}]}
-status: {phase: Running, podIP: 10.1.0.1, conditions: [{type: Ready, status: 'False'}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: b, namespace: two, labels: {app: b}}
-spec: {containers: [{name: a, image: a, ports: [{name: more, containerPort: 8080}]}]}
-status: {phase: Running, podIP: 10.1.0.2, conditions: [{type: Ready, status: 'True'}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: loner, namespace: two, labels: {app: loner}}
-spec: {containers: [{name: a, image: a}]}
-status: {phase: Running, podIP: 10.1.0.3, conditions: [{type: Ready, status: 'True'}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: gateway, namespace: one, labels: {istio: gateway}}
-spec: {containers: [{name: a, image: a}]}
-status: {phase: Running, podIP: 10.1.0.4, conditions: [{type: Ready, status: 'True'}]}
----
-apiVersion: v1
-kind: Namespace
-metadata: {name: one, annotations: {networking.istio.io/traffic-distribution: PreferClose}}
----
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: a, namespace: one}
-spec: {selector: {matchLabels: {app: a}}, template: {metadata: {labels: {app: a}}, spec: {containers: [{name: a, image: a}]}}}
----
-apiVersion: v1
-kind: Secret
-metadata: {name: cert, namespace: one}
-stringData: {tls.crt: '-----BEGIN CERTIFICATE----- -----END CERTIFICATE-----', tls.key: '-----BEGIN PRIVATE KEY----- -----END PRIVATE KEY-----'}
----
-apiVersion: networking.istio.io/v1
-kind: Gateway
-metadata: {name: gw, namespace: two}
-spec:
-  selector: {istio: gateway}
-  servers:
-  - {hosts: ['*'], port: {number: 80, name: http, protocol: HTTP}}
-  - {hosts: [a.example.com], port: {number: 443, name: https, protocol: HTTPS}, tls: {mode: SIMPLE, credentialName: cert}}
----
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: outside, namespace: two}
-spec: {hosts: [a.example.com], gateways: [gw], http: [{route: [{destination: {host: a.one.svc.cluster.local}}]}]}
----
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: inside, namespace: one}
-spec: {hosts: [a], http: [{match: [{uri: {prefix: /d}}], delegate: {name: part}}, {fault: {abort: {httpStatus: 500, percentage: {value: 1}}}, route: [{destination: {host: a, subset: v}}]}]}
----
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: part, namespace: one}
-spec: {http: [{route: [{destination: {host: b.two.svc.cluster.local}}]}]}
----
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: both, namespace: one}
-spec: {hosts: [a, b.example.com], gateways: [two/gw], http: [{match: [{gateways: [mesh], uri: {prefix: /m}}, {gateways: [two/gw]}], route: [{destination: {host: a}}]}]}
----
-apiVersion: networking.istio.io/v1
-kind: DestinationRule
-metadata: {name: a, namespace: one}
-spec: {host: a, subsets: [{name: v, labels: {app: a}}], trafficPolicy: {loadBalancer: {simple: RANDOM}}}
----
-apiVersion: networking.istio.io/v1
-kind: ServiceEntry
-metadata: {name: far, namespace: two}
-spec: {hosts: [far.example.com], resolution: STATIC, ports: [{number: 80, name: http, protocol: HTTP}], endpoints: [{address: 192.0.2.1}]}
----
-apiVersion: networking.istio.io/v1
-kind: Sidecar
-metadata: {name: narrow, namespace: two}
-spec: {egress: [{hosts: ['one/*']}]}
----
-apiVersion: networking.istio.io/v1
-kind: Sidecar
-metadata: {name: default, namespace: istio-system}
-spec: {outboundTrafficPolicy: {mode: REGISTRY_ONLY}}
----
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: one}
-spec: {mtls: {mode: STRICT}}
----
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: port, namespace: one}
-spec: {selector: {matchLabels: {app: a}}, portLevelMtls: {80: {mode: DISABLE}}}
----
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: own, namespace: two}
-spec: {rules: [{to: [{operation: {methods: [GET]}}]}]}
----
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: all, namespace: istio-system}
-spec: {action: DENY, rules: [{to: [{operation: {methods: [DELETE]}}]}]}
----
-apiVersion: security.istio.io/v1
-kind: RequestAuthentication
-metadata: {name: own, namespace: one}
-spec: {jwtRules: [{issuer: a, jwks: '{bad'}]}
----
-apiVersion: telemetry.istio.io/v1
-kind: Telemetry
-metadata: {name: own, namespace: two}
-spec: {accessLogging: [{disabled: true}]}
----
-apiVersion: install.istio.io/v1alpha1
-kind: IstioOperator
-metadata: {name: mesh, namespace: istio-system}
-spec: {meshConfig: {accessLogFile: /dev/stdout, trustDomainAliases: [old]}}
-";
+const VOCABULARY: &str = include_str!("vocabulary.yaml");
 
 fn vocabulary() -> Vec<Arc<Object>> {
-    let parts = VOCABULARY.split("---\n").flat_map(|text| api::parse_documents("case.yaml", text).objects);
-    let aged = parts.enumerate().map(|(created, parsed)| {
-        let mut object = parsed.object;
-        object.meta.created = i64::try_from(created).unwrap();
-        Arc::new(object)
-    });
-    aged.collect()
+    let parsed = api::parse_documents("vocabulary.yaml", VOCABULARY);
+    assert!(parsed.refused.is_empty(), "{:?}", parsed.findings);
+    parsed.one_after_another().map(Arc::new).collect()
 }
 
 fn views() -> Vec<View> {
@@ -187,29 +36,60 @@ fn views() -> Vec<View> {
     ]
 }
 
-type Told = (Vec<compile::Resource>, Vec<types::Finding>);
+fn reaches(reach: &Reach, view: &View) -> bool {
+    let is_router = view.kind == ProxyKind::Router;
+    reach.includes(Reached { is_router, namespace: &view.namespace, name: &view.name, ips: &view.ips })
+}
 
-fn told(snapshot: &MeshSnapshot, view: &View) -> Told {
-    let compiled = compile::compile(snapshot, view);
-    (compiled.packed(), compiled.findings)
+/// All that a proxy has, and what is wrong for it.
+#[derive(PartialEq)]
+struct Told {
+    resources: BTreeMap<(&'static str, String), Vec<u8>>,
+    findings: Vec<Finding>,
+}
+
+impl Told {
+    fn of(snapshot: &MeshSnapshot, view: &View) -> Self {
+        let compiled = compile::compile(snapshot, view);
+        let mut told = Self { resources: BTreeMap::new(), findings: compiled.findings.clone() };
+        told.replace(&compiled);
+        told
+    }
+
+    fn replace(&mut self, compiled: &Resources) {
+        let packed = compiled.packed().into_iter();
+        self.resources.extend(packed.map(|resource| ((resource.type_url, resource.name), resource.any.value)));
+    }
+
+    /// Names of what is not the same on both sides.
+    fn differs_from<'a>(&'a self, other: &'a Self) -> BTreeSet<&'a str> {
+        let keys = self.resources.keys().chain(other.resources.keys());
+        let differing = keys.filter(|key| self.resources.get(*key) != other.resources.get(*key));
+        let findings = (self.findings != other.findings).then_some("findings");
+        differing.map(|(_, name)| name.as_str()).chain(findings).collect()
+    }
 }
 
 #[test]
 fn every_word_of_the_vocabulary_is_read() {
-    assert!(vocabulary().len() >= 27, "{}", vocabulary().len());
+    assert!(vocabulary().len() >= 41, "{}", vocabulary().len());
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
     #[test]
     fn incremental_is_from_nothing_and_the_unreached_are_told_the_same(
-        steps in prop::collection::vec((any::<prop::sample::Index>(), any::<bool>()), 1..14),
+        at_first in prop::collection::vec(any::<bool>(), 64),
+        steps in prop::collection::vec((any::<prop::sample::Index>(), any::<bool>()), 1..12),
     ) {
         let (words, views) = (vocabulary(), views());
         let mut set = ConfigSet::default();
+        for (word, _) in words.iter().zip(at_first).filter(|(_, is_there)| *is_there) {
+            set.apply(&Change::Upsert(Arc::clone(word)));
+        }
         let (mut snapshot, _) = MeshSnapshot::next(None, &set, &[]);
-        let mut before: Vec<Told> = views.iter().map(|view| told(&snapshot, view)).collect();
+        let mut before: Vec<Told> = views.iter().map(|view| Told::of(&snapshot, view)).collect();
         for (index, comes) in steps {
             let word = index.get(&words);
             if comes {
@@ -222,46 +102,69 @@ proptest! {
             prop_assert_eq!(findings, fresh_findings);
             prop_assert_eq!(next.effects(), fresh.effects());
             let reach = next.reach_since(&snapshot);
-            for (view, before) in views.iter().zip(&mut before) {
-                let now = told(&next, view);
-                prop_assert!(now == told(&fresh, view), "{} differs from one built from nothing", view.name);
-                let is_reached = reach.includes(view.kind == ProxyKind::Router, &view.namespace);
-                prop_assert!(is_reached || now == *before, "{} is told something new by {}", view.name, word.key());
-                *before = now;
+            for (view, told) in views.iter().zip(&mut before) {
+                let now = Told::of(&fresh, view);
+                let whole = Told::of(&next, view);
+                prop_assert!(whole == now, "{} of one built from nothing: {:?}", view.name, whole.differs_from(&now));
+                if !reaches(&reach, view) {
+                    told.replace(&compile::clusters_of(&next, view, reach.clusters_of()));
+                    let differing = told.differs_from(&now);
+                    prop_assert!(differing.is_empty(), "{} by {}: {differing:?}", view.name, word.key());
+                }
+                *told = now;
             }
             snapshot = next;
         }
     }
 }
 
+/// The snapshot of the words that are chosen.
+fn mesh_of(words: &[Arc<Object>], choose: impl Fn(&Object) -> bool) -> (ConfigSet, MeshSnapshot) {
+    let mut set = ConfigSet::default();
+    for word in words.iter().filter(|word| choose(word)) {
+        set.apply(&Change::Upsert(Arc::clone(word)));
+    }
+    let snapshot = MeshSnapshot::next(None, &set, &[]).0;
+    (set, snapshot)
+}
+
+/// Names of the proxies that are reached as a whole, and hosts whose clusters the others are told.
+fn reached_by(word: &Arc<Object>, set: &ConfigSet, before: &MeshSnapshot) -> (Vec<String>, Vec<String>) {
+    let mut set = set.clone();
+    set.apply(&Change::Upsert(Arc::clone(word)));
+    let (after, _) = MeshSnapshot::next(Some(before), &set, &[]);
+    let reach = after.reach_since(before);
+    let names = views().into_iter().filter(|view| reaches(&reach, view)).map(|view| view.name.to_string());
+    (names.collect(), reach.clusters_of().iter().map(|key| key.host.to_string()).collect())
+}
+
 #[test]
 fn what_concerns_nobody_reaches_nobody() {
     let words = vocabulary();
-    let (first, rest): (Vec<_>, Vec<_>) = words.into_iter().partition(|word| word.kind.name() == "Service");
-    let mut set = ConfigSet::default();
-    for word in &first {
-        set.apply(&Change::Upsert(Arc::clone(word)));
-    }
-    let (before, _) = MeshSnapshot::next(None, &set, &[]);
-    let reached = |word: &Arc<Object>| {
-        let mut set = set.clone();
-        set.apply(&Change::Upsert(Arc::clone(word)));
-        let (after, _) = MeshSnapshot::next(Some(&before), &set, &[]);
-        let reach = after.reach_since(&before);
-        let names = views().into_iter().filter(|view| reach.includes(view.kind == ProxyKind::Router, &view.namespace));
-        names.map(|view| view.name.to_string()).collect::<Vec<_>>()
-    };
+    let (set, before) = mesh_of(&words, |word| word.kind.name() == "Service" && *word.meta.name != *"headless");
     let of = |kind: &str, name: &str, namespace: &str| {
-        let word = rest
+        let word = words
             .iter()
             .find(|word| word.kind.name() == kind && *word.meta.name == *name && *word.meta.namespace == *namespace);
-        reached(word.unwrap())
+        reached_by(word.unwrap(), &set, &before).0
     };
     assert_eq!(of("Deployment", "a", "one"), Vec::<String>::new());
     assert_eq!(of("Secret", "cert", "one"), ["gateway"]);
     assert_eq!(of("Gateway", "gw", "two"), ["gateway", "other"]);
     assert_eq!(of("AuthorizationPolicy", "own", "two"), ["b", "loner"]);
-    assert_eq!(of("Pod", "loner", "two"), ["b", "loner"]);
+    assert_eq!(of("Pod", "loner", "two"), ["loner"]);
     assert_eq!(of("AuthorizationPolicy", "all", "istio-system").len(), views().len());
     assert_eq!(of("DestinationRule", "a", "one").len(), views().len());
+}
+
+#[test]
+fn an_endpoint_concerns_the_clusters_of_its_service_and_its_own_proxy() {
+    let words = vocabulary();
+    let pod = words.iter().find(|word| word.kind.name() == "Pod" && *word.meta.name == *"a").unwrap();
+    let (set, before) = mesh_of(&words, |word| word.kind.name() == "Service" && *word.meta.name != *"headless");
+    let (whole, clusters) = reached_by(pod, &set, &before);
+    assert_eq!((whole, clusters), (vec!["a".to_owned()], vec!["a.one.svc.cluster.local".to_owned()]));
+    // The addresses of pods of a headless service are listeners and names of everybody.
+    let (set, before) = mesh_of(&words, |word| word.kind.name() == "Service");
+    assert_eq!(reached_by(pod, &set, &before).0.len(), views().len());
 }

@@ -1,30 +1,47 @@
 //! From a snapshot and a proxy's facts to its resources.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};
 use std::mem;
 use std::sync::{Mutex, PoisonError};
 
-use compile::{Capabilities, View};
+use compile::{Capabilities, Resources, View};
 use envoy_types::pb::google::protobuf::Any;
 use explain::Refusal;
-use mesh::MeshSnapshot;
+use mesh::{MeshSnapshot, ServiceKey};
 use types::Finding;
 
 /// What one proxy should have, and what is wrong with it.
 #[derive(Clone, Debug, Default)]
 pub struct Compiled {
-    /// Name and message.
-    pub resources: Vec<(String, Any)>,
-    /// What only shows for this proxy.
+    /// Messages.
+    pub resources: Vec<Told>,
+    /// What is wrong with no single resource.
     pub findings: Vec<Finding>,
 }
 
+/// One resource.
+#[derive(Clone, Debug)]
+pub struct Told {
+    /// Its name.
+    pub name: String,
+    /// The message.
+    pub any: Any,
+    /// What is wrong with it.
+    pub finding: Option<Finding>,
+}
+
 /// Compiles. A seam: tests have small compilers of their own.
+///
+/// Pure; may take long, and is called where blocking is allowed.
 pub trait Compiler: Send + Sync + 'static {
-    /// Pure; may take long, and is called where blocking is allowed.
+    /// All that a proxy should have.
     fn compile(&self, snapshot: &MeshSnapshot, view: &View) -> Compiled;
+
+    /// Of all that, the clusters of these services with their endpoints, without findings about no
+    /// single resource; as [`compile::clusters_of`].
+    fn clusters_of(&self, snapshot: &MeshSnapshot, view: &View, services: &BTreeSet<ServiceKey>) -> Compiled;
 }
 
 /// The compiler of this mesh.
@@ -43,15 +60,24 @@ impl MeshCompiler {
 
 impl Compiler for MeshCompiler {
     fn compile(&self, snapshot: &MeshSnapshot, view: &View) -> Compiled {
-        let mut compiled = compile::compile(snapshot, view);
-        let packed = compiled.packed();
+        self.judged(compile::compile(snapshot, view), view)
+    }
+
+    fn clusters_of(&self, snapshot: &MeshSnapshot, view: &View, services: &BTreeSet<ServiceKey>) -> Compiled {
+        self.judged(compile::clusters_of(snapshot, view, services), view)
+    }
+}
+
+impl MeshCompiler {
+    fn judged(&self, compiled: Resources, view: &View) -> Compiled {
         // Another Envoy may well take what ours refuses.
-        if let Some(verdicts) = self.verdicts.as_ref().filter(|_| view.capabilities == Capabilities::ALL) {
-            let refusals = packed.iter().filter_map(|resource| verdicts.of(resource));
-            compiled.findings.extend(refusals.map(|refusal| explain::refused(view, &refusal)));
-        }
-        let resources = packed.into_iter().map(|resource| (resource.name, resource.any)).collect();
-        Compiled { resources, findings: compiled.findings }
+        let verdicts = self.verdicts.as_ref().filter(|_| view.capabilities == Capabilities::ALL);
+        let resources = compiled.packed().into_iter().map(|resource| Told {
+            finding: verdicts.and_then(|of| of.of(&resource)).map(|refusal| explain::refused(view, &refusal)),
+            name: resource.name,
+            any: resource.any,
+        });
+        Compiled { resources: resources.collect(), findings: compiled.findings }
     }
 }
 

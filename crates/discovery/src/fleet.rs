@@ -3,6 +3,9 @@
 //! A proxy that waits for a push waits once, however many changes come meanwhile; one worker
 //! compiles, and what it publishes replaces what the proxy has not been sent yet. So there is at
 //! most one push waiting and one running per proxy, and a slow proxy holds up nobody.
+//!
+//! What is compiled is in proportion to the change: nothing for a proxy that no change since its
+//! last push concerns; the clusters of some services where only their endpoints changed; else all.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
@@ -10,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use compile::{ProxyKind, View};
-use mesh::Reach;
+use mesh::{Reach, Reached, ServiceKey};
 use serde::Serialize;
 use telemetry::registry::Registry;
 use tokio::sync::{Notify, watch};
@@ -21,7 +24,7 @@ use xds::ResourceSet;
 use xds::client::Protocol;
 use xds::server::{Answered, Observer, Outgoing, Progress};
 
-use crate::compiler::{Compiled, Compiler};
+use crate::compiler::{Compiled, Compiler, Told};
 use crate::mesh_state::{Mesh, f64_of};
 use crate::pool::Pool;
 
@@ -40,13 +43,36 @@ struct Proxy {
     resources: watch::Sender<Option<Arc<ResourceSet>>>,
     /// Its pod was in the mesh once.
     was_workload: bool,
-    /// The last push that may tell it something else than the one before.
+    /// The last push that may tell it anything else than the one before.
     affected_by: u64,
-    findings: Vec<Finding>,
+    findings: Arc<Findings>,
     /// When its secrets are to be judged again: one of them expires, or becomes valid.
     judged_until: Option<SystemTime>,
     progress: Progress,
     types: BTreeMap<Box<str>, TypeState>,
+}
+
+/// What is wrong for one proxy.
+#[derive(Clone, Debug, Default)]
+struct Findings {
+    /// With no single resource.
+    general: Vec<Finding>,
+    /// With a resource, by type and name.
+    of_resources: BTreeMap<(Box<str>, Box<str>), Finding>,
+}
+
+impl Findings {
+    fn all(&self) -> impl Iterator<Item = &Finding> {
+        self.general.iter().chain(self.of_resources.values())
+    }
+
+    fn set(&mut self, type_url: &str, name: &str, finding: Option<Finding>) {
+        let key = (type_url.into(), name.into());
+        match finding {
+            Some(finding) => drop(self.of_resources.insert(key, finding)),
+            None => drop(self.of_resources.remove(&key)),
+        }
+    }
 }
 
 /// What a proxy was sent and answered, of one type.
@@ -94,6 +120,8 @@ struct Inner {
     proxies: BTreeMap<u64, Proxy>,
     waiting: VecDeque<(u64, Instant)>,
     queued: BTreeSet<u64>,
+    /// Services whose clusters changed, by the last such push, since one that affected everybody.
+    clusters_of: BTreeMap<ServiceKey, u64>,
 }
 
 /// All connected proxies.
@@ -153,7 +181,7 @@ impl Fleet {
             resources: sender,
             was_workload: false,
             affected_by: 0,
-            findings: Vec::new(),
+            findings: Arc::default(),
             judged_until: None,
             progress: Progress { generation: 0, settled: false, refused: Vec::new() },
             types: BTreeMap::new(),
@@ -170,10 +198,21 @@ impl Fleet {
     /// Says whom a push may tell something new. To be called before the mesh of that push is seen by
     /// [`run`]; the others are only moved on.
     pub fn affect(&self, push: u64, reach: &Reach) {
-        for proxy in self.inner().proxies.values_mut() {
-            if reach.includes(proxy.view.kind == ProxyKind::Router, &proxy.view.namespace) {
+        let mut inner = self.inner();
+        for proxy in inner.proxies.values_mut() {
+            let view = &proxy.view;
+            let is_router = view.kind == ProxyKind::Router;
+            let reached = Reached { is_router, namespace: &view.namespace, name: &view.name, ips: &view.ips };
+            if reach.includes(reached) {
                 proxy.affected_by = push;
             }
+        }
+        // Who comes later is told everything anyway. So the list is never longer than the services
+        // are many: when one goes, everybody is reached.
+        if reach.is_everyone() {
+            inner.clusters_of.clear();
+        } else {
+            inner.clusters_of.extend(reach.clusters_of().iter().map(|key| (key.clone(), push)));
         }
     }
 
@@ -206,7 +245,7 @@ impl Fleet {
     /// What is wrong for single proxies, each finding once.
     pub fn findings(&self) -> Vec<Finding> {
         let mut findings: Vec<Finding> = Vec::new();
-        for finding in self.inner().proxies.values().flat_map(|proxy| &proxy.findings) {
+        for finding in self.inner().proxies.values().flat_map(|proxy| proxy.findings.all()) {
             if !findings.contains(finding) {
                 findings.push(finding.clone());
             }
@@ -261,11 +300,19 @@ impl Fleet {
     fn job(&self, number: u64) -> Option<Job> {
         let inner = self.inner();
         let proxy = inner.proxies.get(&number)?;
+        let is_due = proxy.is_due(SystemTime::now());
+        let work = match proxy.resources.borrow().clone() {
+            Some(before) if before.generation >= proxy.affected_by && !is_due => {
+                let newer = inner.clusters_of.iter().filter(|(_, push)| **push > before.generation);
+                Work::ClustersOf { services: newer.map(|(key, _)| key.clone()).collect(), before }
+            }
+            before => Work::All { before },
+        };
         Some(Job {
-            is_due: proxy.is_due(SystemTime::now()),
             view: Arc::clone(&proxy.view),
-            before: proxy.resources.borrow().clone(),
-            affected_by: proxy.affected_by,
+            work,
+            findings: Arc::clone(&proxy.findings),
+            judged_until: proxy.judged_until,
             may_have_secrets: proxy.id.is_some(),
         })
     }
@@ -280,7 +327,7 @@ impl Fleet {
         let mut inner = self.inner();
         if let Some(proxy) = inner.proxies.get_mut(&number) {
             proxy.was_workload |= built.is_workload;
-            proxy.findings = built.findings;
+            proxy.findings = Arc::new(built.findings);
             proxy.judged_until = built.judged_until;
             proxy.resources.send_replace(Some(Arc::new(built.resources)));
         }
@@ -289,7 +336,7 @@ impl Fleet {
 
 struct Built {
     resources: ResourceSet,
-    findings: Vec<Finding>,
+    findings: Findings,
     judged_until: Option<SystemTime>,
     /// Its pod is in the mesh.
     is_workload: bool,
@@ -297,16 +344,40 @@ struct Built {
 
 struct Job {
     view: Arc<View>,
-    before: Option<Arc<ResourceSet>>,
-    affected_by: u64,
-    is_due: bool,
+    work: Work,
+    /// Of the push before.
+    findings: Arc<Findings>,
+    /// Of its secrets, as they were judged then.
+    judged_until: Option<SystemTime>,
     may_have_secrets: bool,
 }
 
-impl Job {
+/// What is to be compiled, and what the proxy has.
+enum Work {
+    All {
+        before: Option<Arc<ResourceSet>>,
+    },
+    /// Only these clusters may differ; perhaps none.
+    ClustersOf {
+        services: BTreeSet<ServiceKey>,
+        before: Arc<ResourceSet>,
+    },
+}
+
+impl Work {
     /// What the proxy has, if all that happened since does not concern it.
     fn unaffected(&self) -> Option<&ResourceSet> {
-        self.before.as_deref().filter(|before| !self.is_due && before.generation >= self.affected_by)
+        match self {
+            Self::ClustersOf { services, before } if services.is_empty() => Some(before),
+            Self::ClustersOf { .. } | Self::All { .. } => None,
+        }
+    }
+
+    fn before(&self) -> Option<&Arc<ResourceSet>> {
+        match self {
+            Self::All { before } => before.as_ref(),
+            Self::ClustersOf { before, .. } => Some(before),
+        }
     }
 }
 
@@ -446,14 +517,17 @@ pub async fn run(fleet: Arc<Fleet>, meshes: watch::Receiver<Option<Arc<Mesh>>>, 
         let Some(mesh) = meshes.borrow().clone() else { continue };
         let Some(job) = fleet.job(number) else { continue };
         fleet.metrics.observe("pilot_proxy_queue_time", &[], since.elapsed().as_secs_f64());
-        if let Some(same) = job.unaffected() {
+        if let Some(same) = job.work.unaffected() {
             fleet.move_on(number, same.renewed(mesh.push, &mesh.label));
             continue;
         }
         let started = Instant::now();
         let (compiler, pool) = (Arc::clone(&compiler), Arc::clone(&pool));
         let compiled = tokio::task::spawn_blocking(move || {
-            let compiled = compiler.compile(&mesh.snapshot, &job.view);
+            let compiled = match &job.work {
+                Work::All { .. } => compiler.compile(&mesh.snapshot, &job.view),
+                Work::ClustersOf { services, .. } => compiler.clusters_of(&mesh.snapshot, &job.view, services),
+            };
             // Only this task takes it, one after the other.
             let mut pool = pool.lock().unwrap_or_else(PoisonError::into_inner);
             build(compiled, &mesh, &job, &mut pool)
@@ -471,35 +545,48 @@ pub async fn run(fleet: Arc<Fleet>, meshes: watch::Receiver<Option<Arc<Mesh>>>, 
     }
 }
 
-fn build(mut compiled: Compiled, mesh: &Mesh, job: &Job, pool: &mut Pool) -> Built {
+fn build(compiled: Compiled, mesh: &Mesh, job: &Job, pool: &mut Pool) -> Built {
     let now = SystemTime::now();
-    let mut judged_until = None;
-    let mut set = ResourceSet::new(mesh.push, &mesh.label);
-    for (name, any) in compiled.resources {
+    let (mut set, mut findings, mut judged_until) = match &job.work {
+        Work::All { .. } => (
+            ResourceSet::new(mesh.push, &mesh.label),
+            Findings { general: compiled.findings, of_resources: BTreeMap::new() },
+            None,
+        ),
+        // Secrets are not among what changes.
+        Work::ClustersOf { before, .. } => {
+            (before.renewed(mesh.push, &mesh.label), Findings::clone(&job.findings), job.judged_until)
+        }
+    };
+    for Told { name, any, finding } in compiled.resources {
+        let is_secret = any.type_url == type_urls::SECRET;
         // Secrets go to nobody who did not prove who they are (property 29).
-        if any.type_url == type_urls::SECRET && !job.may_have_secrets {
+        if is_secret && !job.may_have_secrets {
             continue;
         }
-        if any.type_url == type_urls::SECRET {
+        let before = job.work.before().and_then(|before| before.get(&any.type_url, &name));
+        if is_secret {
             let namespace = &*job.view.namespace;
             let written = |object: &str| mesh.snapshot.secret(namespace, object).map(|secret| Arc::clone(&secret.spec));
             let judged = crate::secrets::check(&name, &any, namespace, written, now);
             judged_until = [judged_until, judged.until].into_iter().flatten().min();
-            if let Some(finding) = judged.finding {
+            if let Some(bad) = judged.finding {
                 // A bad key pair is not sent; the last good one stays.
-                compiled.findings.push(finding);
-                if let Some(good) = job.before.as_ref().and_then(|before| before.get(&any.type_url, &name)) {
+                findings.set(&any.type_url, &name, Some(bad));
+                if let Some(good) = before {
                     set.insert_shared(Arc::clone(good));
                 }
                 continue;
             }
         }
+        findings.set(&any.type_url, &name, finding);
         let shared = pool.share(&name, any);
         // Equal content whose bytes differ (the order of a map) stays what the proxy has.
-        let before = job.before.as_ref().and_then(|before| before.get(&shared.any.type_url, &name));
-        let same = before.filter(|old| old.version == shared.version);
-        set.insert_shared(same.map_or(shared, Arc::clone));
+        let resource = before.filter(|old| old.version == shared.version).cloned().unwrap_or(shared);
+        if set.get(&resource.any.type_url, &name).is_none_or(|had| !Arc::ptr_eq(had, &resource)) {
+            set.insert_shared(resource);
+        }
     }
     let is_workload = mesh.snapshot.workload(&job.view.namespace, &job.view.name).is_some();
-    Built { resources: set, findings: compiled.findings, judged_until, is_workload }
+    Built { resources: set, findings, judged_until, is_workload }
 }

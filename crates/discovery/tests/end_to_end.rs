@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use compile::View;
 use discovery::authn::jwt::JwtKeys;
-use discovery::compiler::{Compiled, Compiler, MeshCompiler};
+use discovery::compiler::{Compiled, Compiler, MeshCompiler, Told};
 use discovery::source::Source as Objects;
 use discovery::{Options, run};
 use envoy_types::pb::envoy::config::core::v3::Node;
@@ -19,7 +19,7 @@ use identity::agent::{self, Agent, IssueError};
 use identity::channel::{ControlPlane, PlainTcp, Source};
 use identity::{PeerFacts, WorkloadIdentity};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
-use mesh::MeshSnapshot;
+use mesh::{MeshSnapshot, ServiceKey};
 use serde_json::{Value as Json, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -70,12 +70,16 @@ impl Compiler for Toy {
         let named = |type_url: &str, name: &str| {
             let mut value = vec![10, u8::try_from(name.len()).unwrap()];
             value.extend_from_slice(name.as_bytes());
-            (name.to_owned(), Any { type_url: type_url.to_owned(), value })
+            Told { name: name.to_owned(), any: Any { type_url: type_url.to_owned(), value }, finding: None }
         };
         let clusters = self.clusters.lock().unwrap().clone();
         let mut resources: Vec<_> = clusters.iter().map(|name| named(type_urls::CLUSTER, name)).collect();
         resources.push(named(type_urls::SECRET, "kubernetes://web"));
         Compiled { resources, findings: Vec::new() }
+    }
+
+    fn clusters_of(&self, snapshot: &MeshSnapshot, view: &View, _: &BTreeSet<ServiceKey>) -> Compiled {
+        self.compile(snapshot, view)
     }
 }
 

@@ -35,13 +35,7 @@ fn objects(extra: &str) -> ConfigSet {
         .unwrap();
     }
     yaml.push_str(extra);
-    let mut set = ConfigSet::default();
-    for (created, parsed) in api::parse_documents("mesh.yaml", &yaml).objects.into_iter().enumerate() {
-        let mut object = parsed.object;
-        object.meta.created = i64::try_from(created).unwrap();
-        set.apply(&api::Change::Upsert(Arc::new(object)));
-    }
-    set
+    ConfigSet::new(api::parse_documents("mesh.yaml", &yaml).one_after_another())
 }
 
 fn view(index: usize) -> View {

@@ -43,7 +43,7 @@ pub use service::{
     Age, Endpoint, EndpointAddress, EndpointSet, Health, Registry, Resolution, Service, ServiceAddress, ServiceKey,
     ServicePort, TargetPort, TrafficDistribution, Workload,
 };
-pub use snapshot::{MeshSnapshot, Namespace, Reach};
+pub use snapshot::{MeshSnapshot, Namespace, Reach, Reached};
 pub use virtual_service::{HttpEntry, MESH_GATEWAY, VirtualService, VirtualServiceIndex, gateway_key};
 pub use visibility::Visibility;
 pub use workload::{canonical_name, canonical_revision, locality_of};

@@ -53,10 +53,15 @@ impl Scope {
 
 /// The services that proxies of `namespace` see, each host once: the namespace's own first, then
 /// Kubernetes' over ServiceEntries, then the oldest. Oldest first.
-pub(crate) fn visible_services(snapshot: &MeshSnapshot, namespace: &str) -> Vec<Arc<Service>> {
+///
+/// *Shape*: of each host, `services` has all or none, oldest first.
+pub(crate) fn visible_among<'a>(
+    services: impl IntoIterator<Item = &'a Arc<Service>>,
+    namespace: &str,
+) -> Vec<Arc<Service>> {
     let mut best: BTreeMap<&str, &Arc<Service>> = BTreeMap::new();
     let rank = |service: &Service| (*service.namespace != *namespace, service.registry != Registry::Kubernetes);
-    for service in snapshot.services() {
+    for service in services {
         if !service.visibility.is_visible_to(namespace) {
             continue;
         }
@@ -74,11 +79,15 @@ pub(crate) fn visible_services(snapshot: &MeshSnapshot, namespace: &str) -> Vec<
     services
 }
 
-/// The scope of a sidecar of `namespace` with `labels`.
-pub(crate) fn sidecar_scope(snapshot: &MeshSnapshot, namespace: &str, labels: &Labels) -> Scope {
+/// The scope of a sidecar of `namespace` with `labels`, among what its namespace sees.
+pub(crate) fn sidecar_scope(
+    snapshot: &MeshSnapshot,
+    namespace: &str,
+    labels: &Labels,
+    visible: Vec<Arc<Service>>,
+) -> Scope {
     let mesh_policy = snapshot.mesh_config().outbound_traffic_policy.as_ref();
     let mesh_mode = snapshot.mesh_config().outbound_mode();
-    let visible = visible_services(snapshot, namespace);
     let virtual_services: Vec<_> = snapshot.virtual_services().for_mesh(namespace).cloned().collect();
     let sidecar = choose(snapshot, namespace, labels);
     let policy = sidecar.and_then(|config| config.spec.outbound_traffic_policy.as_ref());

@@ -2,7 +2,7 @@
 
 mod reach;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +25,7 @@ use crate::service::{EndpointSet, Service, ServiceKey, Workload};
 use crate::virtual_service::{NameSettings, VirtualService, VirtualServiceIndex};
 use crate::workload;
 
-pub use reach::Reach;
+pub use reach::{Reach, Reached};
 
 /// Facts of a namespace.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
@@ -317,12 +317,26 @@ impl MeshSnapshot {
 
     /// The services that proxies of a namespace see, each host once, oldest first.
     pub fn visible_services(&self, namespace: &str) -> Vec<Arc<Service>> {
-        scope::visible_services(self, namespace)
+        scope::visible_among(&self.services, namespace)
     }
 
     /// What a sidecar of `namespace` with `labels` sees.
     pub fn sidecar_scope(&self, namespace: &str, labels: &Labels) -> Scope {
-        scope::sidecar_scope(self, namespace, labels)
+        scope::sidecar_scope(self, namespace, labels, self.visible_services(namespace))
+    }
+
+    /// The part of [`visible_services`](Self::visible_services) with these hosts.
+    ///
+    /// *Cost*: proportional to the hosts.
+    pub fn visible_services_of(&self, namespace: &str, hosts: &BTreeSet<&str>) -> Vec<Arc<Service>> {
+        scope::visible_among(hosts.iter().flat_map(|host| self.services_of_host(host)), namespace)
+    }
+
+    /// The part of [`sidecar_scope`](Self::sidecar_scope) with the services of these hosts.
+    ///
+    /// *Cost*: proportional to the hosts, and to the routes in the mesh.
+    pub fn sidecar_scope_of(&self, namespace: &str, labels: &Labels, hosts: &BTreeSet<&str>) -> Scope {
+        scope::sidecar_scope(self, namespace, labels, self.visible_services_of(namespace, hosts))
     }
 
     /// What became of each object of the mesh (not of plain Kubernetes kinds).
@@ -348,12 +362,7 @@ mod tests {
     fn snapshot(prev: Option<&MeshSnapshot>, yaml: &str) -> (MeshSnapshot, Vec<String>) {
         let documents = api::parse_documents("case.yaml", yaml);
         assert!(documents.refused.is_empty(), "{:?}", documents.findings);
-        let mut set = api::ConfigSet::default();
-        for (created, parsed) in documents.objects.into_iter().enumerate() {
-            let mut object = parsed.object;
-            object.meta.created = i64::try_from(created).unwrap_or_default();
-            set.apply(&api::Change::Upsert(Arc::new(object)));
-        }
+        let set = api::ConfigSet::new(documents.one_after_another());
         let (next, findings) = MeshSnapshot::next(prev, &set, &[]);
         (next, findings.iter().map(|found| format!("{} {}", found.code, found.field)).collect())
     }

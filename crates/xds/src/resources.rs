@@ -30,7 +30,7 @@ pub struct ResourceSet {
     pub generation: u64,
     /// What responses carry as `version_info` and `system_version_info`.
     pub version: Box<str>,
-    tables: BTreeMap<Box<str>, Table>,
+    tables: BTreeMap<Box<str>, Arc<Table>>,
 }
 
 impl ResourceSet {
@@ -39,7 +39,7 @@ impl ResourceSet {
         Self { generation, version: version.into(), tables: BTreeMap::new() }
     }
 
-    /// The same resources as a later set.
+    /// The same resources as a later set. *Cost*: of the types, not of the resources.
     #[must_use]
     pub fn renewed(&self, generation: u64, version: &str) -> Self {
         Self { generation, version: version.into(), tables: self.tables.clone() }
@@ -54,33 +54,24 @@ impl ResourceSet {
     /// Adds a resource whose version is known.
     pub fn insert_shared(&mut self, resource: Arc<Resource>) {
         if let Some(table) = self.tables.get_mut(resource.any.type_url.as_str()) {
-            table.insert(resource.name.clone(), resource);
+            Arc::make_mut(table).insert(resource.name.clone(), resource);
         } else {
             let type_url = resource.any.type_url.as_str().into();
-            self.tables.insert(type_url, Table::from([(resource.name.clone(), resource)]));
+            self.tables.insert(type_url, Arc::new(Table::from([(resource.name.clone(), resource)])));
         }
     }
 
-    /// Takes over the very resources of `previous` where the content is equal, so that unchanged
-    /// ones are shared in memory. True when anything differs.
-    pub fn share_with(&mut self, previous: &Self) -> bool {
-        let mut differs = self.tables.len() != previous.tables.len();
-        for (type_url, table) in &mut self.tables {
-            let old = previous.table(type_url);
-            differs |= table.len() != old.map_or(0, Table::len);
-            for (name, resource) in table {
-                match old.and_then(|old| old.get(name)) {
-                    Some(same) if same.version == resource.version => *resource = Arc::clone(same),
-                    _ => differs = true,
-                }
-            }
+    /// Whether the resources of one type are the very same in `other`. Equal ones need not be.
+    pub(crate) fn shares_table(&self, other: &Self, type_url: &str) -> bool {
+        match (self.tables.get(type_url), other.tables.get(type_url)) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            (one, other) => one.is_none() && other.is_none(),
         }
-        differs
     }
 
     /// The resources of one type.
     pub fn table(&self, type_url: &str) -> Option<&Table> {
-        self.tables.get(type_url)
+        self.tables.get(type_url).map(|table| &**table)
     }
 
     /// One resource.
@@ -90,7 +81,7 @@ impl ResourceSet {
 
     /// Types and their tables, by type URL.
     pub fn tables(&self) -> impl Iterator<Item = (&str, &Table)> {
-        self.tables.iter().map(|(type_url, table)| (&**type_url, table))
+        self.tables.iter().map(|(type_url, table)| (&**type_url, &**table))
     }
 }
 
@@ -145,22 +136,18 @@ mod tests {
     }
 
     #[test]
-    fn unchanged_resources_are_shared() {
-        let any = |text: &str| Any { type_url: "t".to_owned(), value: vec![10, 1, text.as_bytes()[0]] };
+    fn a_later_set_shares_what_it_does_not_replace() {
+        let any = |type_url: &str, text: &str| Any { type_url: type_url.to_owned(), value: text.as_bytes().to_vec() };
         let mut old = ResourceSet::new(1, "1");
-        old.insert("a", any("a"));
-        old.insert("b", any("b"));
-        let mut same = ResourceSet::new(2, "2");
-        same.insert("b", any("b"));
-        same.insert("a", any("a"));
-        assert!(!same.share_with(&old));
-        assert!(Arc::ptr_eq(same.get("t", "a").unwrap(), old.get("t", "a").unwrap()));
-        let mut less = ResourceSet::new(3, "3");
-        less.insert("a", any("a"));
-        assert!(less.share_with(&old));
-        let mut other = ResourceSet::new(4, "4");
-        other.insert("a", any("a"));
-        other.insert("b", any("c"));
-        assert!(other.share_with(&old));
+        old.insert("a", any("t", "a"));
+        old.insert("b", any("t", "b"));
+        old.insert("c", any("u", "c"));
+        let mut new = old.renewed(2, "2");
+        new.insert("b", any("t", "changed"));
+        assert_eq!((old.generation, new.generation), (1, 2));
+        assert_eq!(old.get("t", "b").unwrap().any, any("t", "b"));
+        assert_eq!(new.get("t", "b").unwrap().any, any("t", "changed"));
+        assert!(Arc::ptr_eq(new.get("t", "a").unwrap(), old.get("t", "a").unwrap()));
+        assert!(std::ptr::eq(new.table("u").unwrap(), old.table("u").unwrap()));
     }
 }

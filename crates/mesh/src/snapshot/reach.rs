@@ -3,15 +3,23 @@
 //! Compared are the snapshots, not the objects: what changed without changing the mesh (a status, a
 //! Deployment, a pod that no service picks) reaches nobody. When in doubt, everyone is reached: that
 //! costs work, the opposite would cost truth.
+//!
+//! The commonest change, endpoints that come, go or change their health, only concerns the clusters
+//! of their service. Where a proxy learns of endpoints in another way, it is reached as a whole:
+//! those of headless services and of DNS are listeners, names, or clusters that may not be there;
+//! a proxy's own addresses are ports that it serves.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use api::networking as net;
+use types::NamespacedName;
 
 use super::MeshSnapshot;
 use crate::config::Config;
 use crate::policy::ByNamespace;
+use crate::service::{EndpointAddress, EndpointSet, Resolution, Service, ServiceKey};
 use crate::virtual_service::{MESH_GATEWAY, VirtualService};
 
 /// The proxies that may have to be told something else than before.
@@ -21,6 +29,22 @@ pub struct Reach {
     routers: bool,
     namespaces: BTreeSet<Box<str>>,
     routers_of: BTreeSet<Box<str>>,
+    workloads: BTreeSet<NamespacedName>,
+    addresses: BTreeSet<IpAddr>,
+    clusters_of: BTreeSet<ServiceKey>,
+}
+
+/// What tells whether a proxy is reached.
+#[derive(Clone, Copy, Debug)]
+pub struct Reached<'a> {
+    /// It stands at the edge.
+    pub is_router: bool,
+    /// Its pod's namespace.
+    pub namespace: &'a str,
+    /// Its pod's name.
+    pub name: &'a str,
+    /// Its addresses.
+    pub ips: &'a [IpAddr],
 }
 
 impl Reach {
@@ -29,11 +53,25 @@ impl Reach {
         Self { everyone: true, ..Self::default() }
     }
 
-    /// Whether a proxy of `namespace` is among them.
-    pub fn includes(&self, is_router: bool, namespace: &str) -> bool {
+    /// Whether that is every proxy.
+    pub fn is_everyone(&self) -> bool {
         self.everyone
-            || self.namespaces.contains(namespace)
-            || (is_router && (self.routers || self.routers_of.contains(namespace)))
+    }
+
+    /// Whether a proxy is among them, so that all it is told has to be compiled again.
+    pub fn includes(&self, proxy: Reached<'_>) -> bool {
+        self.everyone
+            || self.namespaces.contains(proxy.namespace)
+            || (proxy.is_router && (self.routers || self.routers_of.contains(proxy.namespace)))
+            || proxy.ips.iter().any(|ip| self.addresses.contains(ip))
+            || (!self.workloads.is_empty()
+                && self.workloads.contains(&NamespacedName::new(proxy.namespace, proxy.name)))
+    }
+
+    /// Services whose clusters may have changed for those that are not included: for them, nothing
+    /// else did.
+    pub fn clusters_of(&self) -> &BTreeSet<ServiceKey> {
+        &self.clusters_of
     }
 }
 
@@ -45,7 +83,6 @@ impl MeshSnapshot {
             || self.aliases != before.aliases
             || self.key_sets != before.key_sets
             || !same_list(&self.services, &before.services)
-            || self.endpoints != before.endpoints
             || self.destination_rules != before.destination_rules
             // Their ports decide who is spoken to in plaintext.
             || self.peer_authentications != before.peer_authentications;
@@ -56,17 +93,56 @@ impl MeshSnapshot {
             routers: self.gateways != before.gateways || self.virtual_services.all() != before.virtual_services.all(),
             ..Reach::default()
         };
+        self.endpoints_since(before, &mut reach);
         let root = self.root_namespace();
         scoped(&self.sidecars, &before.sidecars, root, &mut reach);
         scoped(&self.request_authentications, &before.request_authentications, root, &mut reach);
         scoped(&self.authorization_policies, &before.authorization_policies, root, &mut reach);
         scoped(&self.telemetries, &before.telemetries, root, &mut reach);
         // A pod's ports are its own proxy's; what others see of it are endpoints.
-        let changed = different(&self.workloads, &before.workloads);
-        reach.namespaces.extend(changed.map(|key| key.namespace.clone()));
+        reach.workloads.extend(different(&self.workloads, &before.workloads).cloned());
         reach.routers_of.extend(different(&self.secrets, &before.secrets).map(|key| key.namespace.clone()));
         reach
     }
+
+    /// Whom changed endpoints reach, where the services are the same.
+    fn endpoints_since(&self, before: &Self, reach: &mut Reach) {
+        for service in &self.services {
+            let key = service.key();
+            let (now, then) = (self.endpoints.get(&key), before.endpoints.get(&key));
+            let is_same = match (now, then) {
+                (Some(now), Some(then)) => Arc::ptr_eq(now, then) || now == then,
+                (now, then) => now.is_none() && then.is_none(),
+            };
+            if is_same {
+                continue;
+            }
+            reach.everyone |= !concerns_only_clusters(service);
+            let ports = |of: Option<&Arc<EndpointSet>>| of.map(|set| ports_by_address(set)).unwrap_or_default();
+            let (now, then) = (ports(now), ports(then));
+            reach.addresses.extend(different(&now, &then));
+            reach.clusters_of.insert(key);
+        }
+    }
+}
+
+/// Whether endpoints show in the clusters of their service only, and whether these are there does
+/// not depend on them.
+fn concerns_only_clusters(service: &Service) -> bool {
+    service.resolution == Resolution::Endpoints && !service.is_headless
+}
+
+/// Where the ports of a service lead, at each address.
+fn ports_by_address(set: &EndpointSet) -> BTreeMap<IpAddr, Vec<(u16, u16)>> {
+    let mut out: BTreeMap<IpAddr, Vec<(u16, u16)>> = BTreeMap::new();
+    for (number, endpoints) in &set.by_port {
+        for endpoint in endpoints {
+            if let EndpointAddress::Ip(ip) = endpoint.address {
+                out.entry(ip).or_default().push((*number, endpoint.port));
+            }
+        }
+    }
+    out
 }
 
 /// Routes that sidecars may use.

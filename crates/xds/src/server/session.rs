@@ -14,6 +14,7 @@
 //! **Make before break.** A cluster, and its endpoints, are taken away only when no listener or
 //! route of the old push is left unanswered or refused; until then they stay as they were.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
@@ -120,6 +121,9 @@ struct Watch {
     owed_all: bool,
     /// State of the world: the next ack counts as a question for all names (see `next`).
     resend_on_ack: bool,
+    /// Nothing is due, and neither what is wanted nor what is desired changed since that was seen:
+    /// most updates change one table, and looking through the others costs as much as they hold.
+    is_idle: Cell<bool>,
 }
 
 #[derive(Debug, Clone)]
@@ -157,6 +161,11 @@ impl Session {
 
     /// Gives the session what the proxy should have from now on.
     pub fn update(&mut self, desired: Arc<ResourceSet>) {
+        for (type_url, watch) in &self.watches {
+            if !desired.shares_table(&self.desired, type_url) {
+                watch.is_idle.set(false);
+            }
+        }
         self.desired = desired;
     }
 
@@ -178,6 +187,7 @@ impl Session {
     pub fn world_request(&mut self, request: &pb::DiscoveryRequest) -> Result<Option<Answered>, Refused> {
         let names = checked(&request.type_url, &request.resource_names)?;
         let (watch, is_new) = self.watch(&request.type_url)?;
+        watch.is_idle.set(false);
         let answered = watch.answer(&request.type_url, &request.response_nonce, request.error_detail.as_ref());
         match &watch.exchange {
             // The client will ask again when it answers the response that is on its way.
@@ -214,6 +224,7 @@ impl Session {
         }
         let type_url = request.type_url;
         let (watch, is_new) = self.watch(&type_url)?;
+        let wants_other = is_new || !subscribe.is_empty() || !request.resource_names_unsubscribe.is_empty();
         let answered = watch.answer(&type_url, &request.response_nonce, request.error_detail.as_ref());
         if is_new {
             watch.owed = true;
@@ -246,8 +257,11 @@ impl Session {
         if watch.names.len() > NAMES_MAX {
             return Err(Refused::Names(type_url.into()));
         }
-        let Watch { all, names, held, .. } = watch;
-        held.retain(|name, _| *all || names.contains(name));
+        if wants_other {
+            watch.is_idle.set(false);
+            let Watch { all, names, held, .. } = watch;
+            held.retain(|name, _| *all || names.contains(name));
+        }
         Ok(answered)
     }
 
@@ -321,6 +335,9 @@ impl Session {
             }
             Protocol::Delta | Protocol::StateOfTheWorld => {}
         }
+        for watch in self.watches.values() {
+            watch.is_idle.set(false);
+        }
         let whole = self.protocol == Protocol::StateOfTheWorld && is_whole(&type_url);
         if let Some(watch) = self.watches.get_mut(&type_url) {
             if whole {
@@ -349,14 +366,20 @@ impl Session {
 
     /// What a response for a type would hold now; `None` when none is due.
     fn plan(&self, type_url: &str, watch: &Watch) -> Option<Plan> {
+        if watch.is_idle.get() {
+            return None;
+        }
         let empty = Table::new();
         let table = self.desired.table(type_url).unwrap_or(&empty);
         let keep = self.keeps(type_url);
-        match self.protocol {
+        let plan = match self.protocol {
             Protocol::Delta => watch.plan_delta(type_url, table, keep),
             Protocol::StateOfTheWorld if is_whole(type_url) => watch.plan_whole(table, keep),
             Protocol::StateOfTheWorld => watch.plan_named(type_url, table, keep),
-        }
+        };
+        // What is kept for now may be due later, without any change of this type.
+        watch.is_idle.set(plan.is_none() && !keep);
+        plan
     }
 
     /// Whether resources that are gone from the desired set stay with the client for now.
