@@ -245,7 +245,7 @@ fn display(path: &[Step]) -> String {
 /// Fields whose effect is not in what proxies are told: those that only name what they stand in, how
 /// long the control plane waits for keys, what injection gives to pods, where the control plane is
 /// (the local mesh knows), and the metrics that every proxy has.
-const ELSEWHERE: [&str; 11] = [
+const ELSEWHERE: [&str; 13] = [
     ".egress.port.name",
     ".ingress.port.name",
     ".servers.name",
@@ -253,8 +253,10 @@ const ELSEWHERE: [&str; 11] = [
     ".defaultConfig.binaryPath",
     ".defaultConfig.concurrency",
     ".defaultConfig.discoveryAddress",
+    ".defaultConfig.drainDuration",
     ".defaultConfig.holdApplicationUntilProxyStarts",
     ".defaultConfig.proxyMetadata.A",
+    ".defaultConfig.terminationDrainDuration",
     ".defaultProviders.metrics",
     ".extensionProviders.prometheus",
 ];

@@ -109,8 +109,6 @@ fn proxy_config(check: &mut Check<'_>, at: &str, config: &ProxyConfig) {
     for (name, set) in [
         ("configPath", config.config_path.is_some()),
         ("serviceCluster", config.service_cluster.is_some()),
-        ("drainDuration", config.drain_duration.is_some()),
-        ("terminationDrainDuration", config.termination_drain_duration.is_some()),
         ("proxyAdminPort", config.proxy_admin_port.is_some()),
         ("controlPlaneAuthPolicy", config.control_plane_auth_policy.is_some()),
         ("customConfigFile", config.custom_config_file.is_some()),
@@ -197,6 +195,16 @@ fn provider(check: &mut Check<'_>, at: &str, entry: &ExtensionProvider) {
                     );
                 }
             }
+        }
+    }
+    let bodies = [
+        ("envoyExtAuthzHttp", entry.envoy_ext_authz_http.as_ref().map(|p| &p.include_request_body_in_check)),
+        ("envoyExtAuthzGrpc", entry.envoy_ext_authz_grpc.as_ref().map(|p| &p.include_request_body_in_check)),
+    ];
+    for (name, body) in bodies {
+        if body.is_some_and(|body| body.as_ref().is_some_and(|body| body.max_request_bytes == 0)) {
+            let field = format!("{at}.{name}.includeRequestBodyInCheck.maxRequestBytes");
+            check.error(&field, "maxRequestBytes must be above 0", "say how much of a body is sent along");
         }
     }
     let statuses = [
