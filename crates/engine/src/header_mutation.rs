@@ -246,7 +246,7 @@ mod tests {
     use envoy_types::pb::google::protobuf::{Value, value::Kind};
 
     use super::*;
-    use crate::exchange::StreamInfo;
+    use crate::exchange::{Details, StreamInfo};
     use crate::facts::{ConnFacts, Now};
 
     fn remove(name: &str) -> rules::HeaderMutation {
@@ -284,7 +284,7 @@ mod tests {
 
     fn with_context<T>(run: impl FnOnce(&Context<'_>) -> T) -> T {
         let conn = ConnFacts::plaintext("l", "10.0.0.9:80".parse().unwrap(), "10.1.2.3:5555".parse().unwrap());
-        let info = StreamInfo::default();
+        let info = StreamInfo { details: Details::Static("via_upstream"), ..StreamInfo::default() };
         run(&Context::new(&conn, &info, Now { mono: Instant::now(), wall_nanos: 0 }))
     }
 

@@ -11,7 +11,6 @@ use std::sync::Arc;
 use api::{MeshConfig, networking as net, security as sec};
 use compile::{ProxyKind, View};
 use mesh::MeshSnapshot;
-use serde::Deserialize as _;
 use serde::de::value::{Error, StrDeserializer};
 use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer as _, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;

@@ -211,7 +211,7 @@ async fn serve_detected(worker: &Rc<Worker>, listener: &Arc<Listener>, socket: S
     let io = match &chain.tls {
         None => Io::Plain(socket),
         Some(tls) => {
-            let handshake = handshake(worker, socket, tls);
+            let handshake = Box::pin(handshake(worker, socket, tls));
             let done = match chain.handshake_timeout {
                 None => handshake.await,
                 Some(timeout) => tokio::time::timeout(timeout, handshake)

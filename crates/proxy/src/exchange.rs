@@ -232,7 +232,8 @@ impl Driver<'_, '_> {
                         None => return,
                     },
                 },
-                Step::Ask(question) => match self.ask(question).await {
+                // rare, large and about to wait: on the heap
+                Step::Ask(question) => match Box::pin(self.ask(question)).await {
                     Ok(step) => step,
                     Err(interrupt) => match self.interrupted(interrupt) {
                         Some(step) => step,

@@ -45,24 +45,22 @@ pub(crate) async fn http(worker: &Rc<Worker>, conn: Rc<Conn>, hcm: &Hcm, mut io:
             None => return,
         },
     };
-    let serving = async {
+    // pinned where it is made: moved, it would take its room twice in every connection's task
+    let mut serving = std::pin::pin!(async {
         if http2 {
-            serve_h2(worker, &conn, hcm, io).await;
+            Box::pin(serve_h2(worker, &conn, hcm, io)).await;
         } else {
             serve_h1(worker, &conn, hcm, io).await;
         }
+    });
+    let Some(max) = hcm.timeouts.connection_duration_max else {
+        return serving.await;
     };
-    match hcm.timeouts.connection_duration_max {
-        None => serving.await,
-        Some(max) => {
-            // the drain state ends it gracefully; what is left after that is cut
-            let mut serving = std::pin::pin!(serving);
-            if tokio::time::timeout(max, &mut serving).await.is_err() {
-                conn.state.drain();
-                if tokio::time::timeout(hcm.timeouts.drain.max(Duration::from_secs(1)), serving).await.is_err() {
-                    tracing::debug!("a connection beyond its longest life was cut");
-                }
-            }
+    // the drain state ends it gracefully; what is left after that is cut
+    if tokio::time::timeout(max, serving.as_mut()).await.is_err() {
+        conn.state.drain();
+        if tokio::time::timeout(hcm.timeouts.drain.max(Duration::from_secs(1)), serving).await.is_err() {
+            tracing::debug!("a connection beyond its longest life was cut");
         }
     }
 }

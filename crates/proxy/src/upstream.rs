@@ -472,7 +472,7 @@ async fn connect(
         ..defaults
     };
     let failed = || Failure::unsent(Cause::UpstreamProtocolError);
-    let handshake = client_builder(&settings).handshake::<_, Bytes>(Guarded::client(io));
+    let handshake = Box::pin(client_builder(&settings).handshake::<_, Bytes>(Guarded::client(io)));
     let (sender, connection) = handshake.await.map_err(|_| failed())?;
     let closed = Rc::new(Cell::new(false));
     let flag = Rc::clone(&closed);
@@ -506,13 +506,14 @@ pub(crate) async fn make(
     conn: &ConnFacts,
     tls: Option<Arc<ClientConfig>>,
 ) -> Result<(crate::io::Io, Endpoints, bool), Failure> {
-    let making = async {
+    // on the heap: a connection is rare, and its making would be the largest part of every request's task
+    let making = Box::pin(async {
         let socket = dial::tcp(worker, attempt, conn).await?;
         let endpoints = Endpoints { local: socket.tcp_stream().and_then(|stream| stream.local_addr().ok()) };
         let Some(tls) = tls else { return Ok((crate::io::Io::Plain(socket), endpoints, false)) };
         let (stream, http2) = dial::tls(socket, tls, attempt).await?;
         Ok((crate::io::Io::ClientTls(Box::new(stream)), endpoints, http2))
-    };
+    });
     match tokio::time::timeout(attempt.cluster.connect_timeout, making).await {
         Ok(made) => made,
         Err(_) => Err(Failure::unsent(Cause::ConnectTimeout)),

@@ -211,14 +211,16 @@ impl Worker {
     }
 
     /// Runs a task of this worker; a panic in it is contained and counted.
+    ///
+    /// Combinators, not an `async` block: that would hold the task twice, as what it captured and as what it awaits.
     pub(crate) fn spawn(self: &Rc<Self>, task: impl Future<Output = ()> + 'static) {
         let worker = Rc::clone(self);
-        drop(tokio::task::spawn_local(async move {
-            if AssertUnwindSafe(task).catch_unwind().await.is_err() {
+        drop(tokio::task::spawn_local(AssertUnwindSafe(task).catch_unwind().map(move |ended| {
+            if ended.is_err() {
                 worker.recorder.count(Counter::Panics);
                 tracing::error!("a connection's task panicked; only it is lost");
             }
-        }));
+        })));
     }
 
     /// Notes a connection that has chosen its chain, so that it drains with it.

@@ -223,8 +223,10 @@ fn an_unreachable_pod_is_passed_over_by_default() {
         format!("{} {}", answer.status, count.trim_matches(['[', ']', '"']))
     };
     let tally = mesh.tally("passed.shop.test", "/get", 20, tries);
-    assert_eq!(tally.values().sum::<usize>(), 20);
-    assert_eq!(tally.keys().collect::<Vec<_>>(), ["200 1", "200 2"], "the next try finds the other one: {tally:?}");
+    // in turns: a request that begins at the dead one takes two turns, so that the next one may begin there again
+    let served: usize = ["200 1", "200 2"].iter().filter_map(|kind| tally.get(*kind)).sum();
+    assert_eq!(served, 20, "the next try finds the other one: {tally:?}");
+    assert!(tally.contains_key("200 2"), "some began at the dead one: {tally:?}");
 }
 
 /// The proxy of a pod whose application is down answers 503, and 503 is not on the default list.
