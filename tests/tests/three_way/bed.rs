@@ -672,7 +672,8 @@ pub(crate) fn comparable(headers: impl IntoIterator<Item = (String, String)>) ->
             *value = told_by_clients(value);
         }
     }
-    kept.sort();
+    // lines of one name keep their order
+    kept.sort_by(|(one, _), (other, _)| one.cmp(other));
     kept
 }
 
