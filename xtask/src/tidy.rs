@@ -19,8 +19,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("engine", &["proto", "types"]),
     ("mesh", &["api", "types"]),
     ("compile", &["mesh", "api", "proto", "types"]),
-    // explain reads config dumps, which proto::json turns into messages.
-    ("explain", &["compile", "engine", "mesh", "api", "proto", "types"]),
+    // explain reads config dumps, which proto::json turns into messages; which fields end at a hop is http1's to say.
+    ("explain", &["compile", "engine", "http1", "mesh", "api", "proto", "types"]),
     ("identity", &["proto", "telemetry", "types"]),
     ("xds", &["proto", "telemetry", "types"]),
     ("proxy", &["engine", "http1", "identity", "xds", "proto", "telemetry", "types"]),

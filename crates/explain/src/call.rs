@@ -220,6 +220,9 @@ impl Call {
         }
         if self.is_http2 {
             head.version = Version::Http2;
+        } else {
+            // as the codec hands it to the proxy
+            http1::rules::strip_hop_by_hop(&mut head.fields);
         }
         Some(head)
     }

@@ -123,7 +123,7 @@ const OF_PROXIES: [(&str, &[&str]); 30] = [
     ("b3", &["0"]),
     ("traceparent", &["00-463ac35c9f6413ad48485a3953bb6124-a2fb4a1d1a96d312-01"]),
     ("te", &["trailers", "gzip"]),
-    ("connection", &["keep-alive", "x-a", "close"]),
+    ("connection", &["keep-alive", "close"]),
     ("keep-alive", &["timeout=5"]),
     ("proxy-connection", &["keep-alive"]),
 ];

@@ -153,10 +153,6 @@ impl Exchange {
             RouteSource::Inline(table) => Some(Arc::clone(table)),
             RouteSource::Rds(name) => self.config.routes.get(name).cloned(),
         };
-        if !normalize::take_nominated(head) {
-            self.info.details = Details::Static("http1.connection_header_rejected");
-            return self.reply(env, Cause::BadRequest, Spec::default(), head, recorder);
-        }
         match normalize::target(&hcm, &self.conn, head).and_then(|()| normalize::underscores(&hcm, head)) {
             Ok(()) => {}
             Err(normalize::Refused::Reply(cause)) => {

@@ -118,35 +118,6 @@ pub(super) fn underscores(hcm: &Hcm, head: &mut RequestHead) -> Result<(), Refus
     }
 }
 
-/// Takes away the fields that `connection` names: they are for this hop (property 7). False if it
-/// names one that tells who called.
-///
-/// *Source*: RFC 9110, section 7.6.1; Envoy `sanitizeConnectionHeader`.
-pub(super) fn take_nominated(head: &mut RequestHead) -> bool {
-    if head.protocol().is_some() {
-        return true;
-    }
-    let Some(all) = head.fields.joined("connection") else { return true };
-    if all.eq_ignore_ascii_case(b"keep-alive") || all.eq_ignore_ascii_case(b"close") {
-        return true;
-    }
-    let names = all.split(|b| *b == b',').map(|name| String::from_utf8_lossy(name.trim_ascii()).to_ascii_lowercase());
-    let names: Vec<String> = names.collect();
-    let is_kept = |name: &str| {
-        name.starts_with(':') || matches!(name, "host" | "x-forwarded-for" | "x-forwarded-host" | "x-forwarded-proto")
-    };
-    if names.iter().any(|name| is_kept(name)) {
-        return false;
-    }
-    for name in &names {
-        // A length is the codec's affair, whatever a client calls it.
-        if !matches!(name.as_str(), "" | "close" | "keep-alive" | "upgrade" | "te" | "content-length") {
-            head.fields.remove(name);
-        }
-    }
-    true
-}
-
 /// Hop-by-hop fields end here (property 7). `upgrade` keeps the two that an allowed upgrade needs.
 pub(super) fn hop_by_hop(fields: &mut Fields, upgrade: bool) {
     fields.retain(|name, value| match name {

@@ -268,26 +268,6 @@ fn edits_run_from_specific_to_general() {
 }
 
 #[test]
-fn fields_that_connection_names_end_here() {
-    let world = Http::simple().build();
-    let ask = |connection: &str| {
-        let mut head = get("a", "/");
-        head.fields.push("x-a", b"1");
-        head.fields.push("connection", connection.as_bytes());
-        let mut call = world.start(head);
-        match call.step() {
-            Step::Forward(_) => Ok(call.head.fields.contains("x-a")),
-            Step::Reply(reply) => Err(reply.head.status),
-            other => panic!("{other:?}"),
-        }
-    };
-    assert_eq!(ask("Keep-Alive"), Ok(true));
-    assert_eq!(ask("close, X-A"), Ok(false));
-    assert_eq!(ask("x-b,,x-a"), Ok(false));
-    assert_eq!(ask("x-forwarded-for"), Err(400));
-}
-
-#[test]
 fn control_headers_of_strangers_are_removed() {
     let mut http = Http::simple();
     http.hcm.use_remote_address = yes();
