@@ -13,8 +13,8 @@ use crate::{load, process};
 
 /// Connections that are opened, served once, and left alone.
 pub(crate) const CONNECTIONS: usize = 1000;
-/// What was freed is given back meanwhile.
-const SETTLE: Duration = Duration::from_secs(2);
+/// What was freed is given back meanwhile: descriptors of messages some seconds after their last use.
+const SETTLE: Duration = Duration::from_secs(8);
 
 /// One proxy's memory.
 #[derive(Clone, Copy, Debug)]
