@@ -596,7 +596,8 @@ impl Said {
     async fn all_new(&mut self, args: &MeshArgs, mesh: &Mesh) {
         let mut all = mesh.findings();
         // The control plane reads behind the store. Without one there is nothing more to say.
-        if commands::synced(args, FINDINGS_MAX).await.is_ok()
+        let version = *mesh.store.version().borrow();
+        if commands::synced_at(args, version, FINDINGS_MAX).await.is_ok()
             && let Ok(of_plane) = commands::mesh_findings(args).await
         {
             all.extend(of_plane);

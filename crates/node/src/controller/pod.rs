@@ -558,7 +558,8 @@ impl Worker {
                 let is_due = slot.probes[which].next.is_some_and(|next| next <= at) && !slot.probes[which].is_asking;
                 let Some(probe) = slot.probe(which).cloned().filter(|_| is_due) else { continue };
                 if !may_ask {
-                    slot.probes[which].next = Some(at + EAGER);
+                    // asked for the last time, or not before the container has started, which sets the time
+                    slot.probes[which].next = None;
                     continue;
                 }
                 slot.probes[which].is_asking = true;
