@@ -268,7 +268,17 @@ fn killed(user: User) {
     up.must(&["scale", "deploy/curl", "-n", "plain", "--replicas", "2"], "");
     let traces = Traces::of(up.child.id(), before);
     let unfinished = up.dir.path().join("s/objects.json.new");
-    // As if it had been killed while it saved.
+    // As if it had been killed while it saved: it stands still, or it might make this its state.
+    up.signal("-STOP");
+    eventually("every thread stands still", || {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", up.child.id())).unwrap();
+        let state = |thread: std::io::Result<std::fs::DirEntry>| {
+            let stat = std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(") ").map(|(_, rest)| rest.chars().next())
+        };
+        let states: Vec<_> = threads.map(state).collect();
+        if states.iter().all(|state| *state == Some(Some('T'))) { Ok(()) } else { Err(format!("{states:?}")) }
+    });
     std::fs::write(&unfinished, "half").unwrap();
     up.signal("-KILL");
     up.child.wait().unwrap();
