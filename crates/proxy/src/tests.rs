@@ -8,3 +8,4 @@ mod hostile;
 mod hostile_h2;
 mod http;
 mod mesh;
+mod pools;

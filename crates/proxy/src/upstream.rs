@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use engine::cluster::{Address, UpstreamHttp};
+use engine::cluster::{Address, Cluster, UpstreamHttp};
 use engine::config::Name;
 use engine::exchange::{Attempt, Failure, UpstreamProtocol};
 use engine::facts::ConnFacts;
@@ -156,7 +156,8 @@ struct Connecting {
 
 struct Pool {
     key: Key,
-    http: RefCell<UpstreamHttp>,
+    /// As the last attempt had it: its settings hold for connections that are there already, too.
+    cluster: RefCell<Arc<Cluster>>,
     idle: RefCell<Vec<Idle>>,
     shared: RefCell<Vec<Rc<H2Conn>>>,
     connecting: RefCell<Option<Rc<Connecting>>>,
@@ -171,15 +172,18 @@ pub(crate) struct Pools {
 }
 
 impl Pools {
-    fn pool(&self, key: Key, http: &UpstreamHttp) -> Rc<Pool> {
+    fn pool(&self, key: Key, cluster: &Arc<Cluster>) -> Rc<Pool> {
         let mut pools = self.by_hash.borrow_mut();
         let list = pools.entry(key.hash()).or_default();
         if let Some(found) = list.iter().find(|pool| pool.key.same(&key)) {
+            if !Arc::ptr_eq(&found.cluster.borrow(), cluster) {
+                found.cluster.replace(Arc::clone(cluster));
+            }
             return Rc::clone(found);
         }
         let pool = Rc::new(Pool {
             key,
-            http: RefCell::new(http.clone()),
+            cluster: RefCell::new(Arc::clone(cluster)),
             idle: RefCell::default(),
             shared: RefCell::default(),
             connecting: RefCell::default(),
@@ -196,9 +200,12 @@ impl Pools {
         #[expect(clippy::iter_over_hash_type, reason = "each pool is looked at by itself")]
         for list in self.by_hash.borrow_mut().values_mut() {
             for pool in list.iter() {
-                let timeout = pool.http.borrow().idle_timeout;
-                let stale = |used: Instant| timeout.is_some_and(|max| now.duration_since(used) >= max);
-                let (keep, drop) = pool.idle.take().into_iter().partition(|idle: &Idle| !stale(idle.kept.used));
+                let cluster = Arc::clone(&pool.cluster.borrow());
+                let http = &cluster.http;
+                let stale = |used: Instant| http.idle_timeout.is_some_and(|max| now.duration_since(used) >= max);
+                let (drop, keep) = pool.idle.take().into_iter().partition(|idle: &Idle| {
+                    stale(idle.kept.used) || worn(http, idle.kept.born, idle.kept.requests, now)
+                });
                 let keep: Vec<Idle> = keep;
                 let (mut keep, mut dead): (Vec<Idle>, Vec<Idle>) = (keep, drop);
                 // a peer that closed is let go now, so that descriptors come back
@@ -209,8 +216,8 @@ impl Pools {
                 *pool.idle.borrow_mut() = keep;
                 gone.extend(dead);
                 pool.shared.borrow_mut().retain(|conn| {
-                    let idle = conn.active.get() == 0 && stale(conn.used.get());
-                    !conn.closed.get() && !idle
+                    let is_done = stale(conn.used.get()) || worn(http, conn.born, conn.requests.get(), now);
+                    !conn.closed.get() && !(is_done && conn.active.get() == 0)
                 });
             }
             list.retain(|pool| pool.open.get() > 0 || pool.connecting.borrow().is_some() || Rc::strong_count(pool) > 1);
@@ -230,16 +237,32 @@ pub(crate) struct Leased {
 
 enum LeasedKind {
     H1(Box<H1Client>, Kept),
-    H2(Rc<H2Conn>, Box<h2::client::SendRequest<Bytes>>),
+    H2(Streaming, Box<h2::client::SendRequest<Bytes>>),
 }
 
-/// One stream of a shared connection, counted.
-struct Streaming(Rc<H2Conn>);
+/// One stream of a shared connection, counted from when its place is taken. The last one of a connection that
+/// takes no more lets it go.
+struct Streaming {
+    conn: Rc<H2Conn>,
+    pool: Rc<Pool>,
+}
+
+impl Streaming {
+    fn on(conn: Rc<H2Conn>, pool: &Rc<Pool>) -> Self {
+        conn.active.set(conn.active.get() + 1);
+        conn.requests.set(conn.requests.get().saturating_add(1));
+        Self { conn, pool: Rc::clone(pool) }
+    }
+}
 
 impl Drop for Streaming {
     fn drop(&mut self) {
-        self.0.active.set(self.0.active.get() - 1);
-        self.0.used.set(Instant::now());
+        let (conn, now) = (&self.conn, Instant::now());
+        conn.active.set(conn.active.get() - 1);
+        conn.used.set(now);
+        if conn.active.get() == 0 && worn(&self.pool.cluster.borrow().http, conn.born, conn.requests.get(), now) {
+            self.pool.shared.borrow_mut().retain(|other| !Rc::ptr_eq(other, conn));
+        }
     }
 }
 
@@ -276,10 +299,7 @@ impl Leased {
             LeasedKind::H1(connection, kept) => {
                 Ok(Running { up: Up::start_h1(connection, head, end)?, back: Back::H1(kept), pool: self.pool })
             }
-            LeasedKind::H2(conn, mut sender) => {
-                conn.active.set(conn.active.get() + 1);
-                conn.requests.set(conn.requests.get().saturating_add(1));
-                let streaming = Streaming(conn);
+            LeasedKind::H2(streaming, mut sender) => {
                 let up = Up::start_h2(&mut sender, head, end)?;
                 Ok(Running { up, back: Back::H2(streaming), pool: self.pool })
             }
@@ -294,7 +314,7 @@ impl Running {
         let now = Instant::now();
         kept.requests = kept.requests.saturating_add(1);
         kept.used = now;
-        if connection.is_reusable() && !worn(&self.pool.http.borrow(), kept.born, kept.requests, now) {
+        if connection.is_reusable() && !worn(&self.pool.cluster.borrow().http, kept.born, kept.requests, now) {
             connection.rest();
             self.pool.idle.borrow_mut().push(Idle { connection, kept });
             self.pool.released.notify_one();
@@ -333,7 +353,7 @@ pub(crate) async fn lease(worker: &Rc<Worker>, attempt: &Attempt, conn: &ConnFac
         preamble: attempt.transport.proxy_protocol.map(|_| (conn.peer, conn.local)),
     };
     let http = &attempt.cluster.http;
-    let pool = worker.pools.pool(key, http);
+    let pool = worker.pools.pool(key, &attempt.cluster);
     loop {
         if attempt.protocol != UpstreamProtocol::Http1
             && let Some(leased) = lease_shared(&pool, http).await
@@ -381,17 +401,18 @@ async fn lease_shared(pool: &Rc<Pool>, http: &UpstreamHttp) -> Option<Leased> {
     loop {
         let now = Instant::now();
         let found = pool.shared.borrow().iter().find(|conn| conn.takes_more(http, now)).cloned();
-        let conn = found?;
-        let mut sender = conn.sender.clone();
+        let streaming = Streaming::on(found?, pool);
+        let mut sender = streaming.conn.sender.clone();
         match poll_fn(|cx| sender.poll_ready(cx)).await {
             Ok(()) => {
-                let endpoints = conn.endpoints.clone();
-                return Some(Leased { kind: LeasedKind::H2(conn, Box::new(sender)), pool: Rc::clone(pool), endpoints });
+                let endpoints = streaming.conn.endpoints.clone();
+                let kind = LeasedKind::H2(streaming, Box::new(sender));
+                return Some(Leased { kind, pool: Rc::clone(pool), endpoints });
             }
             // it is leaving or gone: no new stream on it
             Err(_) => {
-                conn.closed.set(true);
-                pool.shared.borrow_mut().retain(|other| !Rc::ptr_eq(other, &conn));
+                streaming.conn.closed.set(true);
+                pool.shared.borrow_mut().retain(|other| !Rc::ptr_eq(other, &streaming.conn));
             }
         }
     }
@@ -473,11 +494,23 @@ async fn connect(
     };
     let failed = || Failure::unsent(Cause::UpstreamProtocolError);
     let handshake = Box::pin(client_builder(&settings).handshake::<_, Bytes>(Guarded::client(io)));
-    let (sender, connection) = handshake.await.map_err(|_| failed())?;
+    let (sender, mut connection) = handshake.await.map_err(|_| failed())?;
+    let pings = http.keepalive.and_then(|(interval, timeout)| {
+        let pings = connection.ping_pong()?;
+        Some(Box::pin(unanswered(pings, interval, timeout)))
+    });
     let closed = Rc::new(Cell::new(false));
     let flag = Rc::clone(&closed);
     worker.spawn(async move {
-        if let Err(error) = connection.await {
+        // a peer that is silent for too long is gone: its streams end with the connection
+        let ended = match pings {
+            None => connection.await,
+            Some(pings) => tokio::select! {
+                ended = connection => ended,
+                () = pings => Err(h2::Reason::CANCEL.into()),
+            },
+        };
+        if let Err(error) = ended {
             tracing::debug!(%error, "upstream HTTP/2 connection ended");
         }
         flag.set(true);
@@ -493,10 +526,26 @@ async fn connect(
         _open: open,
     });
     pool.shared.borrow_mut().push(Rc::clone(&conn));
+    let streaming = Streaming::on(conn, pool);
     let mut sender = Box::new(sender);
     poll_fn(|cx| sender.poll_ready(cx)).await.map_err(|_| Failure::unsent(Cause::UpstreamClosed))?;
     drop(announce);
-    Ok(Leased { kind: LeasedKind::H2(conn, sender), pool: Rc::clone(pool), endpoints })
+    Ok(Leased { kind: LeasedKind::H2(streaming, sender), pool: Rc::clone(pool), endpoints })
+}
+
+/// Asks the peer for a sign of life every `interval`; ends when one does not come within `timeout`.
+///
+/// *Source*: Envoy `KeepaliveSettings`.
+async fn unanswered(mut pings: h2::PingPong, interval: Duration, timeout: Duration) {
+    loop {
+        tokio::time::sleep(interval).await;
+        match tokio::time::timeout(timeout, pings.ping(h2::Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            // it has ended by itself, which the connection tells
+            Ok(Err(_)) => return std::future::pending().await,
+            Err(_) => return,
+        }
+    }
 }
 
 /// Dials, greets and shakes hands, all within the cluster's connect time-out.

@@ -225,6 +225,41 @@ async fn interim_answers_have_an_end() {
 }
 
 #[tokio::test]
+async fn whether_a_body_is_wanted_is_asked_of_the_backend() {
+    let asks = "POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n";
+    // One that wants it says so; nobody else does.
+    let up = bed::server(|mut stream| async move {
+        let Some(head) = head(&mut stream).await else { return };
+        assert!(String::from_utf8_lossy(&head).contains("expect: 100-continue\r\n"), "{head:?}");
+        drop(stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await);
+        let mut body = [0; 4];
+        if stream.read_exact(&mut body).await.is_ok() {
+            let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n{}", String::from_utf8_lossy(&body));
+            drop(stream.write_all(answer.as_bytes()).await);
+        }
+    })
+    .await;
+    let running = bed::edited(up, false, |manager, _| manager.proxy_100_continue = true).await;
+    let mut client = TcpStream::connect(running.at("in")).await.unwrap();
+    client.write_all(asks.as_bytes()).await.unwrap();
+    assert_eq!(head(&mut client).await.unwrap(), b"HTTP/1.1 100 Continue\r\n\r\n");
+    client.write_all(b"body").await.unwrap();
+    let answer = String::from_utf8(head(&mut client).await.unwrap()).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    let mut body = [0; 4];
+    client.read_exact(&mut body).await.unwrap();
+    assert_eq!(&body, b"body");
+    running.end().await;
+
+    // One that does not answers, and the client keeps its body.
+    let (up, _) = scripted(&["HTTP/1.1 413 No\r\nContent-Length: 0\r\n\r\n"]).await;
+    let running = bed::edited(up, false, |manager, _| manager.proxy_100_continue = true).await;
+    let answer = bed::talk(running.at("in"), asks.as_bytes(), |text| text.ends_with("\r\n\r\n")).await;
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    running.end().await;
+}
+
+#[tokio::test]
 async fn an_upgrade_that_the_backend_refuses_opens_no_tunnel() {
     let (up, _) = scripted(&["HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nno"]).await;
     let running = bed::edited(up, false, |_, _| {}).await;

@@ -72,22 +72,42 @@ pub(crate) fn cluster(name: &str, at: SocketAddr, http2: bool) -> cluster::Clust
         ..Default::default()
     };
     if http2 {
-        use upstream::http_protocol_options as options;
-        let explicit = options::ExplicitHttpConfig {
-            protocol_config: Some(options::explicit_http_config::ProtocolConfig::Http2ProtocolOptions(
-                core::Http2ProtocolOptions::default(),
-            )),
-        };
-        let options = upstream::HttpProtocolOptions {
-            upstream_protocol_options: Some(options::UpstreamProtocolOptions::ExplicitHttpConfig(explicit)),
-            ..Default::default()
-        };
-        made.typed_extension_protocol_options.insert(
-            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions".into(),
-            pack("envoy.extensions.upstreams.http.v3.HttpProtocolOptions", &options),
-        );
+        set_http_options(&mut made, core::HttpProtocolOptions::default(), Some(core::Http2ProtocolOptions::default()));
     }
     made
+}
+
+/// A static cluster of one endpoint with these HTTP settings; HTTP/2 where it has some of those.
+pub(crate) fn cluster_with(
+    name: &str,
+    at: SocketAddr,
+    common: core::HttpProtocolOptions,
+    http2: Option<core::Http2ProtocolOptions>,
+) -> cluster::Cluster {
+    let mut made = cluster(name, at, false);
+    set_http_options(&mut made, common, http2);
+    made
+}
+
+fn set_http_options(
+    cluster: &mut cluster::Cluster,
+    common: core::HttpProtocolOptions,
+    http2: Option<core::Http2ProtocolOptions>,
+) {
+    use options::explicit_http_config::ProtocolConfig;
+    use upstream::http_protocol_options as options;
+    let protocol = match http2 {
+        Some(http2) => ProtocolConfig::Http2ProtocolOptions(http2),
+        None => ProtocolConfig::HttpProtocolOptions(core::Http1ProtocolOptions::default()),
+    };
+    let explicit = options::ExplicitHttpConfig { protocol_config: Some(protocol) };
+    let options = upstream::HttpProtocolOptions {
+        common_http_protocol_options: Some(common),
+        upstream_protocol_options: Some(options::UpstreamProtocolOptions::ExplicitHttpConfig(explicit)),
+        ..Default::default()
+    };
+    let name = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+    cluster.typed_extension_protocol_options.insert(name.into(), pack(name, &options));
 }
 
 /// A route on a prefix to a cluster.
@@ -154,11 +174,17 @@ pub(crate) fn http_filter(manager: &hcm::HttpConnectionManager) -> listener::Fil
 }
 
 pub(crate) fn tcp_filter(cluster: &str) -> listener::Filter {
-    let proxy = tcp_proxy::TcpProxy {
+    tcp_filter_with(cluster, |_| {})
+}
+
+/// A TCP proxy with further settings.
+pub(crate) fn tcp_filter_with(cluster: &str, edit: impl FnOnce(&mut tcp_proxy::TcpProxy)) -> listener::Filter {
+    let mut proxy = tcp_proxy::TcpProxy {
         stat_prefix: "tcp".into(),
         cluster_specifier: Some(tcp_proxy::tcp_proxy::ClusterSpecifier::Cluster(cluster.into())),
         ..Default::default()
     };
+    edit(&mut proxy);
     listener::Filter {
         name: "envoy.filters.network.tcp_proxy".into(),
         config_type: Some(listener::filter::ConfigType::TypedConfig(pack(

@@ -1,5 +1,6 @@
 //! Connections of bytes.
 
+use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::bed;
@@ -38,5 +39,43 @@ async fn a_server_may_speak_first() {
     let running =
         bed::start(vec![bed::listener("in", bed::tcp_filter("up"))], vec![bed::cluster("up", up, false)]).await;
     assert_eq!(Box::pin(bed::talk(running.at("in"), b"", |text| text.ends_with('\n'))).await, "220 hello\r\n");
+    running.end().await;
+}
+
+/// A gateway whose byte proxy is edited.
+async fn limited(up: std::net::SocketAddr, edit: impl FnOnce(&mut TcpProxy)) -> bed::Running {
+    let filter = bed::tcp_filter_with("up", edit);
+    bed::start(vec![bed::listener("in", filter)], vec![bed::cluster("up", up, false)]).await
+}
+
+async fn echo() -> std::net::SocketAddr {
+    bed::server(|mut stream| async move {
+        let (mut from, mut to) = stream.split();
+        drop(tokio::io::copy(&mut from, &mut to).await);
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_connection_ends_when_it_is_silent_or_old() {
+    let limit = std::time::Duration::from_millis(300);
+    let running = limited(echo().await, |proxy| proxy.idle_timeout = bed::milliseconds(300)).await;
+    let began = tokio::time::Instant::now();
+    let mut stream = tokio::net::TcpStream::connect(running.at("in")).await.unwrap();
+    assert!(bed::is_closed(&mut stream).await, "nobody spoke");
+    assert!(began.elapsed() >= limit, "{:?}", began.elapsed());
+    running.end().await;
+
+    // However lively it is.
+    let old = |proxy: &mut TcpProxy| proxy.max_downstream_connection_duration = bed::milliseconds(300);
+    let running = limited(echo().await, old).await;
+    let began = tokio::time::Instant::now();
+    let mut stream = tokio::net::TcpStream::connect(running.at("in")).await.unwrap();
+    let talking = async {
+        let mut back = [0];
+        while stream.write_all(b"x").await.is_ok() && matches!(stream.read(&mut back).await, Ok(1)) {}
+    };
+    tokio::time::timeout(bed::PATIENCE, talking).await.expect("it has an end");
+    assert!(began.elapsed() >= limit, "{:?}", began.elapsed());
     running.end().await;
 }

@@ -91,6 +91,25 @@ async fn inspectors_do_not_wait_for_ever() {
 }
 
 #[tokio::test]
+async fn without_a_time_the_inspector_waits_until_the_client_speaks() {
+    let (up, seen) = bed::recorder("\r\n\r\n", OK).await;
+    let mut made = bed::listener("in", bed::tcp_filter("up"));
+    made.listener_filters = vec![filter("http", bed::any(&http_inspector::v3::HttpInspector::default()))];
+    made.listener_filters_timeout = bed::milliseconds(0);
+    made.continue_on_listener_filters_timeout = true;
+    let running = Box::pin(bed::start(vec![made], vec![bed::cluster("up", up, false)])).await;
+    let mut silent = TcpStream::connect(running.at("in")).await.unwrap();
+    let at = running.at("in");
+    for _ in 0..100 {
+        assert!(bed::talk(at, GET.as_bytes(), |text| text.ends_with("ok")).await.starts_with("HTTP/1.1 200 "));
+    }
+    assert_eq!(seen.text().len(), 100, "nobody was called for the one that is silent");
+    silent.write_all(GET.as_bytes()).await.unwrap();
+    seen.until(|all| all.len() == 101 && all[100] == GET).await;
+    running.end().await;
+}
+
+#[tokio::test]
 async fn bad_handshakes_end_their_connection() {
     let authority = Authority::new();
     let (up, seen) = bed::recorder("\r\n\r\n", OK).await;

@@ -78,6 +78,9 @@ impl Dialer {
             let socket = host.take(address).await?;
             let stream = TcpSocket::from_std_stream(socket).connect(address).await?;
             stream.set_nodelay(true)?;
+            if let Some(keepalive) = how.keepalive {
+                set_keepalive(&stream, keepalive)?;
+            }
             return Ok(stream);
         }
         let domain = if address.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
