@@ -102,7 +102,11 @@ impl ServerTls {
         if self.certificates.is_empty() {
             return Err(InvalidTls::NoCertificate);
         }
-        let resolver = Certificates(self.certificates.iter().map(|keys| Arc::clone(keys.certified())).collect());
+        let is_spoken = |suite: &&SupportedCipherSuite| versions.contains(&suite.version());
+        let resolver = Certificates {
+            keys: self.certificates.iter().map(|keys| Arc::clone(keys.certified())).collect(),
+            suites: provider.cipher_suites.iter().filter(is_spoken).copied().collect(),
+        };
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(&versions)
             .map_err(InvalidTls::Rustls)?;
@@ -308,14 +312,25 @@ fn group(openssl: &str) -> Option<&'static dyn SupportedKxGroup> {
     aws_lc_rs::ALL_KX_GROUPS.iter().copied().find(|group| group.name() == wanted)
 }
 
-/// Picks the first certificate whose key the client can check.
+/// Picks the first certificate whose key the client can check, with a suite that both sides have.
 #[derive(Debug)]
-struct Certificates(Vec<Arc<CertifiedKey>>);
+struct Certificates {
+    keys: Vec<Arc<CertifiedKey>>,
+    /// Of the versions that are spoken.
+    suites: Vec<SupportedCipherSuite>,
+}
 
 impl ResolvesServerCert for Certificates {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        let schemes = hello.signature_schemes();
-        self.0.iter().find(|certified| certified.key.choose_scheme(schemes).is_some()).cloned()
+        let (schemes, offered) = (hello.signature_schemes(), hello.cipher_suites());
+        let fits = |certified: &&Arc<CertifiedKey>| {
+            let algorithm = certified.key.algorithm();
+            let has_suite = |suite: &SupportedCipherSuite| {
+                suite.usable_for_signature_algorithm(algorithm) && offered.contains(&suite.suite())
+            };
+            certified.key.choose_scheme(schemes).is_some() && self.suites.iter().any(has_suite)
+        };
+        self.keys.iter().find(fits).cloned()
     }
 }
 

@@ -28,12 +28,20 @@ impl Authority {
     }
 
     fn keys(&self, change: impl FnOnce(&mut CertificateParams)) -> KeyAndChain {
+        self.keys_of(&rcgen::PKCS_ECDSA_P256_SHA256, change)
+    }
+
+    fn keys_of(
+        &self,
+        kind: &'static rcgen::SignatureAlgorithm,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> KeyAndChain {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.is_ca = IsCa::ExplicitNoCa;
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         change(&mut params);
-        let key = KeyPair::generate().unwrap();
+        let key = KeyPair::generate_for(kind).unwrap();
         let leaf = params.signed_by(&key, &self.issuer).unwrap();
         KeyAndChain::new(vec![leaf.der().clone()], PrivateKeyDer::from(key)).unwrap()
     }
@@ -249,6 +257,28 @@ fn servers_outside_are_known_by_name() {
     );
     // Not checked at all, on request.
     assert!(go(&ClientTls { verify: None, ..client }, "anything.net"));
+}
+
+#[test]
+fn of_two_certificates_a_client_gets_the_one_it_can_check() {
+    let authority = Authority::new();
+    let named = |params: &mut CertificateParams| params.subject_alt_names = vec![dns("example.org")];
+    let kinds = [&rcgen::PKCS_RSA_SHA256, &rcgen::PKCS_ECDSA_P256_SHA256];
+    let certificates = kinds.map(|kind| authority.keys_of(kind, named));
+    let leaves = certificates.clone().map(|keys| keys.certified().cert[0].clone());
+    let old = Bounds { max: TlsVersion::V1_2, ..Bounds::default() };
+    let server = ServerTls { certificates: certificates.into(), bounds: old.clone(), ..ServerTls::default() };
+    let shown = |suites: &[&str]| {
+        let mut client = ClientTls::named(Arc::clone(&authority.roots), Vec::new());
+        client.bounds =
+            Bounds { cipher_suites: suites.iter().map(|suite| (*suite).to_owned()).collect(), ..old.clone() };
+        let shaken = shake(&client.build().unwrap(), &server.build().unwrap(), "example.org").unwrap();
+        shaken.client.peer_certificates().unwrap()[0].clone()
+    };
+    let (rsa, ecdsa) = ("ECDHE-RSA-AES128-GCM-SHA256", "ECDHE-ECDSA-AES128-GCM-SHA256");
+    assert_eq!(shown(&[rsa]), leaves[0]);
+    assert_eq!(shown(&[ecdsa]), leaves[1]);
+    assert_eq!(shown(&[ecdsa, rsa]), leaves[0], "the first where both would do");
 }
 
 #[test]
