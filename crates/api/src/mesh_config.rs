@@ -224,7 +224,7 @@ records! {
         pub ca_certificates_pem: Vec<String>,
         pub image: Option<Value>,
         pub private_key_provider: Option<Value>,
-        pub proxy_headers: Option<Value>,
+        pub proxy_headers: Option<ProxyHeaders>,
         pub file_flush_interval: Option<Duration>,
         pub file_flush_min_size_kb: Option<u32>,
         pub stats_compression: Option<bool>,
@@ -233,6 +233,38 @@ records! {
         pub selector: Option<crate::networking::LabelSelector>,
         /// Of the ProxyConfig kind.
         pub environment_variables: BTreeMap<String, String>,
+    }
+
+    /// `proxyHeaders`
+    pub struct ProxyHeaders {
+        pub forwarded_client_cert: Option<Value>,
+        pub set_current_client_cert_details: Option<Value>,
+        pub request_id: HeaderSwitch,
+        pub server: ServerHeader,
+        pub attempt_count: HeaderSwitch,
+        pub envoy_debug_headers: HeaderSwitch,
+        pub metadata_exchange_headers: Option<Value>,
+        pub preserve_http1_header_case: bool,
+        pub x_forwarded_host: HeaderSetting,
+        pub x_forwarded_port: HeaderSetting,
+    }
+
+    /// A header that is written unless it is switched off.
+    pub struct HeaderSwitch {
+        pub disabled: bool,
+    }
+
+    /// A header that is written only where it is asked for.
+    pub struct HeaderSetting {
+        pub enabled: bool,
+    }
+
+    /// `proxyHeaders.server`
+    pub struct ServerHeader {
+        /// The application's own passes.
+        pub disabled: bool,
+        /// In place of the proxy's name.
+        pub value: String,
     }
 
     /// `gatewayTopology`

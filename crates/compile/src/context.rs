@@ -140,6 +140,16 @@ impl<'a> Context<'a> {
         }
     }
 
+    /// `proxyHeaders`
+    pub(crate) fn proxy_headers(&self) -> Option<&'a api::mesh_config::ProxyHeaders> {
+        proxy_config(self.snapshot, self.view)?.proxy_headers.as_ref()
+    }
+
+    /// Whether requests say which try they are.
+    pub(crate) fn counts_attempts(&self) -> bool {
+        !self.proxy_headers().is_some_and(|headers| headers.attempt_count.disabled)
+    }
+
     fn topology(&self) -> Option<&api::mesh_config::GatewayTopology> {
         proxy_config(self.snapshot, self.view)?.gateway_topology.as_ref()
     }

@@ -216,7 +216,11 @@ fn http_filters(context: &Context<'_>, of: &Http) -> Vec<HttpFilter> {
     if capabilities.has_stats {
         filters.push(http("istio.stats", stats_config(of.direction)));
     }
-    filters.push(http("envoy.filters.http.router", pack(&Router::default())));
+    let router = Router {
+        suppress_envoy_headers: context.proxy_headers().is_some_and(|headers| headers.envoy_debug_headers.disabled),
+        ..Router::default()
+    };
+    filters.push(http("envoy.filters.http.router", pack(&router)));
     filters
 }
 
@@ -260,13 +264,24 @@ pub(crate) fn connection_manager(context: &Context<'_>, of: Http) -> Filter {
         Direction::Inbound => Some((hcm::ForwardClientCertDetails::AppendForward, false)),
         Direction::Gateway => Some((context.gateway_client_cert_details(), true)),
     };
+    let headers = context.proxy_headers();
+    let own_name = headers.map(|headers| headers.server.value.as_str()).filter(|name| !name.is_empty());
+    let server_name = own_name.unwrap_or(if of.direction == Direction::Outbound { "" } else { "istio-envoy" });
+    let server_header = if headers.is_some_and(|headers| headers.server.disabled) {
+        hcm::ServerHeaderTransformation::PassThrough
+    } else {
+        hcm::ServerHeaderTransformation::Overwrite
+    };
     let manager = HttpConnectionManager {
         stat_prefix: of.stat_prefix,
         http_filters,
         tracing: Some(telemetry::tracing(context, of.direction)),
         http_protocol_options: http1_options(context, is_gateway),
         http2_protocol_options: of.is_http2.then(Default::default),
-        server_name: if of.direction == Direction::Outbound { String::new() } else { "istio-envoy".into() },
+        server_name: server_name.to_owned(),
+        server_header_transformation: server_header.into(),
+        generate_request_id: headers.filter(|headers| headers.request_id.disabled).and_then(|_| boolean(false)),
+        append_x_forwarded_port: headers.is_some_and(|headers| headers.x_forwarded_port.enabled),
         // Whatever a client from outside leaves hanging is let go; sidecars follow Istio's "never".
         stream_idle_timeout: if is_gateway { wire::seconds(GATEWAY_STREAM_IDLE_SECONDS) } else { zero() },
         request_headers_timeout: if is_gateway { wire::seconds(GATEWAY_HEADERS_SECONDS) } else { None },

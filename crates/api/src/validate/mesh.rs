@@ -125,7 +125,6 @@ fn proxy_config(check: &mut Check<'_>, at: &str, config: &ProxyConfig) {
         ("caCertificatesPem", !config.ca_certificates_pem.is_empty()),
         ("image", config.image.is_some()),
         ("privateKeyProvider", config.private_key_provider.is_some()),
-        ("proxyHeaders", config.proxy_headers.is_some()),
         ("fileFlushInterval", config.file_flush_interval.is_some()),
         ("fileFlushMinSizeKb", config.file_flush_min_size_kb.is_some()),
         ("statsCompression", config.stats_compression.is_some()),
@@ -138,6 +137,16 @@ fn proxy_config(check: &mut Check<'_>, at: &str, config: &ProxyConfig) {
         ),
     ] {
         check.unbuilt_if(set, format!("{at}.{name}"));
+    }
+    if let Some(headers) = &config.proxy_headers {
+        for (name, set) in [
+            ("forwardedClientCert", headers.forwarded_client_cert.is_some()),
+            ("setCurrentClientCertDetails", headers.set_current_client_cert_details.is_some()),
+            ("metadataExchangeHeaders", headers.metadata_exchange_headers.is_some()),
+            ("preserveHttp1HeaderCase", headers.preserve_http1_header_case),
+        ] {
+            check.unbuilt_if(set, format!("{at}.proxyHeaders.{name}"));
+        }
     }
     let Some(tracing) = &config.tracing else { return };
     let at = format!("{at}.tracing");

@@ -68,6 +68,9 @@ fn table(context: &Context<'_>, name: &str, servers: &[&OpenServer], number: u16
     }
     gathered.retain(|_, entry| entry.redirects || !entry.routes.is_empty());
     let mut virtual_hosts = collapse(gathered);
+    for host in &mut virtual_hosts {
+        host.include_request_attempt_count = context.counts_attempts();
+    }
     if virtual_hosts.is_empty() {
         virtual_hosts.push(VirtualHost {
             name: format!("blackhole:{number}"),
@@ -119,7 +122,6 @@ fn collapse(gathered: BTreeMap<Box<str>, Gathered>) -> Vec<VirtualHost> {
             domains: vec![host.into()],
             routes: entry.routes,
             require_tls: require_tls.into(),
-            include_request_attempt_count: true,
             ..VirtualHost::default()
         });
     }

@@ -228,6 +228,7 @@ fn forward(
     if let Some(host) = authority.take() {
         action.host_rewrite_specifier = Some(route_action::HostRewriteSpecifier::HostRewriteLiteral(host));
     }
+    action.append_x_forwarded_host = of.context.proxy_headers().is_some_and(|headers| headers.x_forwarded_host.enabled);
     action.request_mirror_policies = mirrors(of, spec);
     (action, single)
 }

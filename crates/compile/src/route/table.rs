@@ -38,7 +38,7 @@ pub(crate) fn build(
     table: &Table<'_>,
     sources: &Sources<'_>,
 ) -> RouteConfiguration {
-    let virtual_hosts = match table {
+    let mut virtual_hosts = match table {
         Table::Shared(port) => shared(context, *port, sources),
         Table::Private(service, port) => vec![virtual_host(
             format!("{}:{}", service.host, port.number),
@@ -46,6 +46,9 @@ pub(crate) fn build(
             service_routes(context, service, port, sources),
         )],
     };
+    for host in &mut virtual_hosts {
+        host.include_request_attempt_count = context.counts_attempts();
+    }
     RouteConfiguration {
         name,
         virtual_hosts,
@@ -57,7 +60,7 @@ pub(crate) fn build(
 }
 
 fn virtual_host(name: String, domains: Vec<String>, routes: Vec<Route>) -> VirtualHost {
-    VirtualHost { name, domains, routes, include_request_attempt_count: true, ..VirtualHost::default() }
+    VirtualHost { name, domains, routes, ..VirtualHost::default() }
 }
 
 /// The VirtualService that routes a host: the narrowest of its hosts decides, then the oldest.
