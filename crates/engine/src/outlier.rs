@@ -36,6 +36,8 @@ pub struct Policy {
     pub time_max: Duration,
     /// At most this share of the hosts, but always one.
     pub percent_max: u32,
+    /// The answers that are failures, instead of all 5xx.
+    pub failures: Option<Box<[u16]>>,
 }
 
 /// What came of a try.
@@ -134,7 +136,17 @@ impl Policy {
             base,
             time_max: time(&proto.max_ejection_time, 300, "max_ejection_time")?.max(base),
             percent_max,
+            failures: None,
         })
+    }
+
+    /// What an answer counts as: itself, or 500 for one that is named a failure and 200 for one that is not.
+    fn judged(&self, status: u16) -> u16 {
+        match &self.failures {
+            None => status,
+            Some(failures) if failures.contains(&status) => status.max(500),
+            Some(_) => 200,
+        }
     }
 
     /// How long the `times`-th ejection in a row lasts.
@@ -156,7 +168,7 @@ pub fn mark(
         Event::Status(status) => {
             // An answer came: nothing is wrong on our side.
             reset(&host.consecutive_local);
-            status
+            policy.judged(status)
         }
         Event::Connected => {
             reset(&host.consecutive_local);
@@ -309,6 +321,17 @@ mod tests {
         bed.mark(0, &[BAD], 0);
         assert_eq!(bed.ejected(), [0]);
         assert_ne!(bed.cluster.health_version.load(Relaxed), version);
+    }
+
+    #[test]
+    fn named_statuses_are_failures_and_no_others() {
+        let mut bed = bed(&istio(), 3);
+        bed.policy.failures = Some([429, 503].into());
+        bed.mark(0, &[Event::Status(429), Event::Status(503), Event::Status(429), Event::Status(429)], 0);
+        bed.mark(1, &[BAD; 9], 0);
+        assert!(bed.ejected().is_empty());
+        bed.mark(0, &[Event::Status(429)], 0);
+        assert_eq!(bed.ejected(), [0]);
     }
 
     #[test]

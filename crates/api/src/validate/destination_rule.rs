@@ -220,9 +220,7 @@ fn load_balancer(check: &mut Check<'_>, at: &str, balancer: &LoadBalancerSetting
         if warmup.minimum_percent.is_some_and(|percent| !(0.0..=100.0).contains(&percent)) {
             check.error(&format!("{at}.minimumPercent"), "minimumPercent is not between 0 and 100", "");
         }
-        check.unbuilt(&at);
     }
-    check.unbuilt_if(balancer.warmup_duration_secs.is_some(), format!("{at}.warmupDurationSecs"));
 }
 
 fn is_prime(number: u64) -> bool {
@@ -300,10 +298,6 @@ pub(super) fn outlier_detection(check: &mut Check<'_>, at: &str, outlier: &Outli
     if outlier.consecutive_errors.is_some() {
         check.warn(&format!("{at}.consecutiveErrors"), "consecutiveErrors is deprecated", "use consecutive5xxErrors");
     }
-    check.unbuilt_if(
-        !outlier.outlier_detection_http_error_codes.is_empty(),
-        format!("{at}.outlierDetectionHttpErrorCodes"),
-    );
     for (index, code) in outlier.outlier_detection_http_error_codes.iter().enumerate() {
         if !(100..600).contains(code) {
             check.error(

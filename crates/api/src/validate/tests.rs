@@ -43,6 +43,8 @@ fn virtual_services() {
         (format!("hosts: [a.com, '*.com']\nhttp: [{{{to}}}]"), "overlaps"),
         (format!("gateways: [gw]\nhttp: [{{{to}}}]"), "at least one host"),
         ("hosts: [a]".to_owned(), "at least one of http"),
+        (format!("http: [{{{to}}}]"), ""),
+        ("http: [{delegate: {name: b}}]".to_owned(), "cannot delegate again"),
         ("hosts: [a]\nhttp: [{}]".to_owned(), "one of route, redirect"),
         (format!("hosts: [a]\nhttp: [{{redirect: {{uri: /x}}, {to}}}]"), "exclude each other"),
         ("hosts: [a]\nhttp: [{redirect: {}}]".to_owned(), "redirect says nothing"),

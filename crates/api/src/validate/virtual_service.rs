@@ -388,7 +388,6 @@ pub(super) fn retries(check: &mut Check<'_>, at: &str, retries: &HttpRetry) {
             check.error(&format!("{at}.retryOn"), format!("{word:?} is not a condition for a retry"), &hint);
         }
     }
-    check.unbuilt_if(retries.retry_remote_localities == Some(true), format!("{at}.retryRemoteLocalities"));
 }
 
 fn fault(check: &mut Check<'_>, at: &str, fault: &HttpFaultInjection) {

@@ -6,10 +6,12 @@ use api::networking as net;
 use envoy_types::pb::envoy::config::cluster::v3::{
     CircuitBreakers, Cluster, OutlierDetection, UpstreamConnectionOptions, circuit_breakers, cluster,
 };
+use envoy_types::pb::envoy::config::common::matcher::v3::{HttpHeadersMatch, MatchPredicate, match_predicate};
 use envoy_types::pb::envoy::config::core::v3::{
     Http1ProtocolOptions, Http2ProtocolOptions, HttpProtocolOptions as CommonOptions, KeepaliveSettings,
     RoutingPriority, RuntimeDouble,
 };
+use envoy_types::pb::envoy::config::route::v3::{HeaderMatcher, header_matcher::HeaderMatchSpecifier};
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::{HttpProtocolOptions, http_protocol_options as http};
 use envoy_types::pb::envoy::r#type::v3::Percent;
 use envoy_types::pb::google::protobuf::UInt64Value;
@@ -18,6 +20,7 @@ use mesh::Protocol;
 use super::{Outbound, client_protocol, keep_alive};
 use crate::context::Context;
 use crate::locality;
+use crate::security::matchers;
 use crate::wire::{self, uint};
 
 /// A limit that nothing reaches.
@@ -243,7 +246,39 @@ pub(super) fn http_options(context: &Context<'_>, of: &Outbound<'_>) -> Option<H
     let follows_client =
         http.is_some_and(|http| http.use_client_protocol) || (protocol.is_auto() && context.is_sidecar());
     let speaks_http2 = protocol.is_http2() || upgrades;
-    options(speaks_http2, follows_client && !speaks_http2, pool)
+    let mut options = options(speaks_http2, follows_client && !speaks_http2, pool);
+    let codes =
+        of.policy.outlier_detection.as_ref().map(|outlier| outlier.outlier_detection_http_error_codes.as_slice());
+    if let Some(codes) = codes.filter(|codes| !codes.is_empty()) {
+        options
+            .get_or_insert_with(|| HttpProtocolOptions {
+                upstream_protocol_options: Some(explicit_http1()),
+                ..HttpProtocolOptions::default()
+            })
+            .outlier_detection = Some(http::OutlierDetection { error_matcher: Some(any_status(codes)) });
+    }
+    options
+}
+
+/// Matches answers of these statuses.
+fn any_status(codes: &[u32]) -> MatchPredicate {
+    let one = |code: &u32| MatchPredicate {
+        rule: Some(match_predicate::Rule::HttpResponseHeadersMatch(HttpHeadersMatch {
+            headers: vec![HeaderMatcher {
+                name: ":status".into(),
+                header_match_specifier: Some(HeaderMatchSpecifier::StringMatch(matchers::exact(&code.to_string()))),
+                ..HeaderMatcher::default()
+            }],
+        })),
+    };
+    match codes {
+        [code] => one(code),
+        codes => MatchPredicate {
+            rule: Some(match_predicate::Rule::OrMatch(match_predicate::MatchSet {
+                rules: codes.iter().map(one).collect(),
+            })),
+        },
+    }
 }
 
 fn common_only(pool: Option<&net::ConnectionPoolSettings>) -> Option<HttpProtocolOptions> {

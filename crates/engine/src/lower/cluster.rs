@@ -6,9 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use envoy_types::pb::envoy::config::cluster::v3 as pb;
+use envoy_types::pb::envoy::config::common::matcher::v3::{MatchPredicate, match_predicate};
 use envoy_types::pb::envoy::config::core::v3 as core;
+use envoy_types::pb::envoy::config::route::v3::header_matcher::HeaderMatchSpecifier;
 use envoy_types::pb::envoy::extensions::clusters::dynamic_forward_proxy::v3 as dynamic;
 use envoy_types::pb::envoy::extensions::upstreams::http::v3 as upstreams;
+use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::google::protobuf::value::Kind;
 use envoy_types::pb::google::protobuf::{Any, Duration as ProtoDuration, Struct, UInt32Value};
 
@@ -36,7 +39,7 @@ pub(super) fn lower(any: &Any) -> Result<(Name, Cluster), Unsupported> {
     };
     let (discovery, inline_endpoints) = discovery(&mut proto, &name)?;
     let metadata = proto.metadata.take();
-    let mut http = http_options(&mut proto)?;
+    let (mut http, failures) = http_options(&mut proto)?;
     let transports = transports(&mut proto, &mut http)?;
     let balancing = balancing(&mut proto, &discovery)?;
     let locality = common_lb(proto.common_lb_config.take()).within("common_lb_config")?;
@@ -59,7 +62,7 @@ pub(super) fn lower(any: &Any) -> Result<(Name, Cluster), Unsupported> {
         balancing,
         locality,
         limits,
-        outlier: outlier.map(Arc::new),
+        outlier: outlier.map(|policy| Arc::new(crate::outlier::Policy { failures, ..policy })),
         transports,
         http,
         bind,
@@ -340,7 +343,10 @@ fn transports(proto: &mut pb::Cluster, http: &mut UpstreamHttp) -> Result<Vec<Ar
     Ok(all)
 }
 
-fn http_options(proto: &mut pb::Cluster) -> Result<UpstreamHttp, Unsupported> {
+/// The HTTP settings, and which statuses outlier detection takes for failures, if they are named.
+type HttpOptions = (UpstreamHttp, Option<Box<[u16]>>);
+
+fn http_options(proto: &mut pb::Cluster) -> Result<HttpOptions, Unsupported> {
     let mut http = UpstreamHttp::default();
     {
         if let Some(requests) = proto.max_requests_per_connection.take() {
@@ -351,10 +357,34 @@ fn http_options(proto: &mut pb::Cluster) -> Result<UpstreamHttp, Unsupported> {
             http2(&mut http, options).within("http2_protocol_options")?;
         }
     }
-    let Some(any) = proto.typed_extension_protocol_options.remove(HTTP_OPTIONS) else { return Ok(http) };
-    let options: upstreams::HttpProtocolOptions = unpack(&any, "typed_extension_protocol_options")?;
+    let Some(any) = proto.typed_extension_protocol_options.remove(HTTP_OPTIONS) else { return Ok((http, None)) };
+    let mut options: upstreams::HttpProtocolOptions = unpack(&any, "typed_extension_protocol_options")?;
+    let matcher = options.outlier_detection.take().and_then(|outlier| outlier.error_matcher);
+    let failures = matcher.as_ref().map(failures).transpose().within("outlier_detection.error_matcher");
+    let failures = failures.within("typed_extension_protocol_options")?;
     typed_http_options(&mut http, options).within("typed_extension_protocol_options")?;
-    Ok(http)
+    Ok((http, failures))
+}
+
+/// The statuses that a matcher of answers names, one by one.
+fn failures(matcher: &MatchPredicate) -> Result<Box<[u16]>, Unsupported> {
+    let one = |matcher: &MatchPredicate| {
+        let Some(match_predicate::Rule::HttpResponseHeadersMatch(found)) = &matcher.rule else { return None };
+        let [header] = found.headers.as_slice() else { return None };
+        let exact = match &header.header_match_specifier {
+            Some(HeaderMatchSpecifier::StringMatch(text)) => match text.match_pattern.as_ref()? {
+                MatchPattern::Exact(exact) => exact,
+                _ => return None,
+            },
+            _ => return None,
+        };
+        (header.name == ":status" && !header.invert_match).then(|| exact.parse().ok())?
+    };
+    let all = match &matcher.rule {
+        Some(match_predicate::Rule::OrMatch(set)) => set.rules.iter().map(one).collect(),
+        _ => one(matcher).map(|status| Box::from([status])),
+    };
+    all.ok_or_else(|| Unsupported::new("rule", "must name values of :status, one or several"))
 }
 
 fn typed_http_options(http: &mut UpstreamHttp, mut options: upstreams::HttpProtocolOptions) -> Result<(), Unsupported> {
@@ -428,7 +458,8 @@ fn http2(http: &mut UpstreamHttp, mut options: core::Http2ProtocolOptions) -> Re
         let timeout = optional_duration(keepalive.timeout.take(), "connection_keepalive.timeout")?;
         keepalive.interval_jitter = None;
         nothing_left(&keepalive).within("connection_keepalive")?;
-        http.keepalive = interval.zip(timeout);
+        // An interval of zero sends none.
+        http.keepalive = interval.filter(|interval| !interval.is_zero()).zip(timeout);
     }
     options.override_stream_error_on_invalid_http_message = None;
     nothing_left(&options)
