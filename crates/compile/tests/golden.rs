@@ -20,6 +20,11 @@ use mesh::MeshSnapshot;
 use prost::Message as _;
 use types::wellknown::type_urls;
 
+#[path = "golden/policies.rs"]
+mod policies;
+#[path = "golden/services.rs"]
+mod services;
+
 /// Two HTTP services, one of bytes, one of unknown protocol; the client is a pod of `shop`.
 const MESH: &str = r"
 apiVersion: v1

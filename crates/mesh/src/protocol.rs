@@ -144,6 +144,7 @@ mod tests {
             (80, "http_proxy", "TCP", None, Protocol::HttpProxy),
             (80, "", "TCP", None, Protocol::Auto),
             (25, "smtp", "TCP", None, Protocol::Tcp),
+            (53, "dns", "TCP", None, Protocol::Tcp),
             (3306, "db", "TCP", None, Protocol::Tcp),
             (27017, "http-3306", "TCP", None, Protocol::Http),
             (80, "http", "UDP", None, Protocol::Udp),

@@ -42,7 +42,8 @@ impl<'a> Puppet<'a> {
         self.ask("PUT", "answers", &answers.to_string());
     }
 
-    /// The requests that came: `[{"method", "path", "headers": {name: […]}, "body"}]`.
+    /// The requests that came: `[{"method", "path", "headers": {name: […]}, "body", "connection"}]`; connections
+    /// are numbered.
     #[track_caller]
     pub fn seen(&self) -> Vec<Value> {
         serde_json::from_str(&self.ask("GET", "seen", "")).expect("the puppet writes JSON")

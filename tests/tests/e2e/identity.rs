@@ -59,6 +59,27 @@ fn strict_refuses_plaintext_and_permissive_takes_it() {
 }
 
 /// How the pod's port takes a call: `None` refused, else whether it came over mutual TLS.
+#[test]
+fn probes_reach_an_application_whose_proxy_is_strict() {
+    let mesh = SECURITY.turn();
+    let strict = peer_authentication("foo", "default", "{mtls: {mode: STRICT}}");
+    let pod = "
+apiVersion: v1
+kind: Pod
+metadata: {name: probed, namespace: foo, labels: {app: probed}}
+spec:
+  containers:
+  - name: app
+    image: docker.io/kong/httpbin
+    readinessProbe: {httpGet: {path: /status/204, port: 80}, periodSeconds: 1}
+";
+    let _objects = mesh.with(&format!("{strict}---{pod}"));
+    eventually("the pod to be ready", || {
+        let row = mesh.must(&["get", "pod/probed", "-n", "foo"], "");
+        if row.contains("2/2") { Ok(()) } else { Err(row) }
+    });
+}
+
 fn taken(mesh: &Mesh, whence: &str) -> Option<bool> {
     let seen = mesh.curl(whence, &[&format!("{HTTPBIN}/headers")]);
     (seen.status == 200).then(|| seen.body.contains("x-forwarded-client-cert"))

@@ -8,6 +8,7 @@
 mod apps;
 mod authorization;
 mod bad_input;
+mod destinations;
 mod explain;
 mod gateway;
 mod hostile;
@@ -17,6 +18,7 @@ mod node_commands;
 mod node_life;
 mod node_pods;
 mod operations;
+mod pools;
 mod resilience;
 mod rollouts;
 mod routing;

@@ -273,14 +273,17 @@ fn failures_have_envoys_flags_and_bodies() {
         route("/dead", "dead", ""),
         route("/garbage", "garbage", ""),
         route("/missing", "flaky", ", subset: missing"),
+        route("/empty", "flaky", ", subset: nobody"),
     ]
     .concat();
+    let subset = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: flaky, namespace: shop}\nspec: {host: flaky, subsets: [{name: nobody, labels: {version: none}}]}\n";
     let services = [
         "apiVersion: v1\nkind: Service\nmetadata: {name: nobody, namespace: shop}\nspec: {selector: {app: nobody}, ports: [{name: http, port: 80}]}\n".to_owned(),
         "apiVersion: v1\nkind: Service\nmetadata: {name: dead, namespace: shop}\nspec: {selector: {deployment: dead}, ports: [{name: http, port: 80}]}\n".to_owned(),
         "apiVersion: v1\nkind: Service\nmetadata: {name: garbage, namespace: shop}\nspec: {selector: {app: echo, version: v1}, ports: [{name: http, port: 80, targetPort: 9000}]}\n".to_owned(),
     ];
-    let _objects = mesh.with(&format!("{}\n---\n{}", services.join("---\n"), virtual_service("flags", &rules)));
+    let rules = virtual_service("flags", &rules);
+    let _objects = mesh.with(&format!("{}\n---\n{rules}\n---\n{subset}", services.join("---\n")));
     let check = |path: &str, status: u16, body: &str, logged: &str| {
         let answer = mesh.get("flags.shop.test", path, &[]);
         assert_eq!(answer.status, status, "{path}: {answer:?}");
@@ -289,6 +292,7 @@ fn failures_have_envoys_flags_and_bodies() {
     };
     check("/nobody/1", 503, "no healthy upstream", " 503 UH no_healthy_upstream ");
     check("/missing/1", 503, "", " 503 NC cluster_not_found ");
+    check("/empty/1", 503, "no healthy upstream", " 503 UH no_healthy_upstream ");
     check("/elsewhere/1", 404, "", " 404 NR route_not_found ");
     check(
         "/garbage/1",
@@ -299,6 +303,33 @@ fn failures_have_envoys_flags_and_bodies() {
     // Nobody listens behind the server's proxy: it is the one that fails.
     check("/dead/1", 503, "upstream connect error or disconnect/reset before headers.", " 503 - via_upstream ");
     line(&mesh, "shop/dead", "/dead/1", &["UF", "Connection_refused"]);
+}
+
+#[test]
+fn mirrors_have_shares_and_their_failures_harm_nobody() {
+    let mesh = TRAFFIC.turn();
+    let puppet = Puppet::new(&mesh, COLLECTOR);
+    let nobody = service("shop", "nobody", "{name: http, port: 80}");
+    let rule = "
+  - route: [{destination: {host: httpbin, port: {number: 8000}}}]
+    mirrors:
+    - {destination: {host: puppet.plain.svc.cluster.local, port: {number: 8000}}, percentage: {value: 30}}
+    - {destination: {host: nobody, port: {number: 80}}}
+    - {destination: {host: puppet.plain.svc.cluster.local, port: {number: 8000}, subset: missing}}";
+    let _objects = mesh.with(&format!("{nobody}---\n{}", virtual_service("mirrored", rule)));
+    let count = 400;
+    let tally = mesh.tally("mirrored.shop.test", "/anything/mirrored", count, |answer| answer.status.to_string());
+    assert_eq!(tally, [("200".to_owned(), count)].into());
+    // A copy is under way before its original is answered.
+    eventually("every copy to be answered", || {
+        let state = mesh.curl(GATEWAY, &["http://127.0.0.1:15000/lateen/state"]).json();
+        let copies = &state["clusters"]["outbound|8000||puppet.plain.svc.cluster.local"]["requests"];
+        if copies.as_u64().unwrap_or(0) == 0 { Ok(()) } else { Err(copies.to_string()) }
+    });
+    let seen = puppet.seen();
+    let copies = seen.iter().filter(|seen| seen["path"] == "/anything/mirrored");
+    assert!(copies.clone().all(|seen| seen["headers"]["host"] == json!(["mirrored.shop.test"])), "the host is kept");
+    assert_share("30 % mirrored", copies.count(), count, 0.3);
 }
 
 #[test]

@@ -59,6 +59,15 @@ fn an_unnamed_port_carries_http_of_both_versions_tls_and_bytes() {
     let hello = client_hello();
     let seen = exchange(&mesh, "shop/curl", "any", 9000, &hello, |seen| seen.len() >= hello.len() + 6);
     assert_eq!(seen, [b"bytes ", &hello[..]].concat());
+
+    // And so does the HTTP of old.
+    let seen = exchange(&mesh, "shop/curl", "any", 9000, b"GET /get HTTP/1.0\r\n\r\n", |_| false);
+    assert!(seen.starts_with(b"HTTP/1.0 200 OK\r\n"), "{}", String::from_utf8_lossy(&seen));
+    eventually("its line as bytes", || {
+        let log = mesh.logs("shop/curl", "istio-proxy");
+        let is_it = |line: &str| line.contains("outbound|9000||any.shop") && line.contains("\"- - -\" 0 -");
+        if log.lines().any(|line| is_it(line) && line.contains(" 21 ")) { Ok(()) } else { Err(log) }
+    });
 }
 
 #[test]

@@ -60,6 +60,21 @@ fn bytes_are_routed_by_weight() {
 }
 
 #[test]
+fn connections_of_a_client_stick_to_a_pod_by_its_address() {
+    let mesh = TRAFFIC.turn();
+    let _rule = mesh.with(
+        "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: echo, namespace: shop}
+spec: {host: echo, trafficPolicy: {loadBalancer: {consistentHash: {useSourceIp: true}}}}
+",
+    );
+    let seen = echoes(&mesh, "shop/curl", "echo", 9000, 20);
+    assert!(seen.values().eq([&20]) && !seen.contains_key(""), "{seen:?}");
+}
+
+#[test]
 fn bytes_between_proxies_are_mutual_tls_on_the_wire() {
     let mesh = TRAFFIC.turn();
     // A pod without a proxy that says it has one: it sees what a proxy would, and logs it.

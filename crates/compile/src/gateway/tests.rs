@@ -410,6 +410,65 @@ fn routing_by_claims() {
 }
 
 #[test]
+fn a_server_shows_two_certificates_and_names_of_clients_go_to_the_first() {
+    let server = tls_server("both", "both.example.com", "mode: MUTUAL, credentialNames: [rsa, ecdsa, more]");
+    let secrets = ["rsa", "ecdsa", "more"].map(|name| secret(name, &["tls.crt", "tls.key", "ca.crt"])).concat();
+    let got = compiled(&(gateway("shop", "g", &server) + &secrets));
+    let all = listeners(&got);
+    assert!(all[0].contains("kubernetes://rsa kubernetes://ecdsa") && !all[0].contains("more"), "{all:?}");
+    assert!(all[0].contains("kubernetes://rsa-cacert"), "{all:?}");
+}
+
+/// The port that a redirect writes into its location.
+fn redirected(port: u16, redirect: &str) -> u32 {
+    let got = compiled(
+        &(gateway("shop", "g", &format!("{{port: {{number: {port}, name: http, protocol: HTTP}}, hosts: ['*']}}"))
+            + &virtual_service(
+                "shop",
+                "vs",
+                &format!("{{hosts: ['*'], gateways: [g], http: [{{redirect: {redirect}}}]}}"),
+            )),
+    );
+    match &got.compiled.routes[0].virtual_hosts[0].routes[0].action {
+        Some(route::Action::Redirect(redirect)) => redirect.port_redirect,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_redirect_derives_its_port() {
+    assert_eq!(redirected(8080, "{derivePort: FROM_REQUEST_PORT}"), 8080);
+    assert_eq!(redirected(80, "{derivePort: FROM_REQUEST_PORT}"), 0, "the scheme's own port is not written");
+    assert_eq!(redirected(80, "{scheme: https, derivePort: FROM_REQUEST_PORT}"), 80);
+    assert_eq!(redirected(8080, "{scheme: https, derivePort: FROM_PROTOCOL_DEFAULT}"), 0);
+    assert_eq!(redirected(8080, "{port: 8443}"), 8443);
+}
+
+#[test]
+fn rules_of_a_gateways_own_namespace_and_http1_to_unnamed_ports() {
+    let more = "---\napiVersion: v1\nkind: Service\nmetadata: {name: any, namespace: shop}\nspec: {clusterIP: 10.96.0.7, selector: {app: any}, ports: [{port: 9001}]}\n";
+    let rule = |namespace: &str, simple: &str| {
+        format!(
+            "---\napiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: r, namespace: {namespace}}}\nspec: {{host: web.shop.svc.cluster.local, trafficPolicy: {{loadBalancer: {{simple: {simple}}}}}}}\n"
+        )
+    };
+    let clusters = |yaml: &str| {
+        let snapshot = test_mesh::snapshot(&format!("{SERVICES}{more}{yaml}"));
+        let view = test_mesh::view(ProxyKind::Router, "edge", &["istio=ingressgateway"]);
+        crate::compile(&snapshot, &view).clusters
+    };
+    let balancing = |yaml: &str| clusters(yaml).iter().find(|of| of.name == WEB).unwrap().lb_policy;
+    let service = balancing(&rule("shop", "RANDOM"));
+    let both = rule("shop", "RANDOM") + &rule("edge", "ROUND_ROBIN");
+    assert_ne!(service, balancing(""), "the service's own rule holds");
+    assert_eq!(balancing(&both), balancing(&rule("edge", "ROUND_ROBIN")), "the gateway's goes before it");
+    assert_ne!(balancing(&both), service);
+    let all = clusters("");
+    let unnamed = all.iter().find(|of| of.name == "outbound|9001||any.shop.svc.cluster.local").unwrap();
+    assert!(unnamed.typed_extension_protocol_options.is_empty(), "HTTP/1.1 with nothing special");
+}
+
+#[test]
 fn whole_proxies_name_nothing_that_is_not_there_and_come_out_the_same() {
     let servers = [
         "{port: {number: 80, name: http, protocol: HTTP}, hosts: ['*']}".to_owned(),

@@ -274,3 +274,16 @@ spec:
         ]
     );
 }
+
+#[test]
+fn what_an_application_was_never_sent_is_tried_again_unless_it_is_grpc() {
+    let retries = |is_grpc: bool| {
+        let target = Target { is_grpc, ..Target::passthrough(Some(80), MtlsMode::Permissive) };
+        let Some(route::Action::Route(action)) = table(&target).virtual_hosts[0].routes[0].action.clone() else {
+            panic!("a route")
+        };
+        action.retry_policy.map(|policy| (policy.retry_on, policy.num_retries.map(|count| count.value)))
+    };
+    assert_eq!(retries(false), Some(("reset-before-request".to_owned(), Some(2))));
+    assert_eq!(retries(true), None);
+}

@@ -17,6 +17,8 @@ use crate::config::NodeFacts;
 use crate::record::Stage;
 use crate::testing::*;
 
+mod filters;
+mod hashing;
 mod replies;
 
 fn header(name: &str, value: &str, append: bool) -> core::HeaderValueOption {

@@ -7,7 +7,7 @@
 //! | page | what |
 //! |---|---|
 //! | `PUT /_/answers` | `[{"path", "status", "headers": {…}, "body", "hangs", "closes", "truncates"}]` |
-//! | `GET /_/seen`, `DELETE /_/seen` | the requests, as `[{"method", "path", "headers": {name: […]}, "body"}]` |
+//! | `GET /_/seen`, `DELETE /_/seen` | the requests, as `[{"method", "path", "headers": {name: […]}, "body", "connection"}]` |
 //! | `GET /_/raw` | the first bytes of each connection to `RAW_PORT`, in base64 |
 
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -47,9 +47,9 @@ fn main() -> io::Result<()> {
             }
         });
     }
-    for stream in TcpListener::bind(("0.0.0.0", *http))?.incoming().map_while(Result::ok) {
+    for (number, stream) in TcpListener::bind(("0.0.0.0", *http))?.incoming().map_while(Result::ok).enumerate() {
         let memory = Arc::clone(&memory);
-        std::thread::spawn(move || serve(stream, &memory));
+        std::thread::spawn(move || serve(stream, number, &memory));
     }
     Ok(())
 }
@@ -87,12 +87,13 @@ fn record_raw(mut stream: TcpStream, memory: &Shared) {
     }
 }
 
-/// Serves a connection until either side has enough of it.
-fn serve(stream: TcpStream, memory: &Shared) -> Option<()> {
+/// Serves a connection, the `number`th, until either side has enough of it.
+fn serve(stream: TcpStream, number: usize, memory: &Shared) -> Option<()> {
     let mut out = stream.try_clone().ok()?;
     let mut from = BufReader::new(stream);
     loop {
-        let request = read(&mut from)?;
+        let mut request = read(&mut from)?;
+        request["connection"] = json!(number);
         let [method, path] = ["method", "path"].map(|part| request[part].as_str().unwrap_or_default().to_owned());
         let mut missing = 0;
         let (status, headers, body) = match (method.as_str(), path.as_str()) {

@@ -1,0 +1,170 @@
+//! Connections to upstreams: what they speak, how many, how long they live.
+
+use std::io::{Read as _, Write as _};
+
+use serde_json::{Value, json};
+use testkit::{Client, Client2, Mesh, Puppet, eventually};
+
+use crate::apps::{COLLECTOR, TRAFFIC};
+
+const CLIENT: &str = "shop/curl";
+
+/// A rule with this connection pool, in the client's namespace.
+fn pool(host: &str, settings: &str) -> String {
+    let name = host.split('.').next().unwrap_or(host);
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: pool-{name}, namespace: shop}}\nspec: {{host: {host}, trafficPolicy: {{connectionPool: {{{settings}}}}}}}\n"
+    )
+}
+
+/// Another Service of pods that have one.
+fn service(namespace: &str, name: &str, app: &str, port: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {{selector: {{app: {app}}}, ports: [{port}]}}\n"
+    )
+}
+
+/// A line of a proxy's log that says all of this.
+#[track_caller]
+fn logged(mesh: &Mesh, whence: &str, words: &[&str]) {
+    eventually(&format!("a line with {words:?}"), || {
+        let log = mesh.logs(whence, "istio-proxy");
+        if log.lines().any(|line| words.iter().all(|word| line.contains(word))) { Ok(()) } else { Err(log) }
+    });
+}
+
+/// What is under way in a proxy towards a cluster.
+fn state(mesh: &Mesh, whence: &str, cluster: &str) -> Value {
+    mesh.curl(whence, &["http://127.0.0.1:15000/lateen/state"]).json()["clusters"][cluster].clone()
+}
+
+#[test]
+fn connections_speak_what_the_rule_says_or_what_the_client_does() {
+    let mesh = TRAFFIC.turn();
+    let mut number = 0;
+    // The server's proxy tells what came to it.
+    let mut check = |is_http2: bool, expect: &str| {
+        number += 1;
+        let path = format!("/get?speaks={number}");
+        let tunnel = mesh.dial(CLIENT, "httpbin.shop", 8000);
+        let answer = if is_http2 {
+            Client2::over(tunnel).unwrap().send("GET", "httpbin.shop:8000", &path, &[])
+        } else {
+            Client::over(tunnel).send("GET", "httpbin.shop:8000", &path, &[])
+        };
+        assert_eq!(answer.unwrap().status, 200);
+        logged(&mesh, "shop/httpbin", &[&format!("\"GET {path} {expect}\"")]);
+    };
+    check(false, "HTTP/1.1");
+    check(true, "HTTP/1.1");
+    let _rule = mesh.with(&pool("httpbin", "http: {h2UpgradePolicy: UPGRADE}"));
+    check(false, "HTTP/2");
+    mesh.apply(&pool("httpbin", "http: {useClientProtocol: true}"));
+    check(false, "HTTP/1.1");
+    check(true, "HTTP/2");
+}
+
+#[test]
+fn connections_carry_so_many_requests_and_idle_ones_are_closed() {
+    let mesh = TRAFFIC.turn();
+    let puppet = Puppet::new(&mesh, COLLECTOR);
+    let objects = [
+        service("plain", "always", "puppet", "{name: http, port: 8020, targetPort: 8000}"),
+        service("plain", "twice", "puppet", "{name: http, port: 8021, targetPort: 8000}"),
+        service("plain", "brief", "puppet", "{name: http, port: 8022, targetPort: 8000}"),
+        pool("twice.plain.svc.cluster.local", "http: {maxRequestsPerConnection: 2}"),
+        pool("brief.plain.svc.cluster.local", "http: {idleTimeout: 1s}"),
+    ];
+    let _objects = mesh.with(&objects.join("---\n"));
+    let ask = |host: &str, port: u16, count: usize| {
+        let mut client = Client::over(mesh.dial(CLIENT, &format!("{host}.plain"), port));
+        for _ in 0..count {
+            let answer = client.send("GET", &format!("{host}.plain:{port}"), &format!("/{host}"), &[]);
+            assert_eq!(answer.unwrap().status, 200);
+        }
+        let of_host = format!("/{host}");
+        let seen = puppet.seen();
+        seen.iter().filter(|seen| seen["path"] == of_host).map(|seen| seen["connection"].clone()).collect::<Vec<_>>()
+    };
+    let kept = ask("always", 8020, 4);
+    assert!(kept.iter().all(|connection| *connection == kept[0]), "kept: {kept:?}");
+    let twice = ask("twice", 8021, 4);
+    assert!(twice[0] == twice[1] && twice[1] != twice[2] && twice[2] == twice[3], "two each: {twice:?}");
+    let closed = |cluster: &str| {
+        eventually("the idle connection to be closed", || match state(&mesh, CLIENT, cluster) {
+            Value::Null => Ok(()),
+            open => Err(open.to_string()),
+        });
+    };
+    let first = ask("brief", 8022, 1);
+    closed("outbound|8022||brief.plain.svc.cluster.local");
+    let second = ask("brief", 8022, 1);
+    assert!(second.len() == 2 && second[0] == first[0] && second[1] != first[0], "a new one: {second:?}");
+    // A rule that comes later holds for the connection that is there already.
+    let _later = mesh.with(&pool("always.plain.svc.cluster.local", "http: {idleTimeout: 1s}"));
+    assert_eq!(ask("always", 8020, 1).len(), 5);
+    closed("outbound|8020||always.plain.svc.cluster.local");
+}
+
+/// Reads until the other side closes.
+fn until_closed(mut tunnel: testkit::Tunnel) -> String {
+    let mut all = String::new();
+    tunnel.read_to_string(&mut all).unwrap();
+    all
+}
+
+/// Sockets of a pod towards this port on which the kernel runs a keep-alive timer.
+fn kept_alive(mesh: &Mesh, whence: &str, port: u16) -> usize {
+    let table = String::from_utf8(mesh.exec(whence, &["cat", "/proc/net/tcp"]).stdout).unwrap();
+    let to_port = format!(":{port:04X}");
+    let of_port = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    // Columns: number, local, remote, state, queues, timer (2: keep-alive).
+    of_port.filter(|line| line.len() > 5 && line[2].ends_with(&to_port) && line[5].starts_with("02:")).count()
+}
+
+#[test]
+fn connections_of_bytes_end_by_idleness_and_age_and_are_kept_alive() {
+    let mesh = TRAFFIC.turn();
+    // The server's own proxy reads the rule too: its side of a connection ends no later.
+    let objects = [
+        service("shop", "idle", "echo", "{name: tcp, port: 9101, targetPort: 9000}"),
+        service("shop", "aged", "echo", "{name: tcp, port: 9102, targetPort: 9000}"),
+        service("shop", "alive", "echo", "{name: tcp, port: 9103, targetPort: 9000}"),
+        pool("idle", "tcp: {idleTimeout: 2s}"),
+        pool("aged", "tcp: {maxConnectionDuration: 2s}"),
+        pool("alive", "tcp: {tcpKeepalive: {time: 600s}}"),
+    ];
+    let _objects = mesh.with(&objects.join("---\n"));
+    until_closed(mesh.dial(CLIENT, "idle", 9101));
+    until_closed(mesh.dial(CLIENT, "aged", 9102));
+    logged(&mesh, CLIENT, &["outbound|9102||aged.shop", "\"- - -\" 0 DT "]);
+
+    assert_eq!(kept_alive(&mesh, CLIENT, 9000), 0);
+    let mut alive = mesh.dial(CLIENT, "alive", 9103);
+    alive.write_all(b"hi\n").unwrap();
+    eventually("the timer", || match kept_alive(&mesh, CLIENT, 9000) {
+        0 => Err("none".to_owned()),
+        _ => Ok(()),
+    });
+}
+
+#[test]
+fn a_rules_pool_bounds_the_servers_own_proxy() {
+    let mesh = TRAFFIC.turn();
+    let _rule = mesh.with(&pool("httpbin", "http: {http2MaxRequests: 1}"));
+    // A client without a proxy: nothing but the server's counts.
+    let mut held = mesh.dial("plain/curl", "httpbin.shop", 8000);
+    held.write_all(b"GET /delay/60 HTTP/1.1\r\nhost: httpbin.shop\r\n\r\n").unwrap();
+    eventually("the request to be at the application", || {
+        let inbound = state(&mesh, "shop/httpbin", "inbound|80||");
+        if inbound["requests"] == json!(1) { Ok(()) } else { Err(inbound.to_string()) }
+    });
+    let refused = mesh.curl("plain/curl", &["http://httpbin.shop:8000/get?one-too-many"]);
+    assert_eq!((refused.status, refused.header("x-envoy-overloaded")), (503, Some("true")), "{refused:?}");
+    logged(&mesh, "shop/httpbin", &["/get?one-too-many", " 503 UO "]);
+    drop(held);
+    eventually("its place is free", || match mesh.curl("plain/curl", &["http://httpbin.shop:8000/get"]).status {
+        200 => Ok(()),
+        other => Err(other.to_string()),
+    });
+}
