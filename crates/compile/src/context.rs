@@ -10,6 +10,7 @@ use envoy_types::pb::envoy::extensions::filters::network::http_connection_manage
 use mesh::{DestinationRule, MeshSnapshot, Scope, Service};
 use types::{Finding, Severity};
 
+use crate::secrets::Wanted;
 use crate::telemetry::Telemetry;
 use crate::view::{ProxyKind, View};
 
@@ -24,6 +25,7 @@ pub(crate) struct Context<'a> {
     /// The mesh's trust domain, then its aliases.
     pub(crate) trust_domains: Vec<String>,
     findings: RefCell<Vec<Finding>>,
+    wanted: RefCell<BTreeSet<Wanted>>,
 }
 
 /// The proxy's settings: its own, else the mesh's.
@@ -71,6 +73,7 @@ impl<'a> Context<'a> {
             telemetry,
             trust_domains: snapshot.trust_domains().iter().map(ToString::to_string).collect(),
             findings: RefCell::new(findings),
+            wanted: RefCell::default(),
         }
     }
 
@@ -111,6 +114,16 @@ impl<'a> Context<'a> {
             message: message.into(),
             hint: hint.into(),
         });
+    }
+
+    /// Records that a secret is to be sent along.
+    pub(crate) fn want(&self, secret: Wanted) {
+        self.wanted.borrow_mut().insert(secret);
+    }
+
+    /// The secrets recorded so far, by name.
+    pub(crate) fn take_wanted(&self) -> BTreeSet<Wanted> {
+        self.wanted.take()
     }
 
     /// Everything recorded so far.

@@ -35,6 +35,7 @@ mod names;
 mod nds;
 mod resources;
 mod route;
+mod secrets;
 mod security;
 mod telemetry;
 mod view;
@@ -74,9 +75,9 @@ pub fn compile(snapshot: &mesh::MeshSnapshot, view: &View) -> Resources {
             let compiled = gateway::compile(&context);
             out.listeners = compiled.listeners;
             out.routes = compiled.routes;
-            out.secrets = compiled.secrets;
         }
     }
+    out.secrets = secrets::answers(&context);
     sort_clusters(&mut out);
     out.findings = context.into_findings();
     out

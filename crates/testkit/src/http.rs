@@ -4,6 +4,14 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+
+/// Certificates of a PEM text, in DER.
+pub fn der(pem: &str) -> Vec<Vec<u8>> {
+    CertificateDer::pem_slice_iter(pem.as_bytes()).map(|one| one.expect("certificates in PEM").to_vec()).collect()
+}
+
 /// What came back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
@@ -64,9 +72,28 @@ impl Client {
 
     /// Over TLS to `name`, trusting the certificate `root` only.
     pub fn tls(address: SocketAddr, name: &str, root: &[u8]) -> io::Result<Self> {
+        Self::tls_by(address, name, root, rustls::crypto::aws_lc_rs::default_provider())
+    }
+
+    /// [`tls`](Self::tls) that takes only signatures of one kind from the server: `RSA` or `ECDSA`.
+    pub fn tls_signed(address: SocketAddr, name: &str, root: &[u8], kind: &str) -> io::Result<Self> {
+        let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+        let all = provider.signature_verification_algorithms.mapping.iter();
+        let of_kind: Vec<_> = all.filter(|(scheme, _)| format!("{scheme:?}").starts_with(kind)).copied().collect();
+        // rustls wants them for ever.
+        provider.signature_verification_algorithms.mapping = of_kind.leak();
+        Self::tls_by(address, name, root, provider)
+    }
+
+    fn tls_by(
+        address: SocketAddr,
+        name: &str,
+        root: &[u8],
+        provider: rustls::crypto::CryptoProvider,
+    ) -> io::Result<Self> {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(root.to_vec().into()).map_err(io::Error::other)?;
-        let config = rustls::ClientConfig::builder_with_provider(rustls::crypto::aws_lc_rs::default_provider().into())
+        let config = rustls::ClientConfig::builder_with_provider(provider.into())
             .with_safe_default_protocol_versions()
             .map_err(io::Error::other)?
             .with_root_certificates(roots)

@@ -274,3 +274,114 @@ fn ambiguous_and_broken_requests_are_refused() {
     check("no HTTP", "\x16\x03\x01 hello\r\n\r\n");
     assert_eq!(mesh.get("hostile.shop.test", "/get", &[]).status, 200, "the gateway goes on");
 }
+
+fn named_credential(name: &str, certificate: &str, key: &str, ca: &str) -> String {
+    serde_json::json!({
+        "apiVersion": "v1", "kind": "Secret", "type": "generic",
+        "metadata": {"name": name, "namespace": "istio-system"},
+        "stringData": {"tls.crt": certificate, "tls.key": key, "ca.crt": ca},
+    })
+    .to_string()
+}
+
+/// Clients that take only one kind of signature find the certificate of that kind.
+#[test]
+fn a_server_has_an_rsa_and_an_ecdsa_certificate() {
+    let mesh = TRAFFIC.turn();
+    let host = "kinds.shop.test";
+    let made = |key: rcgen::KeyPair| {
+        let certificate = rcgen::CertificateParams::new(vec![host.to_owned()]).unwrap().self_signed(&key).unwrap();
+        (certificate.der().to_vec(), certificate.pem(), key.serialize_pem())
+    };
+    let rsa = made(rcgen::KeyPair::generate_rsa_for(&rcgen::PKCS_RSA_SHA256, rcgen::RsaKeySize::_2048).unwrap());
+    let ecdsa = made(rcgen::KeyPair::generate().unwrap());
+    let gateway = https("kinds").replace("credentialName: shop-credential", "credentialNames: [kind-rsa, kind-ecdsa]");
+    let secrets = [("kind-rsa", &rsa), ("kind-ecdsa", &ecdsa)]
+        .map(|(name, (_, certificate, key))| named_credential(name, certificate, key, certificate));
+    let _objects = mesh.with(&format!("{}\n---\n{}\n---\n{gateway}", secrets[0], secrets[1]));
+    for (kind, own, other) in [("RSA", &rsa.0, &ecdsa.0), ("ECDSA", &ecdsa.0, &rsa.0)] {
+        let mut client = eventually("TLS at the gateway", || {
+            Client::tls_signed(mesh.https, host, own, kind).map_err(|error| format!("{kind}: {error}"))
+        });
+        assert_eq!(client.send("GET", host, "/status/200", &[]).unwrap().status, 200, "{kind}");
+        assert!(Client::tls_signed(mesh.https, host, other, kind).is_err(), "{kind}");
+    }
+}
+
+struct Authority(rcgen::CertifiedIssuer<'static, rcgen::KeyPair>);
+
+impl Authority {
+    fn new() -> Self {
+        let mut parameters = rcgen::CertificateParams::default();
+        parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        Self(rcgen::CertifiedIssuer::self_signed(parameters, rcgen::KeyPair::generate().unwrap()).unwrap())
+    }
+
+    /// A Secret with a certificate for `host`, which takes peers of `ca`.
+    fn secret(&self, name: &str, host: &str, ca: &Self) -> String {
+        let mut parameters = rcgen::CertificateParams::new(vec![host.to_owned()]).unwrap();
+        parameters.distinguished_name = rcgen::DistinguishedName::new();
+        parameters.distinguished_name.push(rcgen::DnType::CommonName, host);
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = parameters.signed_by(&key, &self.0).unwrap();
+        named_credential(name, &certificate.pem(), &key.serialize_pem(), &ca.0.pem())
+    }
+}
+
+/// A gateway calls a server that wants a certificate: the rule's credential is a Secret beside the gateway.
+#[test]
+fn a_gateway_shows_the_credential_of_a_destination_rule() {
+    let mesh = TRAFFIC.turn();
+    let (servers, clients, strangers) = (Authority::new(), Authority::new(), Authority::new());
+    let host = "secure.shop.test";
+    let client = |by: &Authority, trusts: &Authority| by.secret("called-with", "caller.example", trusts);
+    let objects = "
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {name: secure, namespace: shop}
+spec:
+  selector: {istio: egressgateway}
+  servers:
+  - {port: {number: 443, name: https, protocol: HTTPS}, hosts: [secure.shop.test], tls: {mode: MUTUAL, credentialName: called}}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: secure, namespace: shop}
+spec:
+  hosts: [secure.shop.test]
+  gateways: [secure]
+  http: [{route: [{destination: {host: httpbin, port: {number: 8000}}}]}]
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: secure, namespace: istio-system}
+spec:
+  host: istio-egressgateway.istio-system.svc.cluster.local
+  trafficPolicy:
+    connectionPool: {http: {maxRequestsPerConnection: 1}}
+    tls: {mode: MUTUAL, credentialName: called-with, sni: secure.shop.test, subjectAltNames: [secure.shop.test]}
+---
+";
+    let route = virtual_service(
+        "caller",
+        "  - rewrite: {authority: secure.shop.test}
+    route: [{destination: {host: istio-egressgateway.istio-system.svc.cluster.local, port: {number: 443}}}]",
+    );
+    let secrets = [servers.secret("called", host, &clients), client(&clients, &servers)].join("\n---\n");
+    let _objects = mesh.with(&format!("{objects}{route}\n---\n{secrets}"));
+    let ask = || mesh.get("caller.shop.test", "/headers", &[]);
+    let becomes = |what: &str, expect: u16| {
+        eventually(what, || {
+            let answer = ask();
+            if answer.status == expect { Ok(answer) } else { Err(format!("{answer:?}")) }
+        })
+    };
+    let seen = becomes("the server behind", 200);
+    assert!(seen.body.contains("caller.example"), "who called is told: {seen:?}");
+    mesh.apply(&client(&strangers, &servers));
+    becomes("a certificate that the server does not know", 503);
+    mesh.apply(&client(&clients, &strangers));
+    becomes("a server that the credential does not know", 503);
+    mesh.apply(&client(&clients, &servers));
+    becomes("the first credential again", 200);
+}

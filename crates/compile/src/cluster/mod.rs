@@ -420,3 +420,6 @@ pub(crate) fn keep_alive(settings: &net::TcpKeepalive) -> envoy_types::pb::envoy
         keepalive_interval: secs(settings.interval),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,6 +20,7 @@ use mesh::Resolution;
 use super::{Outbound, policy};
 use crate::context::Context;
 use crate::names;
+use crate::secrets::Wanted;
 use crate::security::{matchers, tls as server_tls};
 use crate::wire::{self, fields, text};
 
@@ -258,10 +259,10 @@ fn originate(
     let validation = if skips {
         common_tls_context::ValidationContextType::ValidationContext(CertificateValidationContext::default())
     } else {
-        server_tls::validation(names.iter().map(|name| matchers::exact(name)).collect(), roots(settings))
+        server_tls::validation(names.iter().map(|name| matchers::exact(name)).collect(), roots(context, of, settings))
     };
     let mutual = settings.mode == ClientTlsMode::Mutual;
-    let certificates = if mutual { client_certificate(settings) } else { Vec::new() };
+    let certificates = if mutual { client_certificate(context, of, settings) } else { Vec::new() };
     let speaks_http2 = options.as_ref().is_some_and(is_http2);
     let follows_client = options.as_ref().is_some_and(|options| {
         matches!(options.upstream_protocol_options, Some(http::UpstreamProtocolOptions::UseDownstreamProtocolConfig(_)))
@@ -302,23 +303,34 @@ fn originate(
     })
 }
 
-fn roots(settings: &net::ClientTlsSettings) -> SdsSecretConfig {
+fn roots(context: &Context<'_>, of: &Outbound<'_>, settings: &net::ClientTlsSettings) -> SdsSecretConfig {
     if settings.credential_name.is_empty() {
         let path = if settings.ca_certificates.is_empty() { "system" } else { &settings.ca_certificates };
         return file_secret(&format!("file-root:{path}"));
     }
     let name = with_scheme(&settings.credential_name);
-    if name.starts_with("configmap://") {
-        return server_tls::control_plane_secret(&name);
-    }
-    server_tls::control_plane_secret(&format!("{name}-cacert"))
+    let name = if name.starts_with("configmap://") { name } else { format!("{name}-cacert") };
+    wanted(context, of, name, true)
 }
 
-fn client_certificate(settings: &net::ClientTlsSettings) -> Vec<SdsSecretConfig> {
+fn client_certificate(
+    context: &Context<'_>,
+    of: &Outbound<'_>,
+    settings: &net::ClientTlsSettings,
+) -> Vec<SdsSecretConfig> {
     if settings.credential_name.is_empty() {
         return vec![file_secret(&format!("file-cert:{}~{}", settings.client_certificate, settings.private_key))];
     }
-    vec![server_tls::control_plane_secret(&with_scheme(&settings.credential_name))]
+    vec![wanted(context, of, with_scheme(&settings.credential_name), false)]
+}
+
+/// A secret that the control plane sends along, and whose lack is told.
+fn wanted(context: &Context<'_>, of: &Outbound<'_>, resource: String, is_ca: bool) -> SdsSecretConfig {
+    let secret = server_tls::control_plane_secret(&resource);
+    // The mesh's default policy has no object to blame.
+    let object = of.rule.map_or_else(|| &of.service.object, |rule| rule.object()).clone();
+    context.want(Wanted { resource, is_ca, object, field: "spec.trafficPolicy.tls.credentialName".into() });
+    secret
 }
 
 /// Files of the pod are read by its own agent, which may take its time.

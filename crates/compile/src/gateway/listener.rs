@@ -9,7 +9,6 @@ use envoy_types::pb::envoy::config::core::v3::{Metadata, TrafficDirection};
 use envoy_types::pb::envoy::config::listener::v3::{Filter, FilterChain, FilterChainMatch, Listener};
 use mesh::{Protocol, VirtualService, host};
 
-use super::secrets::Wanted;
 use super::servers::{OpenPort, OpenServer, Serving, finding, is_server_name};
 use super::tls;
 use crate::context::Context;
@@ -21,12 +20,7 @@ use crate::wire;
 const HANDSHAKE_SECONDS: u64 = 15;
 
 /// The listener of one port; `None` when no server of it leads anywhere.
-pub(crate) fn build(
-    context: &Context<'_>,
-    port: &OpenPort,
-    policies: &PolicyFilters,
-    wanted: &mut BTreeSet<Wanted>,
-) -> Option<Listener> {
+pub(crate) fn build(context: &Context<'_>, port: &OpenPort, policies: &PolicyFilters) -> Option<Listener> {
     let mut chains = Vec::new();
     let mut has_tls = false;
     if let Some(server) = port.servers.iter().find(|server| server.serving == Serving::Http) {
@@ -49,7 +43,7 @@ pub(crate) fn build(
         };
         has_tls = true;
         chains.push(FilterChain {
-            transport_socket: Some(mesh_tls::socket(tls::context(context, server, settings, wanted))),
+            transport_socket: Some(mesh_tls::socket(tls::context(context, server, settings))),
             ..chain(server.server_names(), filters)
         });
     }

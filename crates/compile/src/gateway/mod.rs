@@ -1,21 +1,17 @@
-//! What a gateway opens: Gateway servers as listeners, route tables and secrets.
+//! What a gateway opens: Gateway servers as listeners and route tables.
 //!
 //! Source: `traffic.md` 4, `security.md` 12, xds digest 8. [`servers`] decides which servers hold
-//! and which share a listener, [`listener`] builds listeners, [`tables`] their route tables,
-//! [`secrets`] answers the secrets they name.
+//! and which share a listener, [`listener`] builds listeners, [`tables`] their route tables.
 //!
 //! **Invariants.** A server that cannot be opened closes no other one. A missing secret leaves its
-//! chain in place, so that nothing else takes its name. Secrets are read in the gateway pod's own
-//! namespace only.
+//! chain in place, so that nothing else takes its name.
 
 use envoy_types::pb::envoy::config::listener::v3::Listener;
 use envoy_types::pb::envoy::config::route::v3::RouteConfiguration;
-use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::Secret;
 
 use crate::context::Context;
 
 pub(crate) mod listener;
-pub(crate) mod secrets;
 pub(crate) mod servers;
 pub(crate) mod tables;
 pub(crate) mod tls;
@@ -27,8 +23,6 @@ pub(crate) struct Compiled {
     pub(crate) listeners: Vec<Listener>,
     /// By name.
     pub(crate) routes: Vec<RouteConfiguration>,
-    /// By name; only those that exist.
-    pub(crate) secrets: Vec<Secret>,
 }
 
 /// Compiles the servers of the gateway that the proxy is.
@@ -36,16 +30,12 @@ pub(crate) fn compile(context: &Context<'_>) -> Compiled {
     let opened = servers::opened(context);
     let mut out = Compiled::default();
     let policies = crate::security::policy_filters(context, crate::security::Place::Gateway);
-    let mut secret_names = std::collections::BTreeSet::new();
     for port in &opened {
-        out.listeners.extend(listener::build(context, port, &policies, &mut secret_names));
+        out.listeners.extend(listener::build(context, port, &policies));
         out.routes.extend(tables::build(context, port));
     }
     context.find_all(policies.findings);
     out.routes.sort_by(|a, b| a.name.cmp(&b.name));
-    out.secrets = secret_names.iter().filter_map(|wanted| secrets::answer(context, wanted)).collect();
-    // Several servers may name one secret; the answer is the same.
-    out.secrets.dedup_by(|a, b| a.name == b.name);
     out
 }
 

@@ -2,6 +2,7 @@
 //! `gateway-http-tls`, `gateway-modes`, `jwt-authz` of the reference.
 
 use envoy_types::pb::envoy::config::route::v3::{RouteConfiguration, route, route_action};
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::Secret;
 
 use super::*;
 use crate::security::test_mesh;
@@ -35,6 +36,7 @@ spec:
 
 struct Got {
     compiled: Compiled,
+    secrets: Vec<Secret>,
     findings: Vec<String>,
 }
 
@@ -44,8 +46,9 @@ fn compiled(yaml: &str) -> Got {
     view.is_unprivileged = true;
     let context = Context::new(&snapshot, &view);
     let compiled = compile(&context);
+    let secrets = crate::secrets::answers(&context);
     let findings = context.into_findings();
-    Got { compiled, findings: findings.iter().map(ToString::to_string).collect() }
+    Got { compiled, secrets, findings: findings.iter().map(ToString::to_string).collect() }
 }
 
 fn gateway(namespace: &str, name: &str, servers: &str) -> String {
@@ -150,7 +153,7 @@ fn http_https_and_redirect() {
             &format!("tls.example.com:443 [tls.example.com] {WEB}"),
         ]
     );
-    let names: Vec<_> = got.compiled.secrets.iter().map(|secret| secret.name.as_str()).collect();
+    let names: Vec<_> = got.secrets.iter().map(|secret| secret.name.as_str()).collect();
     assert_eq!(names, ["kubernetes://cert"]);
     assert_eq!(got.findings, Vec::<String>::new());
 }
@@ -214,7 +217,7 @@ fn tls_modes() {
             ),
         ]
     );
-    let names: Vec<_> = got.compiled.secrets.iter().map(|secret| secret.name.as_str()).collect();
+    let names: Vec<_> = got.secrets.iter().map(|secret| secret.name.as_str()).collect();
     assert_eq!(names, ["kubernetes://admin", "kubernetes://admin-cacert"]);
     assert!(
         got.findings.iter().any(|finding| finding.contains("there is no Secret istio-system/no-such-secret")),
@@ -224,6 +227,65 @@ fn tls_modes() {
 }
 
 #[test]
+fn two_certificates_of_a_server_are_both_sent_and_the_first_ones_ca_counts() {
+    let server = tls_server("both", "a.com", "mode: MUTUAL, credentialNames: [rsa, ecdsa]");
+    let yaml = gateway("shop", "g", &server)
+        + &secret("rsa", &["tls.crt", "tls.key", "ca.crt"])
+        + &secret("ecdsa", &["tls.crt", "tls.key", "ca.crt"]);
+    let got = compiled(&yaml);
+    assert_eq!(
+        listeners(&got),
+        [
+            "0.0.0.0_8443 tls_inspector: a.com -> HTTP(https.443.both.g.shop) TLS(kubernetes://rsa kubernetes://ecdsa requires=kubernetes://rsa-cacert h2,http/1.1)"
+        ]
+    );
+    let names: Vec<_> = got.secrets.iter().map(|secret| secret.name.as_str()).collect();
+    assert_eq!(names, ["kubernetes://ecdsa", "kubernetes://rsa", "kubernetes://rsa-cacert"]);
+}
+
+/// `tlsDefaults` of the mesh; a server's own words go over them, and the mesh's own TLS knows nothing of them.
+#[test]
+fn defaults_of_the_mesh_hold_where_a_server_says_nothing() {
+    let servers = [
+        tls_server("silent", "a.com", "mode: SIMPLE, credentialName: c"),
+        tls_server(
+            "own",
+            "b.com",
+            "mode: SIMPLE, credentialName: c, minProtocolVersion: TLSV1_2, cipherSuites: [ECDHE-ECDSA-AES128-GCM-SHA256]",
+        ),
+        tls_server("mesh", "c.com", "mode: ISTIO_MUTUAL"),
+    ];
+    let got = compiled(
+        &(TLS_DEFAULTS.to_owned() + &gateway("shop", "g", &servers.join(", ")) + &secret("c", &["tls.crt", "tls.key"])),
+    );
+    let prefix = "0.0.0.0_8443 tls_inspector:";
+    assert_eq!(
+        listeners(&got),
+        [
+            format!(
+                "{prefix} a.com -> HTTP(https.443.silent.g.shop) TLS(kubernetes://c 4..0 2 suites P-384 h2,http/1.1)"
+            ),
+            format!("{prefix} b.com -> HTTP(https.443.own.g.shop) TLS(kubernetes://c 3..0 1 suites P-384 h2,http/1.1)"),
+            format!(
+                "{prefix} c.com -> HTTP(https.443.mesh.g.shop) TLS(default requires=ROOTCA san=spiffe://cluster.local/* h2,http/1.1)"
+            ),
+        ]
+    );
+}
+
+const TLS_DEFAULTS: &str = "---
+apiVersion: install.istio.io/v1alpha1
+kind: IstioOperator
+metadata: {name: mesh, namespace: istio-system}
+spec:
+  meshConfig:
+    tlsDefaults:
+      minProtocolVersion: TLSV1_3
+      cipherSuites: [ECDHE-ECDSA-AES256-GCM-SHA384, ECDHE-RSA-AES256-GCM-SHA384]
+      ecdhCurves: [P-384]
+";
+
+#[test]
 fn revoked_client_certificates_are_sent_along() {
     use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::secret::Type;
     let server = tls_server("m", "a.com", "mode: MUTUAL, credentialName: a");
@@ -231,7 +293,7 @@ fn revoked_client_certificates_are_sent_along() {
         + &secret("a", &["tls.crt", "tls.key"])
         + &secret("a-cacert", &["ca.crt", "ca.crl"]);
     let got = compiled(&yaml);
-    let Some(Type::ValidationContext(context)) = &got.compiled.secrets[1].r#type else { panic!("no roots") };
+    let Some(Type::ValidationContext(context)) = &got.secrets[1].r#type else { panic!("no roots") };
     assert!(context.trusted_ca.is_some() && context.crl.is_some());
 }
 
@@ -240,12 +302,12 @@ fn secrets_are_of_the_gateways_own_namespace() {
     let yaml = gateway("shop", "g", &tls_server("a", "a.com", "mode: SIMPLE, credentialName: cert"))
         + &secret("cert", &["tls.crt", "tls.key"]).replace("namespace: istio-system", "namespace: shop");
     let got = compiled(&yaml);
-    assert!(got.compiled.secrets.is_empty());
+    assert!(got.secrets.is_empty());
     assert!(got.findings[0].contains("there is no Secret istio-system/cert"), "{:?}", got.findings);
     let mut foreign =
         gateway("shop", "g", &tls_server("a", "a.com", "mode: SIMPLE, credentialName: 'kubernetes://shop/cert'"));
     foreign += &secret("cert", &["tls.crt", "tls.key"]).replace("namespace: istio-system", "namespace: shop");
-    assert!(compiled(&foreign).compiled.secrets.is_empty());
+    assert!(compiled(&foreign).secrets.is_empty());
 }
 
 #[test]

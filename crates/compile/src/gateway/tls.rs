@@ -3,8 +3,6 @@
 //! Source: `traffic.md` 4.3, `security.md` 12, xds digest 8. Deviation from Istio, settled in
 //! `security.md` MTLS-4: ISTIO_MUTUAL asks for an identity of the mesh's trust domains here too.
 
-use std::collections::BTreeSet;
-
 use api::networking::{ServerTlsMode, ServerTlsSettings, TlsProtocol};
 use envoy_types::pb::envoy::config::core::v3::{DataSource, data_source};
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
@@ -12,18 +10,17 @@ use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
     common_tls_context, tls_parameters,
 };
 
-use super::secrets::Wanted;
 use super::servers::{self, OpenServer, Serving};
 use crate::context::Context;
+use crate::secrets::Wanted;
 use crate::security::{matchers, tls};
 use crate::wire;
 
-/// The context of a server whose TLS ends here. Names the secrets it wants in `wanted`.
+/// The context of a server whose TLS ends here. Wants the secrets it names.
 pub(crate) fn context(
     context: &Context<'_>,
     server: &OpenServer,
     settings: &ServerTlsSettings,
-    wanted: &mut BTreeSet<Wanted>,
 ) -> DownstreamTlsContext {
     let is_http = server.serving == Serving::Https;
     if settings.mode == ServerTlsMode::IstioMutual {
@@ -44,10 +41,10 @@ pub(crate) fn context(
     let names = credentials(settings);
     let certificates: Vec<SdsSecretConfig> = match names.as_slice() {
         [] => file_certificates(settings),
-        names => names.iter().map(|name| named(name, false, server, wanted)).collect(),
+        names => names.iter().map(|name| named(context, name, false, server)).collect(),
     };
     let asks = matches!(settings.mode, ServerTlsMode::Mutual | ServerTlsMode::OptionalMutual);
-    let validation = asks.then(|| validation(settings, &names, server, wanted)).flatten();
+    let validation = asks.then(|| validation(context, settings, &names, server)).flatten();
     if asks && validation.is_none() {
         let what = "client certificates cannot be verified without a CA: handshakes fail";
         context.find(servers::finding(
@@ -91,15 +88,15 @@ fn credentials(settings: &ServerTlsSettings) -> Vec<&str> {
 }
 
 /// A secret by credential name: Istio's URI forms stay, bare names are Secrets.
-fn named(name: &str, is_ca: bool, server: &OpenServer, wanted: &mut BTreeSet<Wanted>) -> SdsSecretConfig {
+fn named(context: &Context<'_>, name: &str, is_ca: bool, server: &OpenServer) -> SdsSecretConfig {
     if name == "builtin://" {
         return tls::agent_secret(if is_ca { tls::WORKLOAD_ROOT } else { tls::WORKLOAD_CERT });
     }
     let resource = if name.contains("://") { name.to_owned() } else { format!("kubernetes://{name}") };
-    wanted.insert(Wanted {
+    context.want(Wanted {
         resource: resource.clone(),
         is_ca,
-        gateway: server.gateway.clone(),
+        object: server.gateway.clone(),
         field: format!("{}.tls", server.field).into(),
     });
     tls::control_plane_secret(&resource)
@@ -118,23 +115,23 @@ fn file_certificates(settings: &ServerTlsSettings) -> Vec<SdsSecretConfig> {
 }
 
 fn validation(
+    context: &Context<'_>,
     settings: &ServerTlsSettings,
     names: &[&str],
     server: &OpenServer,
-    wanted: &mut BTreeSet<Wanted>,
 ) -> Option<common_tls_context::ValidationContextType> {
     let roots = if !settings.ca_cert_credential_name.is_empty() {
-        named(&settings.ca_cert_credential_name, true, server, wanted)
+        named(context, &settings.ca_cert_credential_name, true, server)
     } else if let Some(name) = names.first() {
         let name = if *name == "builtin://" { (*name).to_owned() } else { format!("{name}-cacert") };
-        named(&name, true, server, wanted)
+        named(context, &name, true, server)
     } else if !settings.ca_certificates.is_empty() {
         tls::agent_secret(&format!("file-root:{}", settings.ca_certificates))
     } else {
         return None;
     };
     #[expect(deprecated, reason = "Istio sends the older field, and older proxies read only that one")]
-    let context = CertificateValidationContext {
+    let checks = CertificateValidationContext {
         match_subject_alt_names: settings.subject_alt_names.iter().map(|name| matchers::exact(name)).collect(),
         verify_certificate_spki: settings.verify_certificate_spki.clone(),
         verify_certificate_hash: settings.verify_certificate_hash.clone(),
@@ -144,7 +141,7 @@ fn validation(
         }),
         ..CertificateValidationContext::default()
     };
-    Some(tls::combined(context, roots))
+    Some(tls::combined(checks, roots))
 }
 
 /// The server's own versions and suites over `meshConfig.tlsDefaults`; `None` when nothing is said.

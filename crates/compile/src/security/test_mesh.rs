@@ -173,6 +173,9 @@ fn context(tls: &DownstreamTlsContext) -> String {
             parameters.cipher_suites.len()
         )
         .unwrap();
+        for curve in &parameters.ecdh_curves {
+            write!(text, " {curve}").unwrap();
+        }
     }
     text + &format!(" {})", common.alpn_protocols.join(","))
 }

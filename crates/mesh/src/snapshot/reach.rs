@@ -101,7 +101,15 @@ impl MeshSnapshot {
         scoped(&self.telemetries, &before.telemetries, root, &mut reach);
         // A pod's ports are its own proxy's; what others see of it are endpoints.
         reach.workloads.extend(different(&self.workloads, &before.workloads).cloned());
-        reach.routers_of.extend(different(&self.secrets, &before.secrets).map(|key| key.namespace.clone()));
+        for key in different(&self.secrets, &before.secrets) {
+            // Gateways name Secrets of their namespace, and so do rules for selected workloads.
+            let is_sidecars = self
+                .destination_rules
+                .all()
+                .any(|rule| rule.workload_selector.is_some() && rule.namespace == key.namespace);
+            let reached = if is_sidecars { &mut reach.namespaces } else { &mut reach.routers_of };
+            reached.insert(key.namespace.clone());
+        }
         reach
     }
 

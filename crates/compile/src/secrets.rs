@@ -1,7 +1,7 @@
-//! Secrets that gateway servers name, from the Secrets of the gateway pod's namespace.
+//! Secrets that gateway servers and DestinationRules name, from the Secrets of the proxy's own namespace.
 //!
-//! Source: `traffic.md` 4.3 "Certificates", xds digest 8, 11; property 29: a secret goes only to
-//! the namespace it is of. Whether a certificate, its key and roots are any good is judged where there
+//! Source: `traffic.md` 3.6, 4.3 "Certificates", `security.md` TLSO-2, xds digest 8, 11; property 29: a secret goes
+//! only to the namespace it is of. Whether a certificate, its key and roots are any good is judged where there
 //! are a clock and cryptography.
 
 use envoy_types::pb::envoy::config::core::v3::{DataSource, data_source};
@@ -12,7 +12,7 @@ use types::{Finding, ObjectRef, Severity};
 
 use crate::context::Context;
 
-/// A secret that some server names.
+/// A secret that some object names.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) struct Wanted {
     /// `kubernetes://name`
@@ -20,25 +20,32 @@ pub(crate) struct Wanted {
     /// Roots, else a certificate with its key.
     pub(crate) is_ca: bool,
     /// Who names it.
-    pub(crate) gateway: ObjectRef,
+    pub(crate) object: ObjectRef,
     /// Where.
     pub(crate) field: Box<str>,
 }
 
-/// The secret, if it is there and usable; else a finding.
-pub(crate) fn answer(context: &Context<'_>, wanted: &Wanted) -> Option<Secret> {
+/// Secrets by name; of each that is not there or not usable, a finding about who names it.
+pub(crate) fn answers(context: &Context<'_>) -> Vec<Secret> {
+    let wanted = context.take_wanted();
+    let mut out: Vec<Secret> = wanted.iter().filter_map(|wanted| answer(context, wanted)).collect();
+    // Several may name one secret; the answer is the same.
+    out.dedup_by(|a, b| a.name == b.name);
+    out
+}
+
+fn answer(context: &Context<'_>, wanted: &Wanted) -> Option<Secret> {
     match find(context, wanted) {
         Ok(kind) => Some(Secret { name: wanted.resource.clone(), r#type: Some(kind) }),
         Err(what) => {
             context.find(Finding {
                 code: "LAT0407".into(),
                 severity: Severity::Error,
-                object: Some(wanted.gateway.clone()),
+                object: Some(wanted.object.clone()),
                 field: wanted.field.clone(),
                 position: None,
-                message: format!("{what}; handshakes of this server fail").into(),
-                hint: format!("create the Secret in namespace {}, where the gateway runs", context.view.namespace)
-                    .into(),
+                message: format!("{what}; handshakes that need it fail").into(),
+                hint: format!("create the Secret in namespace {}, where the proxy runs", context.view.namespace).into(),
             });
             None
         }
@@ -54,7 +61,7 @@ fn find(context: &Context<'_>, wanted: &Wanted) -> Result<secret::Type, String> 
         None => path,
         Some((namespace, name)) if namespace == own => name,
         Some((namespace, _)) => {
-            return Err(format!("Secret {path} is of namespace {namespace}, and the gateway runs in {own}"));
+            return Err(format!("Secret {path} is of namespace {namespace}, and the proxy runs in {own}"));
         }
     };
     if !wanted.is_ca {
