@@ -2,12 +2,25 @@
 //!
 //! A certificate says who the *caller* is; nothing in the request but its public key counts
 //! (property 28). [`store`] finds or makes the signing key, [`service`] speaks Istio's protocol.
+//!
+//! A CA is immutable. When its folder holds another bundle, [`Ca::successor`] makes the next one, so
+//! that nobody is cut off on the way:
+//!
+//! ```text
+//!            new roots in the folder                 every certificate that came without them has ended
+//!  old signer ──────────────────────► old signer, ──────────────────────────────────────────► new signer,
+//!  old roots                          all roots                                                all roots
+//! ```
+//!
+//! A signer that all know already, because its key is the old one's or an older root vouches for it, does not wait.
+//! What was issued before a restart is not known after it: the folder's signer then signs at once.
 
 pub mod service;
 pub mod store;
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use identity::{TrustRoots, WorkloadIdentity, pem, workload::KeyAndChain};
@@ -39,13 +52,51 @@ impl Default for Lifetimes {
     }
 }
 
-/// A signing certificate with its key, and what it signs for.
-pub struct Ca {
+/// A signing certificate with its key.
+struct Signer {
     issuer: Issuer<'static, KeyPair>,
+    certificate: CertificateDer<'static>,
     /// The signing certificate and what lies between it and the root; empty when the root signs.
     intermediates: Vec<CertificateDer<'static>>,
-    roots: Arc<TrustRoots>,
     not_after: SystemTime,
+}
+
+impl PartialEq for Signer {
+    /// A certificate says everything about its key.
+    fn eq(&self, other: &Self) -> bool {
+        self.certificate == other.certificate && self.intermediates == other.intermediates
+    }
+}
+
+/// Roots that were handed out with certificates, and when the last of these ends.
+#[derive(Clone)]
+struct HandedOut {
+    roots: Arc<TrustRoots>,
+    /// Seconds since 1970; zero before the first one.
+    until: Arc<AtomicU64>,
+}
+
+impl HandedOut {
+    fn new(roots: Arc<TrustRoots>) -> Self {
+        Self { roots, until: Arc::default() }
+    }
+
+    fn issued(&self, not_after: SystemTime) {
+        let seconds = not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs() + 1;
+        self.until.fetch_max(seconds, Ordering::Relaxed);
+    }
+
+    fn until(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(self.until.load(Ordering::Relaxed))
+    }
+}
+
+/// Who signs, for whom, and whom all trust.
+pub struct Ca {
+    signer: Arc<Signer>,
+    now: HandedOut,
+    /// What holders of living certificates may have in place of `now.roots`.
+    before: Vec<HandedOut>,
     trust_domain: TrustDomain,
     lifetimes: Lifetimes,
 }
@@ -109,12 +160,49 @@ impl Ca {
 
     /// What peers must trust.
     pub fn roots(&self) -> &Arc<TrustRoots> {
-        &self.roots
+        &self.now.roots
     }
 
     /// When the signing certificate ends.
     pub fn not_after(&self) -> SystemTime {
-        self.not_after
+        self.signer.not_after
+    }
+
+    /// Whether `other` signs with the same certificate.
+    pub fn has_signer_of(&self, other: &Self) -> bool {
+        self.signer == other.signer
+    }
+
+    /// The CA that takes this one's place while it serves, now that the folder holds `next`: all that is trusted
+    /// must stay trusted, but for what has ended, and a signer whom not all know yet waits. `None` when nothing
+    /// is to change yet.
+    ///
+    /// *Source*: `security.md`, CA-2, CA-3, ROT-2.
+    pub fn successor(&self, next: Self, now: SystemTime) -> Result<Option<Self>, store::StoreError> {
+        let (have, wanted) = (self.roots().certificates(), next.roots().certificates());
+        if have.iter().any(|root| store::is_alive(root, now) && !wanted.contains(root)) {
+            return Err(store::StoreError::CutsOff);
+        }
+        let is_same_roots = have == wanted;
+        let mut before: Vec<HandedOut> = self.before.iter().filter(|roots| roots.until() > now).cloned().collect();
+        let is_known = [&self.now].into_iter().chain(&before).all(|handed| next.is_known_to(&handed.roots, now));
+        let signer = if is_known { next.signer } else { Arc::clone(&self.signer) };
+        if is_same_roots && signer == self.signer {
+            return Ok(None);
+        }
+        let handed_out = if is_same_roots {
+            self.now.clone()
+        } else {
+            before.push(self.now.clone());
+            next.now
+        };
+        let (trust_domain, lifetimes) = (next.trust_domain, next.lifetimes);
+        Ok(Some(Self { signer, now: handed_out, before, trust_domain, lifetimes }))
+    }
+
+    /// Whether who trusts `roots` takes what this CA signs.
+    fn is_known_to(&self, roots: &Arc<TrustRoots>, now: SystemTime) -> bool {
+        self.probe(roots, now).is_ok()
     }
 
     /// Signs the public key of `csr` for `id`, and nothing else of it. A lifetime of zero means the
@@ -130,7 +218,9 @@ impl Ca {
             return Err(SignError::Lifetime { requested: lifetime, max: self.lifetimes.max });
         }
         let uri = id.to_string().try_into().map_err(SignError::Sign)?;
-        self.issue(&request.public_key, vec![SanType::URI(uri)], now, lifetime)
+        let issued = self.issue(&request.public_key, vec![SanType::URI(uri)], now, lifetime)?;
+        self.now.issued(issued.not_after);
+        Ok(issued)
     }
 
     /// Makes a certificate and key for the control plane's own servers.
@@ -152,10 +242,11 @@ impl Ca {
         now: SystemTime,
         lifetime: Duration,
     ) -> Result<Issued, SignError> {
-        if now >= self.not_after {
+        let signer = &self.signer;
+        if now >= signer.not_after {
             return Err(SignError::Expired);
         }
-        let not_after = (now + lifetime).min(self.not_after);
+        let not_after = (now + lifetime).min(signer.not_after);
         let mut params = CertificateParams::default();
         // The subject stays empty, so that the names are marked critical (RFC 5280, 4.2.1.6).
         params.distinguished_name = DistinguishedName::new();
@@ -167,15 +258,15 @@ impl Ca {
         params.not_after = not_after.into();
         params.serial_number = Some(serial()?);
         params.use_authority_key_identifier_extension = true;
-        let leaf = params.signed_by(key, &self.issuer).map_err(SignError::Sign)?;
+        let leaf = params.signed_by(key, &signer.issuer).map_err(SignError::Sign)?;
         let mut chain = vec![pem::encode(leaf.der())];
-        chain.extend(self.intermediates.iter().map(pem::encode));
-        Ok(Issued { chain, roots: self.roots.to_pem(), not_after })
+        chain.extend(signer.intermediates.iter().map(pem::encode));
+        Ok(Issued { chain, roots: self.roots().to_pem(), not_after })
     }
 
-    /// Signs a throw-away certificate and verifies it as a peer would: key, certificate, chain and
-    /// roots belong together.
-    fn probe(&self, now: SystemTime) -> Result<(), store::StoreError> {
+    /// Signs a throw-away certificate and verifies it as a peer with these roots would: key, certificate,
+    /// chain and roots belong together.
+    fn probe(&self, roots: &Arc<TrustRoots>, now: SystemTime) -> Result<(), store::StoreError> {
         let wrong = |error: &dyn std::error::Error| store::StoreError::Inconsistent(identity::agent::describe(error));
         let id = SpiffeId::new(self.trust_domain.clone(), "probe", "probe").map_err(|error| wrong(&error))?;
         let key = KeyPair::generate().map_err(|error| wrong(&error))?;
@@ -184,7 +275,7 @@ impl Ca {
             self.issue(&key, vec![SanType::URI(uri)], now, Duration::from_hours(1)).map_err(|error| wrong(&error))?;
         let chain = pem::certificates(issued.chain.concat().as_bytes()).map_err(|error| wrong(&error))?;
         let keys = KeyAndChain::new(chain, PrivateKeyDer::from(key)).map_err(|error| wrong(&error))?;
-        let identity = WorkloadIdentity::new(keys, Arc::clone(&self.roots), 0).map_err(|error| wrong(&error))?;
+        let identity = WorkloadIdentity::new(keys, Arc::clone(roots), 0).map_err(|error| wrong(&error))?;
         identity.verify_own_chain(now).map_err(|error| wrong(&error))
     }
 }

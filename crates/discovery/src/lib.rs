@@ -74,6 +74,11 @@ pub struct Options {
     pub trust_domain: TrustDomain,
     /// Lifetimes of workload certificates.
     pub lifetimes: Lifetimes,
+    /// How often the CA's directory is looked into. A root that ends and files that change are seen after so
+    /// long (`CITADEL_SELF_SIGNED_ROOT_CERT_CHECK_INTERVAL`).
+    pub root_check: Duration,
+    /// The time by which roots get successors and take over.
+    pub root_clock: Clock,
     /// Our cluster, as `clusterid` must name it.
     pub cluster_id: String,
     /// Namespace of the control plane; its certificate is for `istiod.<namespace>.svc`.
@@ -94,6 +99,9 @@ pub struct Options {
     pub metrics: Registry,
 }
 
+/// Tells the time.
+pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
+
 impl fmt::Debug for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Options").field("source", &self.source).field("ca_dir", &self.ca_dir).finish_non_exhaustive()
@@ -112,6 +120,8 @@ impl Options {
             ca_dir: ca_dir.into(),
             trust_domain: TrustDomain::default(),
             lifetimes: Lifetimes::default(),
+            root_check: Duration::from_secs(10),
+            root_clock: Arc::new(SystemTime::now),
             cluster_id: "Kubernetes".to_owned(),
             namespace: wellknown::DEFAULT_ROOT_NAMESPACE.to_owned(),
             serving_names: Vec::new(),
@@ -169,7 +179,7 @@ const REQUEST_BYTES_MAX: usize = 16 << 20;
 ///
 /// Needs a multi-thread tokio runtime, since snapshots are built on its blocking threads.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
-    let now = SystemTime::now();
+    let now = (options.root_clock)();
     let ca = Arc::new(ca::store::load_or_create(&options.ca_dir, &options.trust_domain, options.lifetimes, now)?);
     if let Some(path) = &options.root_cert_out {
         ca::store::write_atomically(path, ca.roots().to_pem().as_bytes(), 0o644)?;
@@ -198,8 +208,15 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     tasks.spawn(named("key fetcher", Box::pin(fetching)));
     tasks.spawn(named("compiler", Box::pin(fleet::run(Arc::clone(&fleet), meshes.clone(), options.compiler))));
     tasks.spawn(named("certificate renewal", Box::pin(renew_serving(cas.clone(), names, serving))));
-    let renewing = renew_ca(options.ca_dir, options.root_cert_out, newest_ca, metrics.clone());
-    tasks.spawn(named("root renewal", Box::pin(renewing)));
+    let renewal = CaRenewal {
+        dir: options.ca_dir,
+        root_cert_out: options.root_cert_out,
+        every: options.root_check,
+        clock: options.root_clock,
+        newest: newest_ca,
+        metrics: metrics.clone(),
+    };
+    tasks.spawn(named("root renewal", Box::pin(renewal.run())));
 
     let admission = Arc::new(ads::Admission::new(Arc::clone(&authn), Arc::clone(&fleet)));
     let ads = || {
@@ -273,44 +290,71 @@ async fn renew_serving(
     }
 }
 
-/// How often it is seen whether the root needs a successor (`CITADEL_SELF_SIGNED_ROOT_CERT_CHECK_INTERVAL`).
-const ROOT_CHECK: Duration = Duration::from_hours(1);
+/// Takes over what the CA's directory holds, as far as nobody is cut off by it.
+struct CaRenewal {
+    dir: PathBuf,
+    root_cert_out: Option<PathBuf>,
+    every: Duration,
+    clock: Clock,
+    newest: watch::Sender<Arc<Ca>>,
+    metrics: Registry,
+}
 
-/// Takes over what the CA's directory holds, now and then, as far as nobody is cut off by it.
-async fn renew_ca(dir: PathBuf, root_cert_out: Option<PathBuf>, newest: watch::Sender<Arc<Ca>>, metrics: Registry) {
-    loop {
-        tokio::time::sleep(ROOT_CHECK).await;
-        let (current, dir) = (Arc::clone(&newest.borrow()), dir.clone());
-        let looked = tokio::task::spawn_blocking(move || ca::store::successor(&current, &dir, SystemTime::now())).await;
-        let next = match looked {
-            Ok(Ok(Some(next))) => Arc::new(next),
-            Ok(Ok(None)) => continue,
-            Ok(Err(error)) => {
-                tracing::error!(error = identity::agent::describe(&error), "the CA stays as it was");
-                continue;
+impl CaRenewal {
+    async fn run(self) {
+        // What cannot be used is told once, not at each look.
+        let mut told = None;
+        loop {
+            tokio::time::sleep(self.every).await;
+            match self.look().await {
+                Ok(next) => {
+                    told = None;
+                    if let Some(next) = next {
+                        self.take_over(next);
+                    }
+                }
+                Err(error) if told.as_ref() != Some(&error) => {
+                    tracing::error!(error, "the CA stays as it was");
+                    told = Some(error);
+                }
+                Err(_) => {}
             }
-            Err(error) => {
-                tracing::error!(%error, "the CA stays as it was");
-                continue;
-            }
-        };
-        count_roots(&metrics, &next);
-        if let Some(path) = &root_cert_out
+            count_roots(&self.metrics, &self.newest.borrow());
+        }
+    }
+
+    async fn look(&self) -> Result<Option<Ca>, String> {
+        let (current, dir, now) = (Arc::clone(&self.newest.borrow()), self.dir.clone(), (self.clock)());
+        let looked = tokio::task::spawn_blocking(move || ca::store::successor(&current, &dir, now)).await;
+        looked.map_err(|error| error.to_string())?.map_err(|error| identity::agent::describe(&error))
+    }
+
+    fn take_over(&self, next: Ca) {
+        if let Some(path) = &self.root_cert_out
             && let Err(error) = ca::store::write_atomically(path, next.roots().to_pem().as_bytes(), 0o644)
         {
             tracing::error!(error = identity::agent::describe(&error), "the root bundle is not written");
         }
-        tracing::info!(roots = next.roots().certificates().len(), "the CA's root has a successor");
-        newest.send_replace(next);
+        let has_signer = next.has_signer_of(&self.newest.borrow());
+        tracing::info!(
+            roots = next.roots().certificates().len(),
+            signer = if has_signer { "as before" } else { "new" },
+            "the CA follows its directory"
+        );
+        count_roots(&self.metrics, &next);
+        self.newest.send_replace(Arc::new(next));
     }
 }
 
 fn count_roots(metrics: &Registry, ca: &Ca) {
-    let until = ca.not_after();
-    let seconds = until.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-    let left = until.duration_since(SystemTime::now()).unwrap_or_default().as_secs_f64();
-    metrics.set("citadel_server_root_cert_expiry_timestamp", &[], seconds);
-    metrics.set("citadel_server_root_cert_expiry_seconds", &[], left);
+    let at = |until: SystemTime| until.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+    let left = |until: SystemTime| until.duration_since(SystemTime::now()).unwrap_or_default().as_secs_f64();
+    if let Some(until) = ca.roots().not_after() {
+        metrics.set("citadel_server_root_cert_expiry_timestamp", &[], at(until));
+        metrics.set("citadel_server_root_cert_expiry_seconds", &[], left(until));
+    }
+    metrics.set("citadel_server_cert_chain_expiry_timestamp", &[], at(ca.not_after()));
+    metrics.set("citadel_server_cert_chain_expiry_seconds", &[], left(ca.not_after()));
     metrics.set("istio_build", &[("component", "pilot"), ("tag", env!("CARGO_PKG_VERSION"))], 1.0);
 }
 

@@ -5,11 +5,14 @@
 use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use compile::View;
 use discovery::authn::jwt::JwtKeys;
+use discovery::ca::Lifetimes;
+use discovery::ca::store::load_or_create;
 use discovery::compiler::{Compiled, Compiler, MeshCompiler, Told};
 use discovery::source::Source as Objects;
 use discovery::{Options, run};
@@ -17,14 +20,18 @@ use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::google::protobuf::{Any, Struct, Value, value::Kind};
 use identity::agent::{self, Agent, IssueError};
 use identity::channel::{ControlPlane, PlainTcp, Source};
-use identity::{PeerFacts, WorkloadIdentity};
+use identity::tls::{ClientTls, SanMatch, ServerTls};
+use identity::{PeerFacts, TrustRoots, WorkloadIdentity};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use mesh::{MeshSnapshot, ServiceKey};
+use rustls::pki_types::ServerName;
 use serde_json::{Value as Json, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+use types::TrustDomain;
 use types::wellknown::type_urls;
 use xds::client::{self, Dialed, Event, Handle, Names, Protocol, Update};
 
@@ -95,6 +102,16 @@ struct Plane {
 
 impl Plane {
     async fn start(dir: &Path, minter: &Minter, compiler: Arc<dyn Compiler>, secure: Option<SocketAddr>) -> Self {
+        Self::start_with(dir, minter, compiler, secure, |_| {}).await
+    }
+
+    async fn start_with(
+        dir: &Path,
+        minter: &Minter,
+        compiler: Arc<dyn Compiler>,
+        secure: Option<SocketAddr>,
+        change: impl FnOnce(&mut Options),
+    ) -> Self {
         let bind = |address: SocketAddr| TcpListener::bind(address).unwrap();
         let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
         let (secure, plaintext, monitoring) = (bind(secure.unwrap_or(any)), bind(any), bind(any));
@@ -109,6 +126,7 @@ impl Plane {
         options.secure = vec![secure];
         options.plaintext = vec![plaintext];
         options.monitoring = vec![monitoring];
+        change(&mut options);
         let (stop, stopped) = oneshot::channel();
         let task = tokio::spawn(async move {
             run(options, async {
@@ -300,6 +318,152 @@ async fn a_workload_gets_its_certificate_and_its_configuration() {
     }
     let (_, metrics) = plane.get("/metrics").await;
     assert!(metrics.contains("citadel_server_success_cert_issuance_count 1"), "{metrics}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_of_each_kind_are_certified() {
+    use agent::KeyKind;
+    use rustls::SignatureScheme as Scheme;
+    let dir = tempfile::tempdir().unwrap();
+    let minter = Minter::new();
+    let plane = Plane::start(dir.path(), &minter, Arc::new(Toy::default()), None).await;
+    assert_eq!(KeyKind::default(), KeyKind::EcdsaP256);
+    for (key, signs) in [
+        (KeyKind::EcdsaP256, Scheme::ECDSA_NISTP256_SHA256),
+        (KeyKind::EcdsaP384, Scheme::ECDSA_NISTP384_SHA384),
+        (KeyKind::Rsa2048, Scheme::RSA_PSS_SHA256),
+    ] {
+        let token = minter.token("shop", "reviews", "reviews-1");
+        let options = agent::Options { key, ..agent::Options::new(plane.client(Some(token))) };
+        let identity = agent::issue(&options, None, 1).await.unwrap();
+        identity.verify_own_chain(SystemTime::now()).unwrap();
+        let certified = identity.keys.certified();
+        assert!(certified.key.choose_scheme(&[signs]).is_some(), "{key:?}");
+        certified.keys_match().unwrap();
+    }
+}
+
+/// Repeats every byte on every connection, each under the identity of its beginning.
+async fn serve(listener: tokio::net::TcpListener, identities: agent::Identities) {
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        let identity = identities.borrow().clone().unwrap();
+        let tls = ServerTls::mesh(&identity, vec![SanMatch::uri_prefix("spiffe://cluster.local/")], Vec::new());
+        let tls = TlsAcceptor::from(Arc::clone(tls.build().unwrap().strict()));
+        tokio::spawn(async move {
+            // What fails here fails at the client, who counts.
+            let Ok(mut stream) = tls.accept(stream).await else { return };
+            let mut byte = [0];
+            while stream.read_exact(&mut byte).await.is_ok() && stream.write_all(&byte).await.is_ok() {}
+        });
+    }
+}
+
+type Connection = tokio_rustls::client::TlsStream<TcpStream>;
+
+/// A connection on which a byte went there and back: only then are both sides content.
+async fn connect(to: SocketAddr, identity: &WorkloadIdentity) -> std::io::Result<Connection> {
+    let tls = ClientTls::mesh(identity, vec![SanMatch::uri_prefix("spiffe://cluster.local/")], Vec::new());
+    let name = ServerName::try_from("outbound_.80_._.reviews.shop.svc.cluster.local").unwrap();
+    let stream = TcpStream::connect(to).await?;
+    let mut stream = TlsConnector::from(tls.build().unwrap()).connect(name, stream).await?;
+    ask(&mut stream).await?;
+    Ok(stream)
+}
+
+async fn ask(stream: &mut Connection) -> std::io::Result<()> {
+    stream.write_all(b"x").await?;
+    stream.flush().await?;
+    stream.read_exact(&mut [0]).await.map(|_| ())
+}
+
+/// Two control planes over one folder, and two workloads that talk all the time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_roots_successor_takes_over_at_its_time_and_no_connection_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let (minter, now, day) = (Minter::new(), SystemTime::now(), Duration::from_hours(24));
+    // By now four fifths of its ten years are over; by the control planes' clock not yet.
+    let made = now - (3650 * 4 / 5 + 1) * day;
+    load_or_create(&dir.path().join("ca"), &TrustDomain::default(), Lifetimes::default(), made).unwrap();
+    let is_due = Arc::new(AtomicBool::new(false));
+    let start = || {
+        let is_due = Arc::clone(&is_due);
+        let clock = move || if is_due.load(Ordering::Relaxed) { now } else { now - 30 * day };
+        Plane::start_with(dir.path(), &minter, Arc::new(Toy::default()), None, |options| {
+            options.root_check = Duration::from_millis(20);
+            options.root_clock = Arc::new(clock);
+        })
+    };
+    let (plane, other) = (start().await, start().await);
+
+    let workload = |plane: &Plane, account: &str| {
+        let mut options = agent::Options::new(plane.client(Some(minter.token("shop", account, account))));
+        options.ttl = Duration::from_secs(20);
+        let (agent, identities) = Agent::new(options);
+        (tokio::spawn(agent.run()), identities)
+    };
+    let (serving, mut server) = workload(&plane, "reviews");
+    let (calling, mut client) = workload(&other, "productpage");
+    let until = async |identities: &mut agent::Identities, roots: usize| {
+        let has = |identity: &Option<Arc<WorkloadIdentity>>| {
+            identity.as_ref().is_some_and(|identity| identity.roots.certificates().len() == roots)
+        };
+        let found = tokio::time::timeout(WAIT, identities.wait_for(has)).await.expect("in time").unwrap();
+        Arc::clone(found.as_ref().unwrap())
+    };
+    let before = [until(&mut server, 1).await, until(&mut client, 1).await];
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let answering = tokio::spawn(serve(listener, server.clone()));
+    let done = Arc::new(AtomicBool::new(false));
+    let load = tokio::spawn({
+        let (done, client) = (Arc::clone(&done), client.clone());
+        async move {
+            let mut count = 0;
+            while !done.load(Ordering::Relaxed) {
+                let identity = client.borrow().clone().unwrap();
+                connect(address, &identity).await?;
+                count += 1;
+            }
+            Ok::<u32, std::io::Error>(count)
+        }
+    });
+    let stale = plane.identity(minter.token("shop", "ratings", "ratings-1")).await.unwrap();
+    let mut kept = connect(address, &stale).await.unwrap();
+
+    is_due.store(true, Ordering::Relaxed);
+    let after = [until(&mut server, 2).await, until(&mut client, 2).await];
+    let roots = after[0].roots.certificates();
+    assert_eq!(after[1].roots.certificates(), roots, "one successor, of whichever control plane");
+    assert_eq!(roots[1], before[0].roots.certificates()[0]);
+    for (before, after) in before.iter().zip(&after) {
+        assert_ne!(before.facts.serial, after.facts.serial);
+        let successor = Arc::new(TrustRoots::new(vec![roots[0].clone()], Vec::new()).unwrap());
+        let alone = WorkloadIdentity::new(after.keys.clone(), successor, 1).unwrap();
+        alone.verify_own_chain(SystemTime::now()).expect("the successor stands for what is new");
+    }
+    // Whoever has not heard of it yet is not cut off, in the middle of a connection or at the start of one.
+    ask(&mut kept).await.unwrap();
+    connect(address, &stale).await.unwrap();
+    let (_, metrics) = plane.get("/metrics").await;
+    let expires = |identity: &WorkloadIdentity| {
+        let root = PeerFacts::read(&identity.roots.certificates()[0]).unwrap();
+        root.not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64()
+    };
+    for name in ["citadel_server_root_cert_expiry_timestamp", "citadel_server_cert_chain_expiry_timestamp"] {
+        let line = metrics.lines().find_map(|line| line.strip_prefix(name)).expect(name).trim();
+        assert!((line.parse::<f64>().unwrap() - expires(&after[0])).abs() < 1.0, "{name}: {line}");
+    }
+    let left = metrics.lines().find_map(|line| line.strip_prefix("citadel_server_root_cert_expiry_seconds")).unwrap();
+    assert!(left.trim().parse::<f64>().unwrap() > (3649 * day).as_secs_f64(), "{left}");
+
+    done.store(true, Ordering::Relaxed);
+    let count = load.await.unwrap().expect("no connection fails");
+    assert!(count > 10, "{count}");
+    for task in [serving, calling] {
+        task.abort();
+    }
+    answering.abort();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -79,6 +79,12 @@ impl TrustRoots {
         &self.certificates
     }
 
+    /// When the last of them ends; `None` when none can be read.
+    pub fn not_after(&self) -> Option<SystemTime> {
+        let facts = self.certificates.iter().filter_map(|root| PeerFacts::read(root).ok());
+        facts.map(|facts| facts.not_after).max()
+    }
+
     /// As PEM text.
     pub fn to_pem(&self) -> String {
         pem::encode_all(&self.certificates)

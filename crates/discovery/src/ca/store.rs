@@ -10,6 +10,9 @@
 //! signs from then on and stands first in the file, and those before stay trusted while they live.
 //! Since the key is the same, old and new roots vouch for each other's certificates.
 //!
+//! Several control planes may share a folder: who writes holds the lock on `.lock` and looks again under it,
+//! so that all have what the first one wrote.
+//!
 //! What cannot be read or does not fit is an error that names the file; a CA is never silently
 //! replaced, since that would cut every workload off.
 
@@ -29,10 +32,10 @@ use rustls::pki_types::CertificateDer;
 use thiserror::Error;
 use types::TrustDomain;
 
-use super::{Ca, Lifetimes, SKEW};
+use super::{Ca, HandedOut, Lifetimes, SKEW, Signer};
 
 /// Life of a self-signed root (`CITADEL_SELF_SIGNED_CA_CERT_TTL`).
-const ROOT_LIFETIME: Duration = Duration::from_hours(3650 * 24);
+pub(super) const ROOT_LIFETIME: Duration = Duration::from_hours(3650 * 24);
 
 /// A self-signed root with less of its life left than this gets a successor
 /// (`CITADEL_SELF_SIGNED_ROOT_CERT_GRACE_PERIOD_PERCENTILE`).
@@ -96,40 +99,46 @@ pub fn load_or_create(
         return Err(StoreError::Partial { dir: dir.to_owned(), found, missing });
     } else {
         let kept = dir.join(SELF_SIGNED);
-        if !kept.exists() {
-            create_self_signed(dir, &kept, trust_domain, now)?;
+        if !kept.exists() || needs_successor(&kept, now)? {
+            let _writer = become_writer(dir)?;
+            if !kept.exists() {
+                create_self_signed(dir, &kept, trust_domain, now)?;
+            } else if needs_successor(&kept, now)? {
+                succeed_self_signed(&kept, trust_domain, now)?;
+            }
         }
-        succeed_self_signed(&kept, trust_domain, now)?;
         load_self_signed(&kept, trust_domain, lifetimes)?
     };
-    ca.probe(now)?;
+    ca.probe(ca.roots(), now)?;
     Ok(ca)
 }
 
-/// What `dir` holds now, if `current` may be replaced by it while it serves: all that is trusted must
-/// stay trusted, but for what has ended. `None` when nothing changed.
-///
-/// *Source*: `security.md`, CA-2 and CA-3.
+/// The CA that is to take the place of `current`, if any, by what `dir` holds now; see [`Ca::successor`].
 pub fn successor(current: &Ca, dir: &Path, now: SystemTime) -> Result<Option<Ca>, StoreError> {
-    let next = load_or_create(dir, &current.trust_domain, current.lifetimes, now)?;
-    let (before, after) = (current.roots.certificates(), next.roots.certificates());
-    let is_same = before == after && current.intermediates == next.intermediates && current.not_after == next.not_after;
-    if is_same {
-        return Ok(None);
-    }
-    if before.iter().any(|root| is_alive(root, now) && !after.contains(root)) {
-        return Err(StoreError::CutsOff);
-    }
-    Ok(Some(next))
+    current.successor(load_or_create(dir, &current.trust_domain, current.lifetimes, now)?, now)
 }
 
-fn is_alive(certificate: &CertificateDer<'_>, now: SystemTime) -> bool {
+/// Waits for other writers of the folder, in whatever process; the answer's end lets the next one in.
+fn become_writer(dir: &Path) -> Result<fs::File, StoreError> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
+    let path = dir.join(".lock");
+    let file = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+    let file = file.map_err(at(&path))?;
+    file.lock().map_err(at(&path))?;
+    Ok(file)
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> StoreError + use<> {
+    let path = path.to_owned();
+    move |source| StoreError::File { path, source }
+}
+
+pub(super) fn is_alive(certificate: &CertificateDer<'_>, now: SystemTime) -> bool {
     PeerFacts::read(certificate).is_ok_and(|facts| facts.not_after > now)
 }
 
 /// Writes a file so that readers see the old text or the new one, and a crash leaves no half.
 pub fn write_atomically(path: &Path, text: &[u8], mode: u32) -> Result<(), StoreError> {
-    let at = |source| StoreError::File { path: path.to_owned(), source };
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let temporary = path.with_file_name(name);
@@ -143,38 +152,27 @@ pub fn write_atomically(path: &Path, text: &[u8], mode: u32) -> Result<(), Store
         // What is left of the attempt; the error at hand matters more.
         drop(fs::remove_file(&temporary));
     }
-    written.map_err(at)
+    written.map_err(at(path))
 }
 
 fn read(path: &Path) -> Result<String, StoreError> {
-    fs::read_to_string(path).map_err(|source| StoreError::File { path: path.to_owned(), source })
+    fs::read_to_string(path).map_err(at(path))
 }
 
 fn invalid(path: &Path, reason: &dyn std::fmt::Display) -> StoreError {
     StoreError::Invalid { path: path.to_owned(), reason: reason.to_string() }
 }
 
-/// Two processes may start at once: each makes its own folder, and the one that renames first wins.
+/// Made aside and renamed, so that a crash leaves no half. Only for the writer.
 fn create_self_signed(dir: &Path, kept: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<(), StoreError> {
-    let at = |path: &Path| {
-        let path = path.to_owned();
-        move |source| StoreError::File { path, source }
-    };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
     let (certificate, key) = make_root(trust_domain, now).map_err(StoreError::Make)?;
-    let temporary = dir.join(format!("{SELF_SIGNED}.{}.tmp", std::process::id()));
+    let temporary = dir.join(format!("{SELF_SIGNED}.tmp"));
+    // What a crash may have left.
     drop(fs::remove_dir_all(&temporary));
     fs::DirBuilder::new().mode(0o700).create(&temporary).map_err(at(&temporary))?;
     write_atomically(&temporary.join("ca-key.pem"), key.as_bytes(), 0o600)?;
     write_atomically(&temporary.join("ca-cert.pem"), certificate.as_bytes(), 0o644)?;
-    let renamed = fs::rename(&temporary, kept);
-    if renamed.is_err() {
-        drop(fs::remove_dir_all(&temporary));
-    }
-    match renamed {
-        Err(_) if kept.exists() => Ok(()),
-        other => other.map_err(at(kept)),
-    }
+    fs::rename(&temporary, kept).map_err(at(kept))
 }
 
 fn make_root(trust_domain: &TrustDomain, now: SystemTime) -> Result<(String, String), rcgen::Error> {
@@ -195,22 +193,29 @@ fn root_of(key: &KeyPair, trust_domain: &TrustDomain, now: SystemTime) -> Result
     Ok(pem::encode(params.self_signed(key)?.der()))
 }
 
-/// Puts a successor before a root that will end, and leaves out those that have ended.
-fn succeed_self_signed(kept: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<(), StoreError> {
+fn self_signed_roots(kept: &Path) -> Result<Vec<CertificateDer<'static>>, StoreError> {
     let path = kept.join("ca-cert.pem");
-    let roots = pem::certificates(read(&path)?.as_bytes()).map_err(|error| invalid(&path, &error))?;
+    pem::certificates(read(&path)?.as_bytes()).map_err(|error| invalid(&path, &error))
+}
+
+/// Whether too little is left of the root that signs.
+fn needs_successor(kept: &Path, now: SystemTime) -> Result<bool, StoreError> {
+    let path = kept.join("ca-cert.pem");
+    let roots = self_signed_roots(kept)?;
     let first = roots.first().ok_or_else(|| invalid(&path, &"holds no certificate"))?;
     let facts = PeerFacts::read(first).map_err(|error| invalid(&path, &error))?;
     let life = facts.not_after.duration_since(facts.not_before).unwrap_or_default();
     let left = facts.not_after.duration_since(now).unwrap_or_default();
-    if left >= life * ROOT_GRACE_PERCENT / 100 {
-        return Ok(());
-    }
+    Ok(left < life * ROOT_GRACE_PERCENT / 100)
+}
+
+/// Puts a successor before a root that will end, and leaves out those that have ended. Only for the writer.
+fn succeed_self_signed(kept: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<(), StoreError> {
     let key_path = kept.join("ca-key.pem");
     let key = KeyPair::from_pem(&read(&key_path)?).map_err(|error| invalid(&key_path, &error))?;
     let mut bundle = root_of(&key, trust_domain, now).map_err(StoreError::Make)?;
-    bundle.extend(roots.iter().filter(|root| is_alive(root, now)).map(pem::encode));
-    write_atomically(&path, bundle.as_bytes(), 0o644)
+    bundle.extend(self_signed_roots(kept)?.iter().filter(|root| is_alive(root, now)).map(pem::encode));
+    write_atomically(&kept.join("ca-cert.pem"), bundle.as_bytes(), 0o644)
 }
 
 fn load_self_signed(kept: &Path, trust_domain: &TrustDomain, lifetimes: Lifetimes) -> Result<Ca, StoreError> {
@@ -266,10 +271,9 @@ fn assemble(
     let issuer =
         Issuer::from_ca_cert_pem(&pem::encode(first), key).map_err(|error| invalid(certificate_path, &error))?;
     Ok(Ca {
-        issuer,
-        intermediates,
-        roots: Arc::new(roots),
-        not_after: facts.not_after,
+        signer: Arc::new(Signer { issuer, certificate: first.clone(), intermediates, not_after: facts.not_after }),
+        now: HandedOut::new(Arc::new(roots)),
+        before: Vec::new(),
         trust_domain: trust_domain.clone(),
         lifetimes,
     })

@@ -85,6 +85,102 @@ fn a_root_has_a_successor_before_it_ends() {
     assert_eq!(third.roots().certificates()[1], second.roots().certificates()[0]);
 }
 
+/// Several at once, each by its own clock: what the first one writes is everybody's.
+#[test]
+fn one_of_several_control_planes_writes_and_all_use_what_it_wrote() {
+    let dir = tempfile::tempdir().unwrap();
+    let life = store::ROOT_LIFETIME;
+    let begin = std::sync::Barrier::new(8);
+    let all_at = |now: SystemTime| -> Vec<Vec<_>> {
+        let load = |ahead: u64| {
+            begin.wait();
+            let now = now + Duration::from_secs(ahead);
+            let ca = load_or_create(dir.path(), &TrustDomain::default(), Lifetimes::default(), now).unwrap();
+            ca.roots().certificates().to_vec()
+        };
+        std::thread::scope(|scope| {
+            let running: Vec<_> = (0..8).map(|ahead| scope.spawn(move || load(ahead))).collect();
+            running.into_iter().map(|one| one.join().unwrap()).collect()
+        })
+    };
+    let now = SystemTime::now();
+    let made = all_at(now);
+    assert!(made.iter().all(|roots| roots.len() == 1 && *roots == made[0]), "one root");
+    let succeeded = all_at(now + life * 9 / 10);
+    assert!(succeeded.iter().all(|roots| roots.len() == 2 && *roots == succeeded[0]), "one successor");
+    assert_eq!(succeeded[0][1], made[0][0]);
+}
+
+/// Writes a bundle whose root signs itself, as an operator would plug it in.
+fn plug_in(dir: &Path, root: &CertifiedIssuer<'static, KeyPair>, roots: &str) {
+    for (name, text) in [
+        ("root-cert.pem", roots),
+        ("cert-chain.pem", &root.pem()),
+        ("ca-cert.pem", &root.pem()),
+        ("ca-key.pem", &root.key().serialize_pem()),
+    ] {
+        write_atomically(&dir.join(name), text.as_bytes(), 0o600).unwrap();
+    }
+}
+
+fn root(name: &str) -> CertifiedIssuer<'static, KeyPair> {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(rcgen::DnType::CommonName, name);
+    CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
+}
+
+#[test]
+fn a_new_root_is_passed_on_before_it_signs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (now, hour) = (SystemTime::now(), Duration::from_hours(1));
+    let first = ca(dir.path());
+    let (csr, _) = csr(|_| {});
+    let signed_by = |ca: &Ca, at: SystemTime| {
+        let issued = ca.sign(&csr, &id(), hour, at).unwrap();
+        leaf(&issued).issuer
+    };
+    let by_first = signed_by(&first, now);
+    let next_root = root("next");
+    plug_in(dir.path(), &next_root, &(first.roots().to_pem() + &next_root.pem()));
+    // Both are trusted at once; who got a certificate before does not know the new one yet.
+    let second = store::successor(&first, dir.path(), now).unwrap().unwrap();
+    assert_eq!(second.roots().certificates().len(), 2);
+    assert_eq!(signed_by(&second, now), by_first);
+    assert!(store::successor(&second, dir.path(), now + hour / 2).unwrap().is_none(), "not yet");
+    assert_eq!(signed_by(&second, now + hour / 2), by_first);
+    // All that was issued without it has ended, whatever was issued since.
+    let over = now + hour + Duration::from_secs(2);
+    let third = store::successor(&second, dir.path(), over).unwrap().unwrap();
+    assert_ne!(signed_by(&third, over), by_first);
+    assert_eq!(third.roots().certificates(), second.roots().certificates());
+    assert!(store::successor(&third, dir.path(), over).unwrap().is_none(), "settled");
+    // The old root may not go while it lives.
+    plug_in(dir.path(), &next_root, &next_root.pem());
+    assert!(matches!(store::successor(&third, dir.path(), over), Err(StoreError::CutsOff)));
+}
+
+#[test]
+fn a_signer_that_all_know_does_not_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let (now, hour) = (SystemTime::now(), Duration::from_hours(1));
+    let (old, new) = (root("old"), root("new"));
+    plug_in(dir.path(), &old, &(old.pem() + &new.pem()));
+    let first = ca(dir.path());
+    let (csr, _) = csr(|_| {});
+    first.sign(&csr, &id(), hour, now).unwrap();
+    plug_in(dir.path(), &new, &(old.pem() + &new.pem()));
+    let second = store::successor(&first, dir.path(), now).unwrap().unwrap();
+    assert!(!second.has_signer_of(&first));
+    // Two changes on top of each other: the third root waits for those who know none but the first two.
+    let third_root = root("third");
+    plug_in(dir.path(), &third_root, &(old.pem() + &new.pem() + &third_root.pem()));
+    second.sign(&csr, &id(), hour, now).unwrap();
+    let third = store::successor(&second, dir.path(), now).unwrap().unwrap();
+    assert!(third.has_signer_of(&second) && third.roots().certificates().len() == 3);
+    assert!(!store::successor(&third, dir.path(), now + 2 * hour).unwrap().unwrap().has_signer_of(&second));
+}
+
 #[test]
 fn a_ca_that_would_cut_workloads_off_is_not_taken_over() {
     let dir = tempfile::tempdir().unwrap();
