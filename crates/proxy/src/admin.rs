@@ -5,7 +5,7 @@
 mod dump;
 mod pages;
 
-pub(crate) use pages::scrape;
+pub(crate) use pages::{expiry, scrape};
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -139,7 +139,7 @@ async fn answer(service: Service, context: &Context, request: HttpRequest<Incomi
             "/stats/prometheus" | "/metrics" => {
                 let mut all = pages::metrics(context);
                 if let Some((port, path)) = &context.app_metrics {
-                    all.push_str(&pages::scrape(*port, path).await);
+                    all.push_str(&scrape(*port, path).await);
                 }
                 page(StatusCode::OK, METRICS_TYPE, all)
             }

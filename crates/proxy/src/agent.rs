@@ -121,14 +121,14 @@ pub fn run(options: Options, program: &Path) -> Result<(), AgentError> {
 async fn supervise(mut options: Options, program: &Path, places: &Places) -> Result<(), AgentError> {
     let (Some(ca), Some(plane)) = (options.ca.take(), options.xds.take()) else { return Err(AgentError::NoPlane) };
     let shared = Shared::new(&mut options)?;
-    let (agent, identities) = identity::agent::Agent::new(identity::agent::Options::new(ca));
+    let (agent, identities) = identity::agent::Agent::new(options.renewal.asking(ca));
     // Whatever runs here ends with the set.
     let mut tasks = JoinSet::new();
     tasks.spawn(agent.run());
 
     let service = SecretDiscoveryServiceServer::new(Ads::new(secrets::follow(identities.clone(), &mut tasks), "agent"));
     tasks.spawn(serve(bind(&places.sds)?, Routes::new(service)));
-    let (relay, names) = Relay::new(crate::control::dialer(plane, Some(identities)));
+    let (relay, names) = Relay::new(crate::control::dialer(plane, Some(identities.clone())));
     tasks.spawn(serve(bind(&places.xds)?, Routes::new(AggregatedDiscoveryServiceServer::new(relay))));
     if let Some(address) = options.addresses.dns {
         let table = Arc::new(ArcSwap::from_pointee(NameTable::default()));
@@ -147,6 +147,7 @@ async fn supervise(mut options: Options, program: &Path, places: &Places) -> Res
             app_metrics: options.app_metrics.clone(),
             end: asks_end.clone(),
             role: options.role,
+            identities: identities.clone(),
         };
         tasks.spawn(status::serve(listener, context));
     }

@@ -33,6 +33,7 @@ use types::wellknown::type_urls;
 use xds::client::{Dialed, Event, Handle, Names, Rejected, Update};
 
 use crate::dns::NameTable;
+use crate::file_secrets::{FileSecrets, IdentityFiles};
 use crate::listeners::{Listeners, Workers};
 use crate::options::{Options, Role, StaticResources, Termination};
 use crate::proxy::{Proxy, RunError, Shared, State};
@@ -99,6 +100,8 @@ pub(crate) struct Control {
     resolved: mpsc::UnboundedSender<warming::Resolved>,
     resolvers: warming::Resolvers,
     files: files::Files,
+    file_secrets: FileSecrets,
+    identity_files: Option<IdentityFiles>,
     /// When listeners of drained connections close.
     stop_at: Option<(Instant, DrainScope)>,
 }
@@ -156,12 +159,14 @@ impl Control {
             resolved,
             resolvers: warming::Resolvers::default(),
             files: files::Files::new(options.files),
+            file_secrets: FileSecrets::default(),
+            identity_files: options.identity_files.map(IdentityFiles::new),
             stop_at: None,
             shared: Arc::clone(&shared),
         };
-        if let Some([chain, key, roots]) = &options.identity_files {
-            let identity = secret::identity_from_files(chain, key, roots).map_err(RunError::Identity)?;
-            shared.secrets.set_identity(&Arc::new(identity));
+        // Here a bad one is the end.
+        if let Some(Err(reason)) = control.look_at_identity() {
+            return Err(RunError::Identity(reason));
         }
         let services = crate::admin::start(
             &options.addresses,
@@ -184,13 +189,7 @@ impl Control {
         let mut identities = None;
         let mut agent = None;
         if let Some(ca) = options.ca {
-            let agent_options = identity::agent::Options {
-                ttl: options.renewal.ttl,
-                grace_ratio: options.renewal.grace_ratio,
-                grace_jitter: options.renewal.grace_jitter,
-                ..identity::agent::Options::new(ca)
-            };
-            let (made, receiver) = identity::agent::Agent::new(agent_options);
+            let (made, receiver) = identity::agent::Agent::new(options.renewal.asking(ca));
             agent = Some(tokio::spawn(made.run()));
             identities = Some(receiver);
         }
@@ -334,10 +333,39 @@ impl Control {
         self.publish_logged().await;
     }
 
+    /// Follows the files that received resources name as secrets; before they are published, so that handshakes find
+    /// what is there.
+    fn follow_secrets(&mut self) {
+        let gone = self.file_secrets.follow(self.received.wanted().file_secrets);
+        if !gone.is_empty() {
+            self.shared.secrets.change(|store| store.retain(|name, _| !gone.contains(name)));
+        }
+        self.look_at_secrets();
+    }
+
+    fn look_at_secrets(&mut self) {
+        let changed = self.file_secrets.look();
+        if !changed.is_empty() {
+            self.shared.secrets.change(|store| store.extend(changed));
+        }
+    }
+
+    /// Takes the workload's certificate from its files, if they have another one.
+    fn look_at_identity(&mut self) -> Option<Result<(), String>> {
+        let read = self.identity_files.as_mut()?.look()?;
+        Some(read.map(|identity| self.shared.secrets.set_identity(&Arc::new(identity))))
+    }
+
     async fn tick(&mut self) {
         proto::json::rest();
         if !self.files.is_empty() {
             self.look_at_files().await;
+        }
+        if !self.file_secrets.is_empty() {
+            self.look_at_secrets();
+        }
+        if let Some(Err(reason)) = self.look_at_identity() {
+            tracing::warn!(reason, "the workload's certificate in files cannot be used; what was there before stays");
         }
         if self.received.is_warming() {
             self.publish_logged().await;
@@ -436,6 +464,7 @@ impl Control {
         let waited = self.started.elapsed();
         self.resolvers.sync(&self.received, &self.resolved);
         let Some(mut next) = self.received.warm(&self.published, waited) else { return Vec::new() };
+        self.follow_secrets();
         self.generation += 1;
         next.generation = self.generation;
         let next = Arc::new(next);

@@ -27,6 +27,7 @@ mod control;
 mod detect;
 mod dns;
 mod exchange;
+mod file_secrets;
 mod host_sockets;
 mod io;
 mod listeners;

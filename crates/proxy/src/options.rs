@@ -10,6 +10,7 @@ use std::time::Duration;
 use engine::lower::Raw;
 use envoy_types::pb::envoy::config::core::v3::{Locality, Node};
 use envoy_types::pb::google::protobuf::{ListValue, Struct, Value, value::Kind};
+use identity::agent::KeyKind;
 use identity::channel::{ControlPlane, Source};
 use thiserror::Error;
 use types::wellknown::{DEFAULT_DOMAIN_SUFFIX, ports};
@@ -138,11 +139,13 @@ pub struct Renewal {
     pub grace_ratio: f64,
     /// Spread of that share, either way (`SECRET_GRACE_PERIOD_RATIO_JITTER`), 0 to 1.
     pub grace_jitter: f64,
+    /// The keys: ECDSA, as `ECC_SIGNATURE_ALGORITHM` and `ECC_CURVE` say, unless `WORKLOAD_RSA_KEY_SIZE` asks for RSA.
+    pub key: KeyKind,
 }
 
 impl Default for Renewal {
     fn default() -> Self {
-        Self { ttl: Duration::from_hours(24), grace_ratio: 0.5, grace_jitter: 0.01 }
+        Self { ttl: Duration::from_hours(24), grace_ratio: 0.5, grace_jitter: 0.01, key: KeyKind::default() }
     }
 }
 
@@ -153,7 +156,33 @@ impl Renewal {
             ttl: duration(variables, "SECRET_TTL")?.unwrap_or(defaults.ttl),
             grace_ratio: share(variables, "SECRET_GRACE_PERIOD_RATIO")?.unwrap_or(defaults.grace_ratio),
             grace_jitter: share(variables, "SECRET_GRACE_PERIOD_RATIO_JITTER")?.unwrap_or(defaults.grace_jitter),
+            key: key_kind(variables)?,
         })
+    }
+
+    /// How the CA is asked.
+    pub(crate) fn asking(self, ca: ControlPlane) -> identity::agent::Options {
+        identity::agent::Options {
+            ttl: self.ttl,
+            grace_ratio: self.grace_ratio,
+            grace_jitter: self.grace_jitter,
+            key: self.key,
+            ..identity::agent::Options::new(ca)
+        }
+    }
+}
+
+/// Istio's default is RSA; ours is ECDSA, so that only who names a size of RSA keys gets them.
+fn key_kind(variables: &BTreeMap<String, String>) -> Result<KeyKind, InvalidOptions> {
+    let get = |name: &'static str| variables.get(name).map(String::as_str).filter(|value| !value.is_empty());
+    let bad = |name, value: &str, wanted| InvalidOptions::Bad { name, value: value.to_owned(), wanted };
+    match (get("ECC_SIGNATURE_ALGORITHM"), get("ECC_CURVE"), get("WORKLOAD_RSA_KEY_SIZE")) {
+        (None, None, Some("2048")) => Ok(KeyKind::Rsa2048),
+        (None, None, Some(other)) => Err(bad("WORKLOAD_RSA_KEY_SIZE", other, "2048")),
+        (Some(other), ..) if other != "ECDSA" => Err(bad("ECC_SIGNATURE_ALGORITHM", other, "ECDSA")),
+        (_, None | Some("P256"), _) => Ok(KeyKind::EcdsaP256),
+        (_, Some("P384"), _) => Ok(KeyKind::EcdsaP384),
+        (_, Some(other), _) => Err(bad("ECC_CURVE", other, "P256 or P384")),
     }
 }
 
@@ -259,6 +288,11 @@ impl Options {
         let xds = get("PROXY_CONFIG_XDS_ADDRESS").unwrap_or("istiod.istio-system.svc:15012");
         options.xds = Some(plane(xds));
         options.ca = Some(plane(get("CA_ADDR").unwrap_or(xds)));
+        // Whoever mounts a certificate for the workload is its CA.
+        if MOUNTED_IDENTITY.iter().all(|path| read(path).is_some()) {
+            options.identity_files = Some(MOUNTED_IDENTITY.map(PathBuf::from));
+            options.ca = None;
+        }
         options.state_of_the_world = get("ISTIO_DELTA_XDS") == Some("false");
         options.renewal = Renewal::from_environment(variables)?;
         let any = |port: u16| Some(SocketAddr::from(([0, 0, 0, 0], port)));
@@ -296,6 +330,13 @@ impl Options {
         Ok(options)
     }
 }
+
+/// Chain, key and roots of a workload, where something else than our CA provides them.
+const MOUNTED_IDENTITY: [&str; 3] = [
+    "/var/run/secrets/workload-spiffe-credentials/cert-chain.pem",
+    "/var/run/secrets/workload-spiffe-credentials/key.pem",
+    "/var/run/secrets/workload-spiffe-credentials/root-cert.pem",
+];
 
 /// Istio's own filters, which we have: a control plane sends them to those that list them.
 fn extensions() -> Vec<envoy_types::pb::envoy::config::core::v3::Extension> {
@@ -516,5 +557,42 @@ mod tests {
         variables.remove("SECRET_GRACE_PERIOD_RATIO");
         variables.remove("POD_NAME");
         assert!(Options::from_environment(Role::Sidecar, &variables, |_| None).is_err());
+    }
+
+    #[test]
+    fn a_mounted_certificate_is_in_place_of_the_ca() {
+        let variables = [("POD_NAME", "a-1"), ("POD_NAMESPACE", "shop"), ("INSTANCE_IP", "10.0.0.1")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into();
+        let options = |present: usize| {
+            let read = |path: &str| MOUNTED_IDENTITY[..present].contains(&path).then(String::new);
+            Options::from_environment(Role::Sidecar, &variables, read).unwrap()
+        };
+        let all = options(3);
+        assert!(all.ca.is_none() && all.xds.is_some());
+        assert_eq!(all.identity_files, Some(MOUNTED_IDENTITY.map(PathBuf::from)));
+        let some = options(2);
+        assert!(some.ca.is_some() && some.identity_files.is_none());
+    }
+
+    #[test]
+    fn the_kind_of_a_workloads_key() {
+        let kind = |pairs: &[(&str, &str)]| {
+            let variables = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            Renewal::from_environment(&variables).map(|renewal| renewal.key).ok()
+        };
+        let (algorithm, curve, size) = ("ECC_SIGNATURE_ALGORITHM", "ECC_CURVE", "WORKLOAD_RSA_KEY_SIZE");
+        for (pairs, expect) in [
+            (&[][..], Some(KeyKind::EcdsaP256)),
+            (&[(algorithm, "ECDSA")], Some(KeyKind::EcdsaP256)),
+            (&[(algorithm, "ECDSA"), (curve, "P384"), (size, "2048")], Some(KeyKind::EcdsaP384)),
+            (&[(curve, "P256")], Some(KeyKind::EcdsaP256)),
+            (&[(size, "2048")], Some(KeyKind::Rsa2048)),
+            (&[(size, "1024")], None),
+            (&[(algorithm, "EdDSA")], None),
+            (&[(algorithm, "ECDSA"), (curve, "P521")], None),
+        ] {
+            assert_eq!(kind(pairs), expect, "{pairs:?}");
+        }
     }
 }

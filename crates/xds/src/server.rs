@@ -62,6 +62,8 @@ pub trait Observer: Send + Sync + 'static {
     fn answered(&mut self, answered: &Answered);
     /// Something changed; where the stream stands now.
     fn progressed(&mut self, progress: &Progress);
+    /// A request was taken: what the stream asks for now. Of interest to those who make what is asked for.
+    fn subscribed(&mut self, _: &Session) {}
 }
 
 /// The aggregated discovery service over an [`Authority`].
@@ -217,6 +219,7 @@ impl<W: Wire> Driver<W> {
         if let Some(answered) = answered {
             self.observer.answered(&answered);
         }
+        self.observer.subscribed(&self.session);
         self.observer.progressed(&self.session.progress());
         Ok(())
     }

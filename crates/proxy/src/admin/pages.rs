@@ -2,15 +2,16 @@
 
 use std::fmt::Write as _;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::json;
+use telemetry::text;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use types::wellknown::type_urls;
 
 use super::Context;
 use crate::control::Inspection;
-use crate::secrets::Secret;
+use crate::secrets::{Secret, SecretStore};
 
 /// Prometheus text.
 pub(super) fn metrics(context: &Context) -> String {
@@ -19,12 +20,37 @@ pub(super) fn metrics(context: &Context) -> String {
     let state = *context.state.borrow();
     _ = writeln!(out, "# TYPE envoy_server_live gauge\nenvoy_server_live {}", u8::from(state.is_ready()));
     _ = writeln!(out, "# TYPE lateen_config_generation gauge\nlateen_config_generation {}", state.generation);
+    expiry(&mut out, ends(&context.shared.secrets.load()));
     let dropped = context.shared.sinks.dropped();
     _ = writeln!(
         out,
         "# TYPE lateen_access_log_lines_dropped_total counter\nlateen_access_log_lines_dropped_total {dropped}"
     );
     out
+}
+
+/// When each secret ends, by name.
+fn ends(secrets: &SecretStore) -> Vec<(String, SystemTime)> {
+    let end = |secret: &Secret| match secret {
+        Secret::Certificate(keys) => keys.facts().ok().map(|facts| facts.not_after),
+        Secret::Roots(roots) => roots.not_after(),
+    };
+    secrets.sorted().into_iter().filter_map(|(name, secret)| Some((name.to_string(), end(secret)?))).collect()
+}
+
+/// What is left of certificates, by name; below zero once they have ended.
+pub(crate) fn expiry(out: &mut String, ends: Vec<(String, SystemTime)>) {
+    const NAME: &str = "istio_agent_cert_expiry_seconds";
+    if ends.is_empty() {
+        return;
+    }
+    let now = SystemTime::now();
+    text::type_line(out, NAME, "gauge");
+    for (name, end) in ends {
+        let left =
+            end.duration_since(now).map_or_else(|past| -past.duration().as_secs_f64(), |left| left.as_secs_f64());
+        text::sample(out, NAME, &text::labels([("resource_name", name.as_str())]), left);
+    }
 }
 
 /// Envoy's plain form: `name: value`.

@@ -9,12 +9,14 @@ use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use identity::agent::Identities;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use crate::admin::{METRICS_TYPE, Page, page, scrape, text};
+use crate::admin::{METRICS_TYPE, Page, expiry, page, scrape, text};
 use crate::options::Role;
+use crate::secrets::{ROOTS, WORKLOAD};
 
 /// What the pages answer from.
 #[derive(Clone)]
@@ -24,6 +26,7 @@ pub(super) struct Context {
     /// Told when somebody asks for the end.
     pub(super) end: mpsc::Sender<()>,
     pub(super) role: Role,
+    pub(super) identities: Identities,
 }
 
 /// An answer of the admin interface is not longer.
@@ -77,6 +80,11 @@ async fn answer(context: &Context, request: &Request<Incoming>) -> Page {
                 return text(StatusCode::SERVICE_UNAVAILABLE, "");
             };
             let mut all = String::from_utf8_lossy(&own).into_owned();
+            let identity = context.identities.borrow().clone();
+            if let Some(identity) = identity {
+                let roots = identity.roots.not_after().map(|end| (ROOTS.to_owned(), end));
+                expiry(&mut all, roots.into_iter().chain([(WORKLOAD.to_owned(), identity.not_after())]).collect());
+            }
             if let Some((port, path)) = &context.app_metrics {
                 all.push_str(&scrape(*port, path).await);
             }

@@ -3,14 +3,14 @@
 //! A file that cannot be read or does not fit keeps what it gave before; the reason is logged.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use engine::config::Name;
 use engine::lower::Raw;
 use types::wellknown::type_urls;
 
 use crate::bootstrap::read_file;
+use crate::file_secrets::{Stamp, stamp};
 
 /// What changed, by type, in an order in which nothing refers to what is not there yet.
 pub(crate) type Changes = Vec<(&'static str, Vec<Raw>, Vec<Name>)>;
@@ -23,14 +23,8 @@ pub(crate) struct Files {
 
 #[derive(Default)]
 struct Known {
-    /// Inode, size, modification time: a replaced or rewritten file differs in one of them.
-    stamp: Option<(u64, u64, i64, i64)>,
+    stamp: Option<Stamp>,
     gave: BTreeMap<(&'static str, Name), Raw>,
-}
-
-fn stamp(path: &Path) -> Option<(u64, u64, i64, i64)> {
-    let data = std::fs::metadata(path).ok()?;
-    Some((data.ino(), data.size(), data.mtime(), data.mtime_nsec()))
 }
 
 const ORDER: [&str; 5] =

@@ -1,13 +1,12 @@
 //! Secrets as messages: parsed, checked, stored.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use engine::config::Name;
 use engine::lower::Raw;
 use envoy_types::pb::envoy::config::core::v3::{DataSource, data_source::Specifier};
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{Secret as Message, secret::Type};
-use identity::workload::{KeyAndChain, TrustRoots, WorkloadIdentity};
+use identity::workload::{KeyAndChain, TrustRoots};
 use prost::Message as _;
 use xds::client::Rejected;
 
@@ -64,10 +63,4 @@ fn bytes(source: Option<&DataSource>, field: &str) -> Result<Vec<u8>, String> {
             std::env::var(name).map(String::into_bytes).map_err(|_| format!("{field}: ${name} is not set"))
         }
     }
-}
-
-/// An identity from mounted files.
-pub(crate) fn identity_from_files(chain: &Path, key: &Path, roots: &Path) -> Result<WorkloadIdentity, String> {
-    let read = |path: &Path| std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
-    WorkloadIdentity::from_pem(&read(chain)?, &read(key)?, &read(roots)?).map_err(|error| error.to_string())
 }

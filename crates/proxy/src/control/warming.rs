@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use types::wellknown::type_urls;
 
 use super::lowering::Tables;
+use crate::file_secrets::is_of_files;
 
 /// The last good version of everything.
 #[derive(Default)]
@@ -32,7 +33,10 @@ pub(crate) struct Received {
 pub(crate) struct Wanted {
     pub(crate) endpoints: BTreeSet<String>,
     pub(crate) routes: BTreeSet<String>,
+    /// Of the control plane.
     pub(crate) secrets: BTreeSet<String>,
+    /// Of files here.
+    pub(crate) file_secrets: BTreeSet<Name>,
 }
 
 /// What an absent endpoint or route table may hold up; then its user is published without it
@@ -84,9 +88,9 @@ impl Received {
     pub(crate) fn wanted(&self) -> Wanted {
         let mut wanted = Wanted::default();
         let mut secret = |name: &Name| {
-            let from_control_plane =
-                name.starts_with("kubernetes://") || name.starts_with("file-") || name.starts_with("configmap://");
-            if from_control_plane {
+            if is_of_files(name) {
+                wanted.file_secrets.insert(Name::clone(name));
+            } else if name.starts_with("kubernetes://") || name.starts_with("configmap://") {
                 wanted.secrets.insert(name.to_string());
             }
         };

@@ -169,6 +169,11 @@ impl Session {
         self.desired = desired;
     }
 
+    /// The names that the client asks for, of all types.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.watches.values().flat_map(|watch| watch.names.iter().map(|name| &**name))
+    }
+
     /// Where the stream stands.
     pub fn progress(&self) -> Progress {
         let refused = self
