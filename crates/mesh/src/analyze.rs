@@ -17,6 +17,7 @@ use crate::policy::{self, ByNamespace, Selects};
 use crate::service::Service;
 use crate::snapshot::MeshSnapshot;
 use crate::virtual_service::{MESH_GATEWAY, VirtualService};
+use crate::visibility::Visibility;
 
 /// A referenced object does not exist.
 const REFERENCED_NOT_FOUND: &str = "IST0101";
@@ -40,6 +41,8 @@ const EMPTY_SUBSET: &str = "IST0173";
 const UNKNOWN_RULE_HOST: &str = "IST0174";
 /// One host and port with two protocols.
 const CONFLICTING_PROTOCOLS: &str = "IST0177";
+/// Another namespace's calls to another namespace's service are routed.
+const FOREIGN_HOST: &str = "LAT0250";
 
 fn finding(
     code: &str,
@@ -65,6 +68,7 @@ pub(crate) fn analyze(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
     policy::peer_conflicts(snapshot.peer_authentications(), snapshot.root_namespace(), findings);
     sidecar_conflicts(snapshot, findings);
     mesh_host_conflicts(snapshot, findings);
+    foreign_hosts(snapshot, findings);
     gateways::analyze(snapshot, findings);
     for vs in snapshot.virtual_services().all() {
         shadowed_entries(vs, findings);
@@ -322,8 +326,43 @@ fn mesh_host_conflicts(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
     }
 }
 
+/// Whoever may write a VirtualService anywhere may route everybody's calls to any service, as in Istio; here it is
+/// said at least. Routing the calls of one's own namespace is nobody else's matter, and the root namespace is the
+/// mesh's own.
+///
+/// *Source*: `security.md` 14, class 27.
+fn foreign_hosts(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
+    for vs in snapshot.virtual_services().all() {
+        let home = &*vs.object.namespace;
+        let reaches_others = match &vs.visibility {
+            Visibility::Public => true,
+            Visibility::Namespaces(names) => names.iter().any(|name| &**name != home),
+        };
+        if !vs.binds_to(MESH_GATEWAY) || home == snapshot.root_namespace() || !reaches_others {
+            continue;
+        }
+        for (index, claimed) in vs.hosts.iter().enumerate() {
+            let mut owners = snapshot.services().iter().filter(|service| host::covers(claimed, &service.host));
+            let Some(owner) = owners.clone().next() else { continue };
+            if owners.any(|service| &*service.namespace == home) {
+                continue;
+            }
+            findings.push(finding(
+                FOREIGN_HOST,
+                Severity::Warning,
+                &vs.object,
+                format!("spec.hosts[{index}]"),
+                format!(
+                    "routes the calls of other namespaces to {}, which is of namespace {}",
+                    owner.host, owner.namespace
+                ),
+                "put it into the service's namespace, or write `exportTo: [.]` for the calls of its own namespace only",
+            ));
+        }
+    }
+}
+
 fn visibilities_meet(a: &VirtualService, b: &VirtualService) -> bool {
-    use crate::visibility::Visibility;
     match (&a.visibility, &b.visibility) {
         (Visibility::Public, Visibility::Public) => true,
         (Visibility::Public, Visibility::Namespaces(names)) | (Visibility::Namespaces(names), Visibility::Public) => {
@@ -600,5 +639,40 @@ status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}]}
             codes(&format!("{POD}{}", policy("AuthorizationPolicy", "istio-system", "a", ""))),
             Vec::<String>::new()
         );
+    }
+
+    #[test]
+    fn routing_of_other_namespaces_calls_to_foreign_services_is_told() {
+        let service = |namespace: &str| {
+            format!(
+                "---\napiVersion: v1\nkind: Service\nmetadata: {{name: a, namespace: {namespace}}}\nspec: {{ports: [{{name: http, port: 80}}]}}\n"
+            )
+        };
+        let routes = |namespace: &str, host: &str, rest: &str| {
+            format!(
+                "---\napiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: r, namespace: {namespace}}}\nspec: {{hosts: ['{host}'], http: [{{directResponse: {{status: 200}}}}]{rest}}}\n"
+            )
+        };
+        let told = |namespace: &str, host: &str, rest: &str| {
+            let all = codes(&(service("shop") + &service("other") + &routes(namespace, host, rest)));
+            all.iter().any(|code| code.starts_with(FOREIGN_HOST))
+        };
+        let foreign = "a.shop.svc.cluster.local";
+        for (namespace, host, rest, expect) in [
+            ("other", foreign, "", true),
+            ("other", "*.shop.svc.cluster.local", "", true),
+            ("other", foreign, ", exportTo: [., shop]", true),
+            // One's own service, among others or alone; one's own calls; a gateway's; the mesh's own namespace.
+            ("other", "*.svc.cluster.local", "", false),
+            ("other", "a", "", false),
+            ("shop", foreign, "", false),
+            ("other", foreign, ", exportTo: [.]", false),
+            ("other", foreign, ", exportTo: ['~']", false),
+            ("other", foreign, ", gateways: [gateway]", false),
+            ("istio-system", foreign, "", false),
+            ("other", "nobody.example", "", false),
+        ] {
+            assert_eq!(told(namespace, host, rest), expect, "{namespace} {host} {rest}");
+        }
     }
 }

@@ -8,8 +8,8 @@ use super::virtual_service::labels;
 use super::{Check, rules};
 use crate::networking::LabelSelector;
 use crate::security::{
-    Action, AuthorizationPolicy, Condition, JwtRule, Operation, PeerAuthentication, RequestAuthentication, Source,
-    TargetRef,
+    Action, AuthorizationPolicy, Condition, JwtRule, Operation, PeerAuthentication, RequestAuthentication, Rule,
+    Source, TargetRef,
 };
 
 const LIST_MAX: usize = 512;
@@ -201,17 +201,24 @@ pub(super) fn authorization_policy(check: &mut Check<'_>, spec: &AuthorizationPo
         for (index, when) in rule.when.iter().enumerate() {
             condition(check, &format!("{at}.when[{index}]"), when, spec.action);
         }
-        let only_http = spec.action == Action::Deny
-            && rule.to.iter().filter_map(|to| to.operation.as_ref()).any(|o| {
-                o.ports.is_empty()
-                    && o.not_ports.is_empty()
-                    && (!o.methods.is_empty() || !o.paths.is_empty() || !o.hosts.is_empty())
-            });
-        if only_http {
+        if spec.action == Action::Deny && widens_on_tcp(rule) {
             let message = "on TCP ports the HTTP fields are left out, so that the rule denies more";
             check.warn(&at, message, "add ports to the operation");
         }
     }
+}
+
+/// Whether a rule has fields of HTTP, and no port that keeps it from connections of bytes.
+fn widens_on_tcp(rule: &Rule) -> bool {
+    let operations = || rule.to.iter().filter_map(|to| to.operation.as_ref());
+    let sources = || rule.from.iter().filter_map(|from| from.source.as_ref());
+    let has_ports = rule.when.iter().any(|when| when.key == "destination.port")
+        || (!rule.to.is_empty() && operations().all(|of| !of.ports.is_empty() || !of.not_ports.is_empty()));
+    let mut lists = operations()
+        .flat_map(|of| [&of.methods, &of.not_methods, &of.paths, &of.not_paths, &of.hosts, &of.not_hosts])
+        .chain(sources().flat_map(|of| [&of.request_principals, &of.not_request_principals]));
+    let has_http = lists.any(|list| !list.is_empty()) || rule.when.iter().any(|when| when.key.starts_with("request."));
+    has_http && !has_ports
 }
 
 /// `from: []` says nothing and would match everyone: more likely a slip than meant.

@@ -279,6 +279,35 @@ fn security_kinds() {
 }
 
 #[test]
+fn denials_by_fields_of_http_alone_are_told_to_widen_on_tcp() {
+    for (spec, expect) in [
+        ("action: DENY\nrules: [{to: [{operation: {paths: [/admin*]}}]}]", true),
+        ("action: DENY\nrules: [{to: [{operation: {notMethods: [GET]}}]}]", true),
+        ("action: DENY\nrules: [{from: [{source: {notRequestPrincipals: ['*']}}]}]", true),
+        ("action: DENY\nrules: [{when: [{key: 'request.headers[x]', values: [a]}]}]", true),
+        (
+            "action: DENY\nrules: [{to: [{operation: {hosts: [a], ports: ['80']}}, {operation: {methods: [PUT]}}]}]",
+            true,
+        ),
+        ("action: DENY\nrules: [{to: [{operation: {paths: [/admin*], ports: ['80']}}]}]", false),
+        (
+            "action: DENY\nrules: [{to: [{operation: {paths: [/a]}}], when: [{key: destination.port, values: ['80']}]}]",
+            false,
+        ),
+        ("action: DENY\nrules: [{from: [{source: {principals: ['*']}}]}]", false),
+        ("action: DENY\nrules: [{}]", false),
+        ("rules: [{to: [{operation: {paths: [/admin*]}}]}]", false),
+    ] {
+        let documents = parse_documents("t.yaml", &kind("security.istio.io/v1", "AuthorizationPolicy", spec));
+        let warnings = messages(&documents, Severity::Warning);
+        let is_told =
+            warnings == ["spec.rules[0]: on TCP ports the HTTP fields are left out, so that the rule denies more"];
+        assert_eq!(is_told, expect, "{spec}: {warnings:?}");
+        assert!(is_told || warnings.is_empty(), "{spec}: {warnings:?}");
+    }
+}
+
+#[test]
 fn kubernetes_kinds() {
     let deployment = |pod: &str| {
         kind(
