@@ -399,6 +399,11 @@ impl<'a> Outcome<'a> {
     pub fn denied(&self) -> Option<Verdict<'a>> {
         self.enforced.filter(|verdict| !verdict.allowed)
     }
+
+    /// Whether there are enforced rules, and they let it pass.
+    pub fn is_allowed(&self) -> bool {
+        self.enforced.is_some_and(|verdict| verdict.allowed)
+    }
 }
 
 impl Rbac {

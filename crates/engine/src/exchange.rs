@@ -314,6 +314,8 @@ pub struct StreamInfo {
     pub picked: Option<Picked>,
     /// Attempts made.
     pub attempts: u32,
+    /// Sets of enforced policies that let it pass.
+    pub allowed: u32,
     /// `%UPSTREAM_TRANSPORT_FAILURE_REASON%`
     pub transport_failure: Box<str>,
     /// The trusted address of the client.

@@ -53,6 +53,7 @@ pub(crate) async fn serve(
     let start = Start { chain: &chain, conn: &conn.facts, ended, seed, recorder: &mut NoRecord };
     let received = worker.now();
     let (mut exchange, step) = Exchange::start(&worker.env_at(&config, received), start, head);
+    worker.recorder.add(Counter::RbacAllowed, exchange.info().allowed.into());
     let log = RequestLog::start(received, &chain, head, exchange.info(), seed);
     if ended {
         exchange.request_complete(received.mono);
@@ -261,7 +262,11 @@ impl Driver<'_, '_> {
     fn resume_at(&mut self, now: Now, answer: Answer<'_>) -> Step {
         self.config = self.worker.config();
         let env = self.worker.env_at(&self.config, now);
-        self.exchange.resume(&env, answer, self.head, &mut NoRecord)
+        let before = self.exchange.info().allowed;
+        let step = self.exchange.resume(&env, answer, self.head, &mut NoRecord);
+        let allowed = self.exchange.info().allowed.saturating_sub(before);
+        self.worker.recorder.add(Counter::RbacAllowed, allowed.into());
+        step
     }
 
     /// Waits while nothing is under way upstream.

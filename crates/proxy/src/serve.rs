@@ -32,6 +32,7 @@ pub(crate) async fn http(worker: &Rc<Worker>, conn: Rc<Conn>, hcm: &Hcm, mut io:
     let mut info = StreamInfo::default();
     let admitted = engine::stream::admit(&worker.env(&config), &conn.chain, &conn.facts, &mut info, &mut NoRecord);
     drop(config);
+    worker.recorder.add(Counter::RbacAllowed, info.allowed.into());
     if let Err(cause) = admitted {
         worker.recorder.count(Counter::RbacDenied);
         worker.telemetry.connection_closed(worker, &conn, &info, cause);

@@ -33,7 +33,10 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Conn, mut down: Io) {
     let mut moved = Moved::default();
     // the attempt holds its places in the limits while the bytes flow
     let mut attempt_held: Option<Box<TcpAttempt>> = None;
+    let mut allowed = 0;
     loop {
+        let newly = stream.info().allowed.saturating_sub(std::mem::replace(&mut allowed, stream.info().allowed));
+        worker.recorder.add(Counter::RbacAllowed, newly.into());
         let answer = match step {
             StreamStep::Ask(question) => StreamAnswer::Authorized(ask::authorize(worker, conn, *question).await),
             StreamStep::Connect(attempt) => {

@@ -337,6 +337,27 @@ fn a_denied_answer_names_its_flag_and_policy_in_the_log() {
     });
 }
 
+#[test]
+fn allowed_and_denied_requests_are_counted() {
+    let mesh = SECURITY.turn();
+    let _policy = mesh.with(&policy("counted", "  action: DENY\n  rules: [{to: [{operation: {paths: [/headers]}}]}]"));
+    let counts = || {
+        let metrics = mesh.curl("foo/httpbin", &["http://127.0.0.1:15090/stats/prometheus"]).body;
+        ["envoy_http_rbac_allowed", "envoy_http_rbac_denied"].map(|name| {
+            let line = metrics.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("{metrics}"));
+            line.trim_start_matches("{}").trim().parse::<u64>().unwrap_or_else(|error| panic!("{line}: {error}"))
+        })
+    };
+    let before = counts();
+    for (path, count) in [("/get", 3), ("/headers", 2)] {
+        for _ in 0..count {
+            check(&mesh, "foo/curl", &[], path, path == "/get");
+        }
+    }
+    let [allowed, denied] = counts();
+    assert_eq!([allowed - before[0], denied - before[1]], [3, 2]);
+}
+
 fn echo(mesh: &Mesh, whence: &str) -> String {
     let script = "exec 3<>/dev/tcp/echo.foo/9000; echo hi >&3; read -r -t 5 line <&3; echo \"$line\"";
     String::from_utf8_lossy(&mesh.exec(whence, &["bash", "-c", script]).stdout).trim().to_owned()

@@ -213,6 +213,7 @@ impl Exchange {
                 (format!("{name}: allowed"), by.to_owned())
             }
         });
+        self.info.allowed += u32::from(outcome.is_allowed());
         self.info.metadata = after;
         match denied {
             None => Verdict::Continue,

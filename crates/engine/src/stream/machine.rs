@@ -212,6 +212,7 @@ pub(super) fn admit(
             Some(details) => ("rbac: denied".to_owned(), details.clone()),
             None => ("rbac: allowed".to_owned(), String::new()),
         });
+        info.allowed += u32::from(outcome.is_allowed());
         info.metadata = after;
         if let Some(details) = denied {
             info.causes.push(Cause::RbacDeniedConnection);
