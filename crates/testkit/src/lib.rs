@@ -6,6 +6,7 @@
 //! **Invariants.** Nothing here waits for a fixed time: [`eventually`] looks again until what is
 //! asked for holds, or fails at its deadline with what was seen last. Nothing leaves the loopback.
 
+pub mod grpc;
 pub mod http;
 pub mod http2;
 pub mod mesh;

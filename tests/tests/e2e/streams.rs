@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use testkit::{Client2, Mesh, eventually};
+use testkit::{Client2, Mesh, eventually, grpc};
 
 use crate::apps::{TRAFFIC, virtual_service};
 use crate::stats::assert_share;
@@ -130,21 +130,7 @@ fn unary_calls_pass_with_their_trailers() {
     let mesh = TRAFFIC.turn();
     let _route = mesh.with(&grpc_route());
     for (way, open, host) in both_ways(&mesh) {
-        let client = open();
-        let answer = client.unary(host, "/echo.Echo/Unary", &[("x-echo-trailer", "kept")], b"hello").unwrap();
-        assert_eq!(answer.status, 200, "{way}");
-        assert!(answer.body.ends_with("hello"), "{way}: {answer:?}");
-        assert_eq!(answer.trailers.len(), 2, "{way}: {answer:?}");
-        assert_eq!((answer.trailer("grpc-status"), answer.trailer("x-echo-trailer")), (Some("0"), Some("kept")));
-        // A failure after the message, and one instead of it.
-        let late = client.unary(host, "/echo.Echo/Unary", &[("x-echo-status", "13")], b"hello").unwrap();
-        assert_eq!((late.status, late.trailer("grpc-status")), (200, Some("13")), "{way}: {late:?}");
-        let failed = client.unary(host, "/echo.Echo/Fail", &[], b"hello").unwrap();
-        assert_eq!(
-            (failed.header("grpc-status"), failed.header("grpc-message")),
-            (Some("7"), Some("told to fail")),
-            "{way}: {failed:?}"
-        );
+        grpc::unary(way, &open(), host);
     }
 }
 
@@ -153,15 +139,7 @@ fn client_streams_pass_message_by_message() {
     let mesh = TRAFFIC.turn();
     let _route = mesh.with(&grpc_route());
     for (way, open, host) in both_ways(&mesh) {
-        let client = open();
-        let mut call = client.call(host, "/echo.Echo/Collect", &[]).unwrap();
-        for part in ["a", "bc", "def"] {
-            call.say(part.as_bytes()).unwrap();
-        }
-        call.end().unwrap();
-        assert_eq!(call.hear().unwrap().as_deref(), Some(&b"abcdef"[..]), "{way}");
-        assert_eq!(call.hear().unwrap(), None, "{way}");
-        assert_eq!(call.trailers().unwrap(), [("grpc-status".to_owned(), "0".to_owned())], "{way}");
+        grpc::client_stream(way, &open(), host);
     }
 }
 
@@ -170,17 +148,8 @@ fn server_streams_pass_message_by_message() {
     let mesh = TRAFFIC.turn();
     let _route = mesh.with(&grpc_route());
     for (way, open, host) in both_ways(&mesh) {
-        let client = open();
-        // More than every buffer on the way holds.
-        let message = vec![b'x'; 10_000];
-        let mut call = client.call(host, "/echo.Echo/Repeat", &[("x-echo-repeat", "300")]).unwrap();
-        call.say(&message).unwrap();
-        // The request is not over yet, and the answer comes all the same.
-        for _ in 0..300 {
-            assert_eq!(call.hear().unwrap().as_deref(), Some(&message[..]), "{way}");
-        }
-        assert_eq!(call.hear().unwrap(), None, "{way}");
-        assert_eq!(call.trailers().unwrap(), [("grpc-status".to_owned(), "0".to_owned())], "{way}");
+        grpc::server_stream(way, &open(), host);
+        grpc::early_server_stream(way, &open(), host);
     }
 }
 
@@ -189,17 +158,7 @@ fn both_streams_are_open_at_once() {
     let mesh = TRAFFIC.turn();
     let _route = mesh.with(&grpc_route());
     for (way, open, host) in both_ways(&mesh) {
-        let client = open();
-        let mut call = client.call(host, "/echo.Echo/Chat", &[]).unwrap();
-        // Each answer is heard before the next message is said.
-        for turn in 0..20 {
-            let text = format!("message {turn}");
-            call.say(text.as_bytes()).unwrap();
-            assert_eq!(call.hear().unwrap().as_deref(), Some(text.as_bytes()), "{way}");
-        }
-        call.end().unwrap();
-        assert_eq!(call.hear().unwrap(), None, "{way}");
-        assert_eq!(call.trailers().unwrap(), [("grpc-status".to_owned(), "0".to_owned())], "{way}");
+        grpc::both_streams(way, &open(), host);
     }
 }
 
@@ -224,31 +183,7 @@ fn a_cancelled_call_is_cancelled_at_the_server() {
     let mesh = TRAFFIC.turn();
     let _route = mesh.with(&grpc_route());
     for (way, open, host) in both_ways(&mesh) {
-        let client = open();
-        let told = |method: &str| {
-            let answer = client.unary(host, method, &[], b"").unwrap();
-            answer.body.trim_start_matches(|c: char| !c.is_ascii_digit()).parse::<u64>().unwrap()
-        };
-        let cancelled = || told("/echo.Echo/Cancelled");
-        let before = cancelled();
-        // Before the response's head, and in the midst of both streams.
-        let mut asked = told("/echo.Echo/Begun");
-        let early = client.call(host, "/echo.Echo/Chat", &[("x-echo-delay-ms", "50000")]).unwrap();
-        eventually("the call to arrive", || {
-            // The question itself counts, too.
-            asked += 1;
-            let begun = told("/echo.Echo/Begun");
-            if begun > asked { Ok(()) } else { Err(format!("{way}: {begun}")) }
-        });
-        let mut late = client.call(host, "/echo.Echo/Chat", &[]).unwrap();
-        late.say(b"begun").unwrap();
-        late.hear().unwrap();
-        early.cancel();
-        late.cancel();
-        eventually("the server to know", || match cancelled() - before {
-            2 => Ok(()),
-            other => Err(format!("{way}: {other}")),
-        });
+        grpc::cancellation(way, &open(), host);
     }
 }
 
