@@ -8,6 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
 use serde_json::Value;
 
 use crate::http::{Client, Response};
@@ -357,6 +358,20 @@ impl Mesh {
         command.args(["exec", &format!("deploy/{deployment}"), "-n", namespace, "--"]);
         command.env("LATEEN_STATE_DIR", self.dir.join("s"));
         Tunnel::open(command, host, port)
+    }
+
+    /// The certificates, in DER, of a secret that a deployment's proxy holds: `default` or `ROOTCA`.
+    pub fn certificates(&self, whence: &str, secret: &str) -> Vec<Vec<u8>> {
+        let (namespace, deployment) = whence.split_once('/').expect("namespace/deployment");
+        let target = format!("deploy/{deployment}");
+        let text = self.must(&["proxy-config", "secret", &target, "-n", namespace, "-o", "json"], "");
+        let all: Value = serde_json::from_str(&text).expect("secrets are JSON");
+        let found = all.as_array().into_iter().flatten().find(|one| one["name"] == secret);
+        let places = ["/tls_certificate/certificate_chain/inline_bytes", "/validation_context/trusted_ca/inline_bytes"];
+        let pem =
+            found.and_then(|one| places.iter().find_map(|place| one.pointer(place)?.as_str())).unwrap_or_default();
+        let pem = base64::engine::general_purpose::STANDARD.decode(pem).expect("bytes are base64");
+        crate::http::der(&String::from_utf8_lossy(&pem))
     }
 
     /// The log of a container: `namespace/deployment`.

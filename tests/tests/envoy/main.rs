@@ -5,7 +5,10 @@
 
 mod admin;
 mod backend;
+mod files;
 mod filters;
+mod grpc;
 mod mesh;
+mod roots;
 mod sources;
 mod standalone;

@@ -216,17 +216,50 @@ pub(crate) fn admin_get(args: &AdminGetArgs) -> Result<()> {
     let at = (Ipv4Addr::LOCALHOST, args.port);
     let mut stream = TcpStream::connect(at).with_context(|| format!("nothing listens on 127.0.0.1:{}", args.port))?;
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-    // HTTP/1.0: the answer ends with the connection and is not cut into chunks.
-    write!(stream, "GET {} HTTP/1.0\r\nhost: localhost\r\n\r\n", args.path)?;
+    // An Envoy takes nothing older.
+    write!(stream, "GET {} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", args.path)?;
     let mut answer = Vec::new();
     stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer).context("the answer breaks off")?;
     let end = answer.windows(4).position(|window| window == b"\r\n\r\n").context("the answer is not HTTP")?;
     let head = String::from_utf8_lossy(&answer[..end]).into_owned();
     let status = head.split(' ').nth(1).unwrap_or_default();
-    let body = &answer[end + 4..];
-    if status != "200" {
-        bail!("{} answers {status}: {}", args.path, String::from_utf8_lossy(body).trim());
+    let mut body = answer.split_off(end + 4);
+    let is_chunked = head.to_ascii_lowercase().contains("\r\ntransfer-encoding: chunked");
+    if is_chunked {
+        body = unchunked(&body).context("the answer breaks off")?;
     }
-    output::raw(body);
+    if status != "200" {
+        bail!("{} answers {status}: {}", args.path, String::from_utf8_lossy(&body).trim());
+    }
+    output::raw(&body);
     Ok(())
+}
+
+/// The pieces of a chunked body together; `None` when it is cut off, or is none.
+fn unchunked(mut body: &[u8]) -> Option<Vec<u8>> {
+    let mut out = Vec::with_capacity(body.len());
+    loop {
+        let end = body.windows(2).position(|two| two == b"\r\n")?;
+        let size = std::str::from_utf8(&body[..end]).ok()?.split(';').next()?;
+        let size = usize::from_str_radix(size.trim(), 16).ok()?;
+        body = &body[end + 2..];
+        if size == 0 {
+            return Some(out);
+        }
+        out.extend_from_slice(body.get(..size)?);
+        body = body.get(size..)?.strip_prefix(b"\r\n")?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn chunks_are_put_together_or_refused() {
+        let whole = |text: &str| super::unchunked(text.as_bytes()).map(|body| String::from_utf8(body).unwrap());
+        assert_eq!(whole("3\r\nabc\r\nA;x=y\r\n0123456789\r\n0\r\n\r\n").as_deref(), Some("abc0123456789"));
+        assert_eq!(whole("0\r\n\r\n").as_deref(), Some(""));
+        for bad in ["", "3", "3\r\nab", "3\r\nabc", "3\r\nabcd\r\n0\r\n", "x\r\n", "ffffffffffffffff\r\na"] {
+            assert_eq!(whole(bad), None, "{bad:?}");
+        }
+    }
 }
