@@ -185,7 +185,7 @@ spec:
 }
 
 /// The puppet in a namespace without proxies.
-fn puppet(home: &str) -> String {
+pub(crate) fn puppet(home: &str) -> String {
     let command =
         format!("{} {} {}", testkit::mesh::puppet().display(), testkit::puppet::PORT, testkit::puppet::RAW_PORT);
     let ports = "{name: http, port: 8000}, {name: tcp-raw, port: 8001}, {name: http-raw, port: 8002, targetPort: 8001}, {name: grpc-raw, port: 8003, targetPort: 8001}";

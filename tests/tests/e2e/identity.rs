@@ -318,3 +318,126 @@ fn disabled_mutual_tls_is_plaintext_on_the_wire() {
     let seen = mesh.curl("bar/curl", &[&format!("{HTTPBIN}/headers")]);
     assert!(seen.status == 200 && !seen.body.contains("x-forwarded-client-cert"), "{seen:?}");
 }
+
+#[test]
+fn probes_pass_where_plaintext_does_not() {
+    let mesh = SECURITY.turn();
+    let _strict = mesh.with(&peer_authentication("foo", "default", "{mtls: {mode: STRICT}}"));
+    let by_http = |path: &str| {
+        let probe = format!("{{httpGet: {{path: {path}, port: 80}}, periodSeconds: 1, failureThreshold: 1}}");
+        workload("foo", "probed", "v1", "docker.io/kong/httpbin", Some(80), "").replace(
+            "readinessProbe: {tcpSocket: {port: 80}, periodSeconds: 1}",
+            &format!("startupProbe: {{tcpSocket: {{port: 80}}, periodSeconds: 1}}, readinessProbe: {probe}"),
+        )
+    };
+    let _probed =
+        mesh.with(&[by_http("/status/200"), service("foo", "probed", "{name: http, port: 80}")].join("---\n"));
+    let rollout = |timeout: &str| {
+        let args = ["rollout", "status", "deploy/probed", "-n", "foo", "--timeout", timeout];
+        mesh.command(&args, "").status.success()
+    };
+    assert!(rollout("120"), "{}", mesh.must(&["get", "pods", "-n", "foo"], ""));
+    mesh.synced();
+    let ask = |whence: &str| mesh.curl(whence, &["http://probed.foo/get"]).status;
+    assert_eq!((ask("legacy/curl"), ask("bar/curl")), (0, 200), "a probe is no way in");
+    // It is the application that is asked.
+    mesh.apply(&by_http("/status/503"));
+    assert!(!rollout("5"));
+}
+
+#[test]
+fn every_namespace_has_the_root_certificate_and_keeps_it() {
+    let mesh = SECURITY.turn();
+    let _namespace = mesh.with(&crate::apps::namespace("fresh", true));
+    let root = || {
+        let map = mesh.command(&["get", "configmap/istio-ca-root-cert", "-n", "fresh", "-o", "json"], "");
+        let map: serde_json::Value = serde_json::from_slice(&map.stdout).unwrap_or_default();
+        map["data"]["root-cert.pem"].as_str().unwrap_or_default().to_owned()
+    };
+    let is_there = |what: &str| {
+        eventually(what, || {
+            let pem = root();
+            if pem.contains("BEGIN CERTIFICATE") { Ok(pem) } else { Err(pem) }
+        })
+    };
+    let first = is_there("the root of a new namespace");
+    assert_eq!(testkit::http::der(&first), mesh.certificates("foo/httpbin", "ROOTCA"));
+    let map = |data: &str| {
+        format!(
+            "{{apiVersion: v1, kind: ConfigMap, metadata: {{name: istio-ca-root-cert, namespace: fresh}}, data: {data}}}"
+        )
+    };
+    mesh.must(&["delete", "-f", "-"], &map("{}"));
+    assert_eq!(is_there("what was deleted"), first);
+    mesh.must(&["apply", "-f", "-"], &map("{root-cert.pem: mine}"));
+    assert_eq!(is_there("what was changed"), first);
+}
+
+/// The first address of a pod that is neither its loopback nor its link's.
+fn ipv6(mesh: &Mesh, whence: &str) -> String {
+    let output = mesh.exec(whence, &["cat", "/proc/net/if_inet6"]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let digits =
+        text.lines().map(|line| &line[..32]).find(|digits| !digits.starts_with("fe80") && !digits.starts_with("0000"));
+    let digits = digits.unwrap_or_else(|| panic!("{whence}: {text}"));
+    (0..8).map(|at| &digits[at * 4..at * 4 + 4]).collect::<Vec<_>>().join(":")
+}
+
+#[test]
+fn ipv6_leads_not_around_the_proxy() {
+    if !std::path::Path::new("/proc/net/if_inet6").exists() {
+        return; // A kernel without IPv6 has no way around.
+    }
+    let mesh = SECURITY.turn();
+    let guarded =
+        crate::apps::puppet("foo").replace("name: puppet", "name: guarded").replace("app: puppet", "app: guarded");
+    let _objects =
+        mesh.with(&format!("{guarded}---\n{}", peer_authentication("foo", "default", "{mtls: {mode: STRICT}}")));
+    mesh.must(&["rollout", "status", "deploy/guarded", "-n", "foo", "--timeout", "120"], "");
+    let (open, guarded) = (Puppet::new(&mesh, PUPPET), Puppet::new(&mesh, "foo/guarded"));
+    let ask = |whence: &str| {
+        let url = format!("http://[{}]:{}/six", ipv6(&mesh, whence), testkit::puppet::PORT);
+        mesh.curl("legacy/curl", &["-g", "--max-time", "10", &url]).status
+    };
+    assert_eq!((ask(PUPPET), open.seen().len()), (200, 1), "pods reach each other by IPv6");
+    assert_eq!((ask("foo/guarded"), guarded.seen().len()), (0, 0), "STRICT holds for IPv6 too");
+}
+
+#[test]
+fn proxies_tell_what_is_left_of_their_certificates() {
+    let mesh = SECURITY.turn();
+    let metrics = mesh.curl("foo/httpbin", &["http://127.0.0.1:15020/stats/prometheus"]).body;
+    let left = |name: &str| {
+        let start = format!("istio_agent_cert_expiry_seconds{{resource_name=\"{name}\"}} ");
+        let line = metrics.lines().find_map(|line| line.strip_prefix(&start));
+        line.unwrap_or_else(|| panic!("{name}: {metrics}")).parse::<f64>().unwrap()
+    };
+    let day = 86_400.0;
+    assert!((day / 2.0 - 3600.0..=day).contains(&left("default")), "{}", left("default"));
+    assert!((3640.0 * day..=3650.0 * day).contains(&left("ROOTCA")), "{}", left("ROOTCA"));
+}
+
+#[test]
+fn mutual_tls_to_a_server_without_a_proxy_fails() {
+    let mesh = SECURITY.turn();
+    let _rule = mesh.with(
+        "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: outside, namespace: bar}
+spec: {host: httpbin.legacy.svc.cluster.local, exportTo: [.], trafficPolicy: {tls: {mode: ISTIO_MUTUAL}}}
+",
+    );
+    let path = "/get?mutual-tls-to-plaintext";
+    let answer = mesh.curl("bar/curl", &[&format!("http://httpbin.legacy:8000{path}")]);
+    assert_eq!(answer.status, 503, "{answer:?}");
+    eventually("the flag in the log", || {
+        let log = mesh.logs("bar/curl", "istio-proxy");
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains(path)).collect();
+        if lines.iter().any(|line| line.contains("\" 503 ") && line.contains("UF upstream_reset")) {
+            Ok(())
+        } else {
+            Err(lines.join("\n"))
+        }
+    });
+}

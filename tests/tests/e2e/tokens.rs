@@ -262,6 +262,31 @@ spec:
 }
 
 #[test]
+fn claims_of_words_are_split_where_a_rule_says_so() {
+    let mesh = SECURITY.turn();
+    let issuer = Issuer::new("one");
+    let rule = |spaced: &[&str]| {
+        let rule = json!({"issuer": ISSUER, "jwks": issuer.jwks(), "spaceDelimitedClaims": spaced});
+        authentications("foo", "httpbin", &json!([rule]))
+    };
+    let policy = "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: claims, namespace: foo}
+spec:
+  selector: {matchLabels: {app: httpbin}}
+  rules: [{when: [{key: \"request.auth.claims[roles]\", values: [admin]}]}]
+";
+    let _objects = mesh.with(&format!("{}\n---\n{policy}", rule(&["roles"])));
+    let ask = |roles: Value| status(&mesh, "/get", Some(&issuer.sign(&claims(|claims| claims["roles"] = roles)))).0;
+    assert_eq!(ask(json!("user admin")), 200);
+    assert_eq!(ask(json!(["user", "admin"])), 200);
+    assert_eq!(ask(json!("user administrator")), 403);
+    mesh.apply(&rule(&[]));
+    assert_eq!((ask(json!("user admin")), ask(json!("admin"))), (403, 200), "one text, where nothing says otherwise");
+}
+
+#[test]
 fn the_gateway_routes_by_claims() {
     let mesh = SECURITY.turn();
     let issuer = Issuer::new("one");

@@ -47,7 +47,9 @@ fn main() -> io::Result<()> {
             }
         });
     }
-    for (number, stream) in TcpListener::bind(("0.0.0.0", *http))?.incoming().map_while(Result::ok).enumerate() {
+    // Both families, where the machine has both.
+    let listener = TcpListener::bind(("::", *http)).or_else(|_| TcpListener::bind(("0.0.0.0", *http)))?;
+    for (number, stream) in listener.incoming().map_while(Result::ok).enumerate() {
         let memory = Arc::clone(&memory);
         std::thread::spawn(move || serve(stream, number, &memory));
     }
