@@ -6,7 +6,7 @@
 //! | `/debug/syncz` | per proxy and type: what was sent, acked, refused (Istio's form, plus `generation`, `settled`) |
 //! | `/debug/synced?resourceVersion=&timeout=` | waits until every proxy runs that version; 504 and the laggards else |
 //! | `/debug/findings` | everything wrong with objects |
-//! | `/debug/config_dump?proxyID=pod.namespace` | what a proxy should have: names, versions, messages in base64; secrets by name only |
+//! | `/debug/config_dump?proxyID=pod.namespace` | what a proxy should have: names, versions, messages as JSON; secrets by name only |
 //!
 //! Debug pages are for callers on this machine (loopback, or the socket); everybody else gets 403
 //! (property 29).
@@ -20,7 +20,6 @@ use axum::http::StatusCode;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Json, Response};
 use axum::routing::get;
-use base64::Engine as _;
 use compile::ProxyKind;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -202,7 +201,7 @@ async fn config_dump(State(pages): State<Pages>, Query(query): Query<DumpQuery>)
             let resources = table.values().map(|resource| {
                 let mut entry = json!({"name": resource.name, "version": resource.version});
                 if type_url != type_urls::SECRET {
-                    entry["message"] = json!(base64::engine::general_purpose::STANDARD.encode(&resource.any.value));
+                    entry["message"] = proto::json::to_json(&resource.any);
                 }
                 entry
             });
