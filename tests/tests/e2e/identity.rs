@@ -320,32 +320,6 @@ fn disabled_mutual_tls_is_plaintext_on_the_wire() {
 }
 
 #[test]
-fn probes_pass_where_plaintext_does_not() {
-    let mesh = SECURITY.turn();
-    let _strict = mesh.with(&peer_authentication("foo", "default", "{mtls: {mode: STRICT}}"));
-    let by_http = |path: &str| {
-        let probe = format!("{{httpGet: {{path: {path}, port: 80}}, periodSeconds: 1, failureThreshold: 1}}");
-        workload("foo", "probed", "v1", "docker.io/kong/httpbin", Some(80), "").replace(
-            "readinessProbe: {tcpSocket: {port: 80}, periodSeconds: 1}",
-            &format!("startupProbe: {{tcpSocket: {{port: 80}}, periodSeconds: 1}}, readinessProbe: {probe}"),
-        )
-    };
-    let _probed =
-        mesh.with(&[by_http("/status/200"), service("foo", "probed", "{name: http, port: 80}")].join("---\n"));
-    let rollout = |timeout: &str| {
-        let args = ["rollout", "status", "deploy/probed", "-n", "foo", "--timeout", timeout];
-        mesh.command(&args, "").status.success()
-    };
-    assert!(rollout("120"), "{}", mesh.must(&["get", "pods", "-n", "foo"], ""));
-    mesh.synced();
-    let ask = |whence: &str| mesh.curl(whence, &["http://probed.foo/get"]).status;
-    assert_eq!((ask("legacy/curl"), ask("bar/curl")), (0, 200), "a probe is no way in");
-    // It is the application that is asked.
-    mesh.apply(&by_http("/status/503"));
-    assert!(!rollout("5"));
-}
-
-#[test]
 fn every_namespace_has_the_root_certificate_and_keeps_it() {
     let mesh = SECURITY.turn();
     let _namespace = mesh.with(&crate::apps::namespace("fresh", true));

@@ -226,23 +226,6 @@ fn tls_modes() {
     );
 }
 
-#[test]
-fn two_certificates_of_a_server_are_both_sent_and_the_first_ones_ca_counts() {
-    let server = tls_server("both", "a.com", "mode: MUTUAL, credentialNames: [rsa, ecdsa]");
-    let yaml = gateway("shop", "g", &server)
-        + &secret("rsa", &["tls.crt", "tls.key", "ca.crt"])
-        + &secret("ecdsa", &["tls.crt", "tls.key", "ca.crt"]);
-    let got = compiled(&yaml);
-    assert_eq!(
-        listeners(&got),
-        [
-            "0.0.0.0_8443 tls_inspector: a.com -> HTTP(https.443.both.g.shop) TLS(kubernetes://rsa kubernetes://ecdsa requires=kubernetes://rsa-cacert h2,http/1.1)"
-        ]
-    );
-    let names: Vec<_> = got.secrets.iter().map(|secret| secret.name.as_str()).collect();
-    assert_eq!(names, ["kubernetes://ecdsa", "kubernetes://rsa", "kubernetes://rsa-cacert"]);
-}
-
 /// `tlsDefaults` of the mesh; a server's own words go over them, and the mesh's own TLS knows nothing of them.
 #[test]
 fn defaults_of_the_mesh_hold_where_a_server_says_nothing() {
