@@ -167,6 +167,15 @@ impl Io {
         }
     }
 
+    /// From now on its end is a reset: whoever reads it must not take what came for all there was.
+    pub(crate) fn end_in_reset(&self) {
+        if let Some(stream) = self.socket().tcp_stream()
+            && let Err(error) = socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO))
+        {
+            tracing::debug!(%error, "a broken connection ends without a reset");
+        }
+    }
+
     /// The protocol TLS agreed on.
     pub(crate) fn alpn(&self) -> Option<&[u8]> {
         match self {

@@ -124,7 +124,11 @@ impl Stream {
                 StreamStep::Relay { idle_timeout: proxy.idle_timeout, duration_max: proxy.connection_duration_max }
             }
             // A limit of our own says nothing of the host, and another try would meet it again.
-            StreamAnswer::Failed(Cause::UpstreamOverflow, _) => self.close(Cause::UpstreamOverflow, recorder),
+            StreamAnswer::Failed(Cause::UpstreamOverflow, _) => {
+                // It was never called.
+                self.info.picked = None;
+                self.close(Cause::UpstreamOverflow, recorder)
+            }
             StreamAnswer::Failed(cause, detail) => {
                 self.mark_host(env, outlier::Event::Local);
                 self.info.transport_failure = detail;
@@ -132,19 +136,20 @@ impl Stream {
                     note(recorder, Stage::Retry, None, || (cause.name().to_owned(), "another try".to_owned()));
                     return self.connect(env, &proxy, recorder);
                 }
-                if self.number > 1 || proxy.connect_attempts_max == 1 {
-                    self.info.causes.push(Cause::RetryLimitExceeded);
-                }
-                self.close(cause, recorder)
+                let step = self.close(cause, recorder);
+                self.info.causes.push(Cause::RetryLimitExceeded);
+                step
             }
             // Nothing of the sort is asked.
             StreamAnswer::Authorized(_) | StreamAnswer::Resolved(_) => self.close(Cause::Internal, recorder),
         }
     }
 
+    /// Ends the connection. Details are of requests: a connection's line has none, unless a policy denied it.
+    ///
+    /// *Source*: what Envoy 1.40 writes.
     fn close(&mut self, cause: Cause, recorder: &mut dyn Recorder) -> StreamStep {
         self.info.causes.push(cause);
-        self.info.details = Details::Static(cause.surface().details);
         note(recorder, Stage::Reply, None, || (cause.name().to_owned(), String::new()));
         StreamStep::Close(cause)
     }

@@ -88,7 +88,7 @@ fn connects_are_tried_elsewhere() {
     assert_ne!(first.attempt.picked.host.address, second.attempt.picked.host.address);
     let step = stream.resume(&world.env(), refused(), &mut NoRecord);
     assert!(matches!(step, StreamStep::Close(Cause::ConnectFailed)));
-    assert_eq!(crate::access_log::flags(stream.info()).as_deref(), Some("URX,UF"));
+    assert_eq!(crate::access_log::flags(stream.info()).as_deref(), Some("UF,URX"));
 }
 
 #[test]

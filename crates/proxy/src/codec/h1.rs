@@ -247,11 +247,8 @@ impl H1Server {
         self.keep_alive = false;
         let close_is_end = matches!(self.encoder.framing(), Framing::UntilClose | Framing::Tunnel);
         self.aborted = self.head_sent && !self.encoder.is_ended() && close_is_end;
-        if self.aborted
-            && let Some(stream) = self.wire.io.socket().tcp_stream()
-            && let Err(error) = socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO))
-        {
-            tracing::debug!(%error, "a broken response ends without a reset");
+        if self.aborted {
+            self.wire.io.end_in_reset();
         }
     }
 

@@ -79,3 +79,62 @@ async fn a_connection_ends_when_it_is_silent_or_old() {
     assert!(began.elapsed() >= limit, "{:?}", began.elapsed());
     running.end().await;
 }
+
+/// Closes a connection in a reset.
+fn reset(stream: tokio::net::TcpStream) {
+    socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    drop(stream);
+}
+
+/// How a connection ends: `true` for a reset.
+async fn ends_in_reset(stream: &mut tokio::net::TcpStream) -> bool {
+    let mut buffer = [0; 1024];
+    let ending = async {
+        loop {
+            match stream.read(&mut buffer).await {
+                Ok(0) => return false,
+                Ok(_) => {}
+                Err(error) => return error.kind() == std::io::ErrorKind::ConnectionReset,
+            }
+        }
+    };
+    tokio::time::timeout(bed::PATIENCE, ending).await.expect("it ends")
+}
+
+#[tokio::test]
+async fn a_reset_is_passed_on_and_never_looks_like_an_orderly_end() {
+    let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+    let up = bed::server(move |mut stream| {
+        let told = told.clone();
+        async move {
+            match stream.read_u8().await {
+                Ok(b'r') => reset(stream),
+                Ok(b'e') => drop(stream),
+                _ => {
+                    stream.write_all(b"y").await.unwrap();
+                    told.send(ends_in_reset(&mut stream).await).unwrap();
+                }
+            }
+        }
+    })
+    .await;
+    let running = limited(up, |_| {}).await;
+    let open = || tokio::net::TcpStream::connect(running.at("in"));
+    for (first, is_reset) in [(b"r", true), (b"e", false)] {
+        let mut client = open().await.unwrap();
+        client.write_all(first).await.unwrap();
+        assert_eq!(ends_in_reset(&mut client).await, is_reset, "from the server: {first:?}");
+    }
+    for is_reset in [true, false] {
+        let mut client = open().await.unwrap();
+        client.write_all(b"x").await.unwrap();
+        assert_eq!(client.read_u8().await.unwrap(), b'y');
+        if is_reset {
+            reset(client)
+        } else {
+            drop(client)
+        }
+        assert_eq!(heard.recv().await, Some(is_reset), "from the client");
+    }
+    running.end().await;
+}
