@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use engine::RuntimeConfig;
 use engine::cluster::{Address, Cluster, UpstreamHttp};
 use engine::config::Name;
 use engine::exchange::{Attempt, Failure, UpstreamProtocol};
@@ -194,15 +195,18 @@ impl Pools {
         pool
     }
 
-    /// Closes what has been idle too long or was closed by the other side; forgets empty pools.
-    pub(crate) fn sweep(&self, now: Instant) {
+    /// Closes what has been idle too long, belongs to a cluster that is gone or was closed by the other side;
+    /// forgets empty pools.
+    pub(crate) fn sweep(&self, config: &RuntimeConfig, now: Instant) {
         let mut gone = Vec::new();
         #[expect(clippy::iter_over_hash_type, reason = "each pool is looked at by itself")]
         for list in self.by_hash.borrow_mut().values_mut() {
             for pool in list.iter() {
                 let cluster = Arc::clone(&pool.cluster.borrow());
                 let http = &cluster.http;
-                let stale = |used: Instant| http.idle_timeout.is_some_and(|max| now.duration_since(used) >= max);
+                let is_gone = config.clusters.get(&pool.key.cluster).is_none();
+                let stale =
+                    |used: Instant| is_gone || http.idle_timeout.is_some_and(|max| now.duration_since(used) >= max);
                 let (drop, keep) = pool.idle.take().into_iter().partition(|idle: &Idle| {
                     stale(idle.kept.used) || worn(http, idle.kept.born, idle.kept.requests, now)
                 });

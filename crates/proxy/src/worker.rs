@@ -330,7 +330,7 @@ async fn run(shared: Arc<Shared>, live: Arc<AtomicUsize>, mut commands: mpsc::Un
                 Some(Command::Stop) | None => break,
             },
             _ = tick.tick() => {
-                worker.pools.sweep(tokio::time::Instant::now());
+                worker.pools.sweep(&worker.config(), tokio::time::Instant::now());
                 worker.telemetry.flush();
             }
         }
