@@ -66,7 +66,6 @@ fn traffic_policy(check: &mut Check<'_>, at: &str, policy: &TrafficPolicy, has_s
         }
         check.unbuilt(&format!("{at}.tunnel"));
     }
-    check.unbuilt_if(policy.proxy_protocol.is_some(), format!("{at}.proxyProtocol"));
     if let Some(budget) = &policy.retry_budget
         && budget.percent.is_some_and(|percent| !(0.0..=100.0).contains(&percent))
     {
