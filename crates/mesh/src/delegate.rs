@@ -124,3 +124,116 @@ fn merge_map(
     }
     Some(merged)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TO: &str = "route: [{destination: {host: d}}]";
+
+    /// Reads an entry as YAML; [`TO`] is where it leads unless it says so.
+    fn entry(yaml: &str) -> HttpRoute {
+        let says = ["route:", "redirect:", "delegate:"].iter().any(|action| yaml.contains(action));
+        let to = if says { String::new() } else { format!(", {TO}") };
+        let text = format!(
+            "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: v, namespace: shop}}\nspec: {{hosts: [h], gateways: [a, b], http: [{{{yaml}{to}}}]}}\n"
+        );
+        let documents = api::parse_documents("case.yaml", &text);
+        assert!(documents.refused.is_empty(), "{yaml}: {:?}", documents.findings);
+        let object = documents.one_after_another().next().unwrap();
+        let api::Spec::VirtualService(spec) = &object.spec else { panic!("a VirtualService") };
+        spec.http[0].clone()
+    }
+
+    fn matches(root: &str, delegate: &str) -> Option<Vec<HttpMatchRequest>> {
+        merge(&entry(&format!("match: [{root}]")), entry(&format!("match: [{delegate}]"))).map(|merged| merged.matches)
+    }
+
+    #[track_caller]
+    fn fits(root: &str, delegate: &str, expect: &str) {
+        assert_eq!(matches(root, delegate), Some(entry(&format!("match: [{expect}]")).matches), "{root} | {delegate}");
+    }
+
+    #[track_caller]
+    fn conflicts(root: &str, delegate: &str) {
+        assert_eq!(matches(root, delegate), None, "{root} | {delegate}");
+    }
+
+    #[test]
+    fn texts_narrow_or_conflict() {
+        fits("{uri: {prefix: /a}}", "{}", "{uri: {prefix: /a}}");
+        fits("{}", "{uri: {regex: /a.*}}", "{uri: {regex: /a.*}}");
+        fits("{uri: {prefix: /a}}", "{uri: {prefix: /a/b}}", "{uri: {prefix: /a/b}}");
+        fits("{uri: {prefix: /a}}", "{uri: {exact: /a/b}}", "{uri: {exact: /a/b}}");
+        fits("{method: {exact: GET}}", "{method: {exact: GET}}", "{method: {exact: GET}}");
+        conflicts("{uri: {prefix: /a}}", "{uri: {prefix: /b}}");
+        conflicts("{uri: {exact: /a}}", "{uri: {prefix: /a}}");
+        conflicts("{uri: {exact: /a}}", "{uri: {exact: /b}}");
+        conflicts("{uri: {regex: /a}}", "{uri: {exact: /a}}");
+        conflicts("{uri: {prefix: /a}}", "{uri: {regex: /a}}");
+        conflicts("{scheme: {exact: http}}", "{scheme: {exact: https}}");
+        conflicts("{authority: {exact: a}}", "{authority: {exact: b}}");
+    }
+
+    #[test]
+    fn maps_are_united_and_shared_keys_compared() {
+        for map in ["headers", "withoutHeaders", "queryParams"] {
+            fits(
+                &format!("{{{map}: {{a: {{exact: '1'}}, b: {{prefix: x}}}}}}"),
+                &format!("{{{map}: {{b: {{exact: xy}}, c: {{exact: '2'}}}}}}"),
+                &format!("{{{map}: {{a: {{exact: '1'}}, b: {{exact: xy}}, c: {{exact: '2'}}}}}}"),
+            );
+            conflicts(&format!("{{{map}: {{a: {{exact: '1'}}}}}}"), &format!("{{{map}: {{a: {{exact: '2'}}}}}}"));
+        }
+    }
+
+    #[test]
+    fn where_a_request_comes_from_and_which_port() {
+        conflicts("{uri: {prefix: /a}, ignoreUriCase: true}", "{uri: {prefix: /a}}");
+        fits("{port: 80}", "{uri: {exact: /a}}", "{port: 80, uri: {exact: /a}}");
+        conflicts("{port: 80}", "{port: 81}");
+        fits("{sourceNamespace: a}", "{sourceNamespace: a}", "{sourceNamespace: a}");
+        conflicts("{sourceNamespace: a}", "{uri: {exact: /a}}");
+        fits("{sourceLabels: {a: b}}", "{sourceLabels: {c: d}}", "{sourceLabels: {a: b, c: d}}");
+        conflicts("{sourceLabels: {a: b}}", "{sourceLabels: {a: c}}");
+        fits("{gateways: [a, b]}", "{gateways: [b]}", "{gateways: [b]}");
+        conflicts("{gateways: [a]}", "{gateways: [b]}");
+        fits("{name: r, statPrefix: s}", "{name: d}", "{name: r-d, statPrefix: s}");
+    }
+
+    #[test]
+    fn every_match_of_a_delegate_needs_one_of_the_roots() {
+        let root = "{uri: {prefix: /a}}, {uri: {prefix: /b}}";
+        fits(root, "{uri: {prefix: /a/x}}", "{uri: {prefix: /a/x}}");
+        fits(
+            root,
+            "{method: {exact: GET}}",
+            "{uri: {prefix: /a}, method: {exact: GET}}, {uri: {prefix: /b}, method: {exact: GET}}",
+        );
+        conflicts(root, "{uri: {prefix: /a/x}}, {uri: {prefix: /c}}");
+    }
+
+    #[test]
+    fn a_delegates_own_settings_win_and_the_rest_is_the_roots() {
+        let settings = |n: u32| {
+            format!(
+                "name: r{n}, timeout: {n}s, retries: {{attempts: {n}}}, rewrite: {{uri: /{n}}}, \
+                 fault: {{abort: {{httpStatus: 50{n}, percentage: {{value: 1}}}}}}, mirror: {{host: m{n}}}, \
+                 mirrorPercentage: {{value: {n}}}, corsPolicy: {{maxAge: {n}s}}, headers: {{request: {{set: {{a: 'v{n}'}}}}}}"
+            )
+        };
+        let merged = |root: &str, delegate: &str| {
+            merge(&entry(&format!("{root}, delegate: {{name: d}}")), entry(delegate)).unwrap()
+        };
+        let whole = entry(&settings(2));
+        let own = merged(&settings(1), &settings(2));
+        assert_eq!(own, HttpRoute { name: "r1-r2".into(), ..whole.clone() }, "all its own");
+        let inherited = merged(&settings(2), TO);
+        assert_eq!(inherited, HttpRoute { name: "r2".into(), ..whole }, "all inherited");
+        // Headers are one setting.
+        let headers = merged("headers: {request: {set: {a: b}}}", "headers: {response: {set: {c: d}}}");
+        assert_eq!(headers.headers, entry("headers: {response: {set: {c: d}}}").headers);
+        // Where requests go is the delegate's to say.
+        assert_eq!(merge(&entry("redirect: {uri: /x}"), entry(TO)).unwrap().redirect, None);
+    }
+}

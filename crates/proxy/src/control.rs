@@ -310,7 +310,7 @@ impl Control {
                 Input::Tick => self.tick().await,
             }
             if let Some(ending) = &mut ending
-                && ending.is_over(self.dispatch.live(), self.dispatch.accepted())
+                && ending.is_over(Instant::now(), self.dispatch.live(), self.dispatch.accepted())
             {
                 break;
             }
@@ -576,8 +576,7 @@ struct Ending {
 }
 
 impl Ending {
-    fn is_over(&mut self, live: usize, accepted: usize) -> bool {
-        let now = Instant::now();
+    fn is_over(&mut self, now: Instant, live: usize, accepted: usize) -> bool {
         if live > 0 || accepted != self.busy.1 {
             self.busy = (now, accepted);
         }
@@ -709,5 +708,26 @@ pub(crate) fn dialer(
             let channel = plane.connect(current.as_deref()).await?;
             Ok(Dialed { channel, metadata: plane.metadata()? })
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `EXIT_ON_ZERO_ACTIVE_CONNECTIONS`: the end waits for the last connection, but not less than its minimum.
+    #[test]
+    fn the_end_may_wait_for_the_last_connection() {
+        let start = Instant::now();
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        let mut ending = Ending { not_before: at(5), until: None, busy: (start, 0) };
+        assert!(!ending.is_over(at(4), 0, 0), "nobody is there, but somebody may come");
+        assert!(ending.is_over(at(5), 0, 0));
+        assert!(!ending.is_over(at(6), 1, 1) && !ending.is_over(at(600), 1, 1), "somebody is");
+        assert!(!ending.is_over(at(600), 0, 2), "somebody came and went");
+        assert!(ending.is_over(at(601), 0, 2));
+        let mut bounded = Ending { not_before: at(1), until: Some(at(5)), busy: (start, 0) };
+        assert!(!bounded.is_over(at(4), 1, 1));
+        assert!(bounded.is_over(at(5), 1, 1), "without the setting, whatever is left is cut");
     }
 }

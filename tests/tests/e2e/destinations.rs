@@ -1,11 +1,12 @@
 //! Where a pod's calls go: by name, by address, to pods with and without proxies, to hosts outside.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write as _;
 
 use serde_json::Value;
-use testkit::{Client2, Mesh, eventually};
+use testkit::{Client2, Mesh, Puppet, eventually};
 
-use crate::apps::{TRAFFIC, service, virtual_service, workload};
+use crate::apps::{COLLECTOR, TRAFFIC, service, virtual_service, workload};
 
 /// An address that nobody has.
 const NOWHERE: &str = "203.0.113.1";
@@ -13,7 +14,7 @@ const NOWHERE: &str = "203.0.113.1";
 const CLIENT: &str = "shop/curl";
 
 /// The address of a deployment's only pod.
-fn address(mesh: &Mesh, namespace: &str, deployment: &str) -> String {
+pub(crate) fn address(mesh: &Mesh, namespace: &str, deployment: &str) -> String {
     let selector = format!("deployment={deployment}");
     let pods: Value =
         serde_json::from_str(&mesh.must(&["get", "pods", "-n", namespace, "-l", &selector, "-o", "json"], ""))
@@ -235,6 +236,54 @@ spec:
     assert_eq!(answer.json()["headers"]["host"][0], "out.example.com", "{answer:?}");
     logged(&mesh, CLIENT, &["/headers?out", "outbound|80|out|istio-egressgateway.istio-system.svc.cluster.local"]);
     logged(&mesh, "istio-system/istio-egressgateway", &["/headers?out", "outbound|80||out.example.com"]);
+}
+
+#[test]
+fn tls_passes_the_egress_gateway_as_it_is() {
+    let mesh = TRAFFIC.turn();
+    let puppet = Puppet::new(&mesh, COLLECTOR);
+    let outside = address(&mesh, "plain", "puppet");
+    let _objects = mesh.with(&format!(
+        "
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {{name: sealed, namespace: shop}}
+spec:
+  hosts: [shop.example]
+  resolution: STATIC
+  ports: [{{number: 443, name: tls, protocol: TLS, targetPort: 8001}}]
+  endpoints: [{{address: {outside}}}]
+---
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {{name: sealed, namespace: shop}}
+spec:
+  selector: {{istio: egressgateway}}
+  servers: [{{port: {{number: 443, name: tls, protocol: TLS}}, hosts: [shop.example], tls: {{mode: PASSTHROUGH}}}}]
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {{name: sealed, namespace: shop}}
+spec:
+  hosts: [shop.example]
+  gateways: [mesh, sealed]
+  tls:
+  - match: [{{gateways: [mesh], port: 443, sniHosts: [shop.example]}}]
+    route: [{{destination: {{host: istio-egressgateway.istio-system.svc.cluster.local, port: {{number: 443}}}}}}]
+  - match: [{{gateways: [sealed], port: 443, sniHosts: [shop.example]}}]
+    route: [{{destination: {{host: shop.example, port: {{number: 443}}}}}}]
+"
+    ));
+    let hello = crate::sniffing::client_hello();
+    let mut tunnel = mesh.dial(CLIENT, "shop.example", 443);
+    tunnel.write_all(&hello).unwrap();
+    eventually("the ClientHello outside", || {
+        let seen = puppet.raw();
+        if seen.contains(&hello) { Ok(()) } else { Err(format!("{} others", seen.len())) }
+    });
+    drop(tunnel);
+    logged(&mesh, CLIENT, &["outbound|443||istio-egressgateway.istio-system.svc.cluster.local"]);
+    logged(&mesh, "istio-system/istio-egressgateway", &["outbound|443||shop.example"]);
 }
 
 #[test]

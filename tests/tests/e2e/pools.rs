@@ -1,11 +1,13 @@
 //! Connections to upstreams: what they speak, how many, how long they live.
 
+use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 
 use serde_json::{Value, json};
 use testkit::{Client, Client2, Mesh, Puppet, eventually};
 
 use crate::apps::{COLLECTOR, TRAFFIC};
+use crate::destinations::address;
 
 const CLIENT: &str = "shop/curl";
 
@@ -106,6 +108,26 @@ fn connections_carry_so_many_requests_and_idle_ones_are_closed() {
     closed("outbound|8020||always.plain.svc.cluster.local");
 }
 
+/// Our ends of a pod's established connections towards this port.
+fn established(mesh: &Mesh, whence: &str, port: u16) -> BTreeSet<String> {
+    sockets(mesh, whence, port).into_iter().filter(|line| line[3] == "01").map(|line| line[1].clone()).collect()
+}
+
+#[test]
+fn connections_to_a_service_that_is_gone_are_closed() {
+    let mesh = TRAFFIC.turn();
+    let service = mesh.with(&service("plain", "passing", "httpbin", "{name: http, port: 8030, targetPort: 80}"));
+    let before = established(&mesh, CLIENT, 80);
+    assert_eq!(mesh.curl(CLIENT, &["http://passing.plain:8030/get"]).status, 200);
+    let kept: Vec<String> = established(&mesh, CLIENT, 80).difference(&before).cloned().collect();
+    assert!(!kept.is_empty(), "one is kept for the next request");
+    drop(service);
+    eventually("they are closed", || {
+        let open = established(&mesh, CLIENT, 80);
+        if kept.iter().any(|end| open.contains(end)) { Err(format!("{open:?}")) } else { Ok(()) }
+    });
+}
+
 /// Reads until the other side closes.
 fn until_closed(mut tunnel: testkit::Tunnel) -> String {
     let mut all = String::new();
@@ -113,13 +135,18 @@ fn until_closed(mut tunnel: testkit::Tunnel) -> String {
     all
 }
 
-/// Sockets of a pod towards this port on which the kernel runs a keep-alive timer.
-fn kept_alive(mesh: &Mesh, whence: &str, port: u16) -> usize {
+/// The kernel's lines of a pod's sockets towards this port: number, local end, remote end, state (1: established),
+/// queues, timer (2: keep-alive), …
+fn sockets(mesh: &Mesh, whence: &str, port: u16) -> Vec<Vec<String>> {
     let table = String::from_utf8(mesh.exec(whence, &["cat", "/proc/net/tcp"]).stdout).unwrap();
     let to_port = format!(":{port:04X}");
-    let of_port = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    // Columns: number, local, remote, state, queues, timer (2: keep-alive).
-    of_port.filter(|line| line.len() > 5 && line[2].ends_with(&to_port) && line[5].starts_with("02:")).count()
+    let lines = table.lines().map(|line| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
+    lines.filter(|line| line.len() > 5 && line[2].ends_with(&to_port)).collect()
+}
+
+/// On how many of them the kernel runs a keep-alive timer.
+fn kept_alive(mesh: &Mesh, whence: &str, port: u16) -> usize {
+    sockets(mesh, whence, port).iter().filter(|line| line[5].starts_with("02:")).count()
 }
 
 #[test]
@@ -146,6 +173,31 @@ fn connections_of_bytes_end_by_idleness_and_age_and_are_kept_alive() {
         0 => Err("none".to_owned()),
         _ => Ok(()),
     });
+}
+
+#[test]
+fn a_server_is_told_of_the_client_before_anything_else() {
+    let mesh = TRAFFIC.turn();
+    let puppet = Puppet::new(&mesh, COLLECTOR);
+    let rule = |settings: &str| {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: told, namespace: shop}}\nspec: {{host: told.plain.svc.cluster.local, trafficPolicy: {{proxyProtocol: {settings}}}}}\n"
+        )
+    };
+    let service = service("plain", "told", "puppet", "{name: tcp, port: 8040, targetPort: 8001}");
+    let _objects = mesh.with(&format!("{service}---\n{}", rule("{}")));
+    let told = |what: &str, preamble: &[u8]| {
+        let mut tunnel = mesh.dial(CLIENT, "told.plain", 8040);
+        tunnel.write_all(b"hi\n").unwrap();
+        eventually(what, || {
+            let seen = puppet.raw();
+            if seen.iter().any(|bytes| bytes.starts_with(preamble)) { Ok(()) } else { Err(format!("{seen:?}")) }
+        });
+    };
+    let address = address(&mesh, "shop", "curl");
+    told("version 1, unless it says otherwise", format!("PROXY TCP4 {address} ").as_bytes());
+    mesh.apply(&rule("{version: V2}"));
+    told("version 2", b"\r\n\r\n\0\r\nQUIT\n\x21\x11");
 }
 
 #[test]

@@ -85,7 +85,7 @@ fn an_unnamed_port_takes_the_same_without_a_proxy_at_the_caller() {
 }
 
 /// The first flight of a TLS client that no mesh would take for its own.
-fn client_hello() -> Vec<u8> {
+pub(crate) fn client_hello() -> Vec<u8> {
     let mut random = Vec::new();
     random.extend((0_u8..32).map(|at| at.wrapping_mul(7)));
     let name = b"shop.example";

@@ -84,3 +84,13 @@ fn an_abort_is_not_tried_again_and_ejects_nobody() {
     assert_eq!(world.worker.shared().clusters().iter().map(|cluster| cluster.ejected.get()).sum::<u32>(), 0);
     drop(world.start(get("a", "/")).attempt());
 }
+
+#[test]
+fn a_denial_carries_the_headers_of_its_route() {
+    let mut one = to("/", "a");
+    one.response_headers_to_add = vec![header("x-route", "1", false)];
+    let deny = rbac_http::Rbac { rules: Some(all_of(1)), ..Default::default() };
+    let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1])]).filter("rbac", pack(&deny)).build();
+    let reply = world.start(get("a", "/")).reply();
+    assert_eq!((reply.head.status, reply.head.fields.get_str("x-route")), (403, Some("1")));
+}
