@@ -1,7 +1,8 @@
-//! Chores of the tree: `cargo xtask <check|tidy|parity|bench|counts>`.
+//! Chores of the tree: `cargo xtask <check|tidy|parity|proto|bench|counts>`.
 
 mod bench;
 mod parity;
+mod proto;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -25,6 +26,12 @@ enum Chore {
     Tidy,
     /// Every behaviour row of docs/parity.md names a test that exists, or says "not yet".
     Parity,
+    /// Writes what is generated from protocol sources: Rust code, and the descriptor set.
+    Proto {
+        /// Only say whether the descriptor set is what its sources give.
+        #[arg(long)]
+        check: bool,
+    },
     /// Measures against a real Envoy; figures go to standard output.
     Bench {
         /// Passed on to the bench program.
@@ -63,6 +70,7 @@ fn main() -> Result<()> {
         }
         Chore::Tidy => tidy::check(&root()),
         Chore::Parity => parity::check(&root()),
+        Chore::Proto { check } => proto::run(&root(), check),
         Chore::Bench { args } => bench::speed(&args),
         Chore::Counts { write } => bench::counts(write),
     }

@@ -88,6 +88,12 @@ fn compiled(yaml: &str) -> Resources {
         }
     }
     assert_eq!(refused(&resources), Vec::<String>::new());
+    for resource in resources.packed() {
+        let shown = proto::json::to_json(&resource.any);
+        // A type that is not described: alone, or inside of another message.
+        let hides = shown["value"].is_string() || shown.to_string().contains("\"base64\":");
+        assert!(!hides, "a dump hides a part of {shown}");
+    }
     resources
 }
 
@@ -415,6 +421,40 @@ spec:
             /* -> PassthroughCluster timeout=0s retries=0
     "]],
     );
+}
+
+/// [`compiled`] looks at every case; these have kinds of messages that no other has.
+#[test]
+fn dumps_hide_nothing_of_any_message() {
+    let yaml = r"
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: dynamic, namespace: shop}
+spec: {hosts: ['*.dyn.example.com'], resolution: DYNAMIC_DNS, ports: [{number: 80, name: http, protocol: HTTP}]}
+---
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: dns, namespace: shop}
+spec: {hosts: [api.example.com], resolution: DNS, ports: [{number: 80, name: http, protocol: HTTP}]}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: reviews, namespace: shop}
+spec: {hosts: [reviews], http: [{route: [{destination: {host: reviews}}], retries: {attempts: 3, retryOn: 5xx, retryIgnorePreviousHosts: false}}]}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: ratings, namespace: shop}
+spec: {hosts: [ratings], http: [{route: [{destination: {host: ratings}}], retries: {attempts: 3, retryOn: 5xx, retryRemoteLocalities: true}}]}
+";
+    let resources = compiled(yaml);
+    let kinds = ["dynamic_forward_proxy.v3", "cares.v3", "previous_priorities.v3"];
+    let bytes: Vec<u8> = resources.packed().iter().flat_map(|resource| resource.any.value.clone()).collect();
+    let text = String::from_utf8_lossy(&bytes);
+    for kind in kinds {
+        assert!(text.contains(kind), "the case has {kind}");
+    }
+    assert!(resources.name_table.is_some_and(|table| !table.table.is_empty()));
 }
 
 #[test]

@@ -315,6 +315,11 @@ async fn a_workload_gets_its_certificate_and_its_configuration() {
         assert_eq!(entry["proxy"], "reviews-1.shop");
         assert_eq!(entry["cluster_sent"], entry["cluster_acked"]);
         assert_eq!(entry["principal"], "spiffe://cluster.local/ns/shop/sa/reviews");
+        let (_, dump) = plane.get("/debug/config_dump?proxyID=reviews-1.shop").await;
+        let dump: Json = serde_json::from_str(&dump).unwrap();
+        let clusters = dump["resources"][type_urls::CLUSTER].as_array().unwrap();
+        let names: Vec<&Json> = clusters.iter().map(|cluster| &cluster["message"]["name"]).collect();
+        assert!(names.contains(&&json!("outbound|80||ratings.shop.svc.cluster.local")), "{names:?}");
     }
     let (_, metrics) = plane.get("/metrics").await;
     assert!(metrics.contains("citadel_server_success_cert_issuance_count 1"), "{metrics}");
