@@ -1,8 +1,8 @@
 //! Envoy's matchers over bytes: strings, headers, query parameters, paths, claims, addresses.
 //!
-//! Values may hold any bytes (property 12). A repeated header is matched as its values joined by
-//! commas, as Envoy does ([`Reading::Strict`]); policies also look at each value alone
-//! ([`Reading::Wide`], property 11).
+//! Values may hold any bytes (property 12). Of a repeated header each value is matched by itself, as
+//! Envoy does from 1.39 on; policies look at the values joined by commas, too, so that neither form
+//! hides a value from them ([`Reading`], property 11).
 
 use std::borrow::Cow;
 use std::net::IpAddr;
@@ -211,9 +211,15 @@ impl HeaderMatcher {
         self
     }
 
-    /// Whether the request matches, repeated headers joined by commas (Envoy's reading).
+    /// Whether the request matches: some value of a repeated header does, or for an inverted matcher
+    /// none.
+    ///
+    /// *Source*: Envoy `envoy.reloadable_features.match_headers_individually`.
     pub fn matches(&self, head: &RequestHead) -> bool {
-        self.matches_value(head.header(&self.name).as_deref())
+        if self.name.starts_with(':') {
+            return self.matches_value(head.header(&self.name).as_deref());
+        }
+        self.matches_each(head.fields.get_all(&self.name))
     }
 
     /// Whether the response matches.
@@ -222,12 +228,21 @@ impl HeaderMatcher {
             let status = head.status.to_string();
             return self.matches_value(Some(status.as_bytes()));
         }
-        self.matches_value(head.fields.joined(&self.name).as_deref())
+        self.matches_each(head.fields.get_all(&self.name))
+    }
+
+    fn matches_each<'a>(&self, values: impl Iterator<Item = &'a [u8]>) -> bool {
+        let mut values = values.peekable();
+        if values.peek().is_none() {
+            return self.matches_value(None);
+        }
+        // What holds for a value is inverted once, for all of them.
+        values.any(|value| self.matches_value(Some(value)) != self.invert) != self.invert
     }
 
     /// Whether the request matches under `reading`.
     pub fn matches_under(&self, head: &RequestHead, reading: Reading) -> bool {
-        let joined = self.matches(head);
+        let joined = self.matches_value(head.header(&self.name).as_deref());
         let mut alone = head.fields.get_all(&self.name).map(|value| self.matches_value(Some(value)));
         match (reading, self.invert) {
             (Reading::Wide, _) => joined || alone.any(|matches| matches),

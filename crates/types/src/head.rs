@@ -157,8 +157,8 @@ impl Fields {
             .map(|entry| entry.value.of(&self.buf))
     }
 
-    /// Every value of `name` joined by `,`, as Envoy joins repeated headers before matching
-    /// (property 11). `None` if the field is absent; borrows when it occurs once.
+    /// Every value of `name` joined by `,`: the one value that repeated headers stand for, which
+    /// policies look at beside each alone (property 11). `None` if the field is absent; borrows when it occurs once.
     pub fn joined(&self, name: &str) -> Option<std::borrow::Cow<'_, [u8]>> {
         let mut values = self.list.iter().filter(|entry| entry.name.of(&self.buf) == name.as_bytes());
         let first = values.next()?.value.of(&self.buf);
@@ -337,7 +337,7 @@ impl RequestHead {
     }
 
     /// Value of a header or of the pseudo-header `:method`, `:path`, `:authority` (or `host`),
-    /// `:scheme`, every occurrence joined by `,`: what Envoy's header matchers see.
+    /// `:scheme`, every occurrence joined by `,`.
     pub fn header(&self, name: &str) -> Option<std::borrow::Cow<'_, [u8]>> {
         self.pseudo(name).map(Into::into).or_else(|| self.fields.joined(name))
     }

@@ -70,15 +70,19 @@ fn headers_as_envoy_reads_them() {
     check(&absent, &["x"], false);
     let free = header(false, false, Some("free"));
     check(&free, &["free"], true);
-    check(&free, &["free", "paid"], false);
+    check(&free, &["paid", "free"], true);
+    check(&free, &["paid", "gold"], false);
     check(&free, &[], false);
     let not_free = header(true, false, Some("free"));
     check(&not_free, &["paid"], true);
+    check(&not_free, &["paid", "gold"], true);
+    check(&not_free, &["paid", "free"], false);
     check(&not_free, &[], false);
     let without = header(true, true, Some("free"));
     check(&without, &[], true);
     check(&without, &["free"], false);
-    check(&header(false, false, Some("a,b")), &["a", "b"], true);
+    check(&header(false, false, Some("a,b")), &["a", "b"], false);
+    check(&header(false, false, Some("a,b")), &["a,b"], true);
 }
 
 #[test]
