@@ -467,10 +467,26 @@ impl HeaderEdits {
         self.add.iter().map(|addition| addition.rendered(heads, context)).collect()
     }
 
+    /// Overwrites, and then adds, whatever their order; what is there counts as it was before.
+    ///
+    /// *Source*: Envoy `HeaderParser::evaluateHeaders`.
     fn add_all(&self, values: &[Option<Vec<u8>>], fields: &mut Fields) {
-        for (addition, value) in self.add.iter().zip(values) {
-            addition.put(value.as_deref(), fields);
+        let all = || self.add.iter().zip(values);
+        let wanted: SmallVec<[bool; 4]> = all().map(|(addition, _)| addition.is_wanted(fields)).collect();
+        for overwrites in [true, false] {
+            let of_pass = all()
+                .zip(&wanted)
+                .filter(|((addition, _), wanted)| **wanted && addition.action.overwrites() == overwrites);
+            for ((addition, value), _) in of_pass {
+                addition.write(value.as_deref(), fields);
+            }
         }
+    }
+}
+
+impl Action {
+    fn overwrites(self) -> bool {
+        matches!(self, Self::Overwrite | Self::OverwriteIfExists)
     }
 }
 
@@ -489,21 +505,33 @@ impl Addition {
         Some(value)
     }
 
-    /// Adds the field with what [`Self::rendered`] gave.
+    /// Adds the field with what [`Self::rendered`] gave, if it is to be.
     pub(crate) fn put(&self, value: Option<&[u8]>, fields: &mut Fields) {
+        if self.is_wanted(fields) {
+            self.write(value, fields);
+        }
+    }
+
+    /// Whether what is there lets it be added.
+    fn is_wanted(&self, fields: &Fields) -> bool {
+        match self.action {
+            Action::Append | Action::Overwrite => true,
+            Action::AddIfAbsent => !fields.contains(&self.name),
+            Action::OverwriteIfExists => fields.contains(&self.name),
+        }
+    }
+
+    fn write(&self, value: Option<&[u8]>, fields: &mut Fields) {
         let literal = self.value.literal().unwrap_or_default().as_bytes();
         let value = value.unwrap_or(literal).trim_ascii();
         let illegal = value.iter().any(|b| matches!(b, b'\r' | b'\n' | 0));
         if illegal || (value.is_empty() && !self.keep_empty) {
             return;
         }
-        let exists = fields.contains(&self.name);
-        match self.action {
-            Action::Append => fields.push(&self.name, value),
-            Action::AddIfAbsent if !exists => fields.push(&self.name, value),
-            Action::Overwrite => fields.set(&self.name, value),
-            Action::OverwriteIfExists if exists => fields.set(&self.name, value),
-            Action::AddIfAbsent | Action::OverwriteIfExists => {}
+        if self.action.overwrites() {
+            fields.set(&self.name, value);
+        } else {
+            fields.push(&self.name, value);
         }
     }
 }
@@ -568,6 +596,13 @@ mod tests {
         check(2, &[], "x-a: 2");
         check(3, &[], "");
         check(3, &[("x-a", "1")], "x-a: 2");
+    }
+
+    #[test]
+    fn what_overwrites_goes_before_what_adds() {
+        let both = [option("a", "added", 0), option("a", "set", 2), option("a", "never", 1)];
+        assert_eq!(edited(&both, &[], &[("a", "1")]), "a: set; a: added");
+        assert_eq!(edited(&[option("a", "1", 0), option("a", "2", 1)], &[], &[]), "a: 1; a: 2", "as it was before");
     }
 
     #[test]
