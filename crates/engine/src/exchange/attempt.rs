@@ -175,12 +175,13 @@ fn pick(env: &Env<'_>, live: &LiveCluster, plan: &Plan<'_>) -> Result<(Picked, u
 /// A cookie to set on the response, made for a hash policy.
 pub(super) type MadeCookie = Box<str>;
 
-/// The hash of a request under a list of policies, and a cookie that had to be made.
+/// The hash of a request, as it goes upstream, under a list of policies, and a cookie that had to be
+/// made. `client` is the trusted address of the client.
 ///
 /// *Source*: Envoy's `HashPolicyImpl`: hashes are combined by rotating the old one by one bit.
 pub(super) fn hash(
     policies: &[HashPolicy],
-    conn: &ConnFacts,
+    client: IpAddr,
     head: &RequestHead,
     draw: Draw,
 ) -> (Option<u64>, Option<MadeCookie>) {
@@ -193,7 +194,7 @@ pub(super) fn hash(
                 .query()
                 .and_then(|query| crate::matcher::query_values(query, name.as_bytes()).next())
                 .map(|value| xxh64(value, 0)),
-            HashSource::SourceIp => Some(xxh64(conn.peer.ip().to_canonical().to_string().as_bytes(), 0)),
+            HashSource::SourceIp => Some(xxh64(client.to_canonical().to_string().as_bytes(), 0)),
             HashSource::Cookie { name, ttl, path, attributes } => match cookie(head, name) {
                 Some(value) => Some(xxh64(value, 0)),
                 None => ttl.map(|ttl| {

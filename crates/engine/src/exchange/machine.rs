@@ -391,9 +391,6 @@ impl Exchange {
             self.set_timeouts(forward, head);
         }
         self.attempt.retries_left = self.attempt.policy.as_ref().map_or(0, |policy| policy.retries_max);
-        let (hash, cookie) = attempt::hash(&forward.hash, &self.conn, head, self.draw);
-        self.attempt.hash = hash;
-        self.cookie = cookie;
         if let Discovery::DynamicForward { cache } = &cluster.discovery
             && self.attempt.resolved.is_none()
         {
@@ -411,7 +408,10 @@ impl Exchange {
             self.info.attempts = 1;
             let mirrors = self.mirror_heads(forward, host, head);
             self.edit_request(forward, route, head, env.now);
-            self.upstream_headers(env, (host, forward), head);
+            self.upstream_headers(env, host, head);
+            // The key is read where the request goes on: headers that the route wrote count.
+            let client = self.info.client_address.map_or(self.conn.peer.ip(), |address| address.ip());
+            (self.attempt.hash, self.cookie) = attempt::hash(&forward.hash, client, head, self.draw);
             return self.try_once(env, mirrors, head, recorder);
         }
         self.try_once(env, Vec::new(), head, recorder)
@@ -457,23 +457,37 @@ impl Exchange {
         self.timing.per_try = per_try.filter(|per_try| global.is_none_or(|global| *per_try < global));
     }
 
-    /// Headers that tell the upstream about the attempt, and who we are.
-    fn upstream_headers(&self, env: &Env<'_>, (host, forward): (&VirtualHost, &Forward), head: &mut RequestHead) {
-        let Some(hcm) = self.hcm() else { return };
+    /// Tells the upstream how long a try may take: its own limit, or what is left of the whole time.
+    ///
+    /// *Source*: Envoy `FilterUtility::setTimeoutHeaders`.
+    fn tell_time_out(&self, now: Instant, head: &mut RequestHead) {
+        let (Some(hcm), Some(Action::Forward(forward))) = (self.hcm(), self.route().map(|route| &route.action)) else {
+            return;
+        };
+        let Some(limit) = self.timing.per_try.or(self.timing.route) else { return };
+        // What filters took before the first try does not count against it here.
+        let completed = self.completed.filter(|_| self.attempt.number > 1);
+        let spent = completed.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        let left = self.timing.route.map(|route| route.saturating_sub(spent).max(Duration::from_millis(1)));
+        let expected = left.map_or(limit, |left| limit.min(left));
         let suppressed = hcm.filters.iter().any(|filter| match &filter.kind {
             FilterKind::Router(router) => router.suppress_envoy_headers,
             _ => false,
         });
-        if let Some(expected) = self.timing.per_try.or(self.timing.route) {
-            if !suppressed {
-                head.fields.set("x-envoy-expected-rq-timeout-ms", expected.as_millis().to_string().as_bytes());
-            }
-            // A gRPC server learns what is left for it; where streams have a limit of their own, the
-            // client's wish stands.
-            if self.info.is_grpc && forward.grpc_timeout_max.is_some() && forward.stream_duration.is_none() {
-                head.fields.set("grpc-timeout", super::grpc::timeout_text(expected).as_bytes());
-            }
+        if !suppressed {
+            head.fields.set("x-envoy-expected-rq-timeout-ms", expected.as_millis().to_string().as_bytes());
         }
+        // A gRPC server learns what is left for it; where streams have a limit of their own, the
+        // client's wish stands.
+        if self.info.is_grpc && forward.grpc_timeout_max.is_some() && forward.stream_duration.is_none() {
+            head.fields.set("grpc-timeout", super::grpc::timeout_text(expected).as_bytes());
+        }
+    }
+
+    /// Headers that tell the upstream about the attempt, and who we are.
+    fn upstream_headers(&self, env: &Env<'_>, host: &VirtualHost, head: &mut RequestHead) {
+        let Some(hcm) = self.hcm() else { return };
+        self.tell_time_out(env.now.mono, head);
         if host.attempt_count {
             head.fields.set("x-envoy-attempt-count", b"1");
         }
@@ -521,8 +535,11 @@ impl Exchange {
         } else {
             None
         };
-        if self.attempt.number > 1 && self.table_and_host().is_some_and(|(_, host)| host.attempt_count) {
-            head.fields.set("x-envoy-attempt-count", self.attempt.number.to_string().as_bytes());
+        if self.attempt.number > 1 {
+            if self.table_and_host().is_some_and(|(_, host)| host.attempt_count) {
+                head.fields.set("x-envoy-attempt-count", self.attempt.number.to_string().as_bytes());
+            }
+            self.tell_time_out(env.now.mono, head);
         }
         let hcm = self.hcm();
         let policy = self.attempt.policy.clone();

@@ -629,6 +629,30 @@ fn the_route_time_out_begins_with_the_end_of_the_request() {
 }
 
 #[test]
+fn a_retry_tells_what_time_is_left() {
+    let one = with(to("/", "a"), |action| {
+        action.timeout = secs(2);
+        action.retry_policy = Some(retries("5xx", 1));
+    });
+    let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1, 2])]).build();
+    let mut call = world.start(get("a", "/"));
+    drop(call.attempt());
+    let told = |call: &crate::testing::Call<'_>| {
+        let text = call.head.fields.get_str("x-envoy-expected-rq-timeout-ms").map(str::to_owned);
+        text.and_then(|text| text.parse::<u64>().ok()).map(Duration::from_millis)
+    };
+    assert_eq!(told(&call), Some(Duration::from_secs(2)));
+    call.pass(Duration::from_millis(500));
+    call.upstream(ResponseHead::new(503));
+    let wait = call.wait();
+    call.pass(wait);
+    call.elapsed();
+    drop(call.attempt());
+    let left = Duration::from_millis(1500) - wait;
+    assert!(told(&call).is_some_and(|told| told <= left && left - told < Duration::from_millis(1)), "{left:?}");
+}
+
+#[test]
 fn a_response_that_takes_too_long_is_cut() {
     let one = with(to("/", "a"), |action| action.timeout = secs(1));
     let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1])]).build();
@@ -1141,6 +1165,34 @@ fn hashes_stick() {
     }
     let hosts: std::collections::BTreeSet<_> = (0..40).map(|user| pick(&user.to_string(), 1)).collect();
     assert!(hosts.len() > 2, "{hosts:?}");
+}
+
+#[test]
+fn the_key_of_a_hash_is_what_goes_upstream() {
+    use route::route_action::hash_policy as hash;
+    let by = |specifier: hash::PolicySpecifier| {
+        let mut one = with(to("/", "a"), |action| {
+            action.hash_policy =
+                vec![route::route_action::HashPolicy { policy_specifier: Some(specifier), ..Default::default() }];
+        });
+        one.request_headers_to_add = vec![header("x-user", "everybody", false)];
+        let mut ring = cluster("a", &[1, 2, 3, 4, 5]);
+        ring.lb_policy = 2;
+        Http::new(vec![host(&["*"], vec![one])], vec![ring]).build()
+    };
+    let picks = |world: &crate::testing::World, name: &str| -> std::collections::BTreeSet<String> {
+        let pick = |number: u32| {
+            let mut head = get("a", "/");
+            head.fields.push(name, format!("10.0.0.{number}").as_bytes());
+            world.start(head).attempt().picked.host.address.to_string()
+        };
+        (1..40).map(pick).collect()
+    };
+    let header = hash::PolicySpecifier::Header(hash::Header { header_name: "x-user".to_owned(), ..Default::default() });
+    assert_eq!(picks(&by(header), "x-user").len(), 1, "the route writes the key");
+    let properties = hash::ConnectionProperties { source_ip: true };
+    let source = by(hash::PolicySpecifier::ConnectionProperties(properties));
+    assert!(picks(&source, "x-forwarded-for").len() > 2, "the trusted address is the client's");
 }
 
 #[test]
