@@ -61,33 +61,56 @@ pub(crate) fn append(facts: &PolicyFacts<'_>, out: &mut PolicyFilters) {
     }
     let issuers: BTreeSet<_> = entries.iter().map(|entry| entry.rule.issuer.as_str()).collect();
     let issuers_tell_apart = issuers.len() == entries.len() && !issuers.contains("");
-    let config = JwtAuthentication {
+    let strict = (names.len() > 1 && issuers_tell_apart).then(|| every_token(&providers));
+    out.http.push(http_filter(JWT_FILTER, everywhere(providers, requirement(&names)).pack()));
+    out.http.extend(strict.map(|config| http_filter(EVERY_TOKEN, config.pack())));
+}
+
+/// Name of the filter that judges what tokens are left.
+const EVERY_TOKEN: &str = "lateen.filters.http.every_token";
+
+/// "Whatever is there is valid", over the issuers of the first filter, which must tell the rules apart.
+///
+/// A filter of its own: as a last step of the first one, Envoy would clean the claim headers that were
+/// written just before, and not write them again where the token was taken away.
+fn every_token(providers: &BTreeMap<String, JwtProvider>) -> JwtAuthentication {
+    let judged = providers.iter().map(|(name, provider)| {
+        let judged = JwtProvider {
+            forward: true,
+            forward_payload_header: String::new(),
+            payload_in_metadata: String::new(),
+            normalize_payload_in_metadata: None,
+            claim_to_headers: Vec::new(),
+            clear_route_cache: false,
+            ..provider.clone()
+        };
+        (name.clone(), judged)
+    });
+    everywhere(judged.collect(), allow_missing())
+}
+
+fn everywhere(providers: BTreeMap<String, JwtProvider>, requirement: JwtRequirement) -> JwtAuthentication {
+    JwtAuthentication {
         providers,
         rules: vec![RequirementRule {
             r#match: Some(RouteMatch {
                 path_specifier: Some(route_match::PathSpecifier::Prefix("/".to_owned())),
                 ..RouteMatch::default()
             }),
-            requirement_type: Some(requirement_rule::RequirementType::Requires(requirement(
-                &names,
-                issuers_tell_apart,
-            ))),
+            requirement_type: Some(requirement_rule::RequirementType::Requires(requirement)),
         }],
         bypass_cors_preflight: true,
-    };
-    out.http.push(http_filter(JWT_FILTER, config.pack()));
+    }
 }
 
-/// One issuer: its token, or none. Several: Istio's form (one of them, or none at all), and also
-/// "whatever is there is valid", which needs issuers that tell the rules apart.
-fn requirement(names: &[String], issuers_tell_apart: bool) -> JwtRequirement {
+/// One issuer: its token, or none. Several: Istio's form (one of them, or none at all).
+fn requirement(names: &[String]) -> JwtRequirement {
     if let [name] = names {
         return any(vec![provided(name), allow_missing()]);
     }
     let mut alternatives: Vec<_> = names.iter().map(|name| provided(name)).collect();
     alternatives.push(all(names.iter().map(|name| any(vec![provided(name), allow_missing()])).collect()));
-    let one_or_none = any(alternatives);
-    if issuers_tell_apart { all(vec![one_or_none, allow_missing()]) } else { one_or_none }
+    any(alternatives)
 }
 
 fn requires(kind: jwt_requirement::RequiresType) -> JwtRequirement {

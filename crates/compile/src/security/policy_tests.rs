@@ -245,7 +245,10 @@ fn several_issuers_are_merged_and_sorted() {
             &format!(
                 "origins-1: iss=iss-z keys={KEYS} header=x-jwt:Token  param=token cookie=session payload->x-payload"
             ),
-            "requires all(any(origins-0, origins-1, all(any(origins-0, none), any(origins-1, none))), none)",
+            "requires any(origins-0, origins-1, all(any(origins-0, none), any(origins-1, none)))",
+            &format!("origins-0: iss=iss-y keys={KEYS} forward"),
+            &format!("origins-1: iss=iss-z keys={KEYS} header=x-jwt:Token  param=token cookie=session forward"),
+            "requires none",
         ],
         &[],
     );

@@ -215,7 +215,9 @@ pub(crate) fn http_filters(filters: &[HttpFilter]) -> Vec<String> {
                 };
                 out.push(format!("ask {target} open={}", filter.failure_mode_allow));
             }
-            "envoy.filters.http.jwt_authn" => tokens(&JwtAuthentication::decode(bytes).unwrap(), &mut out),
+            "envoy.filters.http.jwt_authn" | "lateen.filters.http.every_token" => {
+                tokens(&JwtAuthentication::decode(bytes).unwrap(), &mut out)
+            }
             other => panic!("{other}"),
         }
     }

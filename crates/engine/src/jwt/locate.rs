@@ -52,15 +52,18 @@ impl Location {
             }
             Self::Query(name) => {
                 let Some(query) = head.query() else { return };
-                let is_token = |pair: &&[u8]| {
-                    let end = pair.iter().position(|b| *b == b'=').unwrap_or(pair.len());
-                    &pair[..end] == name.as_bytes()
-                };
-                let kept: Vec<_> = query.split(|b| *b == b'&').filter(|pair| !is_token(pair)).collect();
+                let pairs = query.split(|b| *b == b'&').filter(|pair| !pair.is_empty());
+                // Names, and values with their `=`.
+                let pairs = pairs.map(|pair| pair.split_at(pair.iter().position(|b| *b == b'=').unwrap_or(pair.len())));
+                let mut kept: Vec<_> = pairs.filter(|(found, _)| *found != name.as_bytes()).collect();
+                // As Envoy writes a query anew: in the order of names, each with its `=`. Unlike there,
+                // escapes stay: what they stand for must not become a parameter of its own.
+                kept.sort_by_key(|(name, _)| *name);
                 let mut path = head.path_only().to_vec();
-                if !kept.is_empty() {
-                    path.push(b'?');
-                    path.extend_from_slice(&kept.join(&b'&'));
+                for (number, (name, value)) in kept.into_iter().enumerate() {
+                    path.push(if number == 0 { b'?' } else { b'&' });
+                    path.extend_from_slice(name);
+                    path.extend_from_slice(if value.is_empty() { b"=" } else { value });
                 }
                 head.set_path(&path);
             }

@@ -307,9 +307,9 @@ fn places_and_forwarding() {
         ..provider("me", &me.jwks)
     };
     let mut bed = bed(&istio(vec![proto.clone()]));
-    let mut head = RequestHead::new("GET", "h", &format!("/x?a=1&t={token}&b=2"));
+    let mut head = RequestHead::new("GET", "h", &format!("/x?c&t={token}&b=%26x&a=2&b=1"));
     assert_eq!(bed.ask(&mut head).unwrap().tokens, 1);
-    assert_eq!(head.path(), b"/x?a=1&b=2");
+    assert_eq!(head.path(), b"/x?a=2&b=%26x&b=1&c=", "by name, each with its `=`, escapes as they were");
     let mut head = RequestHead::new("GET", "h", "/x");
     head.fields.push("cookie", format!("a=1; s={token}; b=2").as_bytes());
     assert_eq!(bed.ask(&mut head).unwrap().tokens, 1);
