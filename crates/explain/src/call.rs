@@ -220,6 +220,12 @@ impl Call {
         }
         if self.is_http2 {
             head.version = Version::Http2;
+            // a cookie in several fields is one, as the codec hands it to the proxy
+            let cookies: Vec<&[u8]> = head.fields.get_all("cookie").collect();
+            if cookies.len() > 1 {
+                let cookie = cookies.join(&b"; "[..]);
+                head.fields.set("cookie", &cookie);
+            }
         } else {
             // as the codec hands it to the proxy
             http1::rules::strip_hop_by_hop(&mut head.fields);
