@@ -2,7 +2,7 @@
 //! a Lateen proxy and an Envoy, all three with the very same resources.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -15,25 +15,37 @@ use explain::{Call, Caller, EndKind, Explainer, Explanation, Running};
 use mesh::MeshSnapshot;
 use serde_json::{Value, json};
 use testkit::token::Issuer;
-use testkit::{Client, Response, eventually};
+use testkit::{Client, Client2, Response, TlsServer, eventually};
 use types::NamespacedName;
 use types::wellknown::type_urls;
 
-use crate::random::{Case, POOLS, Request, Tokens};
+use crate::random::{Case, HALF, POOLS, Random, Request, Tokens};
 
-/// Addresses of the three backends; all listen on the same port.
+/// Addresses of the backends; all listen on the same port.
 const BACKENDS: [(&str, Ipv4Addr); 3] =
     [("v1", Ipv4Addr::new(127, 0, 0, 2)), ("v2", Ipv4Addr::new(127, 0, 0, 3)), ("other", Ipv4Addr::new(127, 0, 0, 4))];
+/// Of the authorizer, on that port too.
+const AUTHORIZER: (&str, Ipv4Addr) = ("authorizer", Ipv4Addr::new(127, 0, 0, 5));
+/// Of a backend that speaks TLS, on that port too.
+const SECURE: (&str, Ipv4Addr) = ("secure", Ipv4Addr::new(127, 0, 0, 6));
+/// How the names of those headers begin in which it tells what the TLS client said.
+pub(crate) const OF_TLS: &str = "x-tls-";
 
 /// Of a pod where nobody listens.
 const DEAD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 99);
 
 const GATEWAY: &str = "istio-ingressgateway";
 
-/// What all cases share: backends, issuers, a folder.
+/// What all cases share: backends, issuers, settings of the mesh, a folder.
 pub(crate) struct Bed {
     backend_port: u16,
+    /// `pathNormalization`
+    paths: &'static str,
+    /// Settings of a filter that edits heads, in front of the router; `None`: there is none.
+    mutation: Option<Value>,
     issuers: [Issuer; 2],
+    /// The servers' certificates by the class of their hosts.
+    certificates: [(&'static str, rcgen::CertifiedKey<rcgen::KeyPair>); 2],
     dir: tempfile::TempDir,
 }
 
@@ -45,24 +57,30 @@ pub(crate) struct Ports {
     pub(crate) first: u16,
     /// Of the server with port 81.
     pub(crate) second: u16,
+    /// Of the servers with port 443, which speak TLS.
+    pub(crate) third: u16,
 }
 
 /// For what is only looked at.
-pub(crate) const SOME_PORTS: Ports = Ports { first: 8080, second: 8081 };
+pub(crate) const SOME_PORTS: Ports = Ports { first: 8080, second: 8081, third: 8443 };
 
 impl Ports {
     fn free() -> Self {
-        let both = || {
+        let one = || {
             eventually("a port that both proxies can have", || {
                 let port = free_port(address("lateen"));
                 TcpListener::bind((address("envoy"), port)).map(|_| port).map_err(|error| error.to_string())
             })
         };
-        Self { first: both(), second: both() }
+        Self { first: one(), second: one(), third: one() }
     }
 
     fn of(self, server: u16) -> u16 {
-        if server == 81 { self.second } else { self.first }
+        match server {
+            443 => self.third,
+            81 => self.second,
+            _ => self.first,
+        }
     }
 }
 
@@ -83,17 +101,26 @@ pub(crate) struct Compiled {
 
 /// One backend for ever: answers with what it got.
 fn backend(name: &'static str, listener: TcpListener) {
+    let tls = (name == SECURE.0).then(|| TlsServer::new("secure.shop", &["http/1.1"]));
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            std::thread::spawn(move || serve(name, stream));
+            let tls = tls.clone();
+            std::thread::spawn(move || serve(name, tls.as_ref(), stream));
         }
     });
 }
 
-/// Keeps the connection until the peer ends it.
-fn serve(name: &str, stream: TcpStream) -> Option<()> {
+fn serve(name: &str, tls: Option<&TlsServer>, stream: TcpStream) -> Option<()> {
     stream.set_nodelay(true).ok()?;
-    let mut out = stream.try_clone().ok()?;
+    let Some(tls) = tls else { return answer(name, &[], stream) };
+    let stream = tls.accept(stream).ok()?;
+    let alpn = String::from_utf8_lossy(stream.conn.alpn_protocol().unwrap_or_default()).into_owned();
+    let sni = stream.conn.server_name().unwrap_or_default().to_owned();
+    answer(name, &[(format!("{OF_TLS}sni"), sni), (format!("{OF_TLS}alpn"), alpn)], stream)
+}
+
+/// Answers with what comes, and with `told`, for as long as the peer keeps the connection.
+fn answer(name: &str, told: &[(String, String)], stream: impl Read + Write) -> Option<()> {
     let mut input = BufReader::new(stream);
     loop {
         let mut lines = Vec::new();
@@ -113,12 +140,17 @@ fn serve(name: &str, stream: TcpStream) -> Option<()> {
             .iter()
             .filter_map(|line| line.split_once(':'))
             .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
+            .chain(told.iter().cloned())
             .collect();
         let of = |name: &str| headers.iter().find(|(have, _)| have == name).map(|(_, value)| value.as_str());
         let length = of("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
         std::io::copy(&mut (&mut input).take(length), &mut std::io::sink()).ok()?;
         if of("x-reply-reset").is_some() {
             return None;
+        }
+        if name == AUTHORIZER.0 {
+            input.get_mut().write_all(verdict(method, path, &headers)?.as_bytes()).ok()?;
+            continue;
         }
         let status = of("x-reply-status").unwrap_or("200");
         let body =
@@ -129,7 +161,23 @@ fn serve(name: &str, stream: TcpStream) -> Option<()> {
         let answer = format!(
             "HTTP/1.1 {status} X\r\nx-backend: {name}\r\nx-a: answer\r\ncontent-length: {length}\r\n\r\n{sent}"
         );
-        out.write_all(answer.as_bytes()).ok()?;
+        input.get_mut().write_all(answer.as_bytes()).ok()?;
+    }
+}
+
+/// What the authorizer answers: the status that `x-ext` names, with what it was asked in headers;
+/// `None` breaks off. Without `x-ext`, a mere yes.
+fn verdict(method: &str, path: &str, headers: &[(String, String)]) -> Option<String> {
+    let all = |name: &str| -> Vec<&str> {
+        headers.iter().filter(|(have, _)| have == name).map(|(_, value)| value.as_str()).collect()
+    };
+    let asked = format!("{method} {path} {} {}", all("host").join(","), all("x-a").join(","));
+    match all("x-ext")[..] {
+        [] => Some("HTTP/1.1 200 X\r\ncontent-length: 0\r\n\r\n".to_owned()),
+        ["break"] => None,
+        [status, ..] => Some(format!(
+            "HTTP/1.1 {status} X\r\nx-granted: {asked}\r\nx-a: asked\r\nx-note: {asked}\r\nx-why: {asked}\r\ncontent-length: 7\r\n\r\nbecause"
+        )),
     }
 }
 
@@ -140,23 +188,30 @@ fn pod(name: &str, labels: &str, ip: Ipv4Addr) -> String {
 }
 
 impl Bed {
-    pub(crate) fn new() -> Self {
-        // A port that is free on all three.
+    /// Settings of the mesh follow the seed.
+    pub(crate) fn new(seed: u64) -> Self {
+        // A port that is free on all of them.
         let port = eventually("a port for the backends", || {
             let first = TcpListener::bind((BACKENDS[0].1, 0)).map_err(|error| error.to_string())?;
             let port = first.local_addr().map_err(|error| error.to_string())?.port();
             let mut listeners = vec![first];
-            for (_, ip) in &BACKENDS[1..] {
+            let all = BACKENDS.iter().chain([&AUTHORIZER, &SECURE]);
+            for (_, ip) in all.clone().skip(1) {
                 listeners.push(TcpListener::bind((*ip, port)).map_err(|error| error.to_string())?);
             }
-            for ((name, _), listener) in BACKENDS.iter().zip(listeners) {
+            for ((name, _), listener) in all.zip(listeners) {
                 backend(name, listener);
             }
             Ok(port)
         });
+        let paths = ["NONE", "BASE", "MERGE_SLASHES", "DECODE_AND_MERGE_SLASHES"];
         Self {
             backend_port: port,
+            paths: paths[usize::try_from(seed % 4).unwrap()],
+            mutation: seed.is_multiple_of(2).then(|| crate::random::mutation(&mut Random::new(seed))),
             issuers: [Issuer::new("a"), Issuer::new("b")],
+            certificates: ["open", "allow"]
+                .map(|class| (class, rcgen::generate_simple_self_signed([format!("*.{class}.test")]).unwrap())),
             dir: tempfile::Builder::new().prefix("lt-").tempdir().unwrap(),
         }
     }
@@ -197,18 +252,26 @@ impl Bed {
     }
 
     fn base(&self, ports: Ports) -> String {
-        let Ports { first, second } = ports;
+        let Ports { first, second, third } = ports;
+        let paths = self.paths;
         let mut all = format!(
             r#"
 apiVersion: install.istio.io/v1alpha1
 kind: IstioOperator
 metadata: {{name: mesh, namespace: istio-system}}
-spec: {{meshConfig: {{accessLogFile: /dev/stdout, enableAutoMtls: false}}}}
+spec:
+  meshConfig:
+    accessLogFile: /dev/stdout
+    enableAutoMtls: false
+    pathNormalization: {{normalization: {paths}}}
+    extensionProviders:
+    - {{name: ask, envoyExtAuthzHttp: {{service: authorizer.shop.svc.cluster.local, port: 80, pathPrefix: /ask, includeRequestHeadersInCheck: [x-ext, x-a], headersToUpstreamOnAllow: [x-granted, x-a], headersToDownstreamOnAllow: [x-note], headersToDownstreamOnDeny: [x-why, x-a]}}}}
+    - {{name: ask-open, envoyExtAuthzHttp: {{service: authorizer.shop.svc.cluster.local, port: 80, failOpen: true, statusOnError: "503", includeRequestHeadersInCheck: [x-ext]}}}}
 ---
 apiVersion: v1
 kind: Service
 metadata: {{name: {GATEWAY}, namespace: istio-system}}
-spec: {{clusterIP: 10.96.0.1, selector: {{istio: ingressgateway}}, ports: [{{name: http2, port: 80, targetPort: {first}}}, {{name: more, port: 81, targetPort: {second}}}]}}
+spec: {{clusterIP: 10.96.0.1, selector: {{istio: ingressgateway}}, ports: [{{name: http2, port: 80, targetPort: {first}}}, {{name: more, port: 81, targetPort: {second}}}, {{name: https, port: 443, targetPort: {third}}}]}}
 ---
 apiVersion: v1
 kind: Pod
@@ -219,7 +282,13 @@ status: {{phase: Running, podIP: 10.1.0.1, conditions: [{{type: Ready, status: '
 apiVersion: networking.istio.io/v1
 kind: Gateway
 metadata: {{name: gateway, namespace: shop}}
-spec: {{selector: {{istio: ingressgateway}}, servers: [{{port: {{number: 80, name: http, protocol: HTTP}}, hosts: ["*.test"]}}, {{port: {{number: 81, name: http-more, protocol: HTTP}}, hosts: ["*.test"]}}]}}
+spec:
+  selector: {{istio: ingressgateway}}
+  servers:
+  - {{port: {{number: 80, name: http, protocol: HTTP}}, hosts: ["*.test"]}}
+  - {{port: {{number: 81, name: http-more, protocol: HTTP}}, hosts: ["*.test"]}}
+  - {{port: {{number: 443, name: https-open, protocol: HTTPS}}, hosts: ["*.open.test"], tls: {{mode: SIMPLE, credentialName: open}}}}
+  - {{port: {{number: 443, name: https-allow, protocol: HTTPS}}, hosts: ["*.allow.test"], tls: {{mode: SIMPLE, credentialName: allow}}}}
 ---
 apiVersion: networking.istio.io/v1
 kind: DestinationRule
@@ -249,6 +318,16 @@ spec:
 ---
 apiVersion: networking.istio.io/v1
 kind: DestinationRule
+metadata: {{name: secure, namespace: shop}}
+spec: {{host: secure, trafficPolicy: {{tls: {{mode: SIMPLE, insecureSkipVerify: true}}}}}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: secure-named, namespace: shop}}
+spec: {{host: secure-named, trafficPolicy: {{tls: {{mode: SIMPLE, insecureSkipVerify: true, sni: named.test}}}}}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
 metadata: {{name: pool-header, namespace: shop}}
 spec: {{host: pool-header, trafficPolicy: {{loadBalancer: {{consistentHash: {{httpHeaderName: x-a}}}}}}}}
 ---
@@ -271,7 +350,15 @@ spec: {{host: pool-maglev, trafficPolicy: {{loadBalancer: {{consistentHash: {{ht
             self.issuers[1].jwks(),
         );
         let port = self.backend_port;
-        let services = [("echo", "app: echo"), ("other", "app: other"), ("dead", "app: dead")];
+        let services = [
+            ("echo", "app: echo"),
+            ("other", "app: other"),
+            ("dead", "app: dead"),
+            ("authorizer", "app: authorizer"),
+            ("secure", "app: secure"),
+            ("secure-named", "app: secure"),
+            (HALF, "half: 'yes'"),
+        ];
         let services = services.into_iter().chain(POOLS.map(|pool| (pool, "pool: all")));
         for (number, (service, selector)) in services.enumerate() {
             all.push_str(&format!(
@@ -280,11 +367,47 @@ spec: {{host: pool-maglev, trafficPolicy: {{loadBalancer: {{consistentHash: {{ht
             ));
         }
         for (name, ip) in BACKENDS {
-            let app = if name == "other" { "other" } else { "echo" };
+            let app = if name == "other" { "other, half: 'yes'" } else { "echo" };
             all.push_str(&pod(name, &format!("app: {app}, version: {name}, pool: all"), ip));
         }
-        all.push_str(&pod("dead", "app: dead", DEAD));
+        for (class, made) in &self.certificates {
+            let secret = json!({
+                "apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls",
+                "metadata": { "name": class, "namespace": "istio-system" },
+                "stringData": { "tls.crt": made.cert.pem(), "tls.key": made.signing_key.serialize_pem() },
+            });
+            all.push_str(&format!("---\n{secret}\n"));
+        }
+        all.push_str(&pod(AUTHORIZER.0, "app: authorizer", AUTHORIZER.1));
+        all.push_str(&pod(SECURE.0, "app: secure", SECURE.1));
+        all.push_str(&pod("dead", "app: dead, half: 'yes'", DEAD));
         all
+    }
+
+    /// SDS made static.
+    fn with_certificates(&self, value: &mut Value) {
+        match value {
+            Value::Object(fields) => {
+                if let Some(named) = fields.remove("tls_certificate_sds_secret_configs") {
+                    let name = named[0]["name"].as_str().unwrap_or_default();
+                    let found = self.certificates.iter().find(|(class, _)| name.ends_with(class));
+                    let (_, made) = found.unwrap_or_else(|| panic!("no certificate for {name}"));
+                    let inline = json!([{
+                        "certificate_chain": { "inline_string": made.cert.pem() },
+                        "private_key": { "inline_string": made.signing_key.serialize_pem() },
+                    }]);
+                    fields.insert("tls_certificates".into(), inline);
+                }
+                fields.values_mut().for_each(|value| self.with_certificates(value));
+            }
+            Value::Array(items) => items.iter_mut().for_each(|item| self.with_certificates(item)),
+            _ => {}
+        }
+    }
+
+    /// Certificates that clients trust, by how hosts end.
+    fn roots(&self) -> BTreeMap<String, Vec<u8>> {
+        self.certificates.iter().map(|(class, made)| (format!(".{class}.test"), made.cert.der().to_vec())).collect()
     }
 
     /// Whether the API server would take the objects of a case.
@@ -324,6 +447,10 @@ spec: {{host: pool-maglev, trafficPolicy: {{loadBalancer: {{consistentHash: {{ht
         clusters.iter_mut().for_each(|cluster| with_endpoints(cluster, &endpoints));
         let mut listeners: Vec<Value> = of(type_urls::LISTENER).into_values().collect();
         listeners.iter_mut().for_each(|listener| with_routes(listener, &routes));
+        listeners.iter_mut().for_each(|listener| self.with_certificates(listener));
+        if let Some(mutation) = &self.mutation {
+            listeners.iter_mut().for_each(|listener| with_mutation(listener, mutation));
+        }
         Compiled { snapshot, ports, clusters, listeners }
     }
 }
@@ -369,6 +496,21 @@ fn with_routes(value: &mut Value, routes: &BTreeMap<String, Value>) {
     }
 }
 
+/// One more filter in front of each router, which Istio's objects cannot ask for.
+fn with_mutation(value: &mut Value, mutation: &Value) {
+    match value {
+        Value::Object(fields) => {
+            if let Some(Value::Array(filters)) = fields.get_mut("http_filters") {
+                let last = filters.len().saturating_sub(1);
+                filters.insert(last, json!({ "name": "edits", "typed_config": mutation }));
+            }
+            fields.values_mut().for_each(|value| with_mutation(value, mutation));
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| with_mutation(item, mutation)),
+        _ => {}
+    }
+}
+
 impl Compiled {
     /// The file that both proxies get, but for the addresses.
     fn bootstrap(&self, address: Ipv4Addr, admin_port: u16) -> Value {
@@ -376,7 +518,7 @@ impl Compiled {
         for listener in &mut listeners {
             listener["address"]["socket_address"]["address"] = json!(address.to_string());
         }
-        assert_eq!(listeners.len(), 2, "the gateway has two ports");
+        assert_eq!(listeners.len(), 3, "the gateway has three ports");
         json!({
             "node": { "id": format!("router~127.0.0.1~{GATEWAY}.istio-system~istio-system.svc.cluster.local"), "cluster": GATEWAY },
             "admin": { "address": { "socket_address": { "address": address.to_string(), "port_value": admin_port } } },
@@ -407,9 +549,12 @@ impl Compiled {
                 .into_iter()
                 .map(|(name, value)| format!("{name}: {value}"))
                 .collect();
+            let scheme = if *port == 443 { "https" } else { "http" };
             let from = Caller::Outside(NamespacedName::new("istio-system", GATEWAY));
-            let mut call = Call::parse(from, method, &format!("http://{host}:{port}{path}"), &headers, now).unwrap();
+            let mut call =
+                Call::parse(from, method, &format!("{scheme}://{host}:{port}{path}"), &headers, now).unwrap();
             call.client = Some(Ipv4Addr::LOCALHOST.into());
+            call.is_http2 = case.request.is_http2;
             explainer.explain(&call)
         });
         let explained: Vec<Explanation> = explained.collect();
@@ -431,8 +576,12 @@ pub(crate) struct Live {
     child: Child,
     ports: Ports,
     log: PathBuf,
+    /// Certificates to trust, by how hosts end.
+    roots: BTreeMap<String, Vec<u8>>,
     /// By server.
     clients: BTreeMap<u16, Client>,
+    /// By server.
+    clients2: BTreeMap<u16, Client2>,
 }
 
 impl Drop for Live {
@@ -466,20 +615,40 @@ pub(crate) struct Upstream {
 }
 
 impl Outcome {
-    /// Whether the endpoint was drawn: it is one of a pool, and the request has no key for it.
-    pub(crate) fn is_drawn(&self, request: &Request) -> bool {
-        let has_key = match POOLS.iter().find(|pool| self.log.cluster.contains(*pool)) {
-            Some(&"pool-query") => request.path.contains("q="),
-            Some(&"pool-source") | None => true,
-            Some(_) => request.headers.iter().any(|(name, value)| name == "x-a" && !value.is_empty()),
-        };
-        !has_key
+    /// Whether the endpoint was drawn: it is one of several, and what went on had no key for it, or
+    /// nobody tells.
+    pub(crate) fn is_drawn(&self) -> bool {
+        if self.log.cluster.contains(HALF) {
+            return true;
+        }
+        let upstream = self.upstream.as_ref();
+        match POOLS.iter().find(|pool| self.log.cluster.contains(*pool)) {
+            None | Some(&"pool-source") => false,
+            Some(&"pool-query") => {
+                let query = upstream.and_then(|upstream| upstream.path.split_once('?')).map_or("", |(_, query)| query);
+                !query.split('&').any(|pair| pair.split('=').next() == Some("q"))
+            }
+            Some(_) => !upstream.is_some_and(|upstream| upstream.headers.iter().any(|(name, _)| name == "x-a")),
+        }
     }
 
     /// The outcome without what tells of the endpoint.
     pub(crate) fn somewhere(mut self) -> Self {
         self.log.upstream_host.clear();
         self.headers.retain(|(name, _)| name != "x-backend");
+        // Which of two was tried first tells how many tries it took.
+        if self.log.cluster.contains(HALF) { self.once() } else { self }
+    }
+
+    /// The outcome without what tells of the number of tries.
+    pub(crate) fn once(mut self) -> Self {
+        if let Some(upstream) = &mut self.upstream {
+            upstream.headers.retain(|(name, _)| {
+                !matches!(&**name, "x-envoy-attempt-count" | "x-envoy-expected-rq-timeout-ms" | "grpc-timeout")
+            });
+        }
+        let texts = self.headers.iter_mut().map(|(_, value)| value).chain(&mut self.body);
+        texts.for_each(|text| *text = text.replace("retried and the latest ", ""));
         self
     }
 }
@@ -526,7 +695,8 @@ fn free_port(address: Ipv4Addr) -> u16 {
 
 impl Live {
     /// Starts a proxy; `program` and the arguments before `-c FILE`.
-    fn start(name: &'static str, program: &Path, args: &[&str], compiled: &Compiled, dir: &Path) -> Self {
+    fn start(name: &'static str, program: &Path, args: &[&str], compiled: &Compiled, bed: &Bed) -> Self {
+        let dir = bed.dir.path();
         let address = address(name);
         let admin = free_port(address);
         let file = dir.join(format!("{name}.json"));
@@ -541,7 +711,15 @@ impl Live {
             .stderr(std::fs::File::create(&said).unwrap())
             .spawn()
             .unwrap();
-        let mut live = Self { name, child, ports: compiled.ports, log, clients: BTreeMap::new() };
+        let mut live = Self {
+            name,
+            child,
+            ports: compiled.ports,
+            log,
+            roots: bed.roots(),
+            clients: BTreeMap::new(),
+            clients2: BTreeMap::new(),
+        };
         eventually(name, || {
             if let Ok(Some(status)) = live.child.try_wait() {
                 panic!("{name} ends with {status}:\n{}", std::fs::read_to_string(&said).unwrap());
@@ -558,15 +736,42 @@ impl Live {
 
     pub(crate) fn lateen(compiled: &Compiled, bed: &Bed) -> Self {
         let args = ["proxy", "--concurrency", "1"];
-        Self::start("lateen", testkit::mesh::lateen(), &args, compiled, bed.dir.path())
+        Self::start("lateen", testkit::mesh::lateen(), &args, compiled, bed)
     }
 
     pub(crate) fn envoy(program: &Path, compiled: &Compiled, bed: &Bed) -> Self {
         let args = ["--concurrency", "1", "--disable-hot-restart", "-l", "warning", "--file-flush-interval-msec", "50"];
-        Self::start("envoy", program, &args, compiled, bed.dir.path())
+        Self::start("envoy", program, &args, compiled, bed)
     }
 
+    /// What comes back; a status of 0 is a connection, or a stream, that ends without an answer.
     fn send(&mut self, host: &str, request: &Request, agent: &str) -> Response {
+        let none = Response { status: 0, headers: Vec::new(), body: String::new(), trailers: Vec::new() };
+        let answer = if request.is_http2 { self.send2(host, request, agent) } else { self.send1(host, request, agent) };
+        answer.unwrap_or(none)
+    }
+
+    fn at(&self, server: u16) -> SocketAddr {
+        SocketAddr::from((address(self.name), self.ports.of(server)))
+    }
+
+    fn send2(&mut self, host: &str, request: &Request, agent: &str) -> std::io::Result<Response> {
+        let all = all_headers(host, request, &request.headers);
+        let mut headers: Vec<(&str, &str)> =
+            all[1..].iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        headers.push(("user-agent", agent));
+        let ask = |client: &Client2| client.send(&request.method, &all[0].1, &request.path, &headers);
+        // A kept connection may have been closed after its last answer.
+        if let Some(Ok(answer)) = self.clients2.get(&request.port).map(ask) {
+            return Ok(answer);
+        }
+        let client = Client2::plain(self.at(request.port))?;
+        let answer = ask(&client);
+        self.clients2.insert(request.port, client);
+        answer
+    }
+
+    fn send1(&mut self, host: &str, request: &Request, agent: &str) -> std::io::Result<Response> {
         let mut bytes = format!("{} {} HTTP/1.1\r\n", request.method, request.path);
         for (name, value) in all_headers(host, request, &request.headers) {
             bytes.push_str(&format!("{name}: {value}\r\n"));
@@ -577,17 +782,21 @@ impl Live {
         }
         bytes.push_str("\r\n");
         let is_head = request.method == "HEAD";
+        if request.port == 443 {
+            let root = self.roots.iter().find(|(end, _)| host.ends_with(end.as_str()));
+            let root = root.map(|(_, root)| root.as_slice()).unwrap_or_default();
+            return Client::tls(self.at(request.port), host, root)?.raw(bytes.as_bytes(), is_head);
+        }
         // A kept connection may have been closed after its last answer.
         if let Some(client) = self.clients.get_mut(&request.port)
             && let Ok(answer) = client.raw(bytes.as_bytes(), is_head)
         {
-            return answer;
+            return Ok(answer);
         }
-        let at = SocketAddr::from((address(self.name), self.ports.of(request.port)));
-        let mut client = Client::plain(at).expect("the proxy takes connections");
+        let mut client = Client::plain(self.at(request.port))?;
         let answer = client.raw(bytes.as_bytes(), is_head);
         self.clients.insert(request.port, client);
-        answer.unwrap_or(Response { status: 0, headers: Vec::new(), body: String::new(), trailers: Vec::new() })
+        answer
     }
 
     /// The statuses and backends of the same request many times over, counted.
@@ -668,13 +877,25 @@ pub(crate) fn comparable(headers: impl IntoIterator<Item = (String, String)>) ->
     let is_kept = |name: &str| !BY_NATURE.contains(&name) && !OF_FRAMING.contains(&name);
     let mut kept: Vec<_> = headers.into_iter().filter(|(name, _)| is_kept(name)).collect();
     for (name, value) in &mut kept {
-        if name == "x-forwarded-for" {
-            *value = told_by_clients(value);
+        match &**name {
+            "x-forwarded-for" => *value = told_by_clients(value),
+            // Envoy quotes a path as it is; a backslash in it is one of two here, as quoted text has it.
+            "www-authenticate" => *value = value.replace("\\\\", "\\"),
+            _ => {}
         }
     }
     // lines of one name keep their order
     kept.sort_by(|(one, _), (other, _)| one.cmp(other));
     kept
+}
+
+/// What is left of the time, as a later try tells it, is not the same twice.
+fn with_time_left(mut headers: Vec<(String, String)>) -> Vec<(String, String)> {
+    if headers.iter().any(|(name, value)| name == "x-envoy-attempt-count" && value != "1") {
+        let of_time = |name: &str| matches!(name, "x-envoy-expected-rq-timeout-ms" | "grpc-timeout");
+        headers.iter_mut().filter(|(name, _)| of_time(name)).for_each(|(_, value)| *value = "left".to_owned());
+    }
+    headers
 }
 
 impl Outcome {
@@ -693,7 +914,7 @@ impl Outcome {
                     .find(|(name, _)| name == "host")
                     .map(|(_, host)| host.clone())
                     .unwrap_or_default(),
-                headers: comparable(headers.into_iter().filter(|(name, _)| name != "host")),
+                headers: with_time_left(comparable(headers.into_iter().filter(|(name, _)| name != "host"))),
             }
         });
         Self {

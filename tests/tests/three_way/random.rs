@@ -40,7 +40,7 @@ impl Random {
 /// A request. Its host is the case's, with what `suffix` adds.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Request {
-    /// The gateway's port: 80 or 81.
+    /// The gateway's port: 80, 81, or 443 for TLS.
     pub(crate) port: u16,
     pub(crate) method: String,
     pub(crate) path: String,
@@ -48,6 +48,8 @@ pub(crate) struct Request {
     /// The host in capitals.
     pub(crate) is_shouting: bool,
     pub(crate) headers: Vec<(String, String)>,
+    /// HTTP/2 with prior knowledge.
+    pub(crate) is_http2: bool,
 }
 
 /// What one host does with one request. `@HOST@` and `@NAME@` in the objects are the case's own.
@@ -127,8 +129,13 @@ const OF_PROXIES: [(&str, &[&str]); 30] = [
     ("keep-alive", &["timeout=5"]),
     ("proxy-connection", &["keep-alive"]),
 ];
+/// What the authorizer is to answer, if it is asked; `explain` takes a mere yes for granted.
+pub(crate) const ASKED: &str = "x-ext";
 /// Services of several endpoints, where a key of the request chooses; see the base.
 pub(crate) const POOLS: [&str; 4] = ["pool-header", "pool-query", "pool-source", "pool-maglev"];
+
+/// A service of two endpoints, one of which takes no connections.
+pub(crate) const HALF: &str = "half-dead";
 
 fn string_match(random: &mut Random, exact: &str) -> Value {
     match random.below(3) {
@@ -195,7 +202,8 @@ fn http_match(random: &mut Random) -> Value {
 }
 
 fn destination(random: &mut Random) -> Value {
-    match random.below(15) {
+    match random.below(16) {
+        15 => json!({ "host": random.pick(&["secure", "secure-named"]) }),
         12 | 13 => json!({ "host": random.pick(&POOLS) }),
         // Nobody listens there.
         14 => json!({ "host": "dead" }),
@@ -319,8 +327,12 @@ fn cors(random: &mut Random) -> Value {
     if random.percent(40) {
         out["allowCredentials"] = random.percent(50).into();
     }
-    if random.percent(20) {
-        out["unmatchedPreflights"] = random.pick(&["FORWARD", "IGNORE"]).into();
+    match random.below(10) {
+        0 => out["unmatchedPreflights"] = "FORWARD".into(),
+        // Alone: to an origin that is not allowed, Envoy tells the methods and headers all the same,
+        // where the behaviour reference has an answer without any.
+        1 => out = json!({ "allowOrigins": out["allowOrigins"], "unmatchedPreflights": "IGNORE" }),
+        _ => {}
     }
     out
 }
@@ -337,7 +349,8 @@ fn rule(random: &mut Random) -> Value {
         }
         3 | 4 => {
             let mut direct = json!({ "status": ([200, 204, 404, 503][random.below(4)]) });
-            if random.percent(60) {
+            // An answer that may have no body has none here; Envoy sends it in HTTP/2.
+            if random.percent(60) && direct["status"] != 204 {
                 direct["body"] = json!({ "string": "so it is" });
             }
             out.insert("directResponse".into(), direct);
@@ -397,6 +410,11 @@ fn rule(random: &mut Random) -> Value {
             "retriable-status-codes,404",
         ]);
         out.insert("retries".into(), json!({ "attempts": random.below(3), "retryOn": on }));
+    }
+    if random.percent(4) {
+        // The try after one at the dead endpoint goes to the other one.
+        out["route"] = json!([{ "destination": { "host": HALF } }]);
+        out.insert("retries".into(), json!({ "attempts": 6, "retryOn": "connect-failure" }));
     }
     if random.percent(10) {
         out.insert("timeout".into(), "5s".into());
@@ -490,7 +508,48 @@ fn policy(random: &mut Random, action: &str) -> Value {
     })
 }
 
-fn request(random: &mut Random, tokens: &Tokens, wants_token: bool) -> Request {
+/// A policy that asks an authorizer: one that fails closed, or one that fails open.
+fn ask(random: &mut Random) -> Value {
+    let mut operation = Map::from_iter([("hosts".to_owned(), json!(["@HOST@"]))]);
+    if random.percent(40) {
+        let key = random.pick(&["paths", "notPaths"]);
+        operation.insert(key.into(), strings(random, &["/a", "/a/*", "*/b", "/b", "/{*}/b"]));
+    }
+    if random.percent(20) {
+        let key = random.pick(&["methods", "notMethods"]);
+        operation.insert(key.into(), strings(random, &["GET", "POST"]));
+    }
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": { "name": "@NAME@-ask", "namespace": "istio-system" },
+        "spec": {
+            "selector": { "matchLabels": { "istio": "ingressgateway" } },
+            "action": "CUSTOM", "provider": { "name": random.pick(&["ask", "ask-open"]) },
+            "rules": [{ "to": [{ "operation": operation }] }],
+        },
+    })
+}
+
+/// Settings of Envoy's filter that edits heads.
+pub(crate) fn mutation(random: &mut Random) -> Value {
+    let mut edits = |removed: &str| -> Vec<Value> {
+        let actions = ["APPEND_IF_EXISTS_OR_ADD", "ADD_IF_ABSENT", "OVERWRITE_IF_EXISTS_OR_ADD", "OVERWRITE_IF_EXISTS"];
+        let mut list = random.some(3, |random| {
+            let value = random.pick(&EDITS);
+            let header = json!({ "key": random.pick(&["x-b", "x-c", "x-filter", "end-user"]), "value": value });
+            json!({ "append": { "header": header, "append_action": random.pick(&actions) } })
+        });
+        list.push(json!({ "remove": removed }));
+        list
+    };
+    json!({
+        "@type": "type.googleapis.com/envoy.extensions.filters.http.header_mutation.v3.HeaderMutation",
+        "mutations": { "request_mutations": edits("x-gone"), "response_mutations": edits("x-note") },
+    })
+}
+
+/// `may_repeat`: headers in several lines.
+fn request(random: &mut Random, tokens: &Tokens, wants_token: bool, may_repeat: bool) -> Request {
     let mut path = random.pick(&PATHS).to_owned();
     let query = random.pick(&QUERIES);
     if !query.is_empty() {
@@ -500,8 +559,7 @@ fn request(random: &mut Random, tokens: &Tokens, wants_token: bool) -> Request {
     for name in HEADERS {
         if random.percent(35) {
             headers.push((name.to_owned(), random.pick(&VALUES).to_owned()));
-            // Several lines of cookies: see `docs/open.md`.
-            if random.percent(10) && name != "cookie" {
+            if random.percent(10) && may_repeat {
                 headers.push((name.to_owned(), random.pick(&VALUES).to_owned()));
             }
         }
@@ -539,8 +597,7 @@ fn request(random: &mut Random, tokens: &Tokens, wants_token: bool) -> Request {
         match random.below(10) {
             0 => headers.push(("x-jwt".into(), format!("Token {token}"))),
             1 => headers.push(("authorization".into(), format!("Basic {token}"))),
-            // With other parameters around it: see `docs/open.md`.
-            2 if query.is_empty() => path = format!("{path}?token={token}"),
+            2 => path = format!("{path}{}token={token}", if query.is_empty() { '?' } else { '&' }),
             _ => headers.push(("authorization".into(), format!("Bearer {token}"))),
         }
     }
@@ -549,8 +606,19 @@ fn request(random: &mut Random, tokens: &Tokens, wants_token: bool) -> Request {
         1 => ":8080",
         _ => "",
     };
-    let port = if random.percent(85) { 80 } else { 81 };
-    Request { port, method, path, host_suffix: host_suffix.into(), is_shouting: random.percent(5), headers }
+    let port = match random.below(20) {
+        0..=15 => 80,
+        16 | 17 => 81,
+        _ => 443,
+    };
+    let is_http2 = port != 443 && random.percent(20) && is_legal_in_http2(&path, &headers);
+    Request { port, method, path, host_suffix: host_suffix.into(), is_shouting: random.percent(5), headers, is_http2 }
+}
+
+/// Whether a client's library would send it.
+fn is_legal_in_http2(path: &str, headers: &[(String, String)]) -> bool {
+    let of_http1 = ["connection", "keep-alive", "proxy-connection", "te"];
+    !path.contains(['#', '\\']) && !headers.iter().any(|(name, _)| of_http1.contains(&name.as_str()))
 }
 
 /// A host with its objects, and `requests` cases that differ in the request only.
@@ -594,13 +662,29 @@ pub(crate) fn cases(random: &mut Random, tokens: &Tokens, requests: usize) -> Ve
                 }),
             );
         }
+        5 => {
+            policies.push(ask(random));
+            if random.percent(30) {
+                policies.push(policy(random, "DENY"));
+            }
+        }
         _ => {}
     }
     let mut objects = vec![virtual_service(rules)];
     objects.append(&mut policies);
-    (0..requests)
-        .map(|_| Case { class, objects: objects.clone(), request: request(random, tokens, wants_token) })
-        .collect()
+    let is_asked = kind == 5;
+    // A policy holds for every line of a header and for all of them joined, so that neither form hides
+    // a value from it (property 11); Envoy's looks at each line by itself.
+    let may_repeat = !objects.iter().any(|object| object.to_string().contains("request.headers["));
+    let mut made = || {
+        let mut request = request(random, tokens, wants_token, may_repeat);
+        if is_asked && random.percent(70) {
+            let said = random.pick(&["200", "200", "403", "401", "302", "500", "break"]);
+            request.headers.push((ASKED.to_owned(), said.to_owned()));
+        }
+        Case { class, objects: objects.clone(), request }
+    };
+    (0..requests).map(|_| made()).collect()
 }
 
 /// A host whose requests go here or there by chance.
@@ -624,6 +708,7 @@ pub(crate) fn by_chance(random: &mut Random) -> Case {
             host_suffix: String::new(),
             is_shouting: false,
             headers: Vec::new(),
+            is_http2: false,
         },
     }
 }

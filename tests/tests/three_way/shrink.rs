@@ -77,6 +77,11 @@ fn candidates(case: &Case) -> Vec<Case> {
         less.request.port = 80;
         out.push(less);
     }
+    if case.request.is_http2 {
+        let mut less = case.clone();
+        less.request.is_http2 = false;
+        out.push(less);
+    }
     if case.request.is_shouting {
         let mut less = case.clone();
         less.request.is_shouting = false;
