@@ -221,6 +221,8 @@ fn destination(random: &mut Random) -> Value {
 /// Names that edits set.
 const EDITED: [&str; 10] =
     ["x-a", "x-b", "x-new", "X-Mixed", "x-backend", "x-c", "content-type", "location", "end-user", "cookie"];
+/// Tells how many tries were made.
+const TRIES: &str = "%UPSTREAM_REQUEST_ATTEMPT_COUNT%";
 /// Values that edits set.
 const EDITS: [&str; 21] = [
     "1",
@@ -242,7 +244,7 @@ const EDITS: [&str; 21] = [
     "%RESPONSE_CODE%",
     "%RESPONSE_CODE_DETAILS%",
     "%RESPONSE_FLAGS%",
-    "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+    TRIES,
     "a %REQ(x-a)% b",
 ];
 
@@ -414,6 +416,10 @@ fn rule(random: &mut Random) -> Value {
     if random.percent(4) {
         // The try after one at the dead endpoint goes to the other one.
         out["route"] = json!([{ "destination": { "host": HALF } }]);
+        // How many tries it took is chance.
+        if out.get("headers").is_some_and(|edits| edits.to_string().contains(TRIES)) {
+            out.remove("headers");
+        }
         out.insert("retries".into(), json!({ "attempts": 6, "retryOn": "connect-failure" }));
     }
     if random.percent(10) {
@@ -535,7 +541,7 @@ pub(crate) fn mutation(random: &mut Random) -> Value {
     let mut edits = |removed: &str| -> Vec<Value> {
         let actions = ["APPEND_IF_EXISTS_OR_ADD", "ADD_IF_ABSENT", "OVERWRITE_IF_EXISTS_OR_ADD", "OVERWRITE_IF_EXISTS"];
         let mut list = random.some(3, |random| {
-            let value = random.pick(&EDITS);
+            let value = Some(random.pick(&EDITS)).filter(|value| *value != TRIES).unwrap_or("%PROTOCOL%");
             let header = json!({ "key": random.pick(&["x-b", "x-c", "x-filter", "end-user"]), "value": value });
             json!({ "append": { "header": header, "append_action": random.pick(&actions) } })
         });
