@@ -150,7 +150,9 @@ impl<'de> Deserialize<'de> for Base64 {
         let mut text = String::deserialize(deserializer)?;
         text.retain(|c| !c.is_ascii_whitespace());
         base64::engine::general_purpose::STANDARD.decode(text.as_bytes()).map(Self).map_err(|error| {
-            serde::de::Error::custom(format_args!("value is not base64: {error}; plain text goes into `stringData`"))
+            serde::de::Error::custom(format_args!(
+                "value is not base64: {error}; plain text goes into `stringData` of a Secret, `data` of a ConfigMap"
+            ))
         })
     }
 }

@@ -472,7 +472,7 @@ impl Builder {
         self.bytes = self.bytes.saturating_add(bytes);
         if self.nodes > self.limits.nodes_max || self.bytes > self.limits.bytes_max {
             return Err(InvalidYaml {
-                message: "the document is too large once its aliases are expanded".to_owned(),
+                message: "the document is too large, each use of an alias counted in full".to_owned(),
                 hint: "split it into several documents".to_owned(),
                 line: at.0,
                 column: at.1,

@@ -59,6 +59,9 @@ pub enum InvalidCall {
         /// What is wrong.
         reason: &'static str,
     },
+    /// No word of the letters that methods have.
+    #[error("{0:?} is not a method")]
+    Method(String),
     /// Not `name: value`.
     #[error("{0:?} is not a header of the form 'name: value'")]
     Header(String),
@@ -81,6 +84,9 @@ impl Target {
     /// Parses a URL; without a scheme it is `http`.
     pub fn parse(url: &str) -> Result<Self, InvalidCall> {
         let bad = |reason| InvalidCall::Url { url: url.to_owned(), reason };
+        if url.contains(|c: char| c.is_whitespace() || c.is_control()) {
+            return Err(bad("there is a space or a control character in it"));
+        }
         let (scheme, rest) = url.split_once("://").unwrap_or(("http", url));
         let default = match scheme {
             "http" => Some(80),
@@ -190,17 +196,11 @@ fn ingress(snapshot: &MeshSnapshot) -> Option<NamespacedName> {
 impl Call {
     /// Parses what a person wrote.
     pub fn parse(from: Caller, method: &str, url: &str, headers: &[String], now: Now) -> Result<Self, InvalidCall> {
-        let headers = headers.iter().map(|text| {
-            let (name, value) = text.split_once(':').ok_or_else(|| InvalidCall::Header(text.clone()))?;
-            let name = name.trim().to_ascii_lowercase();
-            let is_token = !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic() && b != b':');
-            if is_token { Ok((name, value.trim().to_owned())) } else { Err(InvalidCall::Header(text.clone())) }
-        });
         Ok(Self {
             from,
-            method: method.to_ascii_uppercase().into(),
+            method: parse_method(method)?,
             target: Target::parse(url)?,
-            headers: headers.collect::<Result<_, _>>()?,
+            headers: headers.iter().map(|text| parse_header(text)).collect::<Result<_, _>>()?,
             is_http2: false,
             client: None,
             now,
@@ -241,6 +241,26 @@ impl Call {
     }
 }
 
+fn parse_method(text: &str) -> Result<Box<str>, InvalidCall> {
+    if is_token(text) { Ok(text.to_ascii_uppercase().into()) } else { Err(InvalidCall::Method(text.to_owned())) }
+}
+
+fn parse_header(text: &str) -> Result<(String, String), InvalidCall> {
+    let (name, value) = text.split_once(':').ok_or_else(|| InvalidCall::Header(text.to_owned()))?;
+    let (name, value) = (name.trim().to_ascii_lowercase(), value.trim());
+    let is_one_line = !value.contains(|c: char| c.is_control() && c != '\t');
+    if is_token(&name) && is_one_line {
+        Ok((name, value.to_owned()))
+    } else {
+        Err(InvalidCall::Header(text.to_owned()))
+    }
+}
+
+/// *Source*: RFC 9110, 5.6.2.
+fn is_token(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -268,5 +288,17 @@ mod tests {
         check("http://x:70000", "the port is not a number from 1 to 65535");
         check("ftp://x", "the scheme is none of http, https, tcp");
         check("http:///x", "there is no host");
+        check("http://x/a b", "there is a space or a control character in it");
+        check("http://x/a\nb", "there is a space or a control character in it");
+    }
+
+    #[test]
+    fn what_no_client_could_send_is_not_asked_about() {
+        assert_eq!(parse_method("get").as_deref(), Ok("GET"));
+        assert_eq!(parse_method("G ET").unwrap_err().to_string(), "\"G ET\" is not a method");
+        assert_eq!(parse_header("A: b\tc"), Ok(("a".to_owned(), "b\tc".to_owned())));
+        for bad in ["a", ": b", "a b: c", "a: b\nc: d", "a: \u{1b}"] {
+            assert!(parse_header(bad).unwrap_err().to_string().contains("is not a header"), "{bad:?}");
+        }
     }
 }

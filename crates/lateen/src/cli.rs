@@ -21,11 +21,35 @@ struct Cli {
 #[derive(Args, Debug, Clone)]
 pub(crate) struct MeshArgs {
     /// The mesh's name.
-    #[arg(long, default_value = "lateen", env = "LATEEN_MESH")]
+    #[arg(long, default_value = "lateen", env = "LATEEN_MESH", value_parser = mesh_name)]
     pub name: String,
     /// Folder of the mesh's state, socket and keys.
     #[arg(long, value_name = "DIR", env = "LATEEN_STATE_DIR")]
     pub state_dir: Option<PathBuf>,
+}
+
+/// A mesh's name is that of a folder, too.
+fn mesh_name(text: &str) -> Result<String, String> {
+    let is_letter = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let begins = text.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if begins && text.len() <= 63 && text.chars().all(is_letter) {
+        return Ok(text.to_owned());
+    }
+    Err("a mesh's name has at most 63 letters, digits, `-`, `_`, `.`, and begins with a letter or digit".to_owned())
+}
+
+/// Seconds: a number, or a duration as kubectl takes it (`90s`, `1m30s`). Parts of a second count as
+/// a whole one, and nobody waits longer than a year.
+pub(crate) fn seconds(text: &str) -> Result<u64, String> {
+    const YEAR: u64 = 365 * 24 * 3600;
+    let seconds = match text.parse::<u64>() {
+        Ok(seconds) => seconds,
+        Err(_) => {
+            let duration = api::scalar::Duration::parse(text)?.0;
+            duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
+        }
+    };
+    Ok(seconds.min(YEAR))
 }
 
 /// How an answer is printed.
@@ -169,6 +193,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Sample { name, args } => samples::run(&name, &args).map_err(Into::into),
     };
     match result {
+        Ok(()) if output::is_lost() => ExitCode::from(exit::ERROR),
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => match error.downcast_ref::<ExitWith>() {
             Some(exit) => {
@@ -188,6 +213,34 @@ pub(crate) fn run() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_of_meshes_stay_in_their_folder() {
+        for good in ["lateen", "a", "My_mesh-2.0"] {
+            assert_eq!(mesh_name(good).as_deref(), Ok(good));
+        }
+        for bad in ["", ".", "..", "../x", "/tmp/x", "a/b", "a b", "a\nb", "-x", "ü", &"a".repeat(64)] {
+            assert!(mesh_name(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn times_as_they_are_typed() {
+        for (text, expect) in [
+            ("60", 60),
+            ("0", 0),
+            ("5s", 5),
+            ("1m30s", 90),
+            ("1.5s", 2),
+            ("100ms", 1),
+            ("18446744073709551615", 31_536_000),
+        ] {
+            assert_eq!(seconds(text), Ok(expect), "{text}");
+        }
+        for bad in ["", "-1", "-5s", "x", "5 s"] {
+            assert!(seconds(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn the_command_line_is_sound() {

@@ -21,7 +21,7 @@ use crate::output;
 
 pub(crate) use explain::{ExplainArgs, explain};
 pub(crate) use get::{GetArgs, get, pod_status};
-pub(crate) use manifests::{ApplyArgs, DeleteArgs, ValidateArgs, apply, delete, validate};
+pub(crate) use manifests::{ApplyArgs, DeleteArgs, ValidateArgs, apply, delete, errors, validate};
 pub(crate) use pods::{ExecArgs, LabelArgs, LogsArgs, RolloutCommand, ScaleArgs, exec, label, logs, rollout, scale};
 pub(crate) use proxies::{
     ProxyStatusArgs, VersionArgs, WaitArgs, mesh_findings, proxy_status, synced, synced_at, version, wait,
@@ -33,11 +33,16 @@ pub(crate) fn state_dir(mesh: &MeshArgs) -> Result<PathBuf> {
     if let Some(dir) = &mesh.state_dir {
         return std::path::absolute(dir).with_context(|| format!("--state-dir {}", dir.display()));
     }
+    let base = meshes_dir().context("neither XDG_STATE_HOME nor HOME is set; give --state-dir DIR")?;
+    Ok(base.join(&mesh.name))
+}
+
+/// Where all of a user's meshes keep everything, but for those that were told otherwise.
+pub(crate) fn meshes_dir() -> Option<PathBuf> {
     let base = std::env::var_os("XDG_STATE_HOME")
         .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state")))
-        .context("neither XDG_STATE_HOME nor HOME is set; give --state-dir DIR")?;
-    Ok(base.join("lateen").join(&mesh.name))
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state")))?;
+    std::path::absolute(base.join("lateen")).ok()
 }
 
 /// The socket of a mesh's objects.
@@ -54,15 +59,18 @@ fn client(mesh: &MeshArgs) -> Result<Client> {
     Ok(Client::new(&api_socket(mesh)?))
 }
 
+/// A client of a mesh's control plane.
+fn plane(mesh: &MeshArgs) -> Result<Client> {
+    Ok(Client::of_control_plane(&debug_socket(mesh)?, &api_socket(mesh)?))
+}
+
 fn block_on<T>(task: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(task)
 }
 
 /// All of standard input.
 pub(crate) fn read_stdin() -> Result<String> {
-    let mut text = String::new();
-    std::io::Read::read_to_string(&mut std::io::stdin(), &mut text).context("cannot read standard input")?;
-    Ok(text)
+    node::files::read_text(std::io::stdin()).context("cannot read standard input")
 }
 
 /// A kind as kubectl prints it before a name: `pod`, `deployment.apps`.
@@ -86,7 +94,7 @@ fn deployment_named(words: &[String]) -> Result<Option<&str>> {
     match words {
         [] => Ok(None),
         [word] => match word.split_once('/') {
-            Some((kind, name)) => of(kind).map(|()| Some(name)),
+            Some((kind, name)) => of(kind).map(|()| Some(name).filter(|name| !name.is_empty())),
             None if of(word).is_ok() => Ok(None),
             None => Ok(Some(word.as_str())),
         },
@@ -97,8 +105,11 @@ fn deployment_named(words: &[String]) -> Result<Option<&str>> {
 }
 
 /// Splits `kind/name`, or takes a pod's name.
-fn target(text: &str) -> (&str, &str) {
-    text.split_once('/').unwrap_or(("pod", text))
+fn target(text: &str) -> Result<(&str, &str)> {
+    match text.split_once('/').unwrap_or(("pod", text)) {
+        (kind, "") => Err(ExitWith { code: exit::USAGE, message: format!("{kind}: which one? give KIND/NAME") }.into()),
+        both => Ok(both),
+    }
 }
 
 /// Stops a mesh.

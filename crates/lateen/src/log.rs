@@ -40,6 +40,8 @@ pub(crate) fn start(level: &str) -> Arc<Levels> {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // It would say so on standard error, which is what is closed then.
+        .log_internal_errors(false)
         // What is kept in a file, as the logs of pods are, is text.
         .with_ansi(std::io::stderr().is_terminal())
         .with_filter_reloading();

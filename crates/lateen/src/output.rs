@@ -1,41 +1,67 @@
 //! Tables, colours, answers: the only place that writes to standard output.
-#![expect(clippy::print_stderr, reason = "this is where the binary speaks")]
-
-use std::io::IsTerminal;
+use std::borrow::Cow;
+use std::io::{IsTerminal, Write as _};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::Value;
 use types::{Finding, Severity};
 
+/// Whether something that was to be printed is lost.
+static IS_LOST: AtomicBool = AtomicBool::new(false);
+
 /// Prints a line.
 pub(crate) fn line(text: &str) {
-    // A closed pipe is the reader's right.
-    use std::io::Write;
-    _ = writeln!(std::io::stdout(), "{text}");
+    told(writeln!(std::io::stdout(), "{text}"));
 }
 
 /// Prints bytes as they are.
 pub(crate) fn raw(bytes: &[u8]) {
-    use std::io::Write;
     let mut out = std::io::stdout();
-    _ = out.write_all(bytes).and_then(|()| out.flush());
+    told(out.write_all(bytes).and_then(|()| out.flush()));
+}
+
+/// Says once that output is lost. A closed pipe is the reader's right.
+fn told(written: std::io::Result<()>) {
+    if let Err(reason) = written
+        && reason.kind() != std::io::ErrorKind::BrokenPipe
+        && !IS_LOST.swap(true, Ordering::Relaxed)
+    {
+        error(&format!("cannot write to standard output: {reason}"));
+    }
+}
+
+/// Whether something that was to be printed is lost, a closed pipe apart.
+pub(crate) fn is_lost() -> bool {
+    IS_LOST.load(Ordering::Relaxed)
 }
 
 /// Prints an error.
 pub(crate) fn error(text: &str) {
-    eprintln!("{} {text}", paint("error:", "1;31", std::io::stderr().is_terminal()));
+    note(&format!("{} {}", paint("error:", "1;31", std::io::stderr().is_terminal()), harmless(text)));
 }
 
 /// Prints a remark beside the answer.
 pub(crate) fn note(text: &str) {
-    eprintln!("{text}");
+    // Nobody is left to be told that this does not work, and the mesh goes on.
+    _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Shows what is being done, on a terminal only, over what was shown before; empty: clears it.
 pub(crate) fn progress(text: &str) {
     if std::io::stderr().is_terminal() {
         let text = if text.is_empty() { String::new() } else { dim(&format!("  {text} …")) };
-        eprint!("\r\x1b[2K{text}");
+        _ = write!(std::io::stderr(), "\r\x1b[2K{text}");
     }
+}
+
+/// What others wrote, without the letters by which it could write elsewhere on the terminal.
+fn harmless(text: &str) -> Cow<'_, str> {
+    let is_harmful = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    if !text.contains(is_harmful) {
+        return text.into();
+    }
+    let shown = |c: char| if is_harmful(c) { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(shown).collect::<String>().into()
 }
 
 fn paint(text: &str, code: &str, is_terminal: bool) -> String {
@@ -67,7 +93,7 @@ pub(crate) fn findings(findings: &[Finding]) {
             Severity::Warning => paint("warning:", "1;33", is_terminal),
             Severity::Info => paint("info:", "1", is_terminal),
         };
-        eprintln!("{word} {finding}");
+        note(&format!("{word} {}", harmless(&finding.to_string())));
     }
 }
 
@@ -104,4 +130,15 @@ pub(crate) fn json(value: &Value) {
 /// Prints YAML.
 pub(crate) fn yaml(value: &Value) {
     line(api::to_yaml(value).trim_end());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_wrote_stays_in_its_line() {
+        assert_eq!(harmless("a ü\n\tb"), "a ü\n\tb");
+        assert_eq!(harmless("a\u{1b}[31mred\u{7}\r\u{9b}x"), "a\\u{1b}[31mred\\u{7}\\r\\u{9b}x");
+    }
 }

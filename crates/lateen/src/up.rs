@@ -81,7 +81,7 @@ pub(crate) struct UpArgs {
     #[arg(long)]
     detach: bool,
     /// Seconds until everything must be ready.
-    #[arg(long, default_value = "60")]
+    #[arg(long, default_value = "60", value_parser = crate::cli::seconds)]
     timeout: u64,
 }
 
@@ -120,9 +120,12 @@ fn demo_credential() -> Result<String> {
 /// Starts ourselves in the background and waits until the mesh is ready.
 fn detach(args: &UpArgs, command: &str) -> Result<()> {
     let state = commands::state_dir(&args.mesh)?;
-    std::fs::create_dir_all(&state).with_context(|| format!("cannot make {}", state.display()))?;
+    // The log of a mesh that runs already is its own.
+    drop(StateDir::open(&state)?);
     let log_path = state.join("up.log");
-    let log = std::fs::File::create(&log_path).with_context(|| format!("cannot write {}", log_path.display()))?;
+    let cannot = || format!("cannot write {}", log_path.display());
+    drop(std::fs::File::create(&log_path).with_context(cannot)?);
+    let log = std::fs::File::options().append(true).open(&log_path).with_context(cannot)?;
     let words = std::env::args_os().skip(1).filter(|word| word != "--detach");
     let mut background = std::process::Command::new(node::SELF_EXE);
     background.args(words).stdin(std::process::Stdio::inherit()).stdout(log.try_clone()?).stderr(log);
@@ -163,10 +166,14 @@ fn detach(args: &UpArgs, command: &str) -> Result<()> {
 }
 
 fn image_programs(images: &[String]) -> Result<Vec<ImageProgram>> {
-    let parse = |text: &String| {
+    let parse = |text: &String| -> Result<ImageProgram> {
         let usage = || ExitWith { code: exit::USAGE, message: format!("--image {text:?} is not IMAGE=COMMAND") };
         let (image, command) = text.split_once('=').ok_or_else(usage)?;
-        let argv = node::env::words(command).map_err(|message| anyhow::anyhow!("--image {text:?}: {message}"))?;
+        let wrong = |message| ExitWith { code: exit::USAGE, message: format!("--image {text:?}: {message}") };
+        let argv = node::env::words(command).map_err(wrong)?;
+        if image.is_empty() || argv.is_empty() {
+            return Err(usage().into());
+        }
         Ok(ImageProgram { image: image.to_owned(), argv })
     };
     images.iter().map(parse).collect()
@@ -312,7 +319,8 @@ fn pods(store: &Store) -> Vec<Value> {
 
 fn system_manifests(state: &Path, trust_domain: &str) -> String {
     SYSTEM
-        .replace("@STATE@", &state.display().to_string())
+        // A string of JSON is one of YAML, whatever is in it.
+        .replace("@STATE@", &json!(state.display().to_string()).to_string())
         .replace("@SWITCH@", &node::SWITCH_IP.to_string())
         .replace("@TRUST_DOMAIN@", trust_domain)
 }
@@ -324,7 +332,7 @@ fn start(args: &UpArgs, mut sources: Vec<Source>, is_demo: bool) -> Result<()> {
             let text = commands::read_stdin()?;
             sources.push(Source::Text("-".into(), text.into()));
         } else {
-            sources.push(Source::Path(path.clone()));
+            sources.push(Source::open(path).with_context(|| format!("cannot read {}", path.display()))?);
         }
     }
     if sources.is_empty() {
@@ -347,9 +355,27 @@ fn start(args: &UpArgs, mut sources: Vec<Source>, is_demo: bool) -> Result<()> {
     let state_dir = StateDir::open(&state)?;
     let (store, findings) = Store::open(state_dir)?;
     output::findings(&findings);
+    refuse_missing(&sources, &store)?;
     let store = Arc::new(store);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(run(args, &state, store, sources, images, is_demo, began))
+}
+
+/// A path that is not there is a slip, unless a mesh of it ran here before: that one goes on with what
+/// it had.
+fn refuse_missing(sources: &[Source], store: &Store) -> Result<()> {
+    let known = store.of_files();
+    let is_known = |path: &Path| known.iter().any(|(_, _, file)| Path::new(&**file).starts_with(path));
+    for source in sources {
+        if let Source::Path(path) = source
+            && let Err(error) = path.metadata()
+            && error.kind() == std::io::ErrorKind::NotFound
+            && !is_known(path)
+        {
+            return Err(error).with_context(|| format!("cannot read {}", path.display()));
+        }
+    }
+    Ok(())
 }
 
 async fn run(
@@ -377,7 +403,8 @@ async fn run(
             HostListener { port: 8080, address: args.ingress_http },
             HostListener { port: 8443, address: args.ingress_https },
         ],
-        hidden: vec![state.to_owned()],
+        // Keys and sockets, also those of the user's other meshes: an application has the user's rights.
+        hidden: std::iter::once(state.to_owned()).chain(commands::meshes_dir()).collect(),
         output: outputs.sink(),
     };
     let (pods, events) = PodRuntime::start(options).await.map_err(|error| {
@@ -400,7 +427,8 @@ async fn run(
     output::findings(&files.findings());
     let grave = files.findings().iter().filter(|finding| finding.severity == Severity::Error).count();
     if grave > 0 {
-        output::note(&format!("{grave} errors; what is not admitted keeps its last good version, the rest runs"));
+        let errors = commands::errors(grave);
+        output::note(&format!("{errors}; what is not admitted keeps its last good version, the rest runs"));
     }
     let tokens = Arc::new(Tokens::new());
     let (shutdown, mut stopping) = watch::channel(false);
@@ -704,7 +732,7 @@ mod tests {
     fn our_own_manifests_are_admitted() {
         let credential = demo_credential().unwrap();
         for (name, text) in [
-            ("system", system_manifests(Path::new("/s"), "cluster.local")),
+            ("system", system_manifests(Path::new("/s \"x\\y"), "cluster.local")),
             ("demo", DEMO.to_owned()),
             ("credential", credential),
         ] {

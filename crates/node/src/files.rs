@@ -1,13 +1,16 @@
 //! Manifests as a source of objects: files, folders, standard input.
 //!
 //! Files act as admission does: what cannot be read or admitted leaves the last good version in
-//! place. An object that is gone from its file is gone from the mesh.
+//! place. An object that is gone from its file is gone from the mesh, once a second look agrees: editors
+//! empty a file, or take it away for a moment, before they write it anew.
 
-use std::collections::BTreeMap;
-use std::io;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use api::{Kind, Positions};
 use types::{Finding, NamespacedName, ObjectRef, Severity};
@@ -18,18 +21,114 @@ use crate::store::{Action, Mode, Origin, Outcome, Store};
 /// How often files are looked at. A look is one `stat` a file.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// A manifest larger than this is refused.
-const FILE_BYTES_MAX: u64 = 32 << 20;
+const TEXT_BYTES_MAX: u64 = 32 << 20;
 
 /// Where manifests come from.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Source {
     /// A file, or a folder with all `.yaml`, `.yml` and `.json` below it.
     Path(PathBuf),
-    /// A text that was read once (standard input), with its name.
+    /// A text that was read once (standard input, a pipe), with its name.
     Text(Arc<str>, Arc<str>),
 }
 
-type Stamp = (u64, Option<SystemTime>);
+impl Source {
+    /// What a path names. A file or folder is followed, also one that is yet to come; anything else
+    /// gives its text but once, and is read here and now.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        match fs::metadata(path) {
+            Ok(meta) if !meta.is_file() && !meta.is_dir() => {
+                let text = read_text(File::open(path)?)?;
+                Ok(Self::Text(path.display().to_string().into(), text.into()))
+            }
+            _ => Ok(Self::Path(path.to_owned())),
+        }
+    }
+}
+
+/// All that a reader gives, as text.
+///
+/// *Errors*: it is longer than a manifest may be (32 MiB), or not UTF-8.
+pub fn read_text(from: impl Read) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    from.take(TEXT_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > TEXT_BYTES_MAX {
+        let message = format!("it is larger than {} MiB", TEXT_BYTES_MAX >> 20);
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
+    }
+    String::from_utf8(bytes).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8 text"))
+}
+
+/// Manifests below a path.
+#[derive(Debug, Default)]
+pub struct Manifests {
+    /// The path itself if it is no folder; else all `.yaml`, `.yml` and `.json` below it, in order
+    /// within each folder.
+    pub files: Vec<PathBuf>,
+    /// What cannot be looked into.
+    pub unreadable: Vec<(PathBuf, io::Error)>,
+}
+
+impl Manifests {
+    /// Looks for them. Links are followed, and each folder is looked into once, however many lead to
+    /// it. Hidden files, links that lead nowhere, and what is neither file nor folder are left out.
+    pub fn below(path: &Path) -> Self {
+        let mut found = Self::default();
+        match fs::metadata(path) {
+            Ok(meta) if meta.is_dir() => found.folder(path, &meta, &mut BTreeSet::new()),
+            Ok(_) => found.files.push(path.to_owned()),
+            Err(error) => found.unreadable.push((path.to_owned(), error)),
+        }
+        found
+    }
+
+    fn folder(&mut self, path: &Path, meta: &fs::Metadata, seen: &mut BTreeSet<(u64, u64)>) {
+        if !seen.insert((meta.dev(), meta.ino())) {
+            return;
+        }
+        let entries = fs::read_dir(path).and_then(|entries| {
+            entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<PathBuf>>>()
+        });
+        let mut entries = match entries {
+            Ok(entries) => entries,
+            // It vanished meanwhile: then it is not one of ours.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && seen.len() > 1 => return,
+            Err(error) => return self.unreadable.push((path.to_owned(), error)),
+        };
+        entries.sort();
+        for entry in entries {
+            let is_hidden = entry.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+            if is_hidden {
+                continue;
+            }
+            match fs::metadata(&entry) {
+                Ok(meta) if meta.is_dir() => self.folder(&entry, &meta, seen),
+                Ok(meta) if meta.is_file() && is_manifest(&entry) => self.files.push(entry),
+                // A dangling link, or one that leads to itself, is not one of ours either.
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {}
+                Err(error) => self.unreadable.push((entry, error)),
+            }
+        }
+    }
+}
+
+fn is_manifest(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|wanted| extension == *wanted))
+}
+
+/// What a file is told apart by: it may be replaced by one of the same size and time.
+type Stamp = Option<(u64, u64, (i64, i64), (i64, i64))>;
+
+/// How objects are taken that are gone from their files.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Absence {
+    /// They go.
+    Counts,
+    /// They go if they were gone at the look before, too.
+    CountsTwice,
+}
 
 /// Keeps a store at what files say.
 #[derive(Debug)]
@@ -41,6 +140,12 @@ pub struct Files {
     positions: Mutex<BTreeMap<ObjectRef, Positions>>,
     /// Refused because what they replace is still ending.
     waiting: Mutex<Vec<(Kind, NamespacedName)>>,
+    /// Gone from their files at the last look.
+    absent: Mutex<BTreeSet<(Kind, NamespacedName)>>,
+}
+
+fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
+    value.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Files {
@@ -53,6 +158,7 @@ impl Files {
             findings: Mutex::default(),
             positions: Mutex::default(),
             waiting: Mutex::default(),
+            absent: Mutex::default(),
         }
     }
 
@@ -60,17 +166,20 @@ impl Files {
     /// field, or of the nearest parent that was written.
     pub fn place(&self, finding: &mut Finding) {
         let (None, Some(object)) = (&finding.position, &finding.object) else { return };
-        let positions = self.positions.lock().unwrap_or_else(PoisonError::into_inner);
-        finding.position = positions.get(object).map(|positions| positions.at(&finding.field));
+        finding.position = lock(&self.positions).get(object).map(|positions| positions.at(&finding.field));
     }
 
     /// What there is to say about the files as they are now.
     pub fn findings(&self) -> Vec<Finding> {
-        self.findings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.findings).clone()
     }
 
-    /// Reads everything and applies it. Reads of a folder that fail are findings.
+    /// Reads everything and applies it, at once. What cannot be read is a finding.
     pub fn sync(&self) -> Result<Vec<Outcome>, StateError> {
+        self.take(Absence::Counts)
+    }
+
+    fn take(&self, absence: Absence) -> Result<Vec<Outcome>, StateError> {
         let (paths, mut findings) = self.paths();
         let mut texts: Vec<(Arc<str>, String)> = Vec::new();
         let mut stamps = BTreeMap::new();
@@ -124,25 +233,42 @@ impl Files {
         for outcome in outcomes.iter().filter(|outcome| outcome.action == Action::Refused) {
             findings.extend(outcome.findings.iter().cloned());
         }
-        for (kind, key, file) in self.store.of_files() {
-            let reference = ObjectRef::new(kind.name(), &key.namespace, &key.name);
-            if !named.contains_key(&reference) && !incomplete.contains(&file) {
-                self.store.delete(kind, &key)?;
+        let is_lost = |file: &str| incomplete.iter().any(|lost| Path::new(file).starts_with(&**lost));
+        let before = std::mem::take(&mut *lock(&self.absent));
+        let is_gone = |(kind, key, file): &(Kind, NamespacedName, Arc<str>)| {
+            !named.contains_key(&ObjectRef::new(kind.name(), &key.namespace, &key.name)) && !is_lost(file)
+        };
+        let gone = self.store.of_files().into_iter().filter(is_gone).map(|(kind, key, _)| (kind, key));
+        let (gone, absent): (Vec<_>, BTreeSet<_>) = match absence {
+            Absence::Counts => (gone.collect(), BTreeSet::new()),
+            Absence::CountsTwice => {
+                let (gone, absent): (Vec<_>, Vec<_>) = gone.partition(|one| before.contains(one));
+                (gone, absent.into_iter().collect())
             }
+        };
+        if let Err(error) = self.store.delete_all(&gone) {
+            // The next look tries again.
+            lock(&self.absent).extend(gone);
+            return Err(error);
         }
+        if gone.iter().any(|(kind, _)| *kind == Kind::Namespace) {
+            // It took along what these files still have in it: the next look brings that back.
+            stamps.clear();
+        }
+        *lock(&self.absent) = absent;
         let objects = self.store.objects();
         let refused = outcomes.iter().filter(|outcome| outcome.action == Action::Refused);
         let ending = refused.filter_map(|outcome| outcome.object.as_ref()).filter_map(|object| {
             let (kind, key) = (Kind::parse(&object.kind)?, NamespacedName::new(&object.namespace, &object.name));
             objects.find(kind, &key)?.meta.deleted.then_some((kind, key))
         });
-        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = ending.collect();
-        *self.positions.lock().unwrap_or_else(PoisonError::into_inner) = positions;
+        *lock(&self.waiting) = ending.collect();
+        *lock(&self.positions) = positions;
         for finding in &mut findings {
             self.place(finding);
         }
-        *self.findings.lock().unwrap_or_else(PoisonError::into_inner) = findings;
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = stamps;
+        *lock(&self.findings) = findings;
+        *lock(&self.seen) = stamps;
         Ok(outcomes)
     }
 
@@ -156,64 +282,50 @@ impl Files {
             tokio::time::sleep(LOOK_EVERY).await;
             let (paths, _) = self.paths();
             let now: BTreeMap<PathBuf, Stamp> = paths.into_iter().map(|path| (path.clone(), stamp(&path))).collect();
-            let changed = *self.seen.lock().unwrap_or_else(PoisonError::into_inner) != now;
-            if changed || self.has_room() {
-                return self.sync();
+            let changed = *lock(&self.seen) != now;
+            if changed || self.is_to_look_twice() || self.has_room() {
+                return self.take(Absence::CountsTwice);
             }
         }
     }
 
-    /// Whether something that was in the way of an object is gone.
-    fn has_room(&self) -> bool {
-        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let objects = self.store.objects();
-        waiting.iter().any(|(kind, key)| objects.find(*kind, key).is_none())
+    fn is_to_look_twice(&self) -> bool {
+        !lock(&self.absent).is_empty()
     }
 
-    /// All files, sorted within a folder, and folders that cannot be read.
+    /// Whether something that was in the way of an object is gone.
+    fn has_room(&self) -> bool {
+        let objects = self.store.objects();
+        lock(&self.waiting).iter().any(|(kind, key)| objects.find(*kind, key).is_none())
+    }
+
+    /// All files, sorted within a folder, and what cannot be looked into.
     fn paths(&self) -> (Vec<PathBuf>, Vec<Finding>) {
         let mut found = Vec::new();
         let mut findings = Vec::new();
         for source in &self.sources {
             let Source::Path(path) = source else { continue };
-            let mut below = Vec::new();
-            if let Err(error) = collect(path, true, &mut below) {
-                findings.push(unreadable(path, &error));
-            }
-            found.extend(below);
+            let below = Manifests::below(path);
+            found.extend(below.files);
+            findings.extend(below.unreadable.iter().map(|(path, error)| unreadable(path, error)));
         }
         (found, findings)
     }
 }
 
-fn collect(path: &Path, is_named: bool, out: &mut Vec<PathBuf>) -> io::Result<()> {
-    let meta = std::fs::metadata(path)?;
-    if meta.is_dir() {
-        let mut entries =
-            std::fs::read_dir(path)?.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()?;
-        entries.sort();
-        for entry in entries {
-            let is_hidden = entry.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-            if !is_hidden {
-                // A file that vanished meanwhile, or a dangling link, is not one of ours.
-                drop(collect(&entry, false, out));
-            }
-        }
-    } else if is_named || path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json") {
-        out.push(path.to_owned());
-    }
-    Ok(())
-}
-
 fn stamp(path: &Path) -> Stamp {
-    std::fs::metadata(path).map_or((0, None), |meta| (meta.len(), meta.modified().ok()))
+    let meta = fs::metadata(path).ok()?;
+    Some((meta.len(), meta.ino(), (meta.mtime(), meta.mtime_nsec()), (meta.ctime(), meta.ctime_nsec())))
 }
 
+/// The text of a regular file. Whatever stands in the place of one is not waited for.
 fn read(path: &Path) -> io::Result<String> {
-    if std::fs::metadata(path)?.len() > FILE_BYTES_MAX {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("larger than {} MiB", FILE_BYTES_MAX >> 20)));
+    let without_waiting = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let file = OpenOptions::new().read(true).custom_flags(without_waiting).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a file"));
     }
-    std::fs::read_to_string(path)
+    read_text(file)
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> Finding {
@@ -223,7 +335,7 @@ fn unreadable(path: &Path, error: &io::Error) -> Finding {
         object: None,
         field: "".into(),
         position: Some(types::Position { file: path.display().to_string().into(), line: 0, column: 0 }),
-        message: format!("cannot read {}: {error}", path.display()).into(),
+        message: format!("cannot be read: {error}").into(),
         hint: "objects that came from it stay as they were".into(),
     }
 }
@@ -297,5 +409,85 @@ mod tests {
         assert_eq!((value(&store, "a"), value(&store, "c").as_deref()), (None, Some("1")));
         assert!(store.objects().find(Kind::ConfigMap, &NamespacedName::new("default", "c")).is_some());
         std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    fn folder_with(map: &str) -> (tempfile::TempDir, PathBuf, Arc<Store>) {
+        let folder = tempfile::tempdir().unwrap();
+        let manifests = folder.path().join("manifests");
+        fs::create_dir(&manifests).unwrap();
+        fs::write(manifests.join("a.yaml"), map).unwrap();
+        (folder, manifests, Arc::new(Store::in_memory()))
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_read_deletes_nothing() {
+        let (_folder, manifests, store) = folder_with(&map("a", "1"));
+        let files = Files::new(vec![Source::Path(manifests.clone())], Arc::clone(&store));
+        files.sync().unwrap();
+        fs::rename(&manifests, manifests.with_extension("away")).unwrap();
+        files.sync().unwrap();
+        assert_eq!(value(&store, "a").as_deref(), Some("1"));
+        let said = files.findings()[0].to_string();
+        assert!(said.starts_with(&format!("{}: cannot be read", manifests.display())), "{said}");
+        fs::rename(manifests.with_extension("away"), &manifests).unwrap();
+        files.sync().unwrap();
+        assert!(files.findings().is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_object_goes_when_two_looks_miss_it() {
+        let (_folder, manifests, store) = folder_with(&map("a", "1"));
+        let file = manifests.join("a.yaml");
+        let files = Files::new(vec![Source::Path(manifests)], Arc::clone(&store));
+        files.sync().unwrap();
+        // An editor empties the file before it writes.
+        fs::write(&file, "").unwrap();
+        files.changed().await.unwrap();
+        assert_eq!(value(&store, "a").as_deref(), Some("1"));
+        fs::write(&file, map("a", "2")).unwrap();
+        files.changed().await.unwrap();
+        assert_eq!(value(&store, "a").as_deref(), Some("2"));
+        fs::remove_file(&file).unwrap();
+        files.changed().await.unwrap();
+        assert_eq!(value(&store, "a").as_deref(), Some("2"));
+        files.changed().await.unwrap();
+        assert_eq!(value(&store, "a"), None);
+    }
+
+    #[test]
+    fn links_in_circles_and_pipes_hold_nobody_up() {
+        use std::os::unix::fs::symlink;
+        let (folder, manifests, store) = folder_with(&map("a", "1"));
+        for name in ["one", "two"] {
+            symlink(".", manifests.join(name)).unwrap();
+        }
+        symlink("nowhere", manifests.join("dangling.yaml")).unwrap();
+        symlink("itself.yaml", manifests.join("itself.yaml")).unwrap();
+        let pipe = manifests.join("pipe.yaml");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
+        assert_eq!(Manifests::below(&manifests).files, [manifests.join("a.yaml")]);
+        let files = Files::new(vec![Source::Path(manifests), Source::Path(pipe)], Arc::clone(&store));
+        files.sync().unwrap();
+        assert_eq!(value(&store, "a").as_deref(), Some("1"));
+        assert!(files.findings()[0].message.contains("not a file"), "{:?}", files.findings());
+        drop(folder);
+    }
+
+    #[test]
+    fn a_pipe_is_read_once_and_no_further_than_a_manifest_goes() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        io::Write::write_all(&mut writer, map("a", "1").as_bytes()).unwrap();
+        drop(writer);
+        let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader)));
+        let source = Source::open(&path).unwrap();
+        assert!(matches!(&source, Source::Text(_, text) if **text == map("a", "1")));
+        let store = Arc::new(Store::in_memory());
+        let files = Files::new(vec![source], Arc::clone(&store));
+        for _ in 0..2 {
+            files.sync().unwrap();
+            assert_eq!(value(&store, "a").as_deref(), Some("1"));
+        }
+        let error = Source::open(Path::new("/dev/zero")).unwrap_err();
+        assert!(error.to_string().contains("larger than 32 MiB"), "{error}");
     }
 }

@@ -16,8 +16,11 @@
 //! | `GET /exec/NAMESPACE/POD/CONTAINER` | [`Machine::exec`] |
 //! | `POST /shutdown` | the mesh goes down after the answer |
 //!
+//! Names and values are escaped as [`crate::client::uri`] does it.
+//!
 //! *Errors*: 4xx with `{"error":"…"}`.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
@@ -28,6 +31,7 @@ use std::task::{Context, Poll};
 
 use api::watch::{Event, EventKind};
 use api::{Kind, Object, ReadOptions, parse_documents_with};
+use base64::Engine as _;
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
@@ -40,8 +44,9 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{broadcast, mpsc};
 use types::{Finding, NamespacedName, ObjectRef, Severity};
 
+use crate::client::unescape;
 use crate::logs::Logs;
-use crate::store::{Action, Mode, Origin, Store, StoreEvent};
+use crate::store::{Action, Mode, Origin, Store, StoreEvent, is_permanent};
 
 /// Largest request body.
 const BODY_MAX: usize = 32 * 1024 * 1024;
@@ -199,24 +204,29 @@ async fn connection(stream: UnixStream, api: Api) {
     }
 }
 
-fn query<'a>(request: &'a Request<Incoming>, name: &str) -> Option<&'a str> {
+fn query(request: &Request<Incoming>, name: &str) -> Option<String> {
     let pairs = request.uri().query()?.split('&');
-    pairs.filter_map(|pair| pair.split_once('=')).find_map(|(key, value)| (key == name).then_some(value))
+    let value =
+        pairs.filter_map(|pair| pair.split_once('=')).find_map(|(key, value)| (key == name).then_some(value))?;
+    unescape(value)
 }
 
 async fn answer(api: &Api, request: Request<Incoming>) -> Answer {
     let path = request.uri().path().to_owned();
-    let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
+    let Some(parts) = path.trim_matches('/').split('/').map(unescape).collect::<Option<Vec<String>>>() else {
+        return failed(StatusCode::BAD_REQUEST, format!("{path} is not escaped as it must be"));
+    };
+    let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
     let method = request.method().clone();
     match (&method, parts.as_slice()) {
         (&Method::GET, ["status"]) => whole(StatusCode::OK, &api.machine.status()),
         (&Method::GET, ["findings"]) => whole(StatusCode::OK, &json!({ "findings": api.machine.findings() })),
         (&Method::GET, ["files"]) => files(api),
         (&Method::GET, ["watch"]) => watch(api),
-        (&Method::GET, ["objects", kind]) => list(api, kind, query(&request, "namespace")),
+        (&Method::GET, ["objects", kind]) => list(api, kind, query(&request, "namespace").as_deref()),
         (&Method::GET, ["objects", kind, namespace, name]) => with_key(kind, namespace, name, |kind, key| {
             let objects = api.store.objects();
-            objects.find(kind, key).map_or_else(|| not_found(kind, key), |object| whole(StatusCode::OK, &*object.raw))
+            objects.find(kind, key).map_or_else(|| not_found(kind, key), |object| whole(StatusCode::OK, &shown(object)))
         }),
         (&Method::DELETE, ["objects", kind, namespace, name]) => {
             with_key(kind, namespace, name, |kind, key| delete(api, kind, key))
@@ -232,7 +242,7 @@ async fn answer(api: &Api, request: Request<Incoming>) -> Answer {
             if has_container(api, namespace, pod, container) {
                 api.logs.open(&key);
             }
-            logs(api, &key, tail, query(&request, "follow") == Some("true"))
+            logs(api, &key, tail, query(&request, "follow").as_deref() == Some("true"))
         }
         (&Method::GET, ["exec", namespace, pod, container]) => match api.machine.exec(namespace, pod, container) {
             Ok(target) => whole(StatusCode::OK, &target),
@@ -264,8 +274,26 @@ fn list(api: &Api, kind: &str, namespace: Option<&str>) -> Answer {
     };
     let objects = api.store.objects();
     let wanted = |object: &&Arc<Object>| namespace.is_none_or(|namespace| &*object.meta.namespace == namespace);
-    let items: Vec<&Value> = objects.of_kind(kind).filter(wanted).map(|object| &*object.raw).collect();
+    let items: Vec<Cow<'_, Value>> = objects.of_kind(kind).filter(wanted).map(|object| shown(object)).collect();
     whole(StatusCode::OK, &json!({ "kind": kind.name(), "items": items }))
+}
+
+/// An object as it is given back: the text of a Secret is among its data, in base64.
+///
+/// *Source*: Kubernetes: `stringData` can only be written.
+fn shown(object: &Object) -> Cow<'_, Value> {
+    let Some(text) = object.raw.get("stringData").filter(|_| object.kind == Kind::Secret) else {
+        return Cow::Borrowed(&*object.raw);
+    };
+    let mut secret = (*object.raw).clone();
+    for (key, value) in text.as_object().into_iter().flatten() {
+        let bytes = value.as_str().unwrap_or_default();
+        secret["data"][key.as_str()] = base64::engine::general_purpose::STANDARD.encode(bytes).into();
+    }
+    if let Some(secret) = secret.as_object_mut() {
+        secret.remove("stringData");
+    }
+    Cow::Owned(secret)
 }
 
 /// Paths are absolute where they are paths at all: who asks may stand elsewhere.
@@ -289,6 +317,9 @@ fn delete(api: &Api, kind: Kind, key: &NamespacedName) -> Answer {
     let Some(object) = api.store.objects().find(kind, key).map(|object| object.reference()) else {
         return not_found(kind, key);
     };
+    if is_permanent(kind, &key.name) {
+        return failed(StatusCode::FORBIDDEN, format!("namespace {:?} may not be deleted", key.name));
+    }
     match api.store.delete(kind, key) {
         Ok(action) => {
             api.machine.changed();
@@ -307,9 +338,9 @@ async fn body(request: Request<Incoming>) -> Result<Bytes, Answer> {
 }
 
 async fn apply(api: &Api, request: Request<Incoming>) -> Answer {
-    let dry_run = query(&request, "dryRun") == Some("true");
-    let file = query(&request, "file").unwrap_or("-").to_owned();
-    let namespace = query(&request, "namespace").unwrap_or(DEFAULT_NAMESPACE).to_owned();
+    let dry_run = query(&request, "dryRun").as_deref() == Some("true");
+    let file = query(&request, "file").unwrap_or_else(|| "-".to_owned());
+    let namespace = query(&request, "namespace").unwrap_or_else(|| DEFAULT_NAMESPACE.to_owned());
     let bytes = match body(request).await {
         Ok(bytes) => bytes,
         Err(answer) => return answer,
@@ -526,6 +557,36 @@ mod tests {
         let error = client.get::<Value>("/objects/ns/_/shop").await.unwrap_err();
         assert!(error.to_string().contains("Namespace shop is not found"), "{error}");
         assert!(client.get::<Value>("/objects/nonsense").await.unwrap_err().to_string().contains("no kind"));
+    }
+
+    #[tokio::test]
+    async fn secrets_are_given_back_as_data() {
+        let folder = tempfile::tempdir().unwrap();
+        let (client, _api) = start(folder.path());
+        let text =
+            "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\ndata: {a: b2xk, c: Yw==}\nstringData: {a: new}\n";
+        client.post::<Report>("/objects", text.as_bytes().to_vec()).await.unwrap();
+        let list: Value = client.get("/objects/Secret").await.unwrap();
+        let one: Value = client.get("/objects/Secret/default/s").await.unwrap();
+        for secret in [&list["items"][0], &one] {
+            assert_eq!(secret["data"], json!({ "a": "bmV3", "c": "Yw==" }));
+            assert!(secret.get("stringData").is_none(), "{secret}");
+        }
+    }
+
+    #[tokio::test]
+    async fn odd_names_are_names_and_some_namespaces_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let (client, _api) = start(folder.path());
+        let file = crate::client::uri(&["objects"], &[("file", "a b&ü#?%.yaml")]);
+        let report: Report = client.post(&file, b"kind: [".to_vec()).await.unwrap();
+        assert_eq!(&*report.findings[0].position.as_ref().unwrap().file, "a b&ü#?%.yaml");
+        let odd = crate::client::uri(&["objects", "Pod", "no such", "a/b?c"], &[]);
+        let error = client.get::<Value>(&odd).await.unwrap_err().to_string();
+        assert!(error.contains("Pod no such/a/b?c is not found"), "{error}");
+        client.post::<Report>("/objects", TEXT.replace("shop", "default").into_bytes()).await.unwrap();
+        let error = client.delete("/objects/ns/_/default").await.unwrap_err().to_string();
+        assert!(error.contains("may not be deleted"), "{error}");
     }
 
     #[tokio::test]

@@ -7,7 +7,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -28,12 +28,26 @@ pub enum StateError {
         pid: String,
     },
     /// The folder cannot be made or written.
-    #[error("cannot use the state folder {}: {source}; make it writable, or give another --state-dir", folder.display())]
+    #[error("cannot use the state folder {}: {reason}; make it writable, or give another --state-dir", folder.display())]
     Folder {
         /// The folder.
         folder: PathBuf,
         /// What the system said.
-        source: io::Error,
+        reason: io::Error,
+    },
+    /// Whoever owns the folder could take the keys in it away and put others in their place.
+    #[error("the state folder {} belongs to another user (uid {owner}); give another --state-dir", folder.display())]
+    Foreign {
+        /// The folder.
+        folder: PathBuf,
+        /// Whose it is.
+        owner: u32,
+    },
+    /// The folder is in use for something else, which closing it to others would break.
+    #[error("the state folder {} is open to others and holds other things; give a folder of the mesh's own as --state-dir", folder.display())]
+    Shared {
+        /// The folder.
+        folder: PathBuf,
     },
     /// The saved objects are damaged.
     #[error("{} is damaged: {reason}; remove it to start from your manifests", file.display())]
@@ -44,12 +58,12 @@ pub enum StateError {
         reason: String,
     },
     /// The objects cannot be saved.
-    #[error("cannot save {}: {source}; nothing was changed", file.display())]
+    #[error("cannot save {}: {reason}; nothing was changed", file.display())]
     Save {
         /// The file.
         file: PathBuf,
         /// What the system said.
-        source: io::Error,
+        reason: io::Error,
     },
 }
 
@@ -62,14 +76,30 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// Makes the folder if needed (0700) and takes its lock.
-    pub fn open(folder: &Path) -> Result<Self, StateError> {
-        let failed = |source| StateError::Folder { folder: folder.to_owned(), source };
+    /// Makes the folder if needed and closes it to others (0700). One that belongs to somebody else, or
+    /// that others use, stays as it is.
+    pub fn prepare(folder: &Path) -> Result<(), StateError> {
+        let failed = |reason| StateError::Folder { folder: folder.to_owned(), reason };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
         let meta = fs::metadata(folder).map_err(failed)?;
-        if meta.permissions().mode() & 0o077 != 0 {
-            fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).map_err(failed)?;
+        if meta.uid() != rustix::process::geteuid().as_raw() {
+            return Err(StateError::Foreign { folder: folder.to_owned(), owner: meta.uid() });
         }
+        if meta.permissions().mode() & 0o077 == 0 {
+            return Ok(());
+        }
+        let has_ours = [LOCK, OBJECTS].iter().any(|name| folder.join(name).exists());
+        let is_ours = has_ours || fs::read_dir(folder).map_err(failed)?.next().is_none();
+        if !is_ours {
+            return Err(StateError::Shared { folder: folder.to_owned() });
+        }
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).map_err(failed)
+    }
+
+    /// [Prepares](Self::prepare) the folder and takes its lock.
+    pub fn open(folder: &Path) -> Result<Self, StateError> {
+        let failed = |reason| StateError::Folder { folder: folder.to_owned(), reason };
+        Self::prepare(folder)?;
         let mut lock = OpenOptions::new()
             .read(true)
             .write(true)
@@ -114,7 +144,7 @@ impl StateDir {
         let bytes = match fs::read(&file) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(StateError::Folder { folder: self.folder.clone(), source }),
+            Err(reason) => return Err(StateError::Folder { folder: self.folder.clone(), reason }),
         };
         let end = bytes.iter().position(|b| *b == b'\n').ok_or_else(|| damaged("it has no header".to_owned()))?;
         let header = String::from_utf8_lossy(&bytes[..end]);
@@ -145,10 +175,10 @@ impl StateDir {
             out.sync_data()?;
             fs::rename(&beside, &file)
         };
-        write().map_err(|source| {
+        write().map_err(|reason| {
             // What is left of it would fill a full disk further.
             drop(fs::remove_file(&beside));
-            StateError::Save { file: file.clone(), source }
+            StateError::Save { file: file.clone(), reason }
         })
     }
 }
@@ -202,6 +232,31 @@ mod tests {
         let state = StateDir::open(folder.path()).unwrap();
         assert!(!StateDir::unfinished(folder.path()).exists());
         assert_eq!(state.load().unwrap(), Some(serde_json::json!([1])));
+    }
+
+    #[test]
+    fn a_folder_that_others_use_stays_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let mode = || fs::metadata(folder.path()).unwrap().permissions().mode() & 0o7777;
+        let open_to_all = || fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+        open_to_all();
+        fs::write(folder.path().join("of-somebody"), "x").unwrap();
+        let error = StateDir::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("holds other things") && error.contains("--state-dir"), "{error}");
+        assert_eq!(mode(), 0o1777);
+        fs::remove_file(folder.path().join("of-somebody")).unwrap();
+        drop(StateDir::open(folder.path()).unwrap());
+        assert_eq!(mode(), 0o700);
+        // It is known by its lock from then on.
+        open_to_all();
+        drop(StateDir::open(folder.path()).unwrap());
+        assert_eq!(mode(), 0o700);
+        // As root any folder can be written; as anybody else this one is root's.
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(folder.path(), Some(65_534), None).unwrap();
+            let error = StateDir::open(folder.path()).unwrap_err().to_string();
+            assert!(error.contains("belongs to another user (uid 65534)"), "{error}");
+        }
     }
 
     #[test]

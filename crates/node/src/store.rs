@@ -27,6 +27,10 @@ const EVENTS_MAX: usize = 4096;
 const SERVICE_NET: u32 = 0x0a60_0000;
 const FIRST_SERVICE: u32 = 256;
 const LAST_SERVICE: u32 = 65_534;
+/// Pods that one deployment may ask of one machine.
+const REPLICAS_MAX: u32 = 1000;
+/// Namespaces that stay whatever is deleted, as in Kubernetes.
+const PERMANENT: [&str; 2] = ["default", "kube-system"];
 
 /// Where an object came from.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -218,13 +222,24 @@ impl Store {
     }
 
     /// Removes an object; a pod is marked and goes when its containers ended. A namespace takes
-    /// everything in it along.
+    /// everything in it along, but for those that [are permanent](is_permanent): they only lose what
+    /// the user wrote about them.
     pub fn delete(&self, kind: Kind, key: &NamespacedName) -> Result<Action, StateError> {
         let mut inner = self.lock();
         let mut draft = Draft { next: inner.clone(), events: Vec::new(), is_saved: false };
         let action = draft.delete(kind, key);
         self.commit(&mut inner, draft)?;
         Ok(action)
+    }
+
+    /// [Removes](Self::delete) several objects as one change: all or none.
+    pub fn delete_all(&self, wanted: &[(Kind, NamespacedName)]) -> Result<(), StateError> {
+        let mut inner = self.lock();
+        let mut draft = Draft { next: inner.clone(), events: Vec::new(), is_saved: false };
+        for (kind, key) in wanted {
+            draft.delete(*kind, key);
+        }
+        self.commit(&mut inner, draft)
     }
 
     /// Removes a pod that has ended.
@@ -353,6 +368,7 @@ impl Draft {
         let filled = match kind {
             Kind::Service => self.fill_service(&object, live.as_deref(), &mut next),
             Kind::Pod => self.fill_pod(&object, live.as_deref(), last.as_deref(), &mut next),
+            Kind::Deployment => fits_the_machine(&object),
             _ => Ok(()),
         };
         if let Err(finding) = filled {
@@ -420,6 +436,7 @@ impl Draft {
             return Err(findings);
         };
         debug_assert_eq!(object.kind, kind);
+        fits_the_machine(&object).map_err(|finding| vec![*finding])?;
         let object = Arc::new(object);
         self.next.objects.apply(&Change::Upsert(Arc::clone(&object)));
         let (kind, action) = match live {
@@ -434,7 +451,7 @@ impl Draft {
         if self.next.objects.find(Kind::Namespace, &NamespacedName::new("", name)).is_some() {
             return;
         }
-        let document = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": {"kubernetes.io/metadata.name": name}}});
+        let document = plain_namespace(name);
         if self.admit(Kind::Namespace, None, document.clone()).is_ok() {
             let key = (Kind::Namespace, NamespacedName::new("", name));
             Arc::make_mut(&mut self.next.applied).insert(key, (Arc::new(document), Origin::Api));
@@ -534,6 +551,11 @@ impl Draft {
                     self.patch(kind, key, document);
                 }
             }
+            Kind::Namespace if is_permanent(kind, &key.name) => {
+                self.forget(kind, key);
+                drop(self.admit(kind, Some(&*live), plain_namespace(&key.name)));
+                return Action::Configured;
+            }
             Kind::Namespace => {
                 let inside: Vec<(Kind, NamespacedName)> = self
                     .next
@@ -573,6 +595,27 @@ impl Draft {
         let object = Arc::new(Object { raw: Arc::new(last), ..(*live).clone() });
         self.events.push(StoreEvent { kind: EventKind::Deleted, object });
     }
+}
+
+/// A cluster would leave the pods that no machine has room for waiting; this one machine would make them.
+fn fits_the_machine(object: &Object) -> Result<(), Box<Finding>> {
+    let Spec::Deployment(deployment) = &object.spec else { return Ok(()) };
+    if deployment.spec.replicas.is_none_or(|replicas| replicas <= REPLICAS_MAX) {
+        return Ok(());
+    }
+    let message = format!("one machine runs at most {REPLICAS_MAX} pods of a deployment");
+    Err(refusal(object, "spec.replicas", message, ""))
+}
+
+/// Whether this is a namespace that nobody can delete.
+///
+/// *Source*: Kubernetes' admission `NamespaceLifecycle`.
+pub fn is_permanent(kind: Kind, name: &str) -> bool {
+    kind == Kind::Namespace && PERMANENT.contains(&name)
+}
+
+fn plain_namespace(name: &str) -> Value {
+    json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": {"kubernetes.io/metadata.name": name}}})
 }
 
 fn refusal(object: &Object, field: &str, message: String, hint: &str) -> Box<Finding> {
@@ -669,6 +712,35 @@ mod tests {
 
     const SERVICE: &str =
         "apiVersion: v1\nkind: Service\nmetadata: {name: a, namespace: shop}\nspec: {ports: [{port: 80}]}\n";
+
+    #[test]
+    fn some_namespaces_stay() {
+        let store = Store::in_memory();
+        apply(&store, "apiVersion: v1\nkind: Namespace\nmetadata: {name: default, labels: {a: b}}\n");
+        apply(&store, "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: c}\n");
+        let key = NamespacedName::new("", "default");
+        let labels = || store.objects().find(Kind::Namespace, &key).map(|namespace| namespace.meta.labels.len());
+        assert_eq!(store.delete(Kind::Namespace, &key).unwrap(), Action::Configured);
+        assert_eq!(labels(), Some(1), "only what the user wrote is gone");
+        assert!(store.objects().find(Kind::ConfigMap, &NamespacedName::new("default", "c")).is_some());
+    }
+
+    #[test]
+    fn a_deployment_asks_for_what_a_machine_can_run() {
+        let store = Store::in_memory();
+        let with = |replicas: u32| {
+            format!(
+                "apiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: d}}\nspec: {{replicas: {replicas}, selector: {{matchLabels: {{a: b}}}}, template: {{metadata: {{labels: {{a: b}}}}, spec: {{containers: [{{name: c, image: i}}]}}}}}}\n"
+            )
+        };
+        assert_eq!(apply(&store, &with(1001)), [Action::Refused]);
+        assert_eq!(apply(&store, &with(1000)), [Action::Created]);
+        let key = NamespacedName::new("default", "d");
+        let scaled = store.patch(Kind::Deployment, &key, |raw| raw["spec"]["replicas"] = json!(4_000_000_000_u32));
+        let scaled = scaled.unwrap().unwrap();
+        assert_eq!(scaled.action, Action::Refused);
+        assert!(scaled.findings[0].message.contains("at most 1000 pods"), "{:?}", scaled.findings);
+    }
 
     #[test]
     fn services_get_an_address_once() {

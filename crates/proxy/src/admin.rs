@@ -1,13 +1,17 @@
 //! The proxy's own services: readiness, metrics, merged metrics, and Envoy's admin interface.
 //!
-//! These listen apart from traffic, on the control thread, and answer while lowering works.
+//! These listen apart from traffic, on the control thread, and answer while lowering works. Whoever reaches
+//! the pod reaches all of them but the admin interface, so what ends or drains the proxy is for its own
+//! machine only, and connections are bounded.
 
 mod dump;
 mod pages;
 
 pub(crate) use pages::{expiry, scrape};
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +25,7 @@ use hyper::{Method, Request as HttpRequest, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::{AbortHandle, JoinSet};
 
 use crate::control::{Inspection, Listening, Request};
 use crate::dns::NameTable;
@@ -52,6 +57,11 @@ enum Service {
     Merged,
 }
 
+/// Connections of one service at the same time.
+const CONNECTIONS_MAX: usize = 256;
+/// Time for a request's head, and between two requests of a connection.
+const HEAD_MAX: Duration = Duration::from_secs(30);
+
 pub(crate) type Page = Response<Full<Bytes>>;
 
 /// Opens all services; gives their names and addresses.
@@ -82,26 +92,63 @@ pub(crate) async fn start(
 }
 
 async fn serve(listener: TcpListener, service: Service, context: Context) {
+    accept(listener, CONNECTIONS_MAX, move |peer, request| {
+        let context = context.clone();
+        async move { answer(service, &context, peer, request).await }
+    })
+    .await;
+}
+
+/// Serves a listener for ever, at most so many connections at a time: the oldest makes room for one more,
+/// so that whoever only holds connections keeps nobody from asking.
+pub(crate) async fn accept<F, A>(listener: TcpListener, connections_max: usize, answer: F)
+where
+    F: Fn(SocketAddr, HttpRequest<Incoming>) -> A + Clone + Send + 'static,
+    A: Future<Output = Page> + Send + 'static,
+{
+    // Connections end with the set, and so with this future.
+    let mut connections = JoinSet::new();
+    let mut by_age = VecDeque::new();
     loop {
-        let Ok((stream, _)) = listener.accept().await else {
+        while connections.try_join_next().is_some() {}
+        if by_age.len() >= connections_max {
+            by_age.retain(|connection: &AbortHandle| !connection.is_finished());
+        }
+        if by_age.len() >= connections_max
+            && let Some(oldest) = by_age.pop_front()
+        {
+            oldest.abort();
+        }
+        let Ok((stream, peer)) = listener.accept().await else {
             tokio::time::sleep(Duration::from_millis(20)).await;
             continue;
         };
-        let context = context.clone();
-        tokio::spawn(async move {
-            let serve = service_fn(|request| {
-                let context = context.clone();
-                async move { Ok::<_, Infallible>(answer(service, &context, request).await) }
+        let answer = answer.clone();
+        by_age.push_back(connections.spawn(async move {
+            let serve = service_fn(move |request| {
+                let answer = answer(peer, request);
+                async move { Ok::<_, Infallible>(answer.await) }
             });
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
-                .header_read_timeout(Duration::from_secs(30))
+                .header_read_timeout(HEAD_MAX)
                 .serve_connection(TokioIo::new(stream), serve);
             if let Err(error) = connection.await {
                 tracing::trace!(%error, "a connection to the proxy's own services ended");
             }
-        });
+        }));
     }
+}
+
+/// Whether a change of the proxy's life may be asked for from there.
+///
+/// *Source*: `operations.md`, agent 15020: `/quitquitquit` and `/drain`, loopback only, else 403; POST
+/// only, else 405.
+pub(crate) fn refusal(peer: SocketAddr, post: bool) -> Option<Page> {
+    if !peer.ip().to_canonical().is_loopback() {
+        return Some(text(StatusCode::FORBIDDEN, "only requests from localhost are allowed\n"));
+    }
+    (!post).then(|| text(StatusCode::METHOD_NOT_ALLOWED, ""))
 }
 
 pub(crate) fn page(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Page {
@@ -122,7 +169,7 @@ fn json(body: impl Into<Bytes>) -> Page {
 
 pub(crate) const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-async fn answer(service: Service, context: &Context, request: HttpRequest<Incoming>) -> Page {
+async fn answer(service: Service, context: &Context, peer: SocketAddr, request: HttpRequest<Incoming>) -> Page {
     let path = request.uri().path().to_owned();
     let query = request.uri().query().unwrap_or_default().to_owned();
     let post = request.method() == Method::POST;
@@ -144,9 +191,11 @@ async fn answer(service: Service, context: &Context, request: HttpRequest<Incomi
                 page(StatusCode::OK, METRICS_TYPE, all)
             }
             "/healthz/ready" => ready(context),
-            "/quitquitquit" if post => ask(context, Request::Quit),
-            "/drain" if post => ask(context, Request::Drain(DrainScope::Inbound, Listening::Stays)),
-            "/quitquitquit" | "/drain" => text(StatusCode::METHOD_NOT_ALLOWED, ""),
+            "/quitquitquit" | "/drain" => match refusal(peer, post) {
+                Some(refused) => refused,
+                None if path == "/drain" => ask(context, Request::Drain(DrainScope::Inbound, Listening::Stays)),
+                None => ask(context, Request::Quit),
+            },
             _ => text(StatusCode::NOT_FOUND, ""),
         },
         Service::Admin => admin(context, &path, &query, post).await,
@@ -280,3 +329,40 @@ const HELP: &str = "admin commands are:
   /stats: counters (?format=prometheus, ?filter=TEXT)
   /stats/prometheus: the same as Prometheus text
 ";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn whoever_holds_connections_keeps_nobody_from_asking() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let serving = tokio::spawn(accept(listener, 2, |_, _| async { text(StatusCode::OK, "hello") }));
+        let mut held = Vec::new();
+        for _ in 0..5 {
+            held.push(tokio::net::TcpStream::connect(at).await.unwrap());
+        }
+        let mut asking = tokio::net::TcpStream::connect(at).await.unwrap();
+        asking.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        asking.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.ends_with("hello"), "{answer}");
+        // The first one was let go to make room.
+        assert_eq!(held[0].read(&mut [0]).await.unwrap_or(0), 0);
+        serving.abort();
+    }
+
+    #[test]
+    fn only_the_pod_itself_ends_its_proxy() {
+        let status = |peer: &str, post| refusal(peer.parse().unwrap(), post).map(|page| page.status().as_u16());
+        assert_eq!(status("127.0.0.1:9", true), None);
+        assert_eq!(status("[::1]:9", true), None);
+        assert_eq!(status("[::ffff:127.0.0.6]:9", true), None);
+        assert_eq!(status("127.0.0.1:9", false), Some(405));
+        for peer in ["10.77.0.10:9", "[fd77::a]:9", "[::ffff:10.77.0.10]:9"] {
+            assert_eq!((status(peer, true), status(peer, false)), (Some(403), Some(403)), "{peer}");
+        }
+    }
+}

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub struct Position {
     /// The file as the user named it; `-` for standard input, empty when it came over the wire.
     pub file: Arc<str>,
-    /// Line, from 1.
+    /// Line, from 1; 0 where the whole file is meant.
     pub line: u32,
     /// Column, from 1.
     pub column: u32,
@@ -18,6 +18,9 @@ pub struct Position {
 
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.line == 0 {
+            return f.write_str(&self.file);
+        }
         write!(f, "{}:{}:{}", self.file, self.line, self.column)
     }
 }

@@ -68,6 +68,61 @@ fn wrong_commands_have_istioctls_exit_code() {
     assert_eq!(run_lateen(&["frobnicate"], "").status.code(), Some(64));
     assert_eq!(run_lateen(&["up"], "").status.code(), Some(64), "nothing to run");
     assert_eq!(run_lateen(&["wait", "--for=tea"], "").status.code(), Some(64));
+    assert_eq!(run_lateen(&["down", "--name", "../other"], "").status.code(), Some(64), "the name leaves its folder");
+    assert_eq!(run_lateen(&["delete"], "").status.code(), Some(64));
+}
+
+#[test]
+fn a_folder_that_others_use_is_left_as_it_is() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("of-others"), "x").unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    for detached in [false, true] {
+        let more: Vec<&str> = ANY_PORTS.into_iter().chain(detached.then_some("--detach")).collect();
+        refused(&up(dir.path(), &more), dir.path(), &["holds other things", "--state-dir"]);
+    }
+    assert_eq!(std::fs::metadata(dir.path()).unwrap().permissions().mode() & 0o777, 0o755);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn manifests_that_are_not_there_are_a_slip() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("s");
+    let args = ["up", "-f", "no-such.yaml", "--state-dir", state.to_str().unwrap()];
+    refused(&run_lateen(&[&args[..], &ANY_PORTS].concat(), ""), &state, &["cannot read no-such.yaml"]);
+}
+
+#[test]
+fn what_a_manifest_says_cannot_write_elsewhere_on_the_terminal() {
+    let said =
+        run_lateen(&["validate", "-f", "-"], "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: \"a\\e[2Jb\"}\n");
+    let said = text(&said.stderr);
+    assert!(said.contains("a\\u{1b}[2Jb") && !said.contains('\u{1b}'), "{said:?}");
+}
+
+#[test]
+fn output_that_is_lost_is_an_error() {
+    let full = || Stdio::from(std::fs::File::options().write(true).open("/dev/full").unwrap());
+    let output = Command::new(lateen()).arg("version").stdout(full()).stderr(Stdio::piped()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("standard output: No space left"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn odd_names_are_not_found() {
+    let mesh = TRAFFIC.turn();
+    for (name, words) in [
+        ("pod/a?b#c", "Pod default/a?b#c is not found"),
+        ("pod/", "is not KIND/NAME"),
+        ("pod/../../secret", "Pod default/../../secret is not found"),
+    ] {
+        let output = mesh.command(&["get", name], "");
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(words), "{name}: {said}");
+    }
 }
 
 #[test]
@@ -82,11 +137,13 @@ fn a_command_without_a_mesh_says_so() {
 #[test]
 fn a_second_mesh_of_the_same_folder_says_who_runs() {
     let mesh = TRAFFIC.turn();
-    let second = mesh.command(&[&["up", "-f", "-"][..], &ANY_PORTS].concat(), "");
-    let said = text(&second.stdout) + &text(&second.stderr);
-    assert_eq!(second.status.code(), Some(1), "{said}");
     let pid = mesh.status()["pid"].to_string();
-    assert!(said.contains("runs already") && said.contains(&pid) && said.contains("--name"), "{said}");
+    for more in [&[][..], &["--detach"]] {
+        let second = mesh.command(&[&["up", "-f", "-"][..], &ANY_PORTS, more].concat(), "");
+        let said = text(&second.stdout) + &text(&second.stderr);
+        assert_eq!(second.status.code(), Some(1), "{said}");
+        assert!(said.contains("runs already") && said.contains(&pid) && said.contains("--name"), "{said}");
+    }
     assert_eq!(mesh.get("maildev.localhost", "/email", &[]).status, 200);
 }
 

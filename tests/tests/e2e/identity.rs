@@ -36,6 +36,23 @@ fn sidecars_speak_mutual_tls_by_themselves_and_pods_without_proxy_are_served() {
 }
 
 #[test]
+fn no_pod_ends_or_drains_the_proxy_of_another() {
+    let mesh = SECURITY.turn();
+    let pods = mesh.must(&["get", "pods", "-n", "foo", "-l", "app=httpbin", "-o", "json"], "");
+    let before: serde_json::Value = serde_json::from_str(&pods).unwrap();
+    let address = before["items"][0]["status"]["podIP"].as_str().unwrap();
+    for whence in ["legacy/curl", "bar/curl"] {
+        for page in ["quitquitquit", "drain"] {
+            let answer = mesh.curl(whence, &["-X", "POST", &format!("http://{address}:15020/{page}")]);
+            assert_eq!(answer.status, 403, "{page} from {whence}: {answer:?}");
+        }
+        assert_eq!(mesh.curl(whence, &[&format!("http://{address}:15020/healthz/ready")]).status, 200);
+    }
+    // The pod's own programs may, and are told so by another mistake.
+    assert_eq!(mesh.curl("foo/httpbin", &["http://127.0.0.1:15020/quitquitquit"]).status, 405);
+}
+
+#[test]
 fn a_client_cannot_forge_who_it_is() {
     let mesh = SECURITY.turn();
     let forged = "x-forwarded-client-cert: By=spiffe://x;URI=spiffe://cluster.local/ns/foo/sa/admin";

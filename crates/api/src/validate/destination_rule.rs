@@ -1,5 +1,7 @@
 //! DestinationRule.
 
+use std::collections::BTreeSet;
+
 use super::virtual_service::labels;
 use super::{Check, rules};
 use crate::networking::{
@@ -30,7 +32,7 @@ pub(super) fn check(check: &mut Check<'_>, spec: &DestinationRule) {
     if let Some(policy) = &spec.traffic_policy {
         traffic_policy(check, "spec.trafficPolicy", policy, has_selector);
     }
-    let mut seen: Vec<&str> = Vec::new();
+    let mut seen = BTreeSet::new();
     for (index, subset) in spec.subsets.iter().enumerate() {
         let at = format!("spec.subsets[{index}]");
         if subset.name.is_empty() {
@@ -38,10 +40,9 @@ pub(super) fn check(check: &mut Check<'_>, spec: &DestinationRule) {
         } else if !rules::is_dns_label(&subset.name) {
             let hint = "use lower-case letters, digits and `-`";
             check.error(&format!("{at}.name"), format!("{:?} is not the name of a subset", subset.name), hint);
-        } else if seen.contains(&subset.name.as_str()) {
+        } else if !seen.insert(&subset.name) {
             check.error(&format!("{at}.name"), format!("subset {:?} is defined twice", subset.name), "");
         }
-        seen.push(&subset.name);
         labels(check, &format!("{at}.labels"), &subset.labels);
         if let Some(policy) = &subset.traffic_policy {
             traffic_policy(check, &format!("{at}.trafficPolicy"), policy, has_selector);
@@ -82,7 +83,7 @@ fn traffic_policy(check: &mut Check<'_>, at: &str, policy: &TrafficPolicy, has_s
         },
         has_selector,
     );
-    let mut seen = Vec::new();
+    let mut seen = BTreeSet::new();
     for (index, entry) in policy.port_level_settings.iter().enumerate() {
         let at = format!("{at}.portLevelSettings[{index}]");
         let Some(port) = &entry.port else {
@@ -90,10 +91,9 @@ fn traffic_policy(check: &mut Check<'_>, at: &str, policy: &TrafficPolicy, has_s
             continue;
         };
         rules::port_number(check, &format!("{at}.port.number"), port.number);
-        if seen.contains(&port.number) {
+        if !seen.insert(port.number) {
             check.error(&format!("{at}.port.number"), format!("port {} is set twice", port.number), "");
         }
-        seen.push(port.number);
         let found = Blocks {
             load_balancer: entry.load_balancer.as_ref(),
             connection_pool: entry.connection_pool.as_ref(),
@@ -230,13 +230,14 @@ fn locality_setting(check: &mut Check<'_>, at: &str, setting: &LocalityLbSetting
     if !setting.distribute.is_empty() && (!setting.failover.is_empty() || !setting.failover_priority.is_empty()) {
         check.error(at, "distribute and failover exclude each other", "");
     }
+    let mut seen = BTreeSet::new();
     for (index, entry) in setting.distribute.iter().enumerate() {
         let at = format!("{at}.distribute[{index}]");
         let sum: u64 = entry.to.values().map(|weight| u64::from(*weight)).sum();
         if entry.to.values().any(|weight| !(1..=100).contains(weight)) || sum != 100 {
             check.error(&format!("{at}.to"), format!("the weights must be 1 to 100 and sum to 100, not {sum}"), "");
         }
-        if setting.distribute[..index].iter().any(|other| other.from == entry.from) {
+        if !seen.insert(&entry.from) {
             check.error(&format!("{at}.from"), format!("locality {:?} is listed twice", entry.from), "");
         }
     }

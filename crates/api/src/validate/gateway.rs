@@ -1,5 +1,7 @@
 //! Gateway.
 
+use std::collections::BTreeSet;
+
 use super::virtual_service::labels;
 use super::{Check, rules};
 use crate::networking::{Gateway, Server, ServerTlsMode, ServerTlsSettings, TlsProtocol};
@@ -16,19 +18,18 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Gateway) {
             "name the gateway's labels, such as istio: ingressgateway",
         );
     }
-    let mut names: Vec<&str> = Vec::new();
+    let mut names = BTreeSet::new();
     for (index, server) in spec.servers.iter().enumerate() {
         let at = format!("spec.servers[{index}]");
         self::server(check, &at, server);
         if let Some(port) = &server.port {
-            if !port.name.is_empty() && names.contains(&port.name.as_str()) {
+            if !port.name.is_empty() && !names.insert(&port.name) {
                 check.error(
                     &format!("{at}.port.name"),
                     format!("port name {:?} is used twice", port.name),
                     "port names must be unique",
                 );
             }
-            names.push(&port.name);
         }
     }
 }
@@ -178,8 +179,9 @@ pub(super) fn tls(check: &mut Check<'_>, at: &str, tls: &ServerTlsSettings) {
     if tls.min_protocol_version == TlsProtocol::V1_3 && tls.max_protocol_version == TlsProtocol::V1_2 {
         check.error(at, "minProtocolVersion is above maxProtocolVersion", "");
     }
+    let mut suites = BTreeSet::new();
     for (index, suite) in tls.cipher_suites.iter().enumerate() {
-        if tls.cipher_suites[..index].contains(suite) {
+        if !suites.insert(suite) {
             check.warn(&format!("{at}.cipherSuites[{index}]"), format!("cipher suite {suite:?} is listed twice"), "");
         }
     }

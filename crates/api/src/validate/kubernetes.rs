@@ -68,6 +68,7 @@ pub(super) fn service(check: &mut Check<'_>, service: &Service) {
     if !spec.cluster_ip.is_empty() && !spec.is_headless() && spec.cluster_ip.parse::<std::net::IpAddr>().is_err() {
         check.error("spec.clusterIP", format!("{:?} is neither an address nor None", spec.cluster_ip), "leave it out");
     }
+    let (mut names, mut numbers) = (BTreeSet::new(), BTreeSet::new());
     for (index, port) in spec.ports.iter().enumerate() {
         let at = format!("spec.ports[{index}]");
         rules::port_number(check, &format!("{at}.port"), port.port);
@@ -77,13 +78,10 @@ pub(super) fn service(check: &mut Check<'_>, service: &Service) {
         if !port.name.is_empty() && !rules::is_dns_label(&port.name) {
             check.error(&format!("{at}.name"), format!("{:?} is not the name of a port", port.name), "");
         }
-        if spec.ports[..index].iter().any(|other| !port.name.is_empty() && other.name == port.name) {
+        if !port.name.is_empty() && !names.insert(&port.name) {
             check.error(&format!("{at}.name"), format!("port name {:?} is used twice", port.name), "");
         }
-        if spec.ports[..index]
-            .iter()
-            .any(|other| other.port == port.port && protocol(&other.protocol) == protocol(&port.protocol))
-        {
+        if !numbers.insert((port.port, protocol(&port.protocol))) {
             check.error(&format!("{at}.port"), format!("port {} is listed twice", port.port), "");
         }
         if !matches!(protocol(&port.protocol), "TCP" | "UDP" | "SCTP") {

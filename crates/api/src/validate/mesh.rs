@@ -1,5 +1,7 @@
 //! IstioOperator and meshConfig.
 
+use std::collections::BTreeSet;
+
 use super::destination_rule::{connection_pool, outlier_detection};
 use super::virtual_service::retries;
 use super::{Check, rules};
@@ -48,13 +50,12 @@ fn mesh_config(check: &mut Check<'_>, at: &str, config: &MeshConfig) {
             outlier_detection(check, &format!("{at}.outlierDetection"), outlier);
         }
     }
-    let mut names: Vec<&str> = Vec::new();
+    let mut names = BTreeSet::new();
     for (index, entry) in config.extension_providers.iter().enumerate() {
         let at = format!("{at}.extensionProviders[{index}]");
-        if names.contains(&entry.name.as_str()) {
+        if !names.insert(&entry.name) {
             check.error(&format!("{at}.name"), format!("provider {:?} is defined twice", entry.name), "");
         }
-        names.push(&entry.name);
         provider(check, &at, entry);
     }
     let sampling = config.default_config.as_ref().and_then(|c| c.tracing.as_ref()).and_then(|t| t.sampling);

@@ -1,5 +1,6 @@
 //! Rules that several kinds share.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration as StdDuration;
 
@@ -144,11 +145,76 @@ pub(super) fn protocol(check: &mut Check<'_>, field: &str, protocol: &str) {
     }
 }
 
+/// Patterns of hosts with their places. A question costs as many looks as the name has labels.
+#[derive(Default)]
+pub(super) struct Patterns {
+    any: Option<usize>,
+    /// By their text from its end, so that all below a domain stand together.
+    others: BTreeMap<String, usize>,
+}
+
+impl Patterns {
+    /// Of those that are patterns at all.
+    pub(super) fn of(hosts: &[String]) -> Self {
+        let mut all = Self::default();
+        for (index, host) in hosts.iter().enumerate() {
+            if let Ok(pattern) = HostPattern::parse(host) {
+                all.insert(&pattern, index);
+            }
+        }
+        all
+    }
+
+    /// Adds one; the first of the same pattern keeps its place.
+    pub(super) fn insert(&mut self, pattern: &HostPattern, index: usize) {
+        match text(pattern) {
+            None => _ = self.any.get_or_insert(index),
+            Some(text) => _ = self.others.entry(from_end(text)).or_insert(index),
+        }
+    }
+
+    /// The place of one that matches every host that `pattern` matches.
+    pub(super) fn covering(&self, pattern: &HostPattern) -> Option<usize> {
+        let at = |text: &str| self.others.get(&from_end(text)).copied();
+        self.any.or_else(|| {
+            let text = text(pattern)?;
+            at(text).or_else(|| text.match_indices('.').find_map(|(dot, _)| at(&text[dot..])))
+        })
+    }
+
+    /// The place of one that shares a host with `pattern`.
+    pub(super) fn overlapping(&self, pattern: &HostPattern) -> Option<usize> {
+        self.covering(pattern).or_else(|| match pattern {
+            HostPattern::Any => self.others.values().copied().min(),
+            HostPattern::Suffix(suffix) => {
+                let end = from_end(suffix);
+                let below = self.others.range(end.clone()..).next();
+                below.filter(|(other, _)| other.starts_with(&end)).map(|(_, index)| *index)
+            }
+            HostPattern::Exact(_) => None,
+        })
+    }
+}
+
+/// What hosts end with: all of it, or from a dot on; `None` for all hosts.
+fn text(pattern: &HostPattern) -> Option<&str> {
+    match pattern {
+        HostPattern::Any => None,
+        HostPattern::Exact(host) => Some(host.as_str()),
+        HostPattern::Suffix(suffix) => Some(suffix),
+    }
+}
+
+fn from_end(text: &str) -> String {
+    text.chars().rev().collect()
+}
+
 /// `exportTo`: `.`, `*`, namespaces; `~` where allowed; `*` and `~` alone; no duplicates.
 pub(super) fn export_to(check: &mut Check<'_>, values: &[String], none_is_allowed: bool) {
+    let mut seen = BTreeSet::new();
     for (index, value) in values.iter().enumerate() {
         let field = format!("spec.exportTo[{index}]");
-        if values[..index].contains(value) {
+        if !seen.insert(value) {
             check.error(&field, format!("{value:?} is written twice"), "");
         }
         match value.as_str() {

@@ -1,5 +1,7 @@
 //! ServiceEntry and WorkloadEntry.
 
+use std::collections::BTreeSet;
+
 use super::virtual_service::labels;
 use super::{Check, rules};
 use crate::networking::{Resolution, ServiceEntry, WorkloadEntry};
@@ -31,11 +33,12 @@ pub(super) fn check(check: &mut Check<'_>, spec: &ServiceEntry) {
     if !spec.endpoints.is_empty() && spec.workload_selector.is_some() {
         check.error("spec.workloadSelector", "endpoints and workloadSelector exclude each other", "");
     }
+    let names: BTreeSet<&str> = spec.ports.iter().map(|port| port.name.as_str()).collect();
     for (index, endpoint) in spec.endpoints.iter().enumerate() {
         let at = format!("spec.endpoints[{index}]");
         workload_entry(check, endpoint, &at);
         for name in endpoint.ports.keys() {
-            if !spec.ports.iter().any(|port| port.name == *name) {
+            if !names.contains(name.as_str()) {
                 check.error(&format!("{at}.ports"), format!("port {name:?} is not among the entry's ports"), "");
             }
         }
@@ -83,17 +86,17 @@ fn ports(check: &mut Check<'_>, spec: &ServiceEntry) {
     if spec.ports.is_empty() {
         check.error("spec.ports", "at least one port is needed", "");
     }
+    let (mut names, mut numbers) = (BTreeSet::new(), BTreeSet::new());
     for (index, port) in spec.ports.iter().enumerate() {
         let at = format!("spec.ports[{index}]");
         rules::port_number(check, &format!("{at}.number"), port.number);
         if port.name.is_empty() {
             check.error(&format!("{at}.name"), "port has no name", "");
         }
-        let earlier = &spec.ports[..index];
-        if !port.name.is_empty() && earlier.iter().any(|other| other.name == port.name) {
+        if !port.name.is_empty() && !names.insert(&port.name) {
             check.error(&format!("{at}.name"), format!("port name {:?} is used twice", port.name), "");
         }
-        if earlier.iter().any(|other| other.number == port.number) {
+        if !numbers.insert(port.number) {
             check.error(&format!("{at}.number"), format!("port {} is listed twice", port.number), "");
         }
         if !port.protocol.is_empty() {

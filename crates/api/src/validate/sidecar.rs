@@ -1,5 +1,7 @@
 //! Sidecar.
 
+use std::collections::BTreeSet;
+
 use super::destination_rule::connection_pool;
 use super::virtual_service::labels;
 use super::{Check, rules};
@@ -20,6 +22,7 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Sidecar) {
         }
     }
     let mut without_port = None;
+    let mut numbers = BTreeSet::new();
     for (index, listener) in spec.egress.iter().enumerate() {
         let at = format!("spec.egress[{index}]");
         if listener.hosts.is_empty() {
@@ -33,8 +36,7 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Sidecar) {
             None => without_port = Some(index),
             Some(port) => {
                 rules::port_number(check, &format!("{at}.port.number"), port.number);
-                let earlier = spec.egress[..index].iter().filter_map(|other| other.port.as_ref());
-                if port.number != 0 && earlier.into_iter().any(|other| other.number == port.number) {
+                if port.number != 0 && !numbers.insert(port.number) {
                     check.error(&format!("{at}.port.number"), format!("port {} is listed twice", port.number), "");
                 }
             }
@@ -44,14 +46,14 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Sidecar) {
     if without_port.is_some_and(|index| index + 1 != spec.egress.len()) {
         check.error("spec.egress", "the entry without port must be the last", "");
     }
+    let mut numbers = BTreeSet::new();
     for (index, listener) in spec.ingress.iter().enumerate() {
         let at = format!("spec.ingress[{index}]");
         match &listener.port {
             None => check.error(&format!("{at}.port"), "port is needed", ""),
             Some(port) => {
                 rules::port_number(check, &format!("{at}.port.number"), port.number);
-                let mut earlier = spec.ingress[..index].iter().filter_map(|other| other.port.as_ref());
-                if earlier.any(|other| other.number == port.number) {
+                if !numbers.insert(port.number) {
                     check.error(&format!("{at}.port.number"), format!("port {} is listed twice", port.number), "");
                 }
             }

@@ -34,6 +34,33 @@ fn virtual_service(spec: &str, error: &str) {
 }
 
 #[test]
+fn hosts_overlap_as_their_patterns_do() {
+    use super::rules::Patterns;
+    use types::HostPattern;
+    let names = ["*", "*.com", "*.a.com", "a.com", "b.a.com", "xa.com", "com", "*.m", "*.a.org", "b"];
+    for one in names {
+        let patterns = Patterns::of(&[one.to_owned()]);
+        let one = HostPattern::parse(one).unwrap();
+        for other in names.map(|other| HostPattern::parse(other).unwrap()) {
+            assert_eq!(patterns.covering(&other).is_some(), one.covers(&other), "{one} covers {other}");
+            assert_eq!(patterns.overlapping(&other).is_some(), one.overlaps(&other), "{one} overlaps {other}");
+        }
+    }
+}
+
+#[test]
+fn what_is_written_twice_is_found_among_many() {
+    let many = |entry: &dyn Fn(u32) -> String| (0..30_000).map(entry).collect::<Vec<_>>().join(",");
+    let hosts = many(&|index| format!("h{index}.example"));
+    virtual_service(
+        &format!("hosts: [{hosts}, h7.example]\nhttp: [{{route: [{{destination: {{host: a}}}}]}}]"),
+        "h7.example",
+    );
+    let ports = many(&|index| format!("{{name: p{index}, port: {}}}", index + 1));
+    check(&kind("v1", "Service", &format!("ports: [{ports}, {{name: p7, port: 30001}}]")), "used twice");
+}
+
+#[test]
 fn virtual_services() {
     let to = "route: [{destination: {host: reviews}}]";
     for (spec, error) in [

@@ -2,6 +2,7 @@
 
 use types::HostPattern;
 
+use super::rules::Patterns;
 use super::{Check, rules};
 use crate::networking::{
     Destination, Headers, HttpFaultInjection, HttpMatchRequest, HttpRedirect, HttpRetry, HttpRewrite, HttpRoute,
@@ -48,7 +49,7 @@ pub(super) fn check(check: &mut Check<'_>, spec: &VirtualService) {
         http(check, &format!("spec.http[{index}]"), route, in_mesh && !is_delegate, is_delegate);
     }
     shadowed(check, &spec.http);
-    let patterns: Vec<HostPattern> = spec.hosts.iter().filter_map(|host| HostPattern::parse(host).ok()).collect();
+    let patterns = Patterns::of(&spec.hosts);
     for (index, route) in spec.tls.iter().enumerate() {
         let at = format!("spec.tls[{index}]");
         if route.matches.is_empty() {
@@ -67,7 +68,7 @@ pub(super) fn check(check: &mut Check<'_>, spec: &VirtualService) {
                 }
                 match HostPattern::parse(sni) {
                     Err(error) => check.error(&at, error.to_string(), ""),
-                    Ok(sni) if !patterns.iter().any(|host| host.covers(&sni)) => {
+                    Ok(sni) if patterns.covering(&sni).is_none() => {
                         check.error(
                             &at,
                             format!("{sni} is not covered by the hosts of the object"),
@@ -95,7 +96,7 @@ pub(super) fn check(check: &mut Check<'_>, spec: &VirtualService) {
 }
 
 fn hosts(check: &mut Check<'_>, spec: &VirtualService, in_mesh: bool) {
-    let mut seen: Vec<(usize, HostPattern)> = Vec::new();
+    let mut seen = Patterns::default();
     for (index, host) in spec.hosts.iter().enumerate() {
         let field = format!("spec.hosts[{index}]");
         if host == "*" && in_mesh {
@@ -108,11 +109,11 @@ fn hosts(check: &mut Check<'_>, spec: &VirtualService, in_mesh: bool) {
         }
         rules::host_with_wildcard(check, &field, host);
         let Ok(pattern) = HostPattern::parse(host) else { continue };
-        let exact_again = seen.iter().find(|(_, other)| *other == pattern || other.overlaps(&pattern));
-        if let Some((first, other)) = exact_again {
+        if let Some(first) = seen.overlapping(&pattern) {
+            let other = &spec.hosts[first];
             check.error(&field, format!("{pattern} overlaps with {other} of hosts[{first}]"), "remove one of the two");
         }
-        seen.push((index, pattern));
+        seen.insert(&pattern, index);
     }
 }
 

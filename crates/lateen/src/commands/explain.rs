@@ -65,6 +65,9 @@ struct Objects {
 
 pub(crate) fn explain(args: &ExplainArgs) -> Result<()> {
     let (method, url) = match args.call.as_slice() {
+        [word] if !word.is_empty() && word.bytes().all(|b| b.is_ascii_uppercase()) => {
+            return Err(ExitWith { code: exit::USAGE, message: format!("{word} what? give {word} URL") }.into());
+        }
         [url] => ("GET", url),
         [method, url] => (method.as_str(), url),
         _ => bail!("give [METHOD] URL"),

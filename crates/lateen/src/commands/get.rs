@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use api::Kind;
 use clap::Args;
-use node::client::ClientError;
+use node::client::{ClientError, uri};
 use serde_json::{Value, json};
 
 use super::selector::Selector;
@@ -48,7 +48,8 @@ fn targets(what: &[String]) -> Result<Vec<(Kind, Option<&str>)>> {
     let mut out = Vec::new();
     if what.iter().any(|word| word.contains('/')) {
         for word in what {
-            let (of, name) = word.split_once('/').with_context(|| format!("{word:?} is not KIND/NAME"))?;
+            let both = word.split_once('/').filter(|(_, name)| !name.is_empty());
+            let (of, name) = both.with_context(|| format!("{word:?} is not KIND/NAME"))?;
             out.push((kind(of)?, Some(name)));
         }
         return Ok(out);
@@ -77,9 +78,9 @@ pub(crate) fn get(args: &GetArgs) -> Result<()> {
     for &(kind, name) in &targets {
         let namespace = if kind.is_namespaced() { args.namespace.as_str() } else { "_" };
         let uri = match name {
-            Some(name) => format!("/objects/{}/{namespace}/{name}", kind.name()),
-            None if args.all_namespaces || !kind.is_namespaced() => format!("/objects/{}", kind.name()),
-            None => format!("/objects/{}?namespace={namespace}", kind.name()),
+            Some(name) => uri(&["objects", kind.name(), namespace, name], &[]),
+            None if args.all_namespaces || !kind.is_namespaced() => uri(&["objects", kind.name()], &[]),
+            None => uri(&["objects", kind.name()], &[("namespace", namespace)]),
         };
         match block_on(async { Ok(client.get::<Value>(&uri).await) })? {
             Ok(object) if name.is_some() => found.push((kind, object)),
@@ -380,6 +381,7 @@ mod tests {
         check(&["deploy/a", "svc/b"], &[(Kind::Deployment, Some("a")), (Kind::Service, Some("b"))]);
         check(&["all"], &ALL.map(|kind| (kind, None)));
         assert!(targets(&["deploy/a".to_owned(), "b".to_owned()]).is_err());
+        assert!(targets(&["pods/".to_owned()]).unwrap_err().to_string().contains("KIND/NAME"));
         assert!(targets(&["gizmos".to_owned()]).unwrap_err().to_string().contains("gizmos"));
     }
 

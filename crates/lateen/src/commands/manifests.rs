@@ -6,49 +6,35 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use api::{Positions, ReadOptions};
 use clap::Args;
-use node::client::ClientError;
+use node::client::{ClientError, uri};
+use node::files::{Manifests, read_text};
 use node::server::Report;
 use serde_json::Value;
 use types::{Finding, ObjectRef, Severity};
 
 use super::{block_on, client, target};
-use crate::cli::{ExitWith, MeshArgs, exit};
+use crate::cli::{ExitWith, Format, MeshArgs, exit};
 use crate::output;
 
 /// Reads `-f` arguments: files, folders, `-`. Names and texts.
 pub(crate) fn read_inputs(paths: &[PathBuf]) -> Result<Vec<(String, String)>> {
+    let cannot = |path: &Path| format!("cannot read {}", path.display());
     let mut out = Vec::new();
     for path in paths {
         if path.as_os_str() == "-" {
             out.push(("-".to_owned(), super::read_stdin()?));
-        } else {
-            read_path(path, true, &mut out)?;
+            continue;
+        }
+        let found = Manifests::below(path);
+        if let Some((path, error)) = found.unreadable.into_iter().next() {
+            return Err(error).with_context(|| cannot(&path));
+        }
+        for file in found.files {
+            let text = std::fs::File::open(&file).and_then(read_text).with_context(|| cannot(&file))?;
+            out.push((file.display().to_string(), text));
         }
     }
     Ok(out)
-}
-
-fn read_path(path: &Path, named: bool, out: &mut Vec<(String, String)>) -> Result<()> {
-    let shown = path.display();
-    if path.is_dir() {
-        let mut entries: Vec<PathBuf> = std::fs::read_dir(path)
-            .with_context(|| format!("cannot read {shown}"))?
-            .flatten()
-            .map(|entry| entry.path())
-            .collect();
-        entries.sort();
-        for entry in entries {
-            read_path(&entry, false, out)?;
-        }
-        return Ok(());
-    }
-    let is_manifest =
-        path.extension().is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|wanted| extension == *wanted));
-    if named || is_manifest {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {shown}"))?;
-        out.push((shown.to_string(), text));
-    }
-    Ok(())
 }
 
 fn parse(name: &str, text: &str, namespace: &str) -> api::Documents {
@@ -74,7 +60,7 @@ pub(crate) struct ApplyArgs {
     #[arg(long)]
     dry_run: bool,
     /// Seconds to wait until every proxy runs what is applied.
-    #[arg(long, default_value = "10")]
+    #[arg(long, default_value = "10", value_parser = crate::cli::seconds)]
     timeout: u64,
 }
 
@@ -82,12 +68,13 @@ pub(crate) fn apply(args: &ApplyArgs) -> Result<()> {
     let inputs = read_inputs(&args.files)?;
     let client = client(&args.mesh)?;
     let mut refused = 0;
+    let mut has_said = false;
     let mut applied = BTreeMap::new();
     for (name, text) in inputs {
         let parsed = parse(&name, &text, &args.namespace).objects;
         applied.extend(parsed.into_iter().map(|parsed| (parsed.object.reference(), parsed.positions)));
-        let file = name.replace(['&', ' ', '#', '?'], "_");
-        let uri = format!("/objects?file={file}&namespace={}&dryRun={}", args.namespace, args.dry_run);
+        let dry_run = args.dry_run.to_string();
+        let uri = uri(&["objects"], &[("file", &name), ("namespace", &args.namespace), ("dryRun", &dry_run)]);
         let mut report: Report = block_on(async { Ok(client.post(&uri, text.into_bytes()).await?) })?;
         for finding in report.findings.iter_mut().filter(|finding| finding.position.is_none()) {
             let positions = finding.object.as_ref().and_then(|object| applied.get(object));
@@ -99,6 +86,10 @@ pub(crate) fn apply(args: &ApplyArgs) -> Result<()> {
         }
         output::findings(&report.findings);
         refused += grave(&report.findings);
+        has_said |= !(report.outcomes.is_empty() && report.findings.is_empty());
+    }
+    if !has_said {
+        bail!("there is no object to apply");
     }
     if !args.dry_run && !applied.is_empty() {
         block_on(settle(args, &applied))?;
@@ -159,27 +150,29 @@ pub(crate) fn delete(args: &DeleteArgs) -> Result<()> {
     match args.objects.as_slice() {
         [] => {}
         [kind, names @ ..] if !kind.contains('/') => {
-            if names.is_empty() {
-                bail!("delete {kind}: which one? give KIND/NAME");
+            if names.iter().all(String::is_empty) {
+                let message = format!("delete {kind}: which one? give KIND/NAME");
+                return Err(ExitWith { code: exit::USAGE, message }.into());
             }
             wanted.extend(names.iter().map(|name| (kind.clone(), args.namespace.clone(), name.clone())));
         }
         pairs => {
             for pair in pairs {
-                let (kind, name) = target(pair);
+                let (kind, name) = target(pair)?;
                 wanted.push((kind.to_owned(), args.namespace.clone(), name.to_owned()));
             }
         }
     }
     if wanted.is_empty() {
-        bail!("nothing to delete: give KIND/NAME or -f PATH");
+        let message = "nothing to delete: give KIND/NAME or -f PATH".to_owned();
+        return Err(ExitWith { code: exit::USAGE, message }.into());
     }
     let client = client(&args.mesh)?;
     let mut missing = 0;
     for (kind, namespace, name) in wanted {
         let is_namespaced = api::Kind::parse(&kind).is_none_or(api::Kind::is_namespaced);
         let namespace = if is_namespaced { namespace.as_str() } else { "_" };
-        let deleted = block_on(async { Ok(client.delete(&format!("/objects/{kind}/{namespace}/{name}")).await) })?;
+        let deleted = block_on(async { Ok(client.delete(&uri(&["objects", &kind, namespace, &name], &[])).await) })?;
         match deleted {
             Ok(_) => {}
             // The others go all the same.
@@ -206,9 +199,9 @@ pub(crate) struct ValidateArgs {
     /// File, folder, or `-`.
     #[arg(short = 'f', long = "filename", required = true, value_name = "PATH")]
     files: Vec<PathBuf>,
-    /// `json` prints the findings.
-    #[arg(short, long)]
-    output: Option<String>,
+    /// `json` or `yaml` prints the findings.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Format,
 }
 
 pub(crate) fn validate(args: &ValidateArgs) -> Result<()> {
@@ -216,13 +209,13 @@ pub(crate) fn validate(args: &ValidateArgs) -> Result<()> {
     let mut unread = false;
     let mut all: Vec<Finding> = Vec::new();
     let inputs = read_inputs(&args.files)?;
-    let as_json = args.output.as_deref() == Some("json");
+    let is_table = !matches!(args.output, Format::Json | Format::Yaml);
     for (name, text) in inputs {
         let documents = api::parse_documents(&name, &text);
         unread |= documents.is_incomplete;
         let errors = grave(&documents.findings);
         refused += errors;
-        if !as_json {
+        if is_table {
             output::findings(&documents.findings);
             if errors == 0 {
                 output::line(&format!("\"{name}\" is valid"));
@@ -230,8 +223,11 @@ pub(crate) fn validate(args: &ValidateArgs) -> Result<()> {
         }
         all.extend(documents.findings);
     }
-    if as_json {
-        output::json(&serde_json::to_value(&all).unwrap_or(Value::Null));
+    let value = serde_json::to_value(&all).unwrap_or(Value::Null);
+    match args.output {
+        Format::Json => output::json(&value),
+        Format::Yaml => output::yaml(&value),
+        Format::Table | Format::Wide | Format::Name => {}
     }
     match refused {
         0 => Ok(()),
@@ -243,6 +239,6 @@ pub(crate) fn validate(args: &ValidateArgs) -> Result<()> {
 }
 
 /// `1 error`, `2 errors`.
-fn errors(count: usize) -> String {
+pub(crate) fn errors(count: usize) -> String {
     if count == 1 { "1 error".to_owned() } else { format!("{count} errors") }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use node::client::Client;
+use node::client::{Client, uri};
 use serde_json::{Value, json};
 
 use super::selector::Selector;
@@ -15,17 +15,17 @@ use crate::output;
 
 /// The pod that `pod`, `pod/NAME` or `deploy/NAME` means.
 pub(crate) async fn find_pod(client: &Client, namespace: &str, what: &str) -> Result<Value> {
-    let (kind, name) = target(what);
+    let (kind, name) = target(what)?;
     let kind = api::Kind::parse(kind).with_context(|| format!("{what:?}: give POD or deploy/NAME"))?;
     if kind == api::Kind::Pod {
-        return Ok(client.get(&format!("/objects/Pod/{namespace}/{name}")).await?);
+        return Ok(client.get(&uri(&["objects", "Pod", namespace, name], &[])).await?);
     }
     if kind != api::Kind::Deployment {
         bail!("{what:?}: give POD or deploy/NAME");
     }
-    let deployment: Value = client.get(&format!("/objects/Deployment/{namespace}/{name}")).await?;
+    let deployment: Value = client.get(&uri(&["objects", "Deployment", namespace, name], &[])).await?;
     let wanted = deployment["spec"]["selector"]["matchLabels"].as_object().cloned().unwrap_or_default();
-    let pods: Value = client.get(&format!("/objects/Pod?namespace={namespace}")).await?;
+    let pods: Value = client.get(&uri(&["objects", "Pod"], &[("namespace", namespace)])).await?;
     let fits = |pod: &&Value| wanted.iter().all(|(key, value)| pod["metadata"]["labels"][key] == *value);
     let alive = |pod: &&Value| pod["metadata"]["deletionTimestamp"].is_null() && pod["status"]["phase"] == "Running";
     let mut pods = pods["items"].as_array().into_iter().flatten().filter(fits).filter(alive);
@@ -65,9 +65,9 @@ pub(crate) struct LogsArgs {
     /// Go on.
     #[arg(short, long)]
     follow: bool,
-    /// Only the last lines.
-    #[arg(long)]
-    tail: Option<usize>,
+    /// Only the last lines; all with -1.
+    #[arg(long, default_value = "-1", allow_negative_numbers = true)]
+    tail: i64,
 }
 
 pub(crate) fn logs(args: &LogsArgs) -> Result<()> {
@@ -78,8 +78,11 @@ pub(crate) fn logs(args: &LogsArgs) -> Result<()> {
         if let Some(why) = waits_for(&pod, container) {
             output::note(&format!("container {container} waits to start: {why}"));
         }
-        let tail = args.tail.map(|tail| format!("&tail={tail}")).unwrap_or_default();
-        let uri = format!("/logs/{}/{}/{container}?follow={}{tail}", args.namespace, name_of(&pod), args.follow);
+        let (follow, tail) = (args.follow.to_string(), args.tail.to_string());
+        let parameters = [("follow", follow.as_str()), ("tail", tail.as_str())];
+        // All lines when it is negative.
+        let parameters = &parameters[..if args.tail < 0 { 1 } else { 2 }];
+        let uri = uri(&["logs", &args.namespace, name_of(&pod), container], parameters);
         let mut lines = client.lines(&uri).await?;
         while let Some(line) = lines.next().await {
             output::raw(format!("{line}\n").as_bytes());
@@ -126,7 +129,8 @@ pub(crate) fn exec(args: &ExecArgs) -> Result<()> {
     let target = block_on(async {
         let pod = find_pod(&client, &args.namespace, &args.pod).await?;
         let container = container_of(&pod, args.container.as_deref());
-        Ok(client.get::<node::ExecTarget>(&format!("/exec/{}/{}/{container}", args.namespace, name_of(&pod))).await?)
+        let uri = uri(&["exec", &args.namespace, name_of(&pod), container], &[]);
+        Ok(client.get::<node::ExecTarget>(&uri).await?)
     })?;
     let status = node::exec::command(&target, &args.command)?.status().context("cannot enter the pod")?;
     match status.code() {
@@ -158,7 +162,7 @@ pub(crate) struct RolloutArgs {
     #[arg(short, long, default_value = "default")]
     namespace: String,
     /// How long to wait.
-    #[arg(long, default_value = "300")]
+    #[arg(long, default_value = "300", value_parser = crate::cli::seconds)]
     timeout: u64,
 }
 
@@ -166,8 +170,13 @@ async fn deployments(client: &Client, args: &RolloutArgs) -> Result<Vec<String>>
     if let Some(name) = deployment_named(&args.deployment)? {
         return Ok(vec![name.to_owned()]);
     }
-    let list: Value = client.get(&format!("/objects/Deployment?namespace={}", args.namespace)).await?;
-    Ok(list["items"].as_array().into_iter().flatten().map(|one| name_of(one).to_owned()).collect())
+    let list: Value = client.get(&uri(&["objects", "Deployment"], &[("namespace", &args.namespace)])).await?;
+    let names: Vec<String> =
+        list["items"].as_array().into_iter().flatten().map(|one| name_of(one).to_owned()).collect();
+    if names.is_empty() {
+        output::note(&format!("No resources found in {} namespace.", args.namespace));
+    }
+    Ok(names)
 }
 
 pub(crate) fn rollout(command: &RolloutCommand) -> Result<()> {
@@ -178,7 +187,7 @@ pub(crate) fn rollout(command: &RolloutCommand) -> Result<()> {
                 for name in deployments(&client, args).await? {
                     let stamp = jiff::Timestamp::now().to_string();
                     let patch = json!({ "spec": { "template": { "metadata": { "annotations": { types::wellknown::annotations::RESTARTED_AT: stamp } } } } });
-                    let uri = format!("/objects/Deployment/{}/{name}/merge", args.namespace);
+                    let uri = uri(&["objects", "Deployment", &args.namespace, &name, "merge"], &[]);
                     client.post::<Value>(&uri, patch.to_string().into_bytes()).await?;
                     output::line(&format!("deployment.apps/{name} restarted"));
                 }
@@ -264,7 +273,7 @@ pub(crate) fn scale(args: &ScaleArgs) -> Result<()> {
     let name = deployment_named(&args.deployment)?.ok_or_else(nameless)?;
     let client = client(&args.mesh)?;
     let patch = json!({ "spec": { "replicas": args.replicas } });
-    let uri = format!("/objects/Deployment/{}/{name}/merge", args.namespace);
+    let uri = uri(&["objects", "Deployment", &args.namespace, name, "merge"], &[]);
     block_on(async { Ok(client.post::<Value>(&uri, patch.to_string().into_bytes()).await?) })?;
     output::line(&format!("deployment.apps/{name} scaled"));
     Ok(())
@@ -335,7 +344,7 @@ pub(crate) fn label(args: &LabelArgs) -> Result<()> {
     let (kind, name, words) = match args.words.as_slice() {
         [kind, words @ ..] if is_group => (kind.as_str(), None, words),
         [both, words @ ..] if both.contains('/') => {
-            let (kind, name) = target(both);
+            let (kind, name) = target(both)?;
             (kind, Some(name), words)
         }
         [kind, name, words @ ..] => (kind.as_str(), Some(name.as_str()), words),
@@ -348,14 +357,16 @@ pub(crate) fn label(args: &LabelArgs) -> Result<()> {
     let client = client(&args.mesh)?;
     let found: Vec<Value> = block_on(async {
         if let Some(name) = name {
-            return Ok(vec![client.get::<Value>(&format!("/objects/{}/{namespace}/{name}", kind.name())).await?]);
+            return Ok(vec![client.get::<Value>(&uri(&["objects", kind.name(), namespace, name], &[])).await?]);
         }
-        let query = if kind.is_namespaced() { format!("?namespace={namespace}") } else { String::new() };
-        let list: Value = client.get(&format!("/objects/{}{query}", kind.name())).await?;
+        let within = [("namespace", namespace)];
+        let within = if kind.is_namespaced() { &within[..] } else { &[] };
+        let list: Value = client.get(&uri(&["objects", kind.name()], within)).await?;
         Ok(list["items"].as_array().into_iter().flatten().filter(|object| selector.fits(object)).cloned().collect())
     })?;
     if found.is_empty() {
-        output::note(&format!("No resources found in {namespace} namespace."));
+        let place = if kind.is_namespaced() { format!(" in {namespace} namespace") } else { String::new() };
+        output::note(&format!("No resources found{place}."));
     }
     let set = changes.iter().map(|(key, value)| (key.clone(), json!(value))).collect::<serde_json::Map<_, _>>();
     let body = json!({ "metadata": { "labels": set } }).to_string().into_bytes();
@@ -363,7 +374,7 @@ pub(crate) fn label(args: &LabelArgs) -> Result<()> {
         let name = name_of(object);
         let word = outcome(&object["metadata"]["labels"], &changes, args.overwrite)?;
         if word != "not labeled" {
-            let uri = format!("/objects/{}/{namespace}/{name}/merge", kind.name());
+            let uri = uri(&["objects", kind.name(), namespace, name, "merge"], &[]);
             block_on(async { Ok(client.post::<Value>(&uri, body.clone()).await?) })?;
         }
         output::line(&format!("{}/{name} {word}", super::resource(kind)));

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use node::client::{Client, ClientError};
+use node::client::ClientError;
 use serde_json::{Value, json};
 use types::Finding;
 
-use super::{block_on, debug_socket};
+use super::block_on;
 use crate::cli::{ExitWith, Format, MeshArgs, exit};
 use crate::output;
 
@@ -21,7 +21,7 @@ pub(crate) struct WaitArgs {
     #[arg(long = "for", value_name = "WHAT", default_value = "synced")]
     what: String,
     /// Seconds.
-    #[arg(long, default_value = "60")]
+    #[arg(long, default_value = "60", value_parser = crate::cli::seconds)]
     timeout: u64,
 }
 
@@ -35,7 +35,7 @@ pub(crate) async fn synced(mesh: &MeshArgs, seconds: u64) -> Result<()> {
 
 /// Waits until every proxy runs the objects as they were at a version.
 pub(crate) async fn synced_at(mesh: &MeshArgs, version: u64, seconds: u64) -> Result<()> {
-    let plane = Client::new(&debug_socket(mesh)?);
+    let plane = super::plane(mesh)?;
     let path = format!("/debug/synced?resourceVersion={version}&timeout={seconds}");
     // It keeps the time itself, unless it hangs.
     let Ok(answer) = tokio::time::timeout(Duration::from_secs(seconds + 1), plane.get::<Value>(&path)).await else {
@@ -63,7 +63,7 @@ pub(crate) async fn mesh_findings(mesh: &MeshArgs) -> Result<Vec<Finding>> {
     use api::codes;
     const OF_TEXT: [&str; 6] =
         [codes::SYNTAX, codes::UNKNOWN_KIND, codes::NOT_EFFECTIVE, codes::UNKNOWN_FIELD, codes::SCHEMA, codes::DUBIOUS];
-    let plane = Client::new(&debug_socket(mesh)?);
+    let plane = super::plane(mesh)?;
     let answer: Value = plane.get("/debug/findings").await?;
     let mut findings: Vec<Finding> = serde_json::from_value(answer["findings"].clone())?;
     findings.retain(|finding| !OF_TEXT.contains(&&*finding.code));
@@ -94,7 +94,7 @@ pub(crate) struct ProxyStatusArgs {
 }
 
 pub(crate) fn proxy_status(args: &ProxyStatusArgs) -> Result<()> {
-    let plane = Client::new(&debug_socket(&args.mesh)?);
+    let plane = super::plane(&args.mesh)?;
     let proxies: Value = block_on(async { Ok(plane.get("/debug/syncz").await?) })?;
     match args.output {
         Format::Json => output::json(&proxies),
@@ -143,7 +143,7 @@ pub(crate) struct VersionArgs {
 pub(crate) fn version(args: &VersionArgs) -> Result<()> {
     let mut answer = json!({ "clientVersion": env!("CARGO_PKG_VERSION") });
     if args.remote {
-        let plane = Client::new(&debug_socket(&args.mesh)?);
+        let plane = super::plane(&args.mesh)?;
         let asked: Result<(Value, Value)> =
             block_on(async { Ok((plane.get("/version").await?, plane.get("/debug/syncz").await?)) });
         if let Ok((version, proxies)) = asked {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use node::client::Client;
+use node::client::{Client, uri};
 use serde_json::Value;
 use types::wellknown::ports;
 
@@ -182,7 +182,7 @@ fn read(args: &ProxyConfigArgs) -> Result<(Value, Option<Value>)> {
 
 /// How to get into the proxy of a pod.
 pub(super) async fn proxy_of(client: &Client, namespace: &str, name: &str) -> Result<node::ExecTarget> {
-    let target = client.get::<node::ExecTarget>(&format!("/exec/{namespace}/{name}/istio-proxy")).await;
+    let target = client.get::<node::ExecTarget>(&uri(&["exec", namespace, name, "istio-proxy"], &[])).await;
     target.with_context(|| format!("the proxy of pod {namespace}/{name}"))
 }
 

@@ -1,20 +1,17 @@
 //! Readiness and merged metrics of an Envoy, by its admin interface.
 
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::{Bytes, Incoming};
-use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use identity::agent::Identities;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
 
-use crate::admin::{METRICS_TYPE, Page, expiry, page, scrape, text};
+use crate::admin::{METRICS_TYPE, Page, accept, expiry, page, refusal, scrape, text};
 use crate::options::Role;
 use crate::secrets::{ROOTS, WORKLOAD};
 
@@ -33,43 +30,27 @@ pub(super) struct Context {
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// Nor does it take longer.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
-/// Connections at the same time; more wait in the kernel.
+/// Connections at the same time.
 const CONNECTIONS_MAX: usize = 64;
 
 /// Serves `/healthz/ready`, `/stats/prometheus`, `/drain` and `/quitquitquit`, for ever.
 pub(super) async fn serve(listener: TcpListener, context: Context) {
-    let mut connections = JoinSet::new();
-    loop {
-        while connections.try_join_next().is_some() {}
-        if connections.len() >= CONNECTIONS_MAX {
-            // Room comes when somebody leaves.
-            drop(connections.join_next().await);
-            continue;
-        }
-        let Ok((stream, _)) = listener.accept().await else {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-            continue;
-        };
+    accept(listener, CONNECTIONS_MAX, move |peer, request| {
         let context = context.clone();
-        connections.spawn(async move {
-            let serve = service_fn(|request| {
-                let context = context.clone();
-                async move { Ok::<_, Infallible>(answer(&context, &request).await) }
-            });
-            let connection = hyper::server::conn::http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(Duration::from_secs(30))
-                .serve_connection(TokioIo::new(stream), serve);
-            if let Err(error) = connection.await {
-                tracing::trace!(%error, "a connection to the agent's pages ended");
-            }
-        });
-    }
+        async move { answer(&context, peer, &request).await }
+    })
+    .await;
 }
 
-async fn answer(context: &Context, request: &Request<Incoming>) -> Page {
+async fn answer(context: &Context, peer: SocketAddr, request: &Request<Incoming>) -> Page {
     let post = request.method() == Method::POST;
-    match request.uri().path() {
+    let path = request.uri().path();
+    if matches!(path, "/drain" | "/quitquitquit")
+        && let Some(refused) = refusal(peer, post)
+    {
+        return refused;
+    }
+    match path {
         "/healthz/ready" => match ask(context.admin, Method::GET, "/ready").await {
             Ok((StatusCode::OK, _)) => text(StatusCode::OK, ""),
             Ok((_, words)) => text(StatusCode::SERVICE_UNAVAILABLE, words),
@@ -90,16 +71,15 @@ async fn answer(context: &Context, request: &Request<Incoming>) -> Page {
             }
             page(StatusCode::OK, METRICS_TYPE, all)
         }
-        "/drain" if post => match ask(context.admin, Method::POST, drain_path(context.role)).await {
+        "/drain" => match ask(context.admin, Method::POST, drain_path(context.role)).await {
             Ok((status, words)) => text(status, words),
             Err(error) => text(StatusCode::SERVICE_UNAVAILABLE, error),
         },
-        "/quitquitquit" if post => {
+        "/quitquitquit" => {
             // One wish is enough.
-            drop(context.end.try_send(()));
+            _ = context.end.try_send(());
             text(StatusCode::OK, "OK\n")
         }
-        "/drain" | "/quitquitquit" => text(StatusCode::METHOD_NOT_ALLOWED, ""),
         _ => text(StatusCode::NOT_FOUND, ""),
     }
 }
