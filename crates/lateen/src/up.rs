@@ -599,15 +599,16 @@ async fn follow_files(files: &Files) {
 
 /// Says what is found wrong after each change, and what goes wrong without one. Ends never.
 async fn follow_findings(args: &UpArgs, mesh: &Mesh, mut said: Said) {
-    let mut version = mesh.store.version();
+    let (mut version, mut rounds) = (mesh.store.version(), mesh.files.rounds());
     loop {
-        version.borrow_and_update();
+        version.mark_unchanged();
+        rounds.mark_unchanged();
         said.all_new(&args.mesh, mesh).await;
-        match tokio::time::timeout(FINDINGS_AT_REST, version.changed()).await {
+        tokio::select! {
             // A rollout is many changes.
-            Ok(Ok(())) => tokio::time::sleep(FINDINGS_EVERY).await,
-            Ok(Err(_)) => return,
-            Err(_) => {}
+            Ok(()) = version.changed() => tokio::time::sleep(FINDINGS_EVERY).await,
+            Ok(()) = rounds.changed() => {}
+            () = tokio::time::sleep(FINDINGS_AT_REST) => {}
         }
     }
 }

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use api::{Kind, Positions};
+use tokio::sync::watch;
 use types::{Finding, NamespacedName, ObjectRef, Severity};
 
 use crate::state::StateError;
@@ -142,6 +143,8 @@ pub struct Files {
     waiting: Mutex<Vec<(Kind, NamespacedName)>>,
     /// Gone from their files at the last look.
     absent: Mutex<BTreeSet<(Kind, NamespacedName)>>,
+    /// How often they were read.
+    rounds: watch::Sender<u64>,
 }
 
 fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -159,6 +162,7 @@ impl Files {
             positions: Mutex::default(),
             waiting: Mutex::default(),
             absent: Mutex::default(),
+            rounds: watch::Sender::new(0),
         }
     }
 
@@ -229,7 +233,7 @@ impl Files {
                 documents.push(((*parsed.object.raw).clone(), Origin::File(Arc::clone(file))));
             }
         }
-        let outcomes = self.store.apply(documents, Mode::Apply, false)?;
+        let mut outcomes = self.store.apply(documents, Mode::Apply, false)?;
         for outcome in outcomes.iter().filter(|outcome| outcome.action == Action::Refused) {
             findings.extend(outcome.findings.iter().cloned());
         }
@@ -263,13 +267,24 @@ impl Files {
             objects.find(kind, &key)?.meta.deleted.then_some((kind, key))
         });
         *lock(&self.waiting) = ending.collect();
+        outcomes.extend(gone.iter().map(|(kind, key)| Outcome {
+            object: Some(ObjectRef::new(kind.name(), &key.namespace, &key.name)),
+            action: Action::Deleted,
+            findings: Vec::new(),
+        }));
         *lock(&self.positions) = positions;
         for finding in &mut findings {
             self.place(finding);
         }
         *lock(&self.findings) = findings;
         *lock(&self.seen) = stamps;
+        self.rounds.send_modify(|rounds| *rounds += 1);
         Ok(outcomes)
+    }
+
+    /// Wakes whenever the files were read: there may be new findings, also where no object changed.
+    pub fn rounds(&self) -> watch::Receiver<u64> {
+        self.rounds.subscribe()
     }
 
     /// Looks until something changed, and applies it; for ever when nothing can change. Cancel safe: a
@@ -424,8 +439,11 @@ mod tests {
         let (_folder, manifests, store) = folder_with(&map("a", "1"));
         let files = Files::new(vec![Source::Path(manifests.clone())], Arc::clone(&store));
         files.sync().unwrap();
+        let mut rounds = files.rounds();
         fs::rename(&manifests, manifests.with_extension("away")).unwrap();
         files.sync().unwrap();
+        assert!(rounds.has_changed().unwrap(), "there is something to say, though no object changed");
+        rounds.mark_unchanged();
         assert_eq!(value(&store, "a").as_deref(), Some("1"));
         let said = files.findings()[0].to_string();
         assert!(said.starts_with(&format!("{}: cannot be read", manifests.display())), "{said}");
@@ -448,9 +466,10 @@ mod tests {
         files.changed().await.unwrap();
         assert_eq!(value(&store, "a").as_deref(), Some("2"));
         fs::remove_file(&file).unwrap();
-        files.changed().await.unwrap();
+        assert!(files.changed().await.unwrap().is_empty());
         assert_eq!(value(&store, "a").as_deref(), Some("2"));
-        files.changed().await.unwrap();
+        let outcomes = files.changed().await.unwrap();
+        assert_eq!((outcomes.len(), outcomes[0].action), (1, Action::Deleted));
         assert_eq!(value(&store, "a"), None);
     }
 
