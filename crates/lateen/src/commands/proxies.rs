@@ -12,6 +12,9 @@ use super::block_on;
 use crate::cli::{ExitWith, Format, MeshArgs, exit};
 use crate::output;
 
+/// The control plane has so long to tell its version.
+const REMOTE_MAX: Duration = Duration::from_secs(3);
+
 /// Waits.
 #[derive(Args, Debug)]
 pub(crate) struct WaitArgs {
@@ -144,8 +147,9 @@ pub(crate) fn version(args: &VersionArgs) -> Result<()> {
     let mut answer = json!({ "clientVersion": env!("CARGO_PKG_VERSION") });
     if args.remote {
         let plane = super::plane(&args.mesh)?;
-        let asked: Result<(Value, Value)> =
-            block_on(async { Ok((plane.get("/version").await?, plane.get("/debug/syncz").await?)) });
+        let ask = async { Ok((plane.get("/version").await?, plane.get("/debug/syncz").await?)) };
+        // Whoever asks for versions may do so because something hangs.
+        let asked: Result<(Value, Value)> = block_on(async { tokio::time::timeout(REMOTE_MAX, ask).await? });
         if let Ok((version, proxies)) = asked {
             answer["controlPlaneVersion"] = version["version"].clone();
             answer["dataPlaneProxies"] = json!(proxies.as_array().map_or(0, Vec::len));
