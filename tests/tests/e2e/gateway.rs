@@ -328,14 +328,8 @@ impl Authority {
     }
 }
 
-/// A gateway calls a server that wants a certificate: the rule's credential is a Secret beside the gateway.
-#[test]
-fn a_gateway_shows_the_credential_of_a_destination_rule() {
-    let mesh = TRAFFIC.turn();
-    let (servers, clients, strangers) = (Authority::new(), Authority::new(), Authority::new());
-    let host = "secure.shop.test";
-    let client = |by: &Authority, trusts: &Authority| by.secret("called-with", "caller.example", trusts);
-    let objects = "
+/// A server of the egress gateway that wants a certificate, on the way to httpbin.
+const SECURE: &str = "
 apiVersion: networking.istio.io/v1
 kind: Gateway
 metadata: {name: secure, namespace: shop}
@@ -351,7 +345,16 @@ spec:
   hosts: [secure.shop.test]
   gateways: [secure]
   http: [{route: [{destination: {host: httpbin, port: {number: 8000}}}]}]
----
+";
+
+/// A gateway calls a server that wants a certificate: the rule's credential is a Secret beside the gateway.
+#[test]
+fn a_gateway_shows_the_credential_of_a_destination_rule() {
+    let mesh = TRAFFIC.turn();
+    let (servers, clients, strangers) = (Authority::new(), Authority::new(), Authority::new());
+    let host = "secure.shop.test";
+    let client = |by: &Authority, trusts: &Authority| by.secret("called-with", "caller.example", trusts);
+    let rule = "
 apiVersion: networking.istio.io/v1
 kind: DestinationRule
 metadata: {name: secure, namespace: istio-system}
@@ -368,7 +371,7 @@ spec:
     route: [{destination: {host: istio-egressgateway.istio-system.svc.cluster.local, port: {number: 443}}}]",
     );
     let secrets = [servers.secret("called", host, &clients), client(&clients, &servers)].join("\n---\n");
-    let _objects = mesh.with(&format!("{objects}{route}\n---\n{secrets}"));
+    let _objects = mesh.with(&format!("{SECURE}---{rule}{route}\n---\n{secrets}"));
     let ask = || mesh.get("caller.shop.test", "/headers", &[]);
     let becomes = |what: &str, expect: u16| {
         eventually(what, || {
@@ -384,4 +387,32 @@ spec:
     becomes("a server that the credential does not know", 503);
     mesh.apply(&client(&clients, &servers));
     becomes("the first credential again", 200);
+}
+
+/// A sidecar shows one, too, where the rule selects it: a Secret of its own namespace.
+#[test]
+fn a_selected_sidecar_shows_the_credential_of_a_destination_rule() {
+    let mesh = TRAFFIC.turn();
+    let (servers, clients) = (Authority::new(), Authority::new());
+    let credential = clients.secret("called-with", "sidecar.example", &servers);
+    let credential = credential.replace("\"istio-system\"", "\"shop\"");
+    let rule = "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: secure, namespace: shop}
+spec:
+  host: istio-egressgateway.istio-system.svc.cluster.local
+  workloadSelector: {matchLabels: {app: curl}}
+  trafficPolicy:
+    tls: {mode: MUTUAL, credentialName: called-with, sni: secure.shop.test, subjectAltNames: [secure.shop.test]}
+---
+";
+    let server = servers.secret("called", "secure.shop.test", &clients);
+    let _objects = mesh.with(&format!("{SECURE}---{rule}{server}\n---\n{credential}"));
+    let url = "http://istio-egressgateway.istio-system:443/headers";
+    let seen = eventually("the server behind", || {
+        let answer = mesh.curl("shop/curl", &["-H", "host: secure.shop.test", url]);
+        if answer.status == 200 { Ok(answer) } else { Err(format!("{answer:?}")) }
+    });
+    assert!(seen.body.contains("sidecar.example"), "who called is told: {seen:?}");
 }
