@@ -240,7 +240,7 @@ fn run(seed: u64, hosts: usize) {
 
 #[test]
 fn all_agree_on_every_request() {
-    let hosts = if cfg!(feature = "envoy") { 160 } else { 20 };
+    let hosts = if cfg!(feature = "envoy") { 150 } else { 20 };
     let hosts = number("LATEEN_HOSTS").map_or(hosts, |hosts| usize::try_from(hosts).unwrap());
     seeds().into_iter().for_each(|seed| run(seed, hosts));
 }
