@@ -17,6 +17,7 @@ use crate::bootstrap::{self, Filters, Place as Spot, Upstream};
 use crate::contestant::get;
 use crate::load::{Load, Running};
 use crate::machine::{Cores, free_address, processor};
+use crate::pki;
 use crate::subject::ALLOCATIONS_ARE;
 
 /// Per request.
@@ -52,7 +53,7 @@ pub(crate) fn run(write: bool) -> Result<()> {
     let now = Baseline { rustc: rustc()?, processor: processor(), per_request: measure()? };
     for (name, counts) in &now.per_request {
         println!(
-            "{name:<10} {:>9.0} instructions, {:>5.1} allocations a request",
+            "{name:<12} {:>9.0} instructions, {:>5.1} allocations a request",
             counts.instructions, counts.allocations
         );
     }
@@ -114,36 +115,52 @@ fn measure() -> Result<BTreeMap<String, Counts>> {
     let folder = tempfile::tempdir()?;
     let cores = Cores::own()?;
     let backend = Backend::start(&cores)?;
-    let log = folder.path().join("access.log");
-    let spot = Spot {
-        listen: free_address()?,
-        admin: free_address()?,
-        upstream: backend.http1,
-        log: &log,
-        filters: Filters::Common,
+    let write = |name: &str, text: &str| -> Result<PathBuf> {
+        let file = folder.path().join(name).with_extension("json");
+        fs::write(&file, text)?;
+        Ok(file)
     };
-    let file = folder.path().join("gateway.json");
-    fs::write(&file, bootstrap::gateway(&spot, Upstream::Http1))?;
+    let logs = ["client", "server"].map(|name| folder.path().join(name).with_extension("access"));
+    let spot = |upstream, log| -> Result<Spot<'_>> {
+        Ok(Spot { listen: free_address()?, admin: free_address()?, upstream, log, filters: Filters::Common })
+    };
+    let gateway = spot(backend.http1, logs[0].as_path())?;
+    let gateway_file = write("gateway", &bootstrap::gateway(&gateway, Upstream::Http1))?;
+    let [client, server] = pki::identities(["productpage", "reviews"])?;
+    let inbound = spot(backend.http1, logs[1].as_path())?;
+    let outbound = spot(inbound.listen, logs[0].as_path())?;
+    let inbound_file = write("inbound", &bootstrap::inbound(&inbound, &server))?;
+    let outbound_file = write("outbound", &bootstrap::outbound(&outbound, &client, &server))?;
 
-    let exchange = |requests: u64| -> Result<Total> {
-        let subject = Subject::start(&["exchange", &requests.to_string()], &file, folder.path())?;
-        subject.end()
-    };
-    let gateway = |requests: u64| -> Result<Total> {
-        let subject = Subject::start(&["proxy"], &file, folder.path())?;
-        let until = Instant::now() + Duration::from_secs(120);
-        while !get(spot.admin, "/ready").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")) {
-            ensure!(Instant::now() < until, "the proxy under valgrind does not become ready");
-            std::thread::sleep(Duration::from_millis(100));
+    let exchange = |requests: u64| Subject::start(&["exchange", &requests.to_string()], &gateway_file)?.end();
+    // the first is called, the others stand behind it
+    let path = |proxies: &[(&Spot<'_>, &Path)], requests: u64| -> Result<Total> {
+        let subjects = proxies.iter().map(|(_, file)| Subject::start(&["proxy"], file)).collect::<Result<Vec<_>>>()?;
+        for (spot, _) in proxies {
+            wait_ready(spot.admin)?;
         }
-        Running::start(Load::Http1 { connections: 1 }, spot.listen, Some(requests), &cores)?.join()?;
-        quit(spot.admin)?;
-        subject.end()
+        Running::start(Load::Http1 { connections: 1 }, proxies[0].0.listen, Some(requests), &cores)?.join()?;
+        for (spot, _) in proxies {
+            quit(spot.admin)?;
+        }
+        subjects.into_iter().map(Subject::end).sum()
     };
+    let gateway = |requests| path(&[(&gateway, &gateway_file)], requests);
+    let mesh = |requests| path(&[(&outbound, &outbound_file), (&inbound, &inbound_file)], requests);
     Ok(BTreeMap::from([
         ("exchange".to_owned(), per_request(exchange, [1000, 6000])?),
         ("gateway".to_owned(), per_request(gateway, [500, 2500])?),
+        ("two sidecars".to_owned(), per_request(mesh, [500, 2500])?),
     ]))
+}
+
+fn wait_ready(admin: std::net::SocketAddr) -> Result<()> {
+    let until = Instant::now() + Duration::from_secs(120);
+    while !get(admin, "/ready").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")) {
+        ensure!(Instant::now() < until, "the proxy under valgrind does not become ready");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
 }
 
 fn quit(admin: std::net::SocketAddr) -> Result<()> {
@@ -155,10 +172,19 @@ fn quit(admin: std::net::SocketAddr) -> Result<()> {
     Ok(())
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Total {
     instructions: f64,
     allocations: f64,
+}
+
+impl std::iter::Sum for Total {
+    fn sum<I: Iterator<Item = Self>>(each: I) -> Self {
+        each.fold(Self::default(), |all, one| Self {
+            instructions: all.instructions + one.instructions,
+            allocations: all.allocations + one.allocations,
+        })
+    }
 }
 
 fn per_request(run: impl Fn(u64) -> Result<Total>, [few, many]: [u64; 2]) -> Result<Counts> {
@@ -179,8 +205,8 @@ struct Subject {
 }
 
 impl Subject {
-    fn start(what: &[&str], file: &Path, folder: &Path) -> Result<Self> {
-        let counts = folder.join("callgrind.out");
+    fn start(what: &[&str], file: &Path) -> Result<Self> {
+        let counts = file.with_extension("callgrind");
         let own = std::env::current_exe()?;
         let child = Command::new("valgrind")
             .args(["--quiet", "--tool=callgrind"])

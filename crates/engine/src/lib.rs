@@ -22,6 +22,7 @@ pub mod chain;
 pub mod cluster;
 pub mod config;
 pub mod cors;
+mod digits;
 pub mod draw;
 pub mod exchange;
 pub mod ext_authz;

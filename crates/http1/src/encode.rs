@@ -14,6 +14,7 @@ use crate::{Framing, UnsafeHead};
 /// *Errors*: nothing is written when a byte of the head is not allowed in HTTP/1 (property 4).
 pub fn encode_request(out: &mut BytesMut, head: &RequestHead, framing: Framing) -> Result<(), UnsafeHead> {
     let connect = head.method() == "CONNECT" && head.protocol().is_none();
+    let before = out.len();
     check_request(head, connect)?;
     let protocol = head.protocol();
     out.reserve(head.fields.bytes() + head.fields.len() * 4 + head.path().len() + head.authority().len() + 128);
@@ -24,7 +25,7 @@ pub fn encode_request(out: &mut BytesMut, head: &RequestHead, framing: Framing) 
     out.put_slice(head.authority());
     out.put_slice(b"\r\n");
     // the authority has been written as the one Host; a response may have a field of that name
-    put_fields(out, &head.fields, |name| name == "host");
+    put_fields(out, &head.fields, |name| name == "host").inspect_err(|_| out.truncate(before))?;
     if let Some(protocol) = protocol {
         out.put_slice(b"connection: upgrade\r\nupgrade: ");
         out.put_slice(protocol);
@@ -50,19 +51,17 @@ fn check_request(head: &RequestHead, connect: bool) -> Result<(), UnsafeHead> {
     if head.protocol().is_some_and(|protocol| !is_value(protocol) || protocol.is_empty()) {
         return Err(UnsafeHead::Field("upgrade".into()));
     }
-    check_fields(&head.fields)
-}
-
-fn check_fields(fields: &Fields) -> Result<(), UnsafeHead> {
-    match fields.iter().find(|(name, value)| !is_token(name.as_bytes()) || !is_value(value)) {
-        Some((name, _)) => Err(UnsafeHead::Field(name.to_owned())),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// Writes the fields, without those that belong to the framing or this hop, and those that are `written` already.
-fn put_fields(out: &mut BytesMut, fields: &Fields, written: impl Fn(&str) -> bool) {
+///
+/// *Errors*: a field that may not be written; those before it are.
+fn put_fields(out: &mut BytesMut, fields: &Fields, written: impl Fn(&str) -> bool) -> Result<(), UnsafeHead> {
     for (name, value) in fields.iter() {
+        if !is_token(name.as_bytes()) || !is_value(value) {
+            return Err(UnsafeHead::Field(name.to_owned()));
+        }
         if name == "content-length" || is_hop_by_hop(name) || written(name) {
             continue;
         }
@@ -71,6 +70,7 @@ fn put_fields(out: &mut BytesMut, fields: &Fields, written: impl Fn(&str) -> boo
         out.put_slice(value);
         out.put_slice(b"\r\n");
     }
+    Ok(())
 }
 
 fn put_framing(out: &mut BytesMut, framing: Framing) {
@@ -109,14 +109,14 @@ pub fn encode_response(
     framing: Framing,
     keep_alive: bool,
 ) -> Result<(), UnsafeHead> {
-    check_fields(&head.fields)?;
+    let before = out.len();
     out.reserve(head.fields.bytes() + head.fields.len() * 4 + 96);
     out.put_slice(b"HTTP/1.1 ");
     put_decimal(out, u64::from(head.status.clamp(100, 999)));
     out.put_u8(b' ');
     out.put_slice(reason_phrase(head.status).as_bytes());
     out.put_slice(b"\r\n");
-    put_fields(out, &head.fields, |_| false);
+    put_fields(out, &head.fields, |_| false).inspect_err(|_| out.truncate(before))?;
     let upgrade = head.fields.get("upgrade").filter(|_| head.status == 101);
     if let Some(protocol) = upgrade {
         out.put_slice(b"connection: upgrade\r\nupgrade: ");

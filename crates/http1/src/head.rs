@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-use types::{Fields, RequestHead, ResponseHead, Scheme, Version};
+use types::{RequestHead, ResponseHead, Scheme, Version};
 
 use crate::rules::{is_authority, is_target, list_has, strip_hop_by_hop, tokens};
 use crate::{Framing, InvalidMessage, Limits, RequestKind};
@@ -168,7 +168,7 @@ pub fn parse_request(buf: &[u8], limits: &Limits, head: &mut RequestHead) -> Res
         _ => return Err(InvalidMessage::Version),
     };
     head.scheme = Scheme::Http;
-    head.fields = Fields::with_capacity(request.headers.len() + 8, buf.len() + 512);
+    head.fields.reserve(request.headers.len() + 8, buf.len() + 512);
     let method = request.method.ok_or(InvalidMessage::StartLine)?;
     let target = request.path.ok_or(InvalidMessage::StartLine)?.as_bytes();
     // exactly one space between the parts: what the tokeniser skipped would be missing here
@@ -319,7 +319,7 @@ pub fn parse_response(
     if head.status < 100 {
         return Err(InvalidMessage::StartLine);
     }
-    head.fields = Fields::with_capacity(response.headers.len() + 6, buf.len() + 256);
+    head.fields.reserve(response.headers.len() + 6, buf.len() + 256);
     let mut lengths = LengthFields::default();
     let mut options = ConnectionOptions::default();
     let mut protocol: Option<&[u8]> = None;

@@ -3,11 +3,14 @@
 use types::Fields;
 
 /// Whether `bytes` is a token (RFC 9110, section 5.6.2).
+#[inline]
 pub fn is_token(bytes: &[u8]) -> bool {
-    !bytes.is_empty() && bytes.iter().all(|b| is_token_byte(*b))
+    // without a way out in the middle: heads are almost always good
+    !bytes.is_empty() && bytes.iter().fold(true, |good, b| good & is_token_byte(*b))
 }
 
 /// Whether `byte` may stand in a token.
+#[inline]
 pub fn is_token_byte(byte: u8) -> bool {
     TOKEN[usize::from(byte)]
 }
@@ -33,13 +36,14 @@ static TOKEN: [bool; 256] = alphanumeric_and(b"!#$%&'*+-.^_`|~");
 static REGISTERED_NAME: [bool; 256] = alphanumeric_and(b"-._~%!$&'()*+;=");
 
 /// Whether `bytes` may be a field's value: no control byte but tab.
+#[inline]
 pub fn is_value(bytes: &[u8]) -> bool {
-    !bytes.iter().any(|b| (*b < 0x20 && *b != b'\t') || *b == 0x7f)
+    !bytes.iter().fold(false, |bad, b| bad | ((*b < 0x20) & (*b != b'\t')) | (*b == 0x7f))
 }
 
 /// Whether `bytes` may be a request target: visible ASCII only.
 pub fn is_target(bytes: &[u8]) -> bool {
-    !bytes.is_empty() && bytes.iter().all(|b| (0x21..=0x7e).contains(b))
+    !bytes.is_empty() && bytes.iter().fold(true, |good, b| good & (0x21..=0x7e).contains(b))
 }
 
 /// Whether `bytes` is `host` or `host:port`; no user information, never empty.

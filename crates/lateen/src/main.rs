@@ -6,14 +6,12 @@
 mod cli;
 mod commands;
 mod log;
+mod memory;
 mod output;
 mod roles;
 mod up;
 
 use std::process::ExitCode;
-
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     if let Some(code) = node::internal_main(std::env::args_os().skip(1)) {

@@ -42,12 +42,20 @@ fn pool() -> DescriptorPool {
     loaded.pool.clone()
 }
 
-/// Gives the set back unless somebody used it a moment ago; now and then, by the control side.
-pub fn rest() {
+/// Gives the set back unless somebody used it a moment ago, and says whether it did; now and then, by
+/// the control side.
+pub fn rest() -> bool {
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    if loaded.as_ref().is_some_and(|loaded| loaded.used.elapsed() >= KEPT) {
+    let rests = loaded.as_ref().is_some_and(|loaded| loaded.used.elapsed() >= KEPT);
+    if rests {
         *loaded = None;
     }
+    rests
+}
+
+/// Gives the set back at once: by who has read what it had to, on the thread that read it.
+pub fn unload() {
+    *LOADED.lock().unwrap_or_else(PoisonError::into_inner) = None;
 }
 
 /// `udpa.type.v1.TypedStruct`, in which Istio wraps the settings of its own filters.

@@ -122,6 +122,8 @@ pub fn options(text: &str, flags: &Flags) -> Result<Options, InvalidBootstrap> {
     if let Some(unknown) = top.keys().find(|key| !WITHOUT_MEANING.contains(&key.as_str())) {
         return Err(InvalidBootstrap::NotBuilt(unknown.clone()));
     }
+    // memory goes back to the thread it came from, and this one has nothing else to do for the rest of its life
+    proto::json::unload();
     Ok(options)
 }
 

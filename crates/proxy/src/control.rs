@@ -104,6 +104,7 @@ pub(crate) struct Control {
     identity_files: Option<IdentityFiles>,
     /// When listeners of drained connections close.
     stop_at: Option<(Instant, DrainScope)>,
+    trim: Option<fn()>,
 }
 
 /// Events for the loop.
@@ -162,6 +163,7 @@ impl Control {
             file_secrets: FileSecrets::default(),
             identity_files: options.identity_files.map(IdentityFiles::new),
             stop_at: None,
+            trim: options.trim,
             shared: Arc::clone(&shared),
         };
         // Here a bad one is the end.
@@ -357,7 +359,11 @@ impl Control {
     }
 
     async fn tick(&mut self) {
-        proto::json::rest();
+        if proto::json::rest()
+            && let Some(trim) = self.trim
+        {
+            trim();
+        }
         if !self.files.is_empty() {
             self.look_at_files().await;
         }

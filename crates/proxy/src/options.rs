@@ -113,6 +113,9 @@ pub struct Options {
     pub take_signals: bool,
     /// The process's own log, for `/logging`; `None`: its levels cannot be changed.
     pub log_levels: Option<Arc<dyn LogLevels>>,
+    /// Makes the allocator give free memory back to the system; called when much was freed and little
+    /// is going on. `None`: it does so by itself, or not.
+    pub trim: Option<fn()>,
 }
 
 /// Resources that do not come from a control plane.
@@ -229,6 +232,7 @@ impl Options {
             binary: None,
             take_signals: false,
             log_levels: None,
+            trim: None,
         }
     }
 

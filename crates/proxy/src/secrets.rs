@@ -29,6 +29,8 @@ pub(crate) enum Secret {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct SecretStore {
     by_name: HashMap<Name, Secret>,
+    /// Another one after each change.
+    pub(crate) version: u64,
     /// Trust domain-bearing URI of the workload, for XFCC's `By`.
     pub(crate) workload: Option<Arc<WorkloadIdentity>>,
 }
@@ -83,16 +85,22 @@ impl Secrets {
         self.0.load()
     }
 
+    fn next(&self) -> SecretStore {
+        let mut next = SecretStore::clone(&self.0.load());
+        next.version += 1;
+        next
+    }
+
     /// Adds, replaces and removes. The control thread is the only writer.
     pub(crate) fn change(&self, edit: impl FnOnce(&mut HashMap<Name, Secret>)) {
-        let mut next = SecretStore::clone(&self.0.load());
+        let mut next = self.next();
         edit(&mut next.by_name);
         self.0.store(Arc::new(next));
     }
 
     /// Takes a new identity of the workload under its SDS names.
     pub(crate) fn set_identity(&self, identity: &Arc<WorkloadIdentity>) {
-        let mut next = SecretStore::clone(&self.0.load());
+        let mut next = self.next();
         next.by_name.insert(WORKLOAD.into(), Secret::Certificate(Arc::new(identity.keys.clone())));
         next.by_name.insert(ROOTS.into(), Secret::Roots(Arc::clone(&identity.roots)));
         next.workload = Some(Arc::clone(identity));

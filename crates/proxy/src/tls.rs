@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use base64::Engine as _;
+use engine::config::NameHasher;
 use engine::exchange::Attempt;
 use engine::facts::{PeerCertificate, TlsFacts};
 use engine::tls::{self as settings, CertificateSource, DownstreamTls, RootSource, UpstreamTls, Validation};
@@ -40,7 +41,8 @@ pub(crate) enum NoContext {
 pub(crate) struct Contexts {
     secrets: Secrets,
     servers: RefCell<HashMap<u64, (Parts, ServerConfigs)>>,
-    clients: RefCell<HashMap<ClientKey, (Parts, Arc<ClientConfig>)>>,
+    /// By the settings' fingerprint; few for each.
+    clients: RefCell<HashMap<u64, Vec<Client>, NameHasher>>,
 }
 
 /// What a context was built from; while these are the same, so is the context.
@@ -63,12 +65,25 @@ impl Parts {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct ClientKey {
-    fingerprint: u64,
-    alpn: Vec<Box<str>>,
+/// A context of an upstream's settings.
+#[derive(Debug)]
+struct Client {
+    alpn: Box<[Box<str>]>,
     san: Option<Arc<str>>,
     named: bool,
+    parts: Parts,
+    /// Of the secrets that the parts were last looked up in.
+    version: u64,
+    config: Arc<ClientConfig>,
+}
+
+impl Client {
+    /// Whether it is the one for `attempt`, as far as the attempt decides.
+    fn fits(&self, attempt: &Attempt) -> bool {
+        self.named == attempt.sni.is_some()
+            && self.san == attempt.required_san
+            && *self.alpn == *attempt.alpn.list(&attempt.transport)
+    }
 }
 
 /// Contexts kept before all are forgotten (they are rebuilt on use).
@@ -129,14 +144,15 @@ impl Contexts {
     /// it depends on has changed, so that pools may compare it.
     pub(crate) fn client(&self, tls: &UpstreamTls, attempt: &Attempt) -> Result<Arc<ClientConfig>, NoContext> {
         let store = self.secrets.load();
-        let key = ClientKey {
-            fingerprint: tls.fingerprint,
-            alpn: attempt.alpn.list(&attempt.transport).to_vec(),
-            san: attempt.required_san.clone(),
-            named: attempt.sni.is_some(),
-        };
-        let cached = self.clients.borrow().get(&key).cloned();
-        let before = cached.as_ref().map(|(parts, _)| parts);
+        let mut clients = self.clients.borrow_mut();
+        let mut cached =
+            clients.get_mut(&tls.fingerprint).and_then(|all| all.iter_mut().find(|client| client.fits(attempt)));
+        if let Some(client) = &cached
+            && client.version == store.version
+        {
+            return Ok(Arc::clone(&client.config));
+        }
+        let before = cached.as_ref().map(|client| &client.parts);
         let own = tls
             .certificate
             .as_ref()
@@ -144,27 +160,37 @@ impl Contexts {
             .transpose()?;
         let parts =
             Parts { certificates: own.into_iter().collect(), roots: roots_of(&store, Some(&tls.validation), before)? };
-        if let Some((old, config)) = cached
-            && old.same(&parts)
+        if let Some(client) = &mut cached
+            && client.parts.same(&parts)
         {
-            return Ok(config);
+            client.version = store.version;
+            return Ok(Arc::clone(&client.config));
         }
+        let alpn = attempt.alpn.list(&attempt.transport);
+        let named = attempt.sni.is_some();
         let config = ClientTls {
             certificate: parts.certificates.first().map(|keys| KeyAndChain::clone(keys)),
             verify: match &parts.roots {
                 Some(roots) => Some(verify(&tls.validation, Arc::clone(roots), attempt.required_san.as_deref())?),
                 None => None,
             },
-            alpn: key.alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect(),
+            alpn: alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect(),
             bounds: bounds(&tls.params),
-            send_server_name: key.named,
+            send_server_name: named,
         }
         .build()?;
-        let mut clients = self.clients.borrow_mut();
-        if clients.len() >= CACHED_MAX {
-            clients.clear();
+        let san = attempt.required_san.clone();
+        let built =
+            Client { alpn: alpn.into(), san, named, parts, version: store.version, config: Arc::clone(&config) };
+        match cached {
+            Some(old) => *old = built,
+            None => {
+                if clients.values().map(Vec::len).sum::<usize>() >= CACHED_MAX {
+                    clients.clear();
+                }
+                clients.entry(tls.fingerprint).or_default().push(built);
+            }
         }
-        clients.insert(key, (parts, Arc::clone(&config)));
         Ok(config)
     }
 }

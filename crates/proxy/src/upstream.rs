@@ -18,7 +18,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use engine::RuntimeConfig;
 use engine::cluster::{Address, Cluster, UpstreamHttp};
-use engine::config::Name;
+use engine::config::{Name, NameHasher};
 use engine::exchange::{Attempt, Failure, UpstreamProtocol};
 use engine::facts::ConnFacts;
 use engine::shared::{ClusterHeld, Resource, SharedHost};
@@ -50,7 +50,7 @@ struct Key {
 impl Key {
     fn hash(&self) -> u64 {
         use std::hash::BuildHasher;
-        let mut state = engine::config::NameHasher.build_hasher();
+        let mut state = NameHasher.build_hasher();
         self.cluster.hash(&mut state);
         self.address.hash(&mut state);
         self.tls.as_ref().map(|tls| Arc::as_ptr(tls) as usize).hash(&mut state);
@@ -169,7 +169,7 @@ struct Pool {
 /// All pools of a worker.
 #[derive(Default)]
 pub(crate) struct Pools {
-    by_hash: RefCell<HashMap<u64, Vec<Rc<Pool>>>>,
+    by_hash: RefCell<HashMap<u64, Vec<Rc<Pool>>, NameHasher>>,
 }
 
 impl Pools {

@@ -1,8 +1,9 @@
 //! Message heads: one form for HTTP/1.1, HTTP/2 and gRPC.
 //!
-//! A head owns one byte buffer and a flat, ordered list of spans into it. Reading a head costs two
-//! allocations however many fields it has, an edit appends to the buffer, and a cleared head keeps
-//! its memory for the next message of the connection.
+//! A head owns one buffer for names, one for values, and a flat, ordered list of spans into them.
+//! Reading a head costs three allocations however many fields it has, an edit appends to the
+//! buffers, and a cleared head keeps its memory for the next message of the connection. Names are
+//! text from the moment they are stored, so that nobody has to look at them again to read them as such.
 //!
 //! **Invariants.** Field names are lower case (asserted in debug builds). Pseudo-fields (`:path`
 //! and the like) are never in the list; they have their own places. Values are bytes: any octet
@@ -60,9 +61,24 @@ struct Span {
 }
 
 impl Span {
-    fn of(self, buf: &[u8]) -> &[u8] {
-        &buf[self.start as usize..(self.start + self.len) as usize]
+    #[inline]
+    fn range(self) -> std::ops::Range<usize> {
+        self.start as usize..(self.start + self.len) as usize
     }
+
+    /// The span behind `before` bytes, `len` long.
+    #[inline]
+    fn behind(before: usize, len: usize) -> Self {
+        const BOUNDED: &str = "heads are bounded far below 4 GiB by the codecs";
+        Self { start: u32::try_from(before).expect(BOUNDED), len: u32::try_from(len).expect(BOUNDED) }
+    }
+}
+
+#[inline]
+fn store_text(buf: &mut String, text: &str) -> Span {
+    let span = Span::behind(buf.len(), text.len());
+    buf.push_str(text);
+    span
 }
 
 #[derive(Clone, Copy)]
@@ -77,7 +93,8 @@ struct Entry {
 /// *Cost*: lookups walk the list (heads are short); edits append; nothing is moved but list entries.
 #[derive(Clone, Default)]
 pub struct Fields {
-    buf: Vec<u8>,
+    names: String,
+    values: Vec<u8>,
     list: Vec<Entry>,
 }
 
@@ -87,32 +104,61 @@ impl Fields {
         Self::default()
     }
 
-    /// An empty list with room for `fields` fields and `bytes` bytes.
+    /// An empty list with room for `fields` fields and `bytes` bytes of values.
     pub fn with_capacity(fields: usize, bytes: usize) -> Self {
-        Self { buf: Vec::with_capacity(bytes), list: Vec::with_capacity(fields) }
+        let mut made = Self::default();
+        made.reserve(fields, bytes);
+        made
     }
 
+    /// Makes room for `fields` fields more, and `bytes` bytes of their values.
+    pub fn reserve(&mut self, fields: usize, bytes: usize) {
+        // longer names make it grow once
+        const NAME: usize = 16;
+        self.names.reserve(fields * NAME);
+        self.values.reserve(bytes);
+        self.list.reserve(fields);
+    }
+
+    #[inline]
+    fn name(&self, entry: &Entry) -> &str {
+        &self.names[entry.name.range()]
+    }
+
+    #[inline]
+    fn value(&self, span: Span) -> &[u8] {
+        &self.values[span.range()]
+    }
+
+    #[inline]
     fn store(&mut self, bytes: &[u8]) -> Span {
-        let start = u32::try_from(self.buf.len()).expect("heads are bounded far below 4 GiB by the codecs");
-        self.buf.extend_from_slice(bytes);
-        Span { start, len: u32::try_from(bytes.len()).expect("heads are bounded far below 4 GiB by the codecs") }
+        let span = Span::behind(self.values.len(), bytes.len());
+        self.values.extend_from_slice(bytes);
+        span
     }
 
     /// Appends a field; `name` must be lower case already.
     pub fn push(&mut self, name: &str, value: &[u8]) {
         debug_assert!(!name.bytes().any(|b| b.is_ascii_uppercase()), "field names are lower case: {name}");
         debug_assert!(!name.starts_with(':'), "pseudo-fields are not fields: {name}");
-        let name = self.store(name.as_bytes());
+        let name = store_text(&mut self.names, name);
         let value = self.store(value);
         self.list.push(Entry { name, value });
     }
 
     /// Appends a field whose ASCII `name` may be in any case; it is stored lower case.
+    ///
+    /// A byte beyond ASCII, which no codec lets through, becomes U+FFFD: the name fits nothing.
     pub fn push_any_case(&mut self, name: &[u8], value: &[u8]) {
-        let span = self.store(name);
-        self.buf[span.start as usize..].make_ascii_lowercase();
+        let before = self.names.len();
+        match std::str::from_utf8(name) {
+            Ok(name) => self.names.push_str(name),
+            Err(_) => self.names.push_str(&String::from_utf8_lossy(name)),
+        }
+        self.names[before..].make_ascii_lowercase();
+        let name = Span::behind(before, self.names.len() - before);
         let value = self.store(value);
-        self.list.push(Entry { name: span, value });
+        self.list.push(Entry { name, value });
     }
 
     /// Number of fields.
@@ -130,13 +176,14 @@ impl Fields {
         self.list.iter().map(|entry| (entry.name.len + entry.value.len) as usize).sum()
     }
 
+    #[inline]
     fn position(&self, name: &str) -> Option<usize> {
-        self.list.iter().position(|entry| entry.name.of(&self.buf) == name.as_bytes())
+        self.list.iter().position(|entry| self.name(entry) == name)
     }
 
     /// The first value of `name` (lower case).
     pub fn get(&self, name: &str) -> Option<&[u8]> {
-        self.position(name).map(|at| self.list[at].value.of(&self.buf))
+        self.position(name).map(|at| self.value(self.list[at].value))
     }
 
     /// The first value of `name`, if it is UTF-8.
@@ -151,83 +198,76 @@ impl Fields {
 
     /// Every value of `name`, in order.
     pub fn get_all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> + 'a {
-        self.list
-            .iter()
-            .filter(move |entry| entry.name.of(&self.buf) == name.as_bytes())
-            .map(|entry| entry.value.of(&self.buf))
+        self.list.iter().filter(move |entry| self.name(entry) == name).map(|entry| self.value(entry.value))
     }
 
     /// Every value of `name` joined by `,`: the one value that repeated headers stand for, which
     /// policies look at beside each alone (property 11). `None` if the field is absent; borrows when it occurs once.
     pub fn joined(&self, name: &str) -> Option<std::borrow::Cow<'_, [u8]>> {
-        let mut values = self.list.iter().filter(|entry| entry.name.of(&self.buf) == name.as_bytes());
-        let first = values.next()?.value.of(&self.buf);
+        let mut values = self.get_all(name);
+        let first = values.next()?;
         let Some(second) = values.next() else { return Some(first.into()) };
         let mut all = first.to_vec();
-        for entry in std::iter::once(second).chain(values) {
+        for value in std::iter::once(second).chain(values) {
             all.push(b',');
-            all.extend_from_slice(entry.value.of(&self.buf));
+            all.extend_from_slice(value);
         }
         Some(all.into())
     }
 
     /// All fields in order. Names are ASCII lower case.
+    #[inline]
     pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> + '_ {
-        self.list.iter().map(|entry| {
-            let name = std::str::from_utf8(entry.name.of(&self.buf)).unwrap_or_default();
-            (name, entry.value.of(&self.buf))
-        })
+        self.list.iter().map(|entry| (self.name(entry), self.value(entry.value)))
     }
 
-    /// The buffer in which all names and values lie, among others: for a codec that copies it once
-    /// instead of each value. [`Self::spans`] tells where each lies.
+    /// The buffer in which all values lie, among others: for a codec that copies it once instead of
+    /// each value. [`Self::spans`] tells where each lies.
     pub fn buffer(&self) -> &[u8] {
-        &self.buf
+        &self.values
     }
 
     /// All fields in order, each value by its place in [`Self::buffer`].
     pub fn spans(&self) -> impl Iterator<Item = (&str, std::ops::Range<usize>)> + '_ {
-        self.list.iter().map(|entry| {
-            let name = std::str::from_utf8(entry.name.of(&self.buf)).unwrap_or_default();
-            let start = entry.value.start as usize;
-            (name, start..start + entry.value.len as usize)
-        })
+        self.list.iter().map(|entry| (self.name(entry), entry.value.range()))
     }
 
     /// Replaces every occurrence of `name` by one with `value`, at the place of the first.
     pub fn set(&mut self, name: &str, value: &[u8]) {
         let Some(at) = self.position(name) else { return self.push(name, value) };
-        let span = self.store(value);
-        self.list[at].value = span;
-        let mut index = 0;
-        let buf = &self.buf;
-        self.list.retain(|entry| {
-            let keep = index <= at || entry.name.of(buf) != name.as_bytes();
-            index += 1;
-            keep
-        });
+        self.list[at].value = self.store(value);
+        self.remove_from(at + 1, name);
     }
 
     /// Removes every occurrence of `name`; says whether there was one.
     pub fn remove(&mut self, name: &str) -> bool {
-        let before = self.list.len();
-        let buf = &self.buf;
-        self.list.retain(|entry| entry.name.of(buf) != name.as_bytes());
-        self.list.len() != before
+        let found = self.position(name);
+        if let Some(at) = found {
+            self.remove_from(at, name);
+        }
+        found.is_some()
+    }
+
+    fn remove_from(&mut self, start: usize, name: &str) {
+        let names = &self.names;
+        let mut index = 0;
+        self.list.retain(|entry| {
+            index += 1;
+            index <= start || &names[entry.name.range()] != name
+        });
     }
 
     /// Keeps the fields for which `keep(name, value)` holds.
+    #[inline]
     pub fn retain(&mut self, mut keep: impl FnMut(&str, &[u8]) -> bool) {
-        let buf = &self.buf;
-        self.list.retain(|entry| {
-            let name = std::str::from_utf8(entry.name.of(buf)).unwrap_or_default();
-            keep(name, entry.value.of(buf))
-        });
+        let (names, values) = (&self.names, &self.values);
+        self.list.retain(|entry| keep(&names[entry.name.range()], &values[entry.value.range()]));
     }
 
     /// Forgets all fields, keeps the memory.
     pub fn clear(&mut self) {
-        self.buf.clear();
+        self.names.clear();
+        self.values.clear();
         self.list.clear();
     }
 }
@@ -280,18 +320,20 @@ impl RequestHead {
     }
 
     /// `GET`, … exactly as sent (methods are case-sensitive).
+    #[inline]
     pub fn method(&self) -> &str {
-        std::str::from_utf8(self.method.of(&self.fields.buf)).unwrap_or_default()
+        &self.fields.names[self.method.range()]
     }
 
     /// Sets the method.
     pub fn set_method(&mut self, method: &str) {
-        self.method = self.fields.store(method.as_bytes());
+        self.method = store_text(&mut self.fields.names, method);
     }
 
     /// `:authority` or `Host`, exactly as sent.
+    #[inline]
     pub fn authority(&self) -> &[u8] {
-        self.authority.of(&self.fields.buf)
+        self.fields.value(self.authority)
     }
 
     /// The authority, if it is UTF-8.
@@ -305,8 +347,9 @@ impl RequestHead {
     }
 
     /// Path and query, `/a?b=c`; `*` for a server-wide OPTIONS; empty for CONNECT.
+    #[inline]
     pub fn path(&self) -> &[u8] {
-        self.path.of(&self.fields.buf)
+        self.fields.value(self.path)
     }
 
     /// Path without the query.
@@ -328,7 +371,7 @@ impl RequestHead {
 
     /// `:protocol` of an extended CONNECT, or the `upgrade` token of HTTP/1.1.
     pub fn protocol(&self) -> Option<&[u8]> {
-        self.protocol.map(|span| span.of(&self.fields.buf))
+        self.protocol.map(|span| self.fields.value(span))
     }
 
     /// Sets or clears the upgrade protocol.
@@ -349,7 +392,7 @@ impl RequestHead {
 
     fn pseudo(&self, name: &str) -> Option<&[u8]> {
         match name {
-            ":method" => Some(self.method.of(&self.fields.buf)),
+            ":method" => Some(self.method().as_bytes()),
             ":path" => Some(self.path()),
             ":authority" | "host" => Some(self.authority()),
             ":scheme" => Some(self.scheme.as_str().as_bytes()),
@@ -438,6 +481,22 @@ mod tests {
         fields.set("a", b"4");
         let all: Vec<_> = fields.iter().collect();
         assert_eq!(all, [("a", &b"4"[..]), ("b", &b"2"[..])]);
+    }
+
+    #[test]
+    fn a_name_beyond_ascii_fits_nothing() {
+        let mut fields = Fields::new();
+        fields.push_any_case(b"X-\xffy", b"1");
+        fields.push_any_case(b"Z", b"2");
+        assert_eq!(fields.iter().collect::<Vec<_>>(), [("x-\u{fffd}y", &b"1"[..]), ("z", b"2")]);
+    }
+
+    #[test]
+    fn removing_takes_all_of_a_name_and_no_other() {
+        let mut fields: Fields = [("a", &b"1"[..]), ("b", b"2"), ("a", b"3"), ("c", b"4")].into_iter().collect();
+        assert!(fields.remove("a"));
+        assert!(!fields.remove("a"));
+        assert_eq!(fields.iter().map(|(name, _)| name).collect::<Vec<_>>(), ["b", "c"]);
     }
 
     #[test]

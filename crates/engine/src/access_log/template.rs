@@ -9,6 +9,7 @@ use types::Fields;
 
 use super::{LogRecord, flags};
 use crate::cluster::Address;
+use crate::digits::{put_ip, put_number};
 use crate::unsupported::Unsupported;
 use crate::worker::civil;
 
@@ -122,20 +123,6 @@ impl Found<'_> {
     }
 }
 
-fn put_number(out: &mut Vec<u8>, mut number: u64) {
-    let mut digits = [0; 20];
-    let mut at = digits.len();
-    loop {
-        at -= 1;
-        digits[at] = b'0' + u8::try_from(number % 10).unwrap_or(0);
-        number /= 10;
-        if number == 0 {
-            break;
-        }
-    }
-    out.extend_from_slice(&digits[at..]);
-}
-
 /// `width` digits, with zeros in front.
 fn put_padded<const WIDTH: usize>(out: &mut Vec<u8>, mut number: u64) {
     let mut digits = [b'0'; WIDTH];
@@ -144,21 +131,6 @@ fn put_padded<const WIDTH: usize>(out: &mut Vec<u8>, mut number: u64) {
         number /= 10;
     }
     out.extend_from_slice(&digits);
-}
-
-fn put_ip(out: &mut Vec<u8>, ip: IpAddr) {
-    match ip {
-        IpAddr::V4(ip) => {
-            for (index, octet) in ip.octets().into_iter().enumerate() {
-                if index > 0 {
-                    out.push(b'.');
-                }
-                put_number(out, octet.into());
-            }
-        }
-        // Writing to memory cannot fail.
-        IpAddr::V6(ip) => _ = write!(out, "{ip}"),
-    }
 }
 
 /// `2016-12-15T16:07:14.321Z`
@@ -369,7 +341,7 @@ fn operator(source: &str) -> Result<(Operator, Option<usize>), Unsupported> {
 }
 
 fn millis(duration: Duration) -> Found<'static> {
-    Found::Number(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+    Found::Number(crate::digits::millis(duration))
 }
 
 fn address(address: SocketAddr, side: Side) -> Found<'static> {

@@ -15,6 +15,7 @@ use super::{normalize, route_edits};
 use crate::chain::{Direction, FilterChain, Terminal};
 use crate::cluster::Discovery;
 use crate::config::{Name, RuntimeConfig};
+use crate::digits::{millis, set_number};
 use crate::draw::Draw;
 use crate::facts::ConnFacts;
 use crate::hcm::{AlpnOverrides, FilterKind, Hcm, RouteSource};
@@ -475,7 +476,7 @@ impl Exchange {
             _ => false,
         });
         if !suppressed {
-            head.fields.set("x-envoy-expected-rq-timeout-ms", expected.as_millis().to_string().as_bytes());
+            set_number(&mut head.fields, "x-envoy-expected-rq-timeout-ms", millis(expected));
         }
         // A gRPC server learns what is left for it; where streams have a limit of their own, the
         // client's wish stands.
@@ -537,7 +538,7 @@ impl Exchange {
         };
         if self.attempt.number > 1 {
             if self.table_and_host().is_some_and(|(_, host)| host.attempt_count) {
-                head.fields.set("x-envoy-attempt-count", self.attempt.number.to_string().as_bytes());
+                set_number(&mut head.fields, "x-envoy-attempt-count", self.attempt.number.into());
             }
             self.tell_time_out(env.now.mono, head);
         }
@@ -739,8 +740,8 @@ impl Exchange {
                 _ => false,
             });
             if !suppressed {
-                let waited = env.now.mono.saturating_duration_since(completed).as_millis();
-                response.fields.set("x-envoy-upstream-service-time", waited.to_string().as_bytes());
+                let waited = env.now.mono.saturating_duration_since(completed);
+                set_number(&mut response.fields, "x-envoy-upstream-service-time", millis(waited));
             }
         }
         if let Some(cookie) = self.cookie.take() {
@@ -758,7 +759,7 @@ impl Exchange {
             && host.attempt_count_in_response
             && self.attempt.number > 0
         {
-            response.fields.set("x-envoy-attempt-count", self.attempt.number.to_string().as_bytes());
+            set_number(&mut response.fields, "x-envoy-attempt-count", self.attempt.number.into());
         }
     }
 

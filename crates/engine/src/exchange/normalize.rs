@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use types::{Cause, Fields, RequestHead, ResponseHead, Scheme, Version};
 
 use super::StreamInfo;
+use crate::digits::{put_ip, set_number};
 use crate::draw::Draw;
 use crate::facts::ConnFacts;
 use crate::hcm::{EscapedSlashes, ForwardClientCert, Hcm, ServerHeader, StripPort, Tracing, Underscores};
@@ -140,7 +141,7 @@ pub(super) fn sanitize(
     let edge = hcm.use_remote_address && !caller.internal;
     forwarded_proto(hcm, conn, head);
     if hcm.append_x_forwarded_port && !head.fields.contains("x-forwarded-port") {
-        head.fields.set("x-forwarded-port", conn.local.port().to_string().as_bytes());
+        set_number(&mut head.fields, "x-forwarded-port", conn.local.port().into());
     }
     if edge {
         for name in [
@@ -163,7 +164,9 @@ pub(super) fn sanitize(
         });
     }
     if edge {
-        head.fields.set("x-envoy-external-address", caller.address.ip().to_string().as_bytes());
+        let mut text = Vec::with_capacity(16);
+        put_ip(&mut text, caller.address.ip());
+        head.fields.set("x-envoy-external-address", &text);
     }
     let fresh = edge && !hcm.preserve_external_request_id;
     if hcm.generate_request_id && (fresh || !head.fields.contains("x-request-id")) {
@@ -194,9 +197,9 @@ fn forwarded_for(hcm: &Hcm, conn: &ConnFacts, head: &mut RequestHead) -> Caller 
                 all.extend_from_slice(b",");
                 all
             }
-            None => Vec::new(),
+            None => Vec::with_capacity(16),
         };
-        text.extend_from_slice(peer.ip().to_canonical().to_string().as_bytes());
+        put_ip(&mut text, peer.ip().to_canonical());
         head.fields.set("x-forwarded-for", &text);
     }
     Caller { address, internal: single && is_internal(peer.ip()) }

@@ -10,6 +10,7 @@ use proxy::{Options, Role};
 use types::wellknown::env;
 
 use crate::log::Levels;
+use crate::memory;
 
 /// Which role a proxy plays.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -139,6 +140,9 @@ pub(crate) fn run(args: ProxyArgs, levels: Arc<Levels>) -> Result<()> {
         let name = args.config_path.map_or_else(|| "--config-yaml".to_owned(), |path| path.display().to_string());
         let mut options = proxy::bootstrap::options(&text, &flags).with_context(|| format!("bootstrap {name}"))?;
         options.log_levels = Some(levels);
+        options.trim = Some(memory::trim);
+        // reading the bootstrap took most of the memory this thread will ever need
+        memory::trim();
         proxy::run(options)?;
         return Ok(());
     }
@@ -152,6 +156,7 @@ pub(crate) fn run(args: ProxyArgs, levels: Arc<Levels>) -> Result<()> {
     };
     let mut options = Options::from_environment(role, &variables, |path| std::fs::read_to_string(path).ok())?;
     options.log_levels = Some(levels);
+    options.trim = Some(memory::trim);
     for setting in &args.addresses {
         let (name, address) =
             setting.split_once('=').with_context(|| format!("--address {setting:?} is not NAME=ADDRESS"))?;
