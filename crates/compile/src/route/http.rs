@@ -515,7 +515,7 @@ fn fault_config(of: &net::HttpFaultInjection) -> HttpFault {
         abort: of.abort.as_ref().and_then(|abort| {
             let error = match (abort.http_status, abort.grpc_status.as_deref()) {
                 (Some(status), _) => fault_abort::ErrorType::HttpStatus(status),
-                (None, Some(name)) => fault_abort::ErrorType::GrpcStatus(grpc_code(name)?),
+                (None, Some(name)) => fault_abort::ErrorType::GrpcStatus(api::scalar::grpc_code(name)?),
                 (None, None) => return None,
             };
             Some(FaultAbort {
@@ -526,31 +526,6 @@ fn fault_config(of: &net::HttpFaultInjection) -> HttpFault {
         }),
         ..HttpFault::default()
     }
-}
-
-/// gRPC's status codes by name. Source: gRPC's `statuscodes.md`.
-pub(crate) fn grpc_code(name: &str) -> Option<u32> {
-    const NAMES: [&str; 17] = [
-        "OK",
-        "CANCELLED",
-        "UNKNOWN",
-        "INVALID_ARGUMENT",
-        "DEADLINE_EXCEEDED",
-        "NOT_FOUND",
-        "ALREADY_EXISTS",
-        "PERMISSION_DENIED",
-        "RESOURCE_EXHAUSTED",
-        "FAILED_PRECONDITION",
-        "ABORTED",
-        "OUT_OF_RANGE",
-        "UNIMPLEMENTED",
-        "INTERNAL",
-        "UNAVAILABLE",
-        "DATA_LOSS",
-        "UNAUTHENTICATED",
-    ];
-    let position = NAMES.iter().position(|known| known.eq_ignore_ascii_case(name))?;
-    u32::try_from(position).ok()
 }
 
 fn cors_config(of: &net::CorsPolicy) -> CorsPolicy {
