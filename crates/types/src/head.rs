@@ -197,7 +197,7 @@ impl Fields {
     }
 
     /// Every value of `name`, in order.
-    pub fn get_all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> + 'a {
+    pub fn get_all<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a [u8]> {
         self.list.iter().filter(move |entry| self.name(entry) == name).map(|entry| self.value(entry.value))
     }
 
