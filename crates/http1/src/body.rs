@@ -198,7 +198,7 @@ fn parse_trailers(section: &[u8], limits: &Limits) -> Result<Option<Fields>, Inv
     }
     let mut trailers = Fields::with_capacity(fields.len(), section.len());
     for field in fields {
-        trailers.push_any_case(field.name.as_bytes(), field.value);
+        trailers.push_any_case(field.name, field.value);
     }
     trailers.retain(|name, _| !is_forbidden_trailer(name));
     Ok((!trailers.is_empty()).then_some(trailers))

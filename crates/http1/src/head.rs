@@ -23,7 +23,7 @@ impl HeadScanner {
     /// *Errors*: a line that ends in a bare LF, or a head beyond its limit, is known before the
     /// rest has arrived.
     pub fn scan(&mut self, buf: &[u8], limits: &Limits) -> Result<Option<usize>, InvalidMessage> {
-        while let Some(found) = buf[self.position..].iter().position(|b| *b == b'\n') {
+        while let Some(found) = memchr::memchr(b'\n', &buf[self.position..]) {
             let lf = self.position + found;
             // first what a reader of smaller pieces would have seen first
             if lf > limits.head_bytes_max {
@@ -206,7 +206,7 @@ pub fn parse_request(buf: &[u8], limits: &Limits, head: &mut RequestHead) -> Res
             14 | 17 => lengths.note(name, field.value)?,
             _ => {}
         }
-        head.fields.push_any_case(name, field.value);
+        head.fields.push_any_case(field.name, field.value);
     }
     set_target(head, target, host)?;
     strip_hop_by_hop(&mut head.fields);
@@ -334,7 +334,7 @@ pub fn parse_response(
             14 | 17 => lengths.note(name, field.value)?,
             _ => {}
         }
-        head.fields.push_any_case(name, field.value);
+        head.fields.push_any_case(field.name, field.value);
     }
     strip_hop_by_hop(&mut head.fields);
     let keep_alive = options.persists(head.version) && head.version == Version::Http11;

@@ -231,7 +231,7 @@ fn tunneling(mut proto: tcp::tcp_proxy::TunnelingConfig) -> Result<Tunneling, Un
             if header.value.contains('%') || header.key.starts_with(':') {
                 return Err(Unsupported::not_built("headers_to_add"));
             }
-            headers.push_any_case(header.key.as_bytes(), header.value.as_bytes());
+            headers.push_any_case(&header.key, header.value.as_bytes());
         }
     }
     let lowered = Tunneling {
