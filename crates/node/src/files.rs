@@ -2,7 +2,8 @@
 //!
 //! Files act as admission does: what cannot be read or admitted leaves the last good version in
 //! place. An object that is gone from its file is gone from the mesh, once a second look agrees: editors
-//! empty a file, or take it away for a moment, before they write it anew.
+//! empty a file, or take it away for a moment, before they write it anew. While a file cannot be read or
+//! parsed nothing is gone at all: what it holds is unknown, and may be what was moved into it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -17,7 +18,7 @@ use tokio::sync::watch;
 use types::{Finding, NamespacedName, ObjectRef, Severity};
 
 use crate::state::StateError;
-use crate::store::{Action, Mode, Origin, Outcome, Store};
+use crate::store::{Action, Mode, Origin, Outcome, Store, is_permanent};
 
 /// How often files are looked at. A look is one `stat` a file.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -122,6 +123,9 @@ fn is_manifest(path: &Path) -> bool {
 /// What a file is told apart by: it may be replaced by one of the same size and time.
 type Stamp = Option<(u64, u64, (i64, i64), (i64, i64))>;
 
+/// What an object is known by.
+type Key = (Kind, NamespacedName);
+
 /// How objects are taken that are gone from their files.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Absence {
@@ -140,9 +144,9 @@ pub struct Files {
     findings: Mutex<Vec<Finding>>,
     positions: Mutex<BTreeMap<ObjectRef, Positions>>,
     /// Refused because what they replace is still ending.
-    waiting: Mutex<Vec<(Kind, NamespacedName)>>,
+    waiting: Mutex<Vec<Key>>,
     /// Gone from their files at the last look.
-    absent: Mutex<BTreeSet<(Kind, NamespacedName)>>,
+    absent: Mutex<BTreeSet<Key>>,
     /// How often they were read.
     rounds: watch::Sender<u64>,
 }
@@ -205,6 +209,7 @@ impl Files {
         let mut documents = Vec::new();
         let mut positions = BTreeMap::new();
         let mut named: BTreeMap<ObjectRef, Arc<str>> = BTreeMap::new();
+        let mut refused: Vec<ObjectRef> = Vec::new();
         for (file, text) in &texts {
             let read = api::parse_documents(file, text);
             if read.is_incomplete {
@@ -212,7 +217,8 @@ impl Files {
             }
             findings.extend(read.findings);
             for reference in read.refused {
-                named.entry(reference).or_insert_with(|| Arc::clone(file));
+                named.entry(reference.clone()).or_insert_with(|| Arc::clone(file));
+                refused.push(reference);
             }
             for parsed in read.objects {
                 let reference = parsed.object.reference();
@@ -236,17 +242,24 @@ impl Files {
         let mut outcomes = self.store.apply(documents, Mode::Apply, false)?;
         for outcome in outcomes.iter().filter(|outcome| outcome.action == Action::Refused) {
             findings.extend(outcome.findings.iter().cloned());
+            refused.extend(outcome.object.clone());
         }
         let is_lost = |file: &str| incomplete.iter().any(|lost| Path::new(file).starts_with(&**lost));
         let before = std::mem::take(&mut *lock(&self.absent));
         let is_gone = |(kind, key, file): &(Kind, NamespacedName, Arc<str>)| {
-            !named.contains_key(&ObjectRef::new(kind.name(), &key.namespace, &key.name)) && !is_lost(file)
+            !named.contains_key(&reference(*kind, key)) && !is_lost(file)
         };
-        let gone = self.store.of_files().into_iter().filter(is_gone).map(|(kind, key, _)| (kind, key));
-        let (gone, absent): (Vec<_>, BTreeSet<_>) = match absence {
-            Absence::Counts => (gone.collect(), BTreeSet::new()),
+        let gone: Vec<Key> =
+            self.store.of_files().into_iter().filter(is_gone).map(|(kind, key, _)| (kind, key)).collect();
+        let (gone, waits): (Vec<Key>, Vec<Finding>) = match incomplete.first() {
+            Some(file) => (Vec::new(), wait_for_file(file, &gone).into_iter().collect()),
+            None => self.without_cascades(gone, &refused, &named),
+        };
+        findings.extend(waits);
+        let (gone, absent): (Vec<Key>, BTreeSet<Key>) = match absence {
+            Absence::Counts => (gone, BTreeSet::new()),
             Absence::CountsTwice => {
-                let (gone, absent): (Vec<_>, Vec<_>) = gone.partition(|one| before.contains(one));
+                let (gone, absent): (Vec<Key>, Vec<Key>) = gone.into_iter().partition(|one| before.contains(one));
                 (gone, absent.into_iter().collect())
             }
         };
@@ -268,7 +281,7 @@ impl Files {
         });
         *lock(&self.waiting) = ending.collect();
         outcomes.extend(gone.iter().map(|(kind, key)| Outcome {
-            object: Some(ObjectRef::new(kind.name(), &key.namespace, &key.name)),
+            object: Some(reference(*kind, key)),
             action: Action::Deleted,
             findings: Vec::new(),
         }));
@@ -280,6 +293,41 @@ impl Files {
         *lock(&self.seen) = stamps;
         self.rounds.send_modify(|rounds| *rounds += 1);
         Ok(outcomes)
+    }
+
+    /// What of `gone` may go, and what is to say about the rest: a namespace would take along the last good
+    /// version of what is `refused` now, and no file could bring it back.
+    fn without_cascades(
+        &self,
+        gone: Vec<Key>,
+        refused: &[ObjectRef],
+        named: &BTreeMap<ObjectRef, Arc<str>>,
+    ) -> (Vec<Key>, Vec<Finding>) {
+        let objects = self.store.objects();
+        let has_last_good = |object: &ObjectRef| {
+            let key = NamespacedName::new(&object.namespace, &object.name);
+            Kind::parse(&object.kind).and_then(|kind| objects.find(kind, &key)).is_some_and(|live| !live.meta.deleted)
+        };
+        let (mut going, mut waits) = (Vec::new(), Vec::new());
+        for (kind, key) in gone {
+            let inside = |object: &&ObjectRef| *object.namespace == *key.name && has_last_good(object);
+            let takes_along = kind == Kind::Namespace && !is_permanent(kind, &key.name);
+            let held = if takes_along { refused.iter().find(inside) } else { None };
+            let Some(inner) = held else {
+                going.push((kind, key));
+                continue;
+            };
+            waits.push(Finding {
+                code: api::codes::DUBIOUS.into(),
+                severity: Severity::Warning,
+                object: Some(reference(kind, &key)),
+                field: "".into(),
+                position: named.get(inner).map(start_of),
+                message: format!("gone from its file, but stays for {inner}, whose new version is refused").into(),
+                hint: "mend or remove that one, and the namespace goes".into(),
+            });
+        }
+        (going, waits)
     }
 
     /// Wakes whenever the files were read: there may be new findings, also where no object changed.
@@ -328,6 +376,30 @@ impl Files {
     }
 }
 
+fn reference(kind: Kind, key: &NamespacedName) -> ObjectRef {
+    ObjectRef::new(kind.name(), &key.namespace, &key.name)
+}
+
+fn start_of(file: &Arc<str>) -> types::Position {
+    types::Position { file: Arc::clone(file), line: 0, column: 0 }
+}
+
+/// That what is gone from its file may have been moved into one that tells nothing; `None` if nothing is gone.
+fn wait_for_file(file: &Arc<str>, gone: &[Key]) -> Option<Finding> {
+    let ((kind, key), others) = gone.split_first()?;
+    let first = reference(*kind, key);
+    let all = if others.is_empty() { first.to_string() } else { format!("{first} and {} more", others.len()) };
+    Some(Finding {
+        code: api::codes::SYNTAX.into(),
+        severity: Severity::Warning,
+        object: None,
+        field: "".into(),
+        position: Some(start_of(file)),
+        message: format!("deletions wait for this file, which may hold what is gone from others: {all}").into(),
+        hint: "mend or remove it, and what is in no file goes".into(),
+    })
+}
+
 fn stamp(path: &Path) -> Stamp {
     let meta = fs::metadata(path).ok()?;
     Some((meta.len(), meta.ino(), (meta.mtime(), meta.mtime_nsec()), (meta.ctime(), meta.ctime_nsec())))
@@ -349,7 +421,7 @@ fn unreadable(path: &Path, error: &io::Error) -> Finding {
         severity: Severity::Error,
         object: None,
         field: "".into(),
-        position: Some(types::Position { file: path.display().to_string().into(), line: 0, column: 0 }),
+        position: Some(start_of(&path.display().to_string().into())),
         message: format!("cannot be read: {error}").into(),
         hint: "objects that came from it stay as they were".into(),
     }
@@ -471,6 +543,63 @@ mod tests {
         let outcomes = files.changed().await.unwrap();
         assert_eq!((outcomes.len(), outcomes[0].action), (1, Action::Deleted));
         assert_eq!(value(&store, "a"), None);
+    }
+
+    #[tokio::test]
+    async fn what_moves_into_a_broken_file_stays() {
+        let (_folder, manifests, store) = folder_with(&(map("a", "1") + &map("b", "1")));
+        let (from, to) = (manifests.join("a.yaml"), manifests.join("b.yaml"));
+        let files = Files::new(vec![Source::Path(manifests.clone())], Arc::clone(&store));
+        files.sync().unwrap();
+        // Cut from the one, and pasted into the other with a slip.
+        fs::write(&from, map("b", "1")).unwrap();
+        fs::write(&to, map("a", "2").replace("{name: a}", "{name: a")).unwrap();
+        files.changed().await.unwrap();
+        files.sync().unwrap();
+        Files::new(vec![Source::Path(manifests)], Arc::clone(&store)).sync().unwrap();
+        assert_eq!(value(&store, "a").as_deref(), Some("1"));
+        let said = |text: &str| files.findings().iter().any(|finding| finding.to_string().contains(text));
+        assert!(said(&format!("{}: deletions wait for this file", to.display())), "{:?}", files.findings());
+        // Mended: it goes on from there.
+        fs::write(&to, map("a", "2")).unwrap();
+        files.changed().await.unwrap();
+        assert_eq!(value(&store, "a").as_deref(), Some("2"));
+        assert!(files.findings().is_empty(), "{:?}", files.findings());
+        // What waited goes when the file holds it no more.
+        fs::write(&to, "a: [1").unwrap();
+        fs::write(&from, "").unwrap();
+        files.changed().await.unwrap();
+        assert_eq!(value(&store, "b").as_deref(), Some("1"));
+        fs::write(&to, "").unwrap();
+        files.changed().await.unwrap();
+        assert_eq!(files.changed().await.unwrap().len(), 2);
+        assert_eq!((value(&store, "a"), value(&store, "b")), (None, None));
+    }
+
+    #[test]
+    fn a_namespace_takes_no_last_good_version_along() {
+        let in_shop = map("a", "1").replace("{name: a}", "{name: a, namespace: shop}");
+        let (_folder, manifests, store) = folder_with(&in_shop);
+        let (file, namespace) = (manifests.join("a.yaml"), manifests.join("ns.yaml"));
+        fs::write(&namespace, "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n").unwrap();
+        let files = Files::new(vec![Source::Path(manifests)], Arc::clone(&store));
+        files.sync().unwrap();
+        fs::remove_file(&namespace).unwrap();
+        let (shop, a) = (NamespacedName::new("", "shop"), NamespacedName::new("shop", "a"));
+        let has = |kind: Kind, key: &NamespacedName| store.objects().find(kind, key).is_some();
+        for (broken, said) in [
+            (in_shop.replace("\ndata:", "\ndota:"), "stays for ConfigMap shop/a"),
+            (in_shop.replace("shop}", "shop"), "deletions wait for this file"),
+        ] {
+            fs::write(&file, broken).unwrap();
+            files.sync().unwrap();
+            assert!(has(Kind::Namespace, &shop) && has(Kind::ConfigMap, &a), "{said}");
+            let findings = files.findings();
+            assert!(findings.iter().any(|finding| finding.message.contains(said)), "{findings:?}");
+        }
+        fs::remove_file(&file).unwrap();
+        files.sync().unwrap();
+        assert!(!has(Kind::Namespace, &shop) && !has(Kind::ConfigMap, &a));
     }
 
     #[test]
