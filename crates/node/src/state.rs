@@ -82,13 +82,17 @@ impl StateDir {
         let failed = |reason| StateError::Folder { folder: folder.to_owned(), reason };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
         let meta = fs::metadata(folder).map_err(failed)?;
-        if meta.uid() != rustix::process::geteuid().as_raw() {
+        let user = rustix::process::geteuid().as_raw();
+        if meta.uid() != user {
             return Err(StateError::Foreign { folder: folder.to_owned(), owner: meta.uid() });
         }
         if meta.permissions().mode() & 0o077 == 0 {
             return Ok(());
         }
-        let has_ours = [LOCK, OBJECTS].iter().any(|name| folder.join(name).exists());
+        // Others have a `lock` too: `/run` has a folder of that name.
+        let has_ours = [LOCK, OBJECTS]
+            .iter()
+            .any(|name| fs::symlink_metadata(folder.join(name)).is_ok_and(|meta| meta.is_file() && meta.uid() == user));
         let is_ours = has_ours || fs::read_dir(folder).map_err(failed)?.next().is_none();
         if !is_ours {
             return Err(StateError::Shared { folder: folder.to_owned() });
@@ -245,6 +249,13 @@ mod tests {
         assert!(error.contains("holds other things") && error.contains("--state-dir"), "{error}");
         assert_eq!(mode(), 0o1777);
         fs::remove_file(folder.path().join("of-somebody")).unwrap();
+        // What has our names but is not ours says nothing.
+        fs::create_dir(folder.path().join(LOCK)).unwrap();
+        std::os::unix::fs::symlink("/dev/null", folder.path().join(OBJECTS)).unwrap();
+        assert!(matches!(StateDir::prepare(folder.path()), Err(StateError::Shared { .. })));
+        assert_eq!(mode(), 0o1777);
+        fs::remove_dir(folder.path().join(LOCK)).unwrap();
+        fs::remove_file(folder.path().join(OBJECTS)).unwrap();
         drop(StateDir::open(folder.path()).unwrap());
         assert_eq!(mode(), 0o700);
         // It is known by its lock from then on.
