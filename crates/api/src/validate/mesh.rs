@@ -148,6 +148,9 @@ fn proxy_config(check: &mut Check<'_>, at: &str, config: &ProxyConfig) {
         ] {
             check.unbuilt_if(set, format!("{at}.proxyHeaders.{name}"));
         }
+        if !rules::is_header_value(&headers.server.value) {
+            check.error(&format!("{at}.proxyHeaders.server.value"), "value holds a control character", "");
+        }
     }
     let Some(tracing) = &config.tracing else { return };
     let at = format!("{at}.tracing");

@@ -420,6 +420,11 @@ fn mesh_settings() {
         ("meshConfig: {trustDomain: Bad/Domain}", "trust domain"),
         ("meshConfig: {accesLogFile: x}", "unknown field \"accesLogFile\""),
         ("meshConfig: {defaultConfig: {tracing: {sampling: 1000}}}", "between 0 and 100"),
+        ("meshConfig: {defaultConfig: {proxyHeaders: {server: {value: my proxy/1.0}}}}", ""),
+        (
+            "meshConfig: {defaultConfig: {proxyHeaders: {server: {value: \"a\\r\\nset-cookie: b\"}}}}",
+            "proxyHeaders.server.value: value holds a control character",
+        ),
     ] {
         check(&kind("install.istio.io/v1alpha1", "IstioOperator", spec), error);
     }

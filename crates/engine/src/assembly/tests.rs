@@ -41,27 +41,39 @@ fn a_cluster_waits_for_its_endpoints() {
     assert!(!assembly.is_warming(&AllSecrets));
 }
 
+fn manager_of(table: &str) -> hcm::HttpConnectionManager {
+    hcm::HttpConnectionManager {
+        http_filters: vec![http_filter("router", pack(&Router::default()))],
+        route_specifier: Some(hcm::http_connection_manager::RouteSpecifier::Rds(hcm::Rds {
+            route_config_name: table.to_owned(),
+            ..Default::default()
+        })),
+        ..Default::default()
+    }
+}
+
+fn listener_with(manager: &hcm::HttpConnectionManager) -> listener::Listener {
+    listener::Listener {
+        name: "l".to_owned(),
+        address: Some(address("0.0.0.0", 80)),
+        filter_chains: vec![listener::FilterChain { filters: vec![filter_of(pack(manager))], ..Default::default() }],
+        ..Default::default()
+    }
+}
+
+#[test]
+fn a_server_name_that_would_split_responses_is_refused() {
+    for (name, expect) in [("a b/1.0", 0), ("a\r\nset-cookie: b", 1), ("a\0", 1), ("a\u{7f}", 1)] {
+        let manager = hcm::HttpConnectionManager { server_name: name.to_owned(), ..manager_of("one") };
+        let rejected = Assembly::default().apply_listeners(&[raw("l", &listener_with(&manager))], &[]);
+        assert_eq!(rejected.len(), expect, "{name:?}");
+        assert!(rejected.iter().all(|one| one.reason.contains("server_name holds")), "{rejected:?}");
+    }
+}
+
 #[test]
 fn a_listener_waits_for_its_routes_and_the_old_one_serves() {
-    let of = |table: &str| {
-        let manager = hcm::HttpConnectionManager {
-            http_filters: vec![http_filter("router", pack(&Router::default()))],
-            route_specifier: Some(hcm::http_connection_manager::RouteSpecifier::Rds(hcm::Rds {
-                route_config_name: table.to_owned(),
-                ..Default::default()
-            })),
-            ..Default::default()
-        };
-        listener::Listener {
-            name: "l".to_owned(),
-            address: Some(address("0.0.0.0", 80)),
-            filter_chains: vec![listener::FilterChain {
-                filters: vec![filter_of(pack(&manager))],
-                ..Default::default()
-            }],
-            ..Default::default()
-        }
-    };
+    let of = |table: &str| listener_with(&manager_of(table));
     let table = |name: &str| raw(name, &RouteConfiguration { name: name.to_owned(), ..Default::default() });
     let mut assembly = Assembly::default();
     assembly.apply_listeners(&[raw("l", &of("one"))], &[]);

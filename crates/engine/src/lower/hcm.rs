@@ -132,6 +132,9 @@ pub(super) fn lower(mut proto: pb::HttpConnectionManager, direction: Direction) 
     }
     let tracing = proto.tracing.take().map(tracing).transpose().within("tracing")?;
     let server_name = std::mem::take(&mut proto.server_name);
+    if server_name.chars().any(|c| c.is_ascii_control() && c != '\t') {
+        return Err(Unsupported::new("server_name", "holds a control character"));
+    }
     let lowered = Hcm {
         stat_prefix: std::mem::take(&mut proto.stat_prefix).into(),
         direction,
