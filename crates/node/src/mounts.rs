@@ -153,11 +153,12 @@ impl PodFiles {
         for (source, mount) in sources {
             held.push((Held::open(&source)?, mount));
         }
-        for (source, mount) in &held {
-            view.bind(&source.path, &mount.path, mount.read_only)?;
-        }
+        // Before the mounts, which may lie above or below what is hidden: a mount of a pod is always seen.
         for path in hidden {
             View::hide(path)?;
+        }
+        for (source, mount) in &held {
+            view.bind(&source.path, &mount.path, mount.read_only)?;
         }
         Ok(())
     }
