@@ -403,7 +403,9 @@ async fn a_roots_successor_takes_over_at_its_time_and_no_connection_fails() {
 
     let workload = |plane: &Plane, account: &str| {
         let mut options = agent::Options::new(plane.client(Some(minter.token("shop", account, account))));
-        options.ttl = Duration::from_secs(20);
+        // Renewed after some ten seconds, with a lifetime that outlasts a machine that is busy.
+        options.ttl = Duration::from_secs(120);
+        options.grace_ratio = 0.92;
         let (agent, identities) = Agent::new(options);
         (tokio::spawn(agent.run()), identities)
     };
