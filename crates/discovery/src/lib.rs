@@ -306,13 +306,13 @@ impl CaRenewal {
         let mut told = None;
         loop {
             tokio::time::sleep(self.every).await;
-            match self.look().await {
-                Ok(next) => {
-                    told = None;
-                    if let Some(next) = next {
-                        self.take_over(next);
-                    }
-                }
+            let followed = match self.look().await {
+                Ok(Some(next)) => self.take_over(next),
+                Ok(None) => Ok(()),
+                Err(error) => Err(error),
+            };
+            match followed {
+                Ok(()) => told = None,
                 Err(error) if told.as_ref() != Some(&error) => {
                     tracing::error!(error, "the CA stays as it was");
                     told = Some(error);
@@ -320,6 +320,8 @@ impl CaRenewal {
                 Err(_) => {}
             }
             count_roots(&self.metrics, &self.newest.borrow());
+            // What a config dump read.
+            _ = proto::json::rest();
         }
     }
 
@@ -329,11 +331,12 @@ impl CaRenewal {
         looked.map_err(|error| error.to_string())?.map_err(|error| identity::agent::describe(&error))
     }
 
-    fn take_over(&self, next: Ca) {
-        if let Some(path) = &self.root_cert_out
-            && let Err(error) = ca::store::write_atomically(path, next.roots().to_pem().as_bytes(), 0o644)
-        {
-            tracing::error!(error = identity::agent::describe(&error), "the root bundle is not written");
+    /// Puts `next` in place, once its roots are where those who start find them. The next look makes another
+    /// one if they cannot be written.
+    fn take_over(&self, next: Ca) -> Result<(), String> {
+        if let Some(path) = &self.root_cert_out {
+            let written = ca::store::write_atomically(path, next.roots().to_pem().as_bytes(), 0o644);
+            written.map_err(|error| identity::agent::describe(&error))?;
         }
         let has_signer = next.has_signer_of(&self.newest.borrow());
         tracing::info!(
@@ -343,6 +346,7 @@ impl CaRenewal {
         );
         count_roots(&self.metrics, &next);
         self.newest.send_replace(Arc::new(next));
+        Ok(())
     }
 }
 
@@ -370,4 +374,39 @@ fn bind_unix(path: &PathBuf) -> io::Result<tokio::net::UnixListener> {
     let listener = tokio::net::UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_ca_takes_over_once_its_roots_are_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ca_dir, out) = (dir.path().join("ca"), dir.path().join("out"));
+        let (now, day) = (SystemTime::now(), Duration::from_hours(24));
+        // Nine tenths of its ten years are over.
+        let made = now - 3285 * day;
+        let first = ca::store::load_or_create(&ca_dir, &TrustDomain::default(), Lifetimes::default(), made).unwrap();
+        let renewal = CaRenewal {
+            dir: ca_dir,
+            root_cert_out: Some(out.join("root-cert.pem")),
+            every: day,
+            clock: Arc::new(move || now),
+            newest: watch::Sender::new(Arc::new(first)),
+            metrics: Registry::new(),
+        };
+        let roots = || renewal.newest.borrow().roots().certificates().len();
+        let next = renewal.look().await.unwrap().expect("it is due");
+        let error = renewal.take_over(next).unwrap_err();
+        assert!(error.contains("root-cert.pem"), "{error}");
+        assert_eq!(roots(), 1);
+        std::fs::create_dir(&out).unwrap();
+        let next = renewal.look().await.unwrap().expect("it is due still");
+        renewal.take_over(next).unwrap();
+        assert_eq!(roots(), 2);
+        let written = std::fs::read_to_string(out.join("root-cert.pem")).unwrap();
+        assert_eq!(written, renewal.newest.borrow().roots().to_pem());
+        assert!(renewal.look().await.unwrap().is_none());
+    }
 }
