@@ -48,6 +48,9 @@ const FINDINGS_AT_REST: Duration = Duration::from_secs(10);
 /// A mesh in motion is looked at this often for new findings.
 const FINDINGS_EVERY: Duration = Duration::from_millis(300);
 
+/// How long what could not be saved rests before it is tried again.
+const SAVED_AGAIN_AFTER: Duration = Duration::from_secs(5);
+
 /// How pods get their network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Capture {
@@ -587,12 +590,24 @@ async fn wait_ready(mesh: &Mesh, patience: Duration) -> bool {
     is_ready
 }
 
-/// Applies what changes in the files, and says what became of it. Ends never.
+/// Applies what changes in the files, and says what became of it. What cannot be saved is tried again, and said
+/// once. Ends never.
 async fn follow_files(files: &Files) {
+    let mut told = None;
     loop {
         match files.changed().await {
-            Ok(outcomes) => report_round(&outcomes),
-            Err(error) => output::error(&format!("{error}")),
+            Ok(outcomes) => {
+                told = None;
+                report_round(&outcomes);
+            }
+            Err(error) => {
+                let error = error.to_string();
+                if told.as_ref() != Some(&error) {
+                    output::error(&error);
+                    told = Some(error);
+                }
+                tokio::time::sleep(SAVED_AGAIN_AFTER).await;
+            }
         }
     }
 }
