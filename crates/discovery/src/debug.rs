@@ -26,6 +26,7 @@ use serde_json::{Map, Value, json};
 use telemetry::registry::Registry;
 use tokio::sync::watch;
 use types::wellknown::type_urls;
+use xds::ResourceSet;
 
 use crate::fleet::{Fleet, ProxyStatus};
 use crate::listen::Connection;
@@ -195,6 +196,12 @@ async fn config_dump(State(pages): State<Pages>, Query(query): Query<DumpQuery>)
         let body = json!({"error": format!("no proxy {:?} is connected", query.proxy_id), "proxies": known});
         return (StatusCode::NOT_FOUND, Json(body)).into_response();
     };
+    // Tens of megabytes of descriptors are read for it.
+    let built = tokio::task::spawn_blocking(move || Json(dump(&set)).into_response()).await;
+    built.unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response())
+}
+
+fn dump(set: &ResourceSet) -> Value {
     let types: BTreeMap<&str, Vec<Value>> = set
         .tables()
         .map(|(type_url, table)| {
@@ -208,5 +215,5 @@ async fn config_dump(State(pages): State<Pages>, Query(query): Query<DumpQuery>)
             (type_url, resources.collect())
         })
         .collect();
-    Json(json!({"generation": set.generation, "version": set.version, "resources": types})).into_response()
+    json!({"generation": set.generation, "version": set.version, "resources": types})
 }
