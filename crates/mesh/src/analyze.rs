@@ -342,7 +342,9 @@ fn foreign_hosts(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
             continue;
         }
         for (index, claimed) in vs.hosts.iter().enumerate() {
-            let mut owners = snapshot.services().iter().filter(|service| host::covers(claimed, &service.host));
+            let candidates =
+                if host::is_wildcard(claimed) { snapshot.services() } else { snapshot.services_of_host(claimed) };
+            let mut owners = candidates.iter().filter(|service| host::covers(claimed, &service.host));
             let Some(owner) = owners.clone().next() else { continue };
             if owners.any(|service| &*service.namespace == home) {
                 continue;
