@@ -142,7 +142,13 @@ pub(super) fn proxy_config(check: &mut Check<'_>, at: &str, annotations: &BTreeM
     let name = types::wellknown::annotations::PROXY_CONFIG;
     let Some(text) = annotations.get(name) else { return };
     let why = match serde_saphyr::from_str(text) {
-        Ok(serde_json::Value::Object(_)) => return,
+        Ok(fields @ serde_json::Value::Object(_)) => {
+            let server = fields.pointer("/proxyHeaders/server/value").and_then(serde_json::Value::as_str);
+            if server.is_none_or(rules::is_header_value) {
+                return;
+            }
+            "proxyHeaders.server.value holds a control character".to_owned()
+        }
         Ok(_) => "it is not a mapping".to_owned(),
         Err(error) => error.to_string(),
     };

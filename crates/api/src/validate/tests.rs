@@ -428,6 +428,13 @@ fn mesh_settings() {
     ] {
         check(&kind("install.istio.io/v1alpha1", "IstioOperator", spec), error);
     }
+    let of_pod = |server: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata:\n  name: x\n  annotations:\n    proxy.istio.io/config: |\n      proxyHeaders: {{server: {{value: \"{server}\"}}}}\nspec: {{containers: [{{name: c, image: i}}]}}\n"
+        )
+    };
+    check(&of_pod("mine"), "");
+    check(&of_pod("a\\r\\nb: c"), "server.value holds a control character");
 }
 
 #[test]
