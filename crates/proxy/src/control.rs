@@ -335,14 +335,12 @@ impl Control {
         self.publish_logged().await;
     }
 
-    /// Follows the files that received resources name as secrets; before they are published, so that handshakes find
-    /// what is there.
+    /// Follows the files that received or published resources name as secrets, and forgets the others.
     fn follow_secrets(&mut self) {
-        let gone = self.file_secrets.follow(self.received.wanted().file_secrets);
+        let gone = self.file_secrets.follow(self.received.file_secrets(&self.published));
         if !gone.is_empty() {
             self.shared.secrets.change(|store| store.retain(|name, _| !gone.contains(name)));
         }
-        self.look_at_secrets();
     }
 
     fn look_at_secrets(&mut self) {
@@ -470,7 +468,9 @@ impl Control {
         let waited = self.started.elapsed();
         self.resolvers.sync(&self.received, &self.resolved);
         let Some(mut next) = self.received.warm(&self.published, waited) else { return Vec::new() };
+        // Handshakes find what the next configuration names, and until every worker has left it what the old one does.
         self.follow_secrets();
+        self.look_at_secrets();
         self.generation += 1;
         next.generation = self.generation;
         let next = Arc::new(next);
@@ -490,6 +490,9 @@ impl Control {
         }
         // the old tables are dropped here, not on a worker
         self.published = next;
+        if !self.file_secrets.is_empty() {
+            self.follow_secrets();
+        }
         self.raw.published(|url, name| self.received.waits(&self.published, url, name));
         self.shared.published.store(Arc::clone(&self.published));
         self.shared.hosts.reconcile(&self.published);

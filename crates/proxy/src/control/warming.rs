@@ -35,8 +35,6 @@ pub(crate) struct Wanted {
     pub(crate) routes: BTreeSet<String>,
     /// Of the control plane.
     pub(crate) secrets: BTreeSet<String>,
-    /// Of files here.
-    pub(crate) file_secrets: BTreeSet<Name>,
 }
 
 /// What an absent endpoint or route table may hold up; then its user is published without it
@@ -88,9 +86,7 @@ impl Received {
     pub(crate) fn wanted(&self) -> Wanted {
         let mut wanted = Wanted::default();
         let mut secret = |name: &Name| {
-            if is_of_files(name) {
-                wanted.file_secrets.insert(Name::clone(name));
-            } else if name.starts_with("kubernetes://") || name.starts_with("configmap://") {
+            if name.starts_with("kubernetes://") || name.starts_with("configmap://") {
                 wanted.secrets.insert(name.to_string());
             }
         };
@@ -106,6 +102,19 @@ impl Received {
             wanted.routes.extend(listener.route_tables().iter().map(ToString::to_string));
         }
         wanted
+    }
+
+    /// Secrets in files that received resources name, and those that published ones do.
+    pub(crate) fn file_secrets(&self, published: &RuntimeConfig) -> BTreeSet<Name> {
+        let mut names = BTreeSet::new();
+        for clusters in [&self.tables.clusters, &published.clusters] {
+            names.extend(clusters.iter().flat_map(|(_, cluster)| cluster.needs().secrets));
+        }
+        for listeners in [&self.tables.listeners, &published.listeners] {
+            names.extend(listeners.iter().flat_map(|(_, listener)| listener.secrets()));
+        }
+        names.retain(|name| is_of_files(name));
+        names
     }
 
     /// The next configuration, if it differs from the published one. `now` is the time since the start.
