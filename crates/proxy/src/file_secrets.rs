@@ -7,7 +7,8 @@
 //! | `file-root:system` | the roots of the operating system |
 //!
 //! A file is read when something names it, and again whenever it is replaced. What cannot be read or does not
-//! fit leaves what was there before, and is told once; where nothing was, handshakes that need it fail.
+//! fit leaves what was there before, and is told once; where nothing was, handshakes that need it fail. A file that
+//! is there and cannot be read for now is tried again at every look.
 //!
 //! *Source*: `security.md` 5, ROT-3.
 
@@ -37,11 +38,46 @@ pub(crate) fn stamp(path: &Path) -> Option<Stamp> {
     Some((data.ino(), data.size(), data.mtime(), data.mtime_nsec()))
 }
 
+/// What is known of files.
+#[derive(Debug, Default)]
+struct Known<S> {
+    /// As they were when they were read last; `None`: they are still to be read.
+    stamps: Option<S>,
+    /// The failure that was told last, while it may pass.
+    told: Option<String>,
+}
+
+impl<S: PartialEq> Known<S> {
+    /// Whether files with these stamps were read already.
+    fn is_of(&self, stamps: &S) -> bool {
+        self.stamps.as_ref() == Some(stamps)
+    }
+
+    /// Takes what came of reading files that had these stamps right before: what was read, or a failure to tell;
+    /// `None` when that was told.
+    fn note<T>(&mut self, stamps: S, read: Result<T, Unreadable>) -> Option<Result<T, String>> {
+        let error = match read {
+            Ok(read) => {
+                *self = Self { stamps: Some(stamps), told: None };
+                return Some(Ok(read));
+            }
+            Err(error) => error,
+        };
+        let reason = describe(&error);
+        if !error.may_pass() {
+            *self = Self { stamps: Some(stamps), told: None };
+            return Some(Err(reason));
+        }
+        let is_told = self.told.as_ref() == Some(&reason);
+        *self = Self { stamps: None, told: Some(reason.clone()) };
+        (!is_told).then_some(Err(reason))
+    }
+}
+
 /// The files that are followed.
 #[derive(Debug, Default)]
 pub(crate) struct FileSecrets {
-    /// As they were at the last look; `None` before the first.
-    known: BTreeMap<Name, Option<Vec<Option<Stamp>>>>,
+    known: BTreeMap<Name, Known<Vec<Option<Stamp>>>>,
 }
 
 /// What the names say.
@@ -57,8 +93,22 @@ enum Unreadable {
     Name,
     #[error("{0}")]
     File(String, #[source] std::io::Error),
+    #[error("the roots of the operating system")]
+    System(#[source] InvalidIdentity),
     #[error(transparent)]
     Unusable(#[from] InvalidIdentity),
+}
+
+impl Unreadable {
+    /// Whether another try may end otherwise though no file was replaced: too many files are open, the disk fails,
+    /// somebody may not read. A file that is not there has another stamp when it is; the system's roots have none.
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::File(_, error) => error.kind() != std::io::ErrorKind::NotFound,
+            Self::System(_) => true,
+            Self::Name | Self::Unusable(_) => false,
+        }
+    }
 }
 
 impl FileSecrets {
@@ -66,8 +116,8 @@ impl FileSecrets {
     pub(crate) fn follow(&mut self, names: impl IntoIterator<Item = Name>) -> Vec<Name> {
         let mut before = std::mem::take(&mut self.known);
         for name in names {
-            let known = before.remove(&name).flatten();
-            self.known.insert(name, known);
+            let known = before.remove(&name);
+            self.known.entry(name).or_insert(known.unwrap_or_default());
         }
         before.into_keys().collect()
     }
@@ -87,15 +137,15 @@ impl FileSecrets {
                 Some(Files::Roots(roots)) => vec![stamp(Path::new(roots))],
                 Some(Files::System) | None => Vec::new(),
             };
-            if known.as_ref() == Some(&stamps) {
+            if known.is_of(&stamps) {
                 continue;
             }
-            *known = Some(stamps);
-            match read(files) {
-                Ok(secret) => changed.push((Name::clone(name), secret)),
-                Err(error) => {
-                    tracing::warn!(%name, reason = describe(&error), "a secret in files cannot be used; what was there before stays");
+            match known.note(stamps, read(files)) {
+                Some(Ok(secret)) => changed.push((Name::clone(name), secret)),
+                Some(Err(reason)) => {
+                    tracing::warn!(%name, reason, "a secret in files cannot be used; what was there before stays");
                 }
+                None => {}
             }
         }
         changed
@@ -107,33 +157,32 @@ impl FileSecrets {
 pub(crate) struct IdentityFiles {
     /// Chain, key, roots.
     paths: [PathBuf; 3],
-    known: Option<[Option<Stamp>; 3]>,
+    known: Known<[Option<Stamp>; 3]>,
     generation: u64,
 }
 
 impl IdentityFiles {
     /// Follows these files: chain, key, roots.
     pub(crate) fn new(paths: [PathBuf; 3]) -> Self {
-        Self { paths, known: None, generation: 0 }
+        Self { paths, known: Known::default(), generation: 0 }
     }
 
-    /// The identity, if a file was replaced since the last look.
+    /// The identity, if a file was replaced since the last look, or can be read at last.
     ///
-    /// *Errors*: what is there now is none.
+    /// *Errors*: what is there now is none, or cannot be read for now; that is told once.
     pub(crate) fn look(&mut self) -> Option<Result<WorkloadIdentity, String>> {
         let stamps = [0, 1, 2].map(|at: usize| stamp(&self.paths[at]));
-        if self.known == Some(stamps) {
+        if self.known.is_of(&stamps) {
             return None;
         }
-        self.known = Some(stamps);
         self.generation += 1;
-        let read = |path: &Path| std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
         let [chain, key, roots] = &self.paths;
-        let made = || {
-            let identity = WorkloadIdentity::from_pem(&read(chain)?, &read(key)?, &read(roots)?);
-            identity.map_err(|error| describe(&error))
+        let made = || -> Result<WorkloadIdentity, Unreadable> {
+            let identity = WorkloadIdentity::from_pem(&text(chain)?, &text(key)?, &text(roots)?)?;
+            Ok(WorkloadIdentity { generation: self.generation, ..identity })
         };
-        Some(made().map(|identity| WorkloadIdentity { generation: self.generation, ..identity }))
+        let made = made();
+        self.known.note(stamps, made)
     }
 }
 
@@ -149,14 +198,17 @@ fn files(name: &str) -> Option<Files<'_>> {
 }
 
 fn read(files: Option<Files<'_>>) -> Result<Secret, Unreadable> {
-    let text = |path: &str| std::fs::read(path).map_err(|error| Unreadable::File(path.to_owned(), error));
     Ok(match files.ok_or(Unreadable::Name)? {
         Files::Certificate(chain, key) => {
-            Secret::Certificate(Arc::new(KeyAndChain::from_pem(&text(chain)?, &text(key)?)?))
+            Secret::Certificate(Arc::new(KeyAndChain::from_pem(&text(chain.as_ref())?, &text(key.as_ref())?)?))
         }
-        Files::Roots(roots) => Secret::Roots(Arc::new(TrustRoots::from_pem(&text(roots)?)?)),
-        Files::System => Secret::Roots(Arc::new(TrustRoots::system()?)),
+        Files::Roots(roots) => Secret::Roots(Arc::new(TrustRoots::from_pem(&text(roots.as_ref())?)?)),
+        Files::System => Secret::Roots(Arc::new(TrustRoots::system().map_err(Unreadable::System)?)),
     })
+}
+
+fn text(path: &Path) -> Result<Vec<u8>, Unreadable> {
+    std::fs::read(path).map_err(|error| Unreadable::File(path.display().to_string(), error))
 }
 
 #[cfg(test)]
@@ -197,6 +249,33 @@ mod tests {
         assert_eq!(secrets.look().iter().map(|(name, _)| name).collect::<Vec<_>>(), [&certificate]);
         assert_eq!(secrets.follow([certificate]), [roots, "file-x:".into()]);
         assert!(secrets.look().is_empty());
+    }
+
+    #[test]
+    fn a_failure_that_may_pass_is_told_once_and_tried_again() {
+        let failed = |code: i32| Err(Unreadable::File("a".to_owned(), std::io::Error::from_raw_os_error(code)));
+        let (too_many_open, not_there) = (24, 2);
+        let mut known: Known<u8> = Known::default();
+        // stamps, what reading gives, whether something is answered, whether it is done with
+        for (stamps, read, is_answered, is_done) in [
+            (1, failed(too_many_open), true, false),
+            (1, failed(too_many_open), false, false),
+            (1, Ok(()), true, true),
+            (2, failed(too_many_open), true, false),
+            (2, failed(not_there), true, true),
+            (3, failed(not_there), true, true),
+            (4, Err(Unreadable::Name), true, true),
+        ] {
+            let case = format!("{stamps}: {read:?}");
+            assert!(!known.is_of(&stamps), "{case}");
+            assert_eq!(known.note(stamps, read).is_some(), is_answered, "{case}");
+            assert_eq!(known.is_of(&stamps), is_done, "{case}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let mut files = IdentityFiles::new([(); 3].map(|()| dir.path().to_owned()));
+        assert!(files.look().is_some_and(|read| read.is_err()), "a folder");
+        assert!(files.look().is_none(), "it was told");
+        assert!(files.known.stamps.is_none(), "and is tried again");
     }
 
     #[test]
