@@ -9,7 +9,8 @@
 //!
 //! `binaryPath` of the mesh's `defaultConfig` or of a pod's `proxy.istio.io/config` chooses the
 //! program. It gets a bootstrap and two sockets; keys, tokens and names stay with the agent, so
-//! that any Envoy of its own build runs unchanged. The agent lives as long as its Envoy: when one
+//! that any Envoy of its own build runs unchanged. Where the workload's certificate is mounted, its
+//! files are in place of the CA. The agent lives as long as its Envoy: when one
 //! ends, so does the other, and the pod starts both anew.
 //!
 //! *Source*: Istio's agent: places, ports, drain before the end.
@@ -76,9 +77,12 @@ pub enum AgentError {
     /// It could not start.
     #[error(transparent)]
     Start(#[from] RunError),
-    /// There is no control plane or CA to be an agent for.
-    #[error("an agent needs a control plane and a CA")]
+    /// There is no control plane to be an agent for.
+    #[error("an agent needs a control plane")]
     NoPlane,
+    /// The workload has no identity.
+    #[error("an agent needs a CA, or the workload's certificate in files")]
+    NoIdentity,
     /// A socket or file of the agent's cannot be made.
     #[error("cannot make {path}")]
     Place {
@@ -119,16 +123,24 @@ pub fn run(options: Options, program: &Path) -> Result<(), AgentError> {
 }
 
 async fn supervise(mut options: Options, program: &Path, places: &Places) -> Result<(), AgentError> {
-    let (Some(ca), Some(plane)) = (options.ca.take(), options.xds.take()) else { return Err(AgentError::NoPlane) };
+    let Some(plane) = options.xds.take() else { return Err(AgentError::NoPlane) };
     let shared = Shared::new(&mut options)?;
-    let (agent, identities) = identity::agent::Agent::new(options.renewal.asking(ca));
     // Whatever runs here ends with the set.
     let mut tasks = JoinSet::new();
-    tasks.spawn(agent.run());
+    // As with our own data plane, the control plane is shown what its CA issued, and nothing that others provide.
+    let (identities, shown) = match (options.identity_files.take(), options.ca.take()) {
+        (Some(paths), _) => (secrets::of_files(paths, &mut tasks).map_err(RunError::Identity)?, None),
+        (None, Some(ca)) => {
+            let (agent, identities) = identity::agent::Agent::new(options.renewal.asking(ca));
+            tasks.spawn(agent.run());
+            (identities.clone(), Some(identities))
+        }
+        (None, None) => return Err(AgentError::NoIdentity),
+    };
 
     let service = SecretDiscoveryServiceServer::new(Ads::new(secrets::follow(identities.clone(), &mut tasks), "agent"));
     tasks.spawn(serve(bind(&places.sds)?, Routes::new(service)));
-    let (relay, names) = Relay::new(crate::control::dialer(plane, Some(identities.clone())));
+    let (relay, names) = Relay::new(crate::control::dialer(plane, shown));
     tasks.spawn(serve(bind(&places.xds)?, Routes::new(AggregatedDiscoveryServiceServer::new(relay))));
     if let Some(address) = options.addresses.dns {
         let table = Arc::new(ArcSwap::from_pointee(NameTable::default()));

@@ -1,6 +1,7 @@
 //! The workload's certificate and roots, and secrets in files, for whoever may open the agent's socket.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,7 +13,7 @@ use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
 };
 use futures_util::future::BoxFuture;
 use identity::agent::Identities;
-use identity::workload::{KeyAndChain, TrustRoots};
+use identity::workload::{KeyAndChain, TrustRoots, WorkloadIdentity};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::Status;
@@ -20,7 +21,7 @@ use xds::ResourceSet;
 use xds::client::Protocol;
 use xds::server::{Admitted, Answered, Authority, Caller, Observer, Outgoing, Progress, Session};
 
-use crate::file_secrets::{FileSecrets, is_of_files};
+use crate::file_secrets::{FileSecrets, IdentityFiles, is_of_files};
 use crate::secrets::{ROOTS, Secret, WORKLOAD};
 
 /// Names of files that the streams ask for, by stream.
@@ -34,6 +35,37 @@ pub(super) struct Own {
     sets: watch::Receiver<Option<Arc<ResourceSet>>>,
     asked: watch::Sender<Asked>,
     streams: AtomicU64,
+}
+
+/// The workload's identity where others provide it in files: chain, key, roots. It follows them.
+///
+/// *Errors*: what is in them now is none.
+pub(super) fn of_files(paths: [PathBuf; 3], tasks: &mut JoinSet<()>) -> Result<Identities, String> {
+    let mut files = IdentityFiles::new(paths);
+    let (sender, identities) = watch::channel(None);
+    if let Some(first) = files.look() {
+        // Sent, not put in at the start: only then it is a change to whoever waits for one.
+        sender.send_replace(Some(Arc::new(first?)));
+    }
+    tasks.spawn(follow_identity(files, sender));
+    Ok(identities)
+}
+
+/// Publishes what comes to be in the files, until nobody wants it.
+async fn follow_identity(mut files: IdentityFiles, identities: watch::Sender<Option<Arc<WorkloadIdentity>>>) {
+    while !identities.is_closed() {
+        tokio::time::sleep(LOOK).await;
+        match files.look() {
+            Some(Ok(identity)) => drop(identities.send_replace(Some(Arc::new(identity)))),
+            Some(Err(reason)) => {
+                tracing::warn!(
+                    reason,
+                    "the workload's certificate in files cannot be used; what was there before stays"
+                );
+            }
+            None => {}
+        }
+    }
 }
 
 /// Secrets that follow the identity and the files that somebody asks for; nothing is answered before the first
@@ -153,5 +185,40 @@ impl Observer for Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         self.asked.send_if_modified(|asked| asked.remove(&self.id).is_some());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn an_identity_in_files_is_served_and_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |account: &str| {
+            let mut parameters = rcgen::CertificateParams::default();
+            let id = format!("spiffe://cluster.local/ns/shop/sa/{account}");
+            parameters.subject_alt_names = vec![rcgen::SanType::URI(id.try_into().unwrap())];
+            let key = rcgen::KeyPair::generate().unwrap();
+            let certificate = parameters.self_signed(&key).unwrap().pem();
+            for (name, text) in [("roots", &certificate), ("chain", &certificate), ("key", &key.serialize_pem())] {
+                std::fs::write(dir.path().join("new"), text).unwrap();
+                std::fs::rename(dir.path().join("new"), dir.path().join(name)).unwrap();
+            }
+        };
+        let paths = ["chain", "key", "roots"].map(|name| dir.path().join(name));
+        let mut tasks = JoinSet::new();
+        assert!(of_files(paths.clone(), &mut tasks).unwrap_err().contains("chain"), "nothing is there");
+        put("first");
+        let mut identities = of_files(paths, &mut tasks).unwrap();
+        let own = follow(identities.clone(), &mut tasks);
+        let mut sets = own.sets.clone();
+        tokio::time::timeout(PATIENCE, sets.wait_for(Option::is_some)).await.expect("it is served").unwrap();
+        put("second");
+        let waiting = identities
+            .wait_for(|identity| identity.as_ref().is_some_and(|identity| &*identity.id.service_account == "second"));
+        tokio::time::timeout(PATIENCE, waiting).await.expect("it is followed").unwrap();
     }
 }
