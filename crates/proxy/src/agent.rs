@@ -10,8 +10,8 @@
 //! `binaryPath` of the mesh's `defaultConfig` or of a pod's `proxy.istio.io/config` chooses the
 //! program. It gets a bootstrap and two sockets; keys, tokens and names stay with the agent, so
 //! that any Envoy of its own build runs unchanged. Where the workload's certificate is mounted, its
-//! files are in place of the CA. The agent lives as long as its Envoy: when one
-//! ends, so does the other, and the pod starts both anew.
+//! files are in place of the CA. The agent lives as long as its Envoy: when one ends, so does the
+//! other, and the pod starts both anew.
 //!
 //! *Source*: Istio's agent: places, ports, drain before the end.
 

@@ -75,7 +75,6 @@ fn strict_refuses_plaintext_and_permissive_takes_it() {
     assert_eq!(status(&mesh, "legacy/curl"), 200, "back to PERMISSIVE");
 }
 
-/// How the pod's port takes a call: `None` refused, else whether it came over mutual TLS.
 #[test]
 fn probes_reach_an_application_whose_proxy_is_strict() {
     let mesh = SECURITY.turn();
@@ -97,6 +96,7 @@ spec:
     });
 }
 
+/// How the pod's port takes a call: `None` refused, else whether it came over mutual TLS.
 fn taken(mesh: &Mesh, whence: &str) -> Option<bool> {
     let seen = mesh.curl(whence, &[&format!("{HTTPBIN}/headers")]);
     (seen.status == 200).then(|| seen.body.contains("x-forwarded-client-cert"))

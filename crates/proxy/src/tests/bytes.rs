@@ -134,7 +134,8 @@ async fn a_reset_is_passed_on_and_never_looks_like_an_orderly_end() {
         } else {
             drop(client)
         }
-        assert_eq!(heard.recv().await, Some(is_reset), "from the client");
+        let heard = tokio::time::timeout(bed::PATIENCE, heard.recv()).await.expect("the server hears of it");
+        assert_eq!(heard, Some(is_reset), "from the client");
     }
     running.end().await;
 }
