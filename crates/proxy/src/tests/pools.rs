@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use envoy_types::pb::envoy::config::core::v3 as core;
+use envoy_types::pb::envoy::config::route::v3 as route;
 use envoy_types::pb::google::protobuf::UInt32Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
@@ -61,13 +62,17 @@ async fn gated(gate: &Arc<Semaphore>) -> (SocketAddr, Connections) {
     (at, connections)
 }
 
-/// A gateway whose only cluster has these HTTP settings.
+/// A gateway whose only cluster has these HTTP settings; requests may take as long as they like.
 async fn gateway(
     up: SocketAddr,
     common: core::HttpProtocolOptions,
     http2: Option<core::Http2ProtocolOptions>,
 ) -> bed::Running {
-    let manager = bed::manager(vec![bed::to_cluster("/", "up")]);
+    let mut to_up = bed::to_cluster("/", "up");
+    if let Some(route::route::Action::Route(action)) = &mut to_up.action {
+        action.timeout = bed::milliseconds(0);
+    }
+    let manager = bed::manager(vec![to_up]);
     let cluster = bed::cluster_with("up", up, common, http2);
     Box::pin(bed::start(vec![bed::listener("in", bed::http_filter(&manager))], vec![cluster])).await
 }
@@ -181,21 +186,21 @@ async fn pinged(pings: usize) -> SocketAddr {
 
 #[tokio::test]
 async fn a_dead_http2_upstream_is_noticed_by_its_silence() {
-    let keepalive = core::KeepaliveSettings {
-        interval: bed::milliseconds(50),
-        timeout: bed::milliseconds(3000),
-        ..Default::default()
+    let asking = |interval: i32, timeout: i32| {
+        let (interval, timeout) = (bed::milliseconds(interval), bed::milliseconds(timeout));
+        let keepalive = core::KeepaliveSettings { interval, timeout, ..Default::default() };
+        Some(core::Http2ProtocolOptions { connection_keepalive: Some(keepalive), ..Default::default() })
     };
-    let http2 = core::Http2ProtocolOptions { connection_keepalive: Some(keepalive), ..Default::default() };
     let dead = async {
-        let running = gateway(pinged(0).await, core::HttpProtocolOptions::default(), Some(http2.clone())).await;
+        let running = gateway(pinged(0).await, core::HttpProtocolOptions::default(), asking(50, 3000)).await;
         let answer = bed::talk(running.at("in"), REQUEST, |_| false).await;
         assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("connection termination"), "{answer}");
         running.end().await;
     };
-    // One that answers PINGs may take as long as it likes over a request: here longer than silence may last.
+    // One that answers PINGs may take as long as it likes over a request: here longer than silence may last, which is
+    // long, so that a busy machine is no silent one.
     let slow = async {
-        let running = gateway(pinged(70).await, core::HttpProtocolOptions::default(), Some(http2.clone())).await;
+        let running = gateway(pinged(11).await, core::HttpProtocolOptions::default(), asking(1000, 10_000)).await;
         ask(&running).await;
         running.end().await;
     };
