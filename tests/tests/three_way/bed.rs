@@ -744,11 +744,17 @@ impl Live {
         Self::start("envoy", program, &args, compiled, bed)
     }
 
-    /// What comes back; a status of 0 is a connection, or a stream, that ends without an answer.
+    /// What comes back; a status of 0 is a connection, or a stream, that ends without an answer. Where nobody listens
+    /// there is none to end: the test fails.
     fn send(&mut self, host: &str, request: &Request, agent: &str) -> Response {
         let none = Response { status: 0, headers: Vec::new(), body: String::new(), trailers: Vec::new() };
         let answer = if request.is_http2 { self.send2(host, request, agent) } else { self.send1(host, request, agent) };
-        answer.unwrap_or(none)
+        match answer {
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                panic!("{} does not listen on the port of server {}: {error}", self.name, request.port)
+            }
+            answer => answer.unwrap_or(none),
+        }
     }
 
     fn at(&self, server: u16) -> SocketAddr {
