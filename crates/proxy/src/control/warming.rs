@@ -258,3 +258,53 @@ async fn resolve(cluster: Name, spec: Arc<DnsSpec>, to: mpsc::UnboundedSender<Re
         tokio::time::sleep(spec.refresh.max(Duration::from_millis(100))).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use envoy_types::pb::envoy::config::cluster::v3 as cluster;
+    use envoy_types::pb::envoy::config::core::v3 as core;
+    use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
+
+    use super::*;
+    use crate::tests::bed;
+
+    /// Tables of one cluster, whose roots have this name.
+    fn trusting(roots: &str) -> Tables {
+        use tls::common_tls_context::ValidationContextType::ValidationContextSdsSecretConfig;
+        let named = tls::SdsSecretConfig { name: roots.into(), ..Default::default() };
+        let common = tls::CommonTlsContext {
+            validation_context_type: Some(ValidationContextSdsSecretConfig(named)),
+            ..Default::default()
+        };
+        let context = tls::UpstreamTlsContext { common_tls_context: Some(common), ..Default::default() };
+        let socket = core::TransportSocket {
+            name: "envoy.transport_sockets.tls".into(),
+            config_type: Some(core::transport_socket::ConfigType::TypedConfig(bed::any(&context))),
+        };
+        let made = cluster::Cluster { transport_socket: Some(socket), ..bed::cluster("up", bed::NOBODY, false) };
+        let (clusters, rejected) = engine::lower::apply_clusters(&Table::default(), &[bed::raw("up", &made)], &[]);
+        assert_eq!(rejected, []);
+        Tables { clusters: Arc::new(clusters), ..Tables::default() }
+    }
+
+    #[test]
+    fn a_secret_in_files_is_followed_until_nothing_published_names_it() {
+        fn check(received: &Received, published: &RuntimeConfig, expect: &[&str]) {
+            let names = received.file_secrets(published);
+            assert_eq!(names.iter().map(|name| &**name).collect::<Vec<&str>>(), expect);
+        }
+        let mut received = Received::default();
+        let published = RuntimeConfig::default();
+        check(&received, &published, &[]);
+        received.take(trusting("file-root:/first"), type_urls::CLUSTER, &[], &[]);
+        check(&received, &published, &["file-root:/first"]);
+        let published = received.warm(&published, Duration::ZERO).unwrap();
+        received.take(trusting("file-root:/second"), type_urls::CLUSTER, &[], &[]);
+        check(&received, &published, &["file-root:/first", "file-root:/second"]);
+        let published = received.warm(&published, Duration::ZERO).unwrap();
+        check(&received, &published, &["file-root:/second"]);
+        received.take(trusting("ROOTCA"), type_urls::CLUSTER, &[], &[]);
+        let published = received.warm(&published, Duration::ZERO).unwrap();
+        check(&received, &published, &[]);
+    }
+}
