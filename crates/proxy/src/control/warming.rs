@@ -106,7 +106,7 @@ impl Received {
 
     /// Secrets in files that received resources name, and those that published ones do.
     pub(crate) fn file_secrets(&self, published: &RuntimeConfig) -> BTreeSet<Name> {
-        let mut names = BTreeSet::new();
+        let mut names: BTreeSet<Name> = BTreeSet::new();
         for clusters in [&self.tables.clusters, &published.clusters] {
             names.extend(clusters.iter().flat_map(|(_, cluster)| cluster.needs().secrets));
         }
