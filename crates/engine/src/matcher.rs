@@ -216,7 +216,8 @@ impl HeaderMatcher {
     ///
     /// *Source*: Envoy `envoy.reloadable_features.match_headers_individually`.
     pub fn matches(&self, head: &RequestHead) -> bool {
-        if self.name.starts_with(':') {
+        // `host` is another name of `:authority`, as everywhere in Envoy
+        if self.name.starts_with(':') || &*self.name == "host" {
             return self.matches_value(head.header(&self.name).as_deref());
         }
         self.matches_each(head.fields.get_all(&self.name))

@@ -122,6 +122,9 @@ enum Next {
 /// An HTTP/1 client that dawdles over a head is let go after this, where the chain names no time.
 const HEAD_MAX: Duration = Duration::from_mins(1);
 
+/// Memory of a head that a connection keeps between two requests.
+const HEAD_KEPT_MAX: usize = 8 * 1024;
+
 /// How long a client may take over a head, once its first byte is here.
 fn head_timeout(hcm: &Hcm) -> Duration {
     hcm.timeouts.request_headers.unwrap_or(HEAD_MAX)
@@ -185,6 +188,10 @@ async fn serve_h1(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
             break;
         }
         server.rest();
+        // what a usual head needs is kept for the next one, what a large one took is not
+        if head.fields.held() > HEAD_KEPT_MAX {
+            head = RequestHead::default();
+        }
     }
     close(&mut server).await;
 }

@@ -286,9 +286,10 @@ impl OneWay {
             let mut read = ReadBuf::new(&mut self.buffer);
             match Pin::new(&mut *from).poll_read(cx, &mut read) {
                 Poll::Pending => {
+                    // TLS may hold what the socket did not take: until it has, every wake-up tries again
                     if self.dirty {
-                        self.dirty = false;
                         ready!(Pin::new(&mut *to).poll_flush(cx)).map_err(Broken::To)?;
+                        self.dirty = false;
                     }
                     self.buffer = Vec::new();
                     return Poll::Pending;
@@ -386,4 +387,60 @@ async fn relay(
         }
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use identity::tls::{Bounds, ClientAuth, ClientTls, ServerTls};
+    use identity::workload::KeyAndChain;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+
+    use super::*;
+    use crate::io::Socket;
+
+    /// Both ends of TLS over a pipe that holds `room` bytes.
+    async fn tls(room: usize) -> (Io, tokio_rustls::client::TlsStream<DuplexStream>) {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = rcgen::CertificateParams::new(vec!["a".to_owned()]).unwrap().self_signed(&key).unwrap();
+        let keys = KeyAndChain::from_pem(certificate.pem().as_bytes(), key.serialize_pem().as_bytes()).unwrap();
+        let server = ServerTls {
+            certificates: vec![keys],
+            client_auth: ClientAuth::None,
+            alpn: Vec::new(),
+            bounds: Bounds::default(),
+        };
+        let client = ClientTls {
+            certificate: None,
+            verify: None,
+            alpn: Vec::new(),
+            bounds: Bounds::default(),
+            send_server_name: false,
+        };
+        let server = server.build().unwrap();
+        let none: [&[u8]; 0] = [];
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::clone(server.for_alpn(none)));
+        let connector = tokio_rustls::TlsConnector::from(client.build().unwrap());
+        let name = rustls::pki_types::ServerName::try_from("a").unwrap();
+        let (near, far) = tokio::io::duplex(room);
+        let (accepted, connected) = tokio::join!(acceptor.accept(Socket::pipe(near)), connector.connect(name, far));
+        (Io::server_tls(accepted.unwrap()), connected.unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_tls_holds_back_goes_on_when_there_is_room() {
+        const SENT: usize = 20_000;
+        let (mut to, mut reader) = tls(1024).await;
+        let (mut writer, from) = tokio::io::duplex(SENT);
+        let mut from = Io::Plain(Socket::pipe(from));
+        writer.write_all(&[7; SENT]).await.unwrap();
+        let mut way = OneWay::default();
+        let mut got = vec![0; SENT];
+        let reading = tokio::time::timeout(Duration::from_secs(60), reader.read_exact(&mut got));
+        tokio::select! {
+            biased;
+            _ = poll_fn(|cx| way.poll(cx, &mut from, &mut to)) => panic!("the writer has not ended"),
+            read = reading => assert_eq!(read.expect("all of it arrives, though nothing follows").unwrap(), SENT),
+        }
+        assert!(got.iter().all(|byte| *byte == 7));
+    }
 }

@@ -86,6 +86,10 @@ impl Client {
     }
 }
 
+/// Contexts of one upstream's settings before they are forgotten: a client who may choose the name that a server
+/// has to prove would make one for each.
+const VARIANTS_MAX: usize = 64;
+
 /// Contexts kept before all are forgotten (they are rebuilt on use).
 const CACHED_MAX: usize = 4096;
 
@@ -188,7 +192,11 @@ impl Contexts {
                 if clients.values().map(Vec::len).sum::<usize>() >= CACHED_MAX {
                     clients.clear();
                 }
-                clients.entry(tls.fingerprint).or_default().push(built);
+                let variants = clients.entry(tls.fingerprint).or_default();
+                if variants.len() >= VARIANTS_MAX {
+                    variants.clear();
+                }
+                variants.push(built);
             }
         }
         Ok(config)

@@ -55,7 +55,18 @@ impl Key {
         self.address.hash(&mut state);
         self.tls.as_ref().map(|tls| Arc::as_ptr(tls) as usize).hash(&mut state);
         self.sni.hash(&mut state);
+        self.preamble.hash(&mut state);
         state.finish()
+    }
+
+    /// Whether it differs from `other` in nothing but the TLS context.
+    fn same_but_tls(&self, other: &Self) -> bool {
+        self.cluster == other.cluster
+            && self.address == other.address
+            && self.sni == other.sni
+            && self.protocol == other.protocol
+            && self.bind == other.bind
+            && self.preamble == other.preamble
     }
 
     fn same(&self, other: &Self) -> bool {
@@ -64,12 +75,7 @@ impl Key {
             (Some(a), Some(b)) => Arc::ptr_eq(a, b),
             _ => false,
         };
-        tls && self.cluster == other.cluster
-            && self.address == other.address
-            && self.sni == other.sni
-            && self.protocol == other.protocol
-            && self.bind == other.bind
-            && self.preamble == other.preamble
+        tls && self.same_but_tls(other)
     }
 }
 
@@ -164,7 +170,29 @@ struct Pool {
     connecting: RefCell<Option<Rc<Connecting>>>,
     open: Cell<u32>,
     released: Notify,
+    /// Another TLS context (of a renewed certificate, as a rule) has taken its place: what comes back is closed,
+    /// since nobody would ask for it again while it counts against the cluster's limit.
+    is_superseded: Cell<bool>,
 }
+
+impl Pool {
+    /// Lets go of what nobody uses, now and later.
+    fn supersede(&self) {
+        self.is_superseded.set(true);
+        // dropped when nothing is borrowed any more
+        let idle = self.idle.take();
+        self.shared.borrow_mut().retain(|conn| conn.active.get() > 0);
+        drop(idle);
+    }
+
+    /// Whether a connection is of no further use once nothing is under way on it.
+    fn is_done_with(&self, born: Instant, requests: u32, now: Instant) -> bool {
+        self.is_superseded.get() || worn(&self.cluster.borrow().http, born, requests, now)
+    }
+}
+
+/// How long a connection with a PROXY preamble is kept: only one connection of one client could use it.
+const PREAMBLE_IDLE: Duration = Duration::from_secs(15);
 
 /// All pools of a worker.
 #[derive(Default)]
@@ -180,6 +208,7 @@ impl Pools {
             if !Arc::ptr_eq(&found.cluster.borrow(), cluster) {
                 found.cluster.replace(Arc::clone(cluster));
             }
+            found.is_superseded.set(false);
             return Rc::clone(found);
         }
         let pool = Rc::new(Pool {
@@ -190,8 +219,15 @@ impl Pools {
             connecting: RefCell::default(),
             open: Cell::new(0),
             released: Notify::new(),
+            is_superseded: Cell::new(false),
         });
         list.push(Rc::clone(&pool));
+        if pool.key.tls.is_some() {
+            let before = pools.values().flatten();
+            for old in before.filter(|old| !Rc::ptr_eq(old, &pool) && old.key.same_but_tls(&pool.key)) {
+                old.supersede();
+            }
+        }
         pool
     }
 
@@ -202,11 +238,18 @@ impl Pools {
         #[expect(clippy::iter_over_hash_type, reason = "each pool is looked at by itself")]
         for list in self.by_hash.borrow_mut().values_mut() {
             for pool in list.iter() {
+                let current = config.clusters.get(&pool.key.cluster);
+                if let Some(current) = current
+                    && !Arc::ptr_eq(&pool.cluster.borrow(), current)
+                {
+                    pool.cluster.replace(Arc::clone(current));
+                }
                 let cluster = Arc::clone(&pool.cluster.borrow());
                 let http = &cluster.http;
-                let is_gone = config.clusters.get(&pool.key.cluster).is_none();
+                let preamble_max = pool.key.preamble.map(|_| PREAMBLE_IDLE);
+                let idle_max = http.idle_timeout.into_iter().chain(preamble_max).min();
                 let stale =
-                    |used: Instant| is_gone || http.idle_timeout.is_some_and(|max| now.duration_since(used) >= max);
+                    |used: Instant| current.is_none() || idle_max.is_some_and(|max| now.duration_since(used) >= max);
                 let (drop, keep) = pool.idle.take().into_iter().partition(|idle: &Idle| {
                     stale(idle.kept.used) || worn(http, idle.kept.born, idle.kept.requests, now)
                 });
@@ -264,7 +307,7 @@ impl Drop for Streaming {
         let (conn, now) = (&self.conn, Instant::now());
         conn.active.set(conn.active.get() - 1);
         conn.used.set(now);
-        if conn.active.get() == 0 && worn(&self.pool.cluster.borrow().http, conn.born, conn.requests.get(), now) {
+        if conn.active.get() == 0 && self.pool.is_done_with(conn.born, conn.requests.get(), now) {
             self.pool.shared.borrow_mut().retain(|other| !Rc::ptr_eq(other, conn));
         }
     }
@@ -318,7 +361,7 @@ impl Running {
         let now = Instant::now();
         kept.requests = kept.requests.saturating_add(1);
         kept.used = now;
-        if connection.is_reusable() && !worn(&self.pool.cluster.borrow().http, kept.born, kept.requests, now) {
+        if connection.is_reusable() && !self.pool.is_done_with(kept.born, kept.requests, now) {
             connection.rest();
             self.pool.idle.borrow_mut().push(Idle { connection, kept });
             self.pool.released.notify_one();

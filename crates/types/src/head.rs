@@ -111,6 +111,11 @@ impl Fields {
         made
     }
 
+    /// Bytes of memory it holds, used or not.
+    pub fn held(&self) -> usize {
+        self.names.capacity() + self.values.capacity() + self.list.capacity() * size_of::<Entry>()
+    }
+
     /// Makes room for `fields` fields more, and `bytes` bytes of their values.
     pub fn reserve(&mut self, fields: usize, bytes: usize) {
         // longer names make it grow once

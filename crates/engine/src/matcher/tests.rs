@@ -86,6 +86,28 @@ fn headers_as_envoy_reads_them() {
 }
 
 #[test]
+fn the_host_is_the_authority() {
+    use route::header_matcher::HeaderMatchSpecifier as S;
+    let matcher = |name: &str, invert| {
+        let exact = pb::StringMatcher {
+            ignore_case: false,
+            match_pattern: Some(pb::string_matcher::MatchPattern::Exact("h".into())),
+        };
+        HeaderMatcher::lower(&route::HeaderMatcher {
+            name: name.into(),
+            invert_match: invert,
+            header_match_specifier: Some(S::StringMatch(exact)),
+            ..Default::default()
+        })
+        .unwrap()
+    };
+    for name in ["host", "Host", ":authority"] {
+        assert!(matcher(name, false).matches(&head(&[])), "{name}");
+        assert!(!matcher(name, true).matches(&head(&[])), "not {name}");
+    }
+}
+
+#[test]
 fn every_occurrence_counts_in_policies() {
     let check = |matcher: &HeaderMatcher, reading, values: &[&str], expect: bool| {
         assert_eq!(matcher.matches_under(&head(values), reading), expect, "{matcher:?} {reading:?} {values:?}");
