@@ -153,12 +153,12 @@ impl PodFiles {
         for (source, mount) in sources {
             held.push((Held::open(&source)?, mount));
         }
-        // Before the mounts, which may lie above or below what is hidden: a mount of a pod is always seen.
-        for path in hidden {
-            View::hide(path)?;
-        }
         for (source, mount) in &held {
             view.bind(&source.path, &mount.path, mount.read_only)?;
+        }
+        // What a mount covers is hidden already. After the mounts: one of them may show a folder that is to be hidden.
+        for path in hidden.iter().filter(|path| !mounts.iter().any(|mount| mount.path == **path)) {
+            View::hide(path)?;
         }
         Ok(())
     }

@@ -399,15 +399,11 @@ async fn mounts() {
     assert_eq!(shell("app", format!("ls {}", state.display())).await, "");
     assert_eq!(shell("app", format!("ls {}", mesh.dir.path().join("run").display())).await, "");
     assert!(state.join("key").exists());
-    // What the pod mounts is seen there all the same, and nothing beside it.
-    for (name, path, expect) in
-        [("at", state.clone(), "a.conf b.conf\nA1"), ("below", state.join("inner"), "inner\nA1")]
-    {
-        let here = mount("config", path.to_str().unwrap(), None, true);
-        mesh.run_with(&a, name, &["wait"], |request| request.mounts = vec![here]).await;
-        let script = format!("echo $(ls {}); cat {}/a.conf", state.display(), path.display());
-        assert_eq!(shell(name, script).await, expect, "{name}");
-    }
+    // What the pod mounts there is seen all the same, and nothing else.
+    let here = mount("config", state.to_str().unwrap(), None, true);
+    mesh.run_with(&a, "at", &["wait"], |request| request.mounts = vec![here]).await;
+    let script = format!("echo $(ls {0}); cat {0}/a.conf", state.display());
+    assert_eq!(shell("at", script).await, "a.conf b.conf\nA1");
     // Updates show in whole volumes, not in subPath mounts.
     mesh.runtime.update_volume(a.id, "config", vec![file("a.conf", "A2"), file("c.conf", "C2")]).await.unwrap();
     assert_eq!(cat("/lateen-test-config/deep/a.conf").await, "A2");
