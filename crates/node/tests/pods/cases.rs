@@ -701,6 +701,8 @@ fn all_pids() -> Vec<i32> {
     std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
 }
 
+/// All processes below `of`, nearest first. Numbers begin anew when they have run out, so they do not tell who
+/// was there before.
 fn descendants(of: i32) -> Vec<i32> {
     let parents: BTreeMap<i32, i32> = all_pids()
         .into_iter()
@@ -709,17 +711,19 @@ fn descendants(of: i32) -> Vec<i32> {
             Some((pid, stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()?))
         })
         .collect();
-    let is_below = |pid: &i32| {
-        let mut at = *pid;
+    let depth = |pid: i32| {
+        let (mut at, mut depth) = (pid, 1);
         while let Some(&parent) = parents.get(&at) {
             if parent == of {
-                return true;
+                return Some(depth);
             }
-            at = parent;
+            (at, depth) = (parent, depth + 1);
         }
-        false
+        None
     };
-    parents.keys().filter(|pid| is_below(pid)).copied().collect()
+    let mut below: Vec<(u32, i32)> = parents.keys().filter_map(|&pid| Some((depth(pid)?, pid))).collect();
+    below.sort_unstable();
+    below.into_iter().map(|(_, pid)| pid).collect()
 }
 
 fn processes(marker: &str) -> Vec<i32> {
