@@ -140,8 +140,17 @@ impl Stream2<'_> {
         self.push(&message(body))
     }
 
+    /// Sends one gRPC message, with which the request is complete.
+    pub fn say_last(&mut self, body: &[u8]) -> io::Result<()> {
+        self.push_then(&message(body), true)
+    }
+
     /// Sends bytes of the body.
     pub fn push(&mut self, data: &[u8]) -> io::Result<()> {
+        self.push_then(data, false)
+    }
+
+    fn push_then(&mut self, data: &[u8], ends: bool) -> io::Result<()> {
         let mut data = Bytes::copy_from_slice(data);
         while !data.is_empty() {
             self.sending.reserve_capacity(data.len());
@@ -150,7 +159,7 @@ impl Stream2<'_> {
                 poll_fn(|cx| sending.poll_capacity(cx)).await.unwrap_or(Err(h2::Reason::STREAM_CLOSED.into()))
             })?;
             let piece = data.split_to(room.min(data.len()));
-            self.sending.send_data(piece, false).map_err(io::Error::other)?;
+            self.sending.send_data(piece, ends && data.is_empty()).map_err(io::Error::other)?;
         }
         Ok(())
     }
