@@ -3,12 +3,11 @@
 use std::io::{self, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-/// Connects and copies both ways; ends when either side does. `$1` is the host, `$2` the port.
-/// A background job's standard input is empty unless it is named otherwise.
-const RELAY: &str = r#"exec 3<>"/dev/tcp/$1/$2" 4<&0 || exit 1
-cat <&3 & reader=$!
-cat <&4 >&3 & writer=$!
-wait -n; kill $reader $writer 2>/dev/null"#;
+/// Connects and copies both ways; when either side ends, so does everything in the process group, which is that
+/// of `timeout`. `$1` is the host, `$2` the port.
+const RELAY: &str = r#"exec 3<>"/dev/tcp/$1/$2" || exit 1
+{ cat <&3; kill 0; } &
+cat >&3; kill 0"#;
 
 /// Seconds after which a connection is cut, so that a test that waits for ever fails instead.
 const LIFE_MAX: &str = "300";
