@@ -201,6 +201,8 @@ pub enum TraceProvider {
         long_ids: bool,
         /// `traceparent` is written beside B3.
         w3c: bool,
+        /// A server's span has the id of the client's that called it.
+        shared_spans: bool,
     },
     /// OTLP over gRPC.
     OpenTelemetry {
@@ -244,6 +246,8 @@ pub struct Hcm {
     pub internal_ranges: Vec<Cidr>,
     /// A request id is made if absent.
     pub generate_request_id: bool,
+    /// What a request id tells of traces.
+    pub request_ids: RequestIds,
     /// An edge keeps the client's request id.
     pub preserve_external_request_id: bool,
     /// The response carries the request id.
@@ -272,6 +276,23 @@ pub struct Hcm {
     pub access_log: Vec<Arc<AccessLog>>,
     /// Sampling and tags.
     pub tracing: Option<Arc<Tracing>>,
+}
+
+/// What a request id tells of traces.
+///
+/// *Source*: Envoy, `UuidRequestIdConfig`; both are the default.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RequestIds {
+    /// Why a request is traced is written into its id.
+    pub pack_trace_reason: bool,
+    /// The id decides whether it is traced; else every request is, unless its context says otherwise.
+    pub decide_traces: bool,
+}
+
+impl Default for RequestIds {
+    fn default() -> Self {
+        Self { pack_trace_reason: true, decide_traces: true }
+    }
 }
 
 /// Whether the port in a host is removed.

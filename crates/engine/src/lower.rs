@@ -7,7 +7,8 @@
 //! `track_cluster_stats`), socket tuning (`tcp_backlog_size`, `enable_reuse_port`,
 //! `max_connections_to_accept_per_socket_event`, `connection_balance_config`), `decorator.propagate`,
 //! resolver tuning (`typed_dns_resolver_config`), `cleanup_interval`, `drain_type`,
-//! `ignore_health_on_host_removal`, and `validate_clusters` (a missing cluster is found per request).
+//! `ignore_health_on_host_removal`, `delayed_close_timeout` and `drain_timeout_jitter` (how a connection that has
+//! ended is let go), and `validate_clusters` (a missing cluster is found per request).
 
 use std::sync::Arc;
 
@@ -29,6 +30,10 @@ mod network;
 mod route;
 mod tls;
 
+#[cfg(test)]
+mod tests;
+
+pub use common::{config_source, nothing_left, socket_address};
 pub use endpoint::resolved_endpoints;
 
 /// A resource as received.
@@ -99,42 +104,4 @@ pub fn apply_endpoints(
     removed: &[Name],
 ) -> (Table<EndpointSet>, Vec<Rejected>) {
     apply(prev, update, removed, endpoint::lower_any, |_, _| false)
-}
-
-#[cfg(test)]
-mod tests {
-    use envoy_types::pb::envoy::config::cluster::v3 as wire;
-    use prost::Message as _;
-
-    use super::*;
-
-    fn raw(name: &str, connect_seconds: i64) -> Raw {
-        let cluster = wire::Cluster {
-            name: name.to_owned(),
-            connect_timeout: Some(envoy_types::pb::google::protobuf::Duration { seconds: connect_seconds, nanos: 0 }),
-            ..wire::Cluster::default()
-        };
-        let type_url = types::wellknown::type_urls::CLUSTER.to_owned();
-        Raw { name: name.into(), body: Any { type_url, value: cluster.encode_to_vec() } }
-    }
-
-    #[test]
-    fn what_is_removed_and_comes_again_is_there() {
-        let (first, rejected) =
-            apply_clusters(&Table::default(), &[raw("same", 1), raw("other", 1), raw("gone", 1)], &[]);
-        assert_eq!(rejected, []);
-        let removed = ["same", "other", "gone"].map(Name::from);
-        let (next, rejected) = apply_clusters(&first, &[raw("same", 1), raw("other", 2)], &removed);
-        assert_eq!(rejected, []);
-        assert!(Arc::ptr_eq(next.get("same").unwrap(), first.get("same").unwrap()), "unchanged is the same");
-        assert!(!Arc::ptr_eq(next.get("other").unwrap(), first.get("other").unwrap()));
-        assert!(next.get("gone").is_none());
-    }
-
-    #[test]
-    fn the_last_of_two_namesakes_stays() {
-        let (first, _) = apply_clusters(&Table::default(), &[raw("a", 1)], &[]);
-        let (next, _) = apply_clusters(&first, &[raw("a", 2), raw("a", 1)], &[]);
-        assert!(Arc::ptr_eq(next.get("a").unwrap(), first.get("a").unwrap()));
-    }
 }

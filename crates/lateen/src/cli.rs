@@ -186,10 +186,7 @@ pub(crate) fn run() -> ExitCode {
             log::start("info");
             roles::discovery::run(args)
         }
-        Command::Proxy(args) => {
-            let levels = log::start(args.log_level());
-            roles::proxy::run(args, levels)
-        }
+        Command::Proxy(args) => args.start_log().and_then(|levels| roles::proxy::run(args, levels)),
         Command::Sample { name, args } => samples::run(&name, &args).map_err(Into::into),
     };
     match result {

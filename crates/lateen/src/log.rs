@@ -1,11 +1,15 @@
 //! The process's own log: where its levels come from, and how they change while it runs.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::IsTerminal as _;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use anyhow::{Context as _, Result};
 use proxy::LogLevels;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 /// What can be given a level of its own, beside everything else.
 const COMPONENTS: [&str; 10] =
@@ -21,7 +25,7 @@ pub(crate) struct Levels {
 }
 
 /// Our word for one of Envoy's levels, or of our own.
-fn word(level: &str) -> Option<&'static str> {
+pub(crate) fn word(level: &str) -> Option<&'static str> {
     Some(match level {
         "trace" => "trace",
         "debug" => "debug",
@@ -33,23 +37,117 @@ fn word(level: &str) -> Option<&'static str> {
     })
 }
 
-/// Starts the log. `LATEEN_LOG` says what is written, else `level`.
+/// What is written, and where.
+#[derive(Debug, Default)]
+pub(crate) struct Settings<'a> {
+    /// Of everything that has no level of its own.
+    pub(crate) level: &'a str,
+    /// Of single components: ours, or Envoy's.
+    pub(crate) components: Vec<(&'a str, &'a str)>,
+    /// Lines go to the end of this file, in place of standard error.
+    pub(crate) file: Option<&'a Path>,
+}
+
+/// Where we do what one of Envoy's loggers tells of. Most of Envoy's have no counterpart.
+const ENVOYS: [(&str, &str); 22] = [
+    ("admin", "proxy"),
+    ("client", "proxy"),
+    ("config", "xds"),
+    ("conn_handler", "proxy"),
+    ("connection", "proxy"),
+    ("dns", "proxy"),
+    ("ext_authz", "engine"),
+    ("file", "proxy"),
+    ("filter", "engine"),
+    ("grpc", "xds"),
+    ("hc", "engine"),
+    ("http", "proxy"),
+    ("http2", "h2"),
+    ("jwt", "engine"),
+    ("main", "proxy"),
+    ("pool", "proxy"),
+    ("rbac", "engine"),
+    ("router", "engine"),
+    ("secret", "identity"),
+    ("stats", "telemetry"),
+    ("tracing", "telemetry"),
+    ("upstream", "proxy"),
+];
+
+/// From least to most.
+const WORDS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+impl Settings<'_> {
+    /// The level of every component.
+    ///
+    /// A logger of Envoy's can only make its counterpart say more: `misc:error` or `upstream:error` shall not
+    /// silence what others of its loggers would say. One without a counterpart is passed over.
+    ///
+    /// *Errors*: a word that is no level.
+    fn by_component(&self) -> Result<BTreeMap<&'static str, &'static str>> {
+        let rank = |word: &str| WORDS.iter().position(|known| *known == word);
+        let level = word(self.level).with_context(|| format!("unknown level {:?}", self.level))?;
+        let mut levels: BTreeMap<_, _> = COMPONENTS.map(|component| (component, level)).into();
+        for (name, level) in &self.components {
+            let level = word(level).with_context(|| format!("unknown level {level:?} of {name}"))?;
+            if let Some(own) = levels.get_mut(*name) {
+                *own = level;
+            } else if let Some((_, ours)) = ENVOYS.iter().find(|(envoys, _)| envoys == name)
+                && let Some(own) = levels.get_mut(ours)
+                && rank(level) > rank(own)
+            {
+                *own = level;
+            }
+        }
+        Ok(levels)
+    }
+}
+
+/// Starts the log on standard error. `LATEEN_LOG` says what is written, else `level`.
 pub(crate) fn start(level: &str) -> Arc<Levels> {
     let level = word(level).unwrap_or("warn");
-    let filter = EnvFilter::try_from_env("LATEEN_LOG").unwrap_or_else(|_| level.into());
+    let levels = COMPONENTS.map(|component| (component, level)).into();
+    install(level, levels, None)
+}
+
+/// Starts the log as a command line wants it. `LATEEN_LOG` goes before the levels.
+///
+/// *Errors*: a word that is no level, a file that cannot be opened.
+pub(crate) fn start_with(settings: &Settings<'_>) -> Result<Arc<Levels>> {
+    let file = match settings.file {
+        None => None,
+        Some(path) => {
+            let open = File::options().create(true).append(true).open(path);
+            Some(open.with_context(|| format!("cannot open the log {}", path.display()))?)
+        }
+    };
+    Ok(install(word(settings.level).unwrap_or("warn"), settings.by_component()?, file))
+}
+
+fn install(level: &str, levels: BTreeMap<&'static str, &'static str>, file: Option<File>) -> Arc<Levels> {
+    let filter = EnvFilter::try_from_env("LATEEN_LOG").unwrap_or_else(|_| {
+        let own = levels.iter().filter(|(_, own)| **own != level).map(|(component, own)| format!("{component}={own}"));
+        let directives: Vec<String> = std::iter::once(level.to_owned()).chain(own).collect();
+        EnvFilter::new(directives.join(","))
+    });
+    // What is kept in a file, as the logs of pods are, is text.
+    let ansi = file.is_none() && std::io::stderr().is_terminal();
+    let writer = match file {
+        Some(file) => BoxMakeWriter::new(Arc::new(file)),
+        None => BoxMakeWriter::new(std::io::stderr),
+    };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         // It would say so on standard error, which is what is closed then.
         .log_internal_errors(false)
-        // What is kept in a file, as the logs of pods are, is text.
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(ansi)
         .with_filter_reloading();
     let handle = builder.reload_handle();
     // A second call is a test's; the first one holds.
     _ = builder.try_init();
     Arc::new(Levels {
-        by_component: Mutex::new(COMPONENTS.map(|component| (component, level)).into()),
+        by_component: Mutex::new(levels),
         reload: Box::new(move |filter| handle.reload(filter).map_err(|error| error.to_string())),
     })
 }
@@ -79,6 +177,21 @@ impl LogLevels for Levels {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn loggers_of_envoy_stand_for_ours() {
+        let levels = |components: &[(&'static str, &'static str)]| {
+            let settings = Settings { level: "warning", components: components.to_vec(), file: None };
+            settings.by_component().map(|all| all.into_iter().filter(|(_, level)| *level != "warn").collect::<Vec<_>>())
+        };
+        assert_eq!(levels(&[("misc", "error"), ("upstream", "critical")]).unwrap(), []);
+        assert_eq!(
+            levels(&[("config", "trace"), ("upstream", "debug"), ("http", "info")]).unwrap(),
+            [("proxy", "debug"), ("xds", "trace")]
+        );
+        assert_eq!(levels(&[("proxy", "off")]).unwrap(), [("proxy", "off")]);
+        assert!(levels(&[("config", "loud")]).unwrap_err().to_string().contains("loud"));
+    }
 
     #[test]
     fn levels_change_one_by_one_or_all_at_once() {

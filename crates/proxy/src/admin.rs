@@ -47,6 +47,8 @@ pub(crate) struct Context {
     pub(crate) app_metrics: Option<(u16, String)>,
     pub(crate) dns_upstream: Vec<SocketAddr>,
     pub(crate) log_levels: Option<Arc<dyn LogLevels>>,
+    /// Labels of every metric, as the text format has them.
+    pub(crate) stats_tags: String,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -1,15 +1,20 @@
 //! Envoy's bootstrap, version 3, as YAML or JSON: static resources, files that are watched, ADS.
 //!
 //! What is not built is refused by name and path, never skipped; fields that only concern Envoy's
-//! own machinery (`stats_config`, `layered_runtime`, …) are taken and mean nothing here.
+//! own machinery (`stats_config`, `watchdogs`, …) are taken and mean nothing here.
+
+mod server;
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use engine::lower::Raw;
-use envoy_types::pb::envoy::config::core::v3::Node;
+use engine::lower::{Raw, config_source, nothing_left};
+use engine::unsupported::{Unsupported, Within};
+use envoy_types::pb::envoy::config::bootstrap::v3::bootstrap::DynamicResources;
+use envoy_types::pb::envoy::config::core::v3::api_config_source::ApiType;
+use envoy_types::pb::envoy::config::core::v3::{ApiConfigSource, Node, grpc_service};
 use envoy_types::pb::google::protobuf::Any;
 use identity::channel::{ControlPlane, PlainTcp, Source};
 use prost::Message as _;
@@ -37,39 +42,49 @@ pub enum InvalidBootstrap {
     /// Envoy has it, we do not.
     #[error("{0} is not built yet")]
     NotBuilt(String),
+    /// A field that is not built or not valid.
+    #[error("{0}")]
+    Refused(#[from] Unsupported),
 }
 
 /// What the command line adds, with Envoy's names.
 #[derive(Clone, Debug, Default)]
 pub struct Flags {
+    /// `--config-yaml` beside a file: what is merged into it, as protobuf merges messages.
+    pub merged: Option<String>,
     /// `--concurrency`
     pub concurrency: Option<usize>,
     /// `--service-node`
     pub service_node: Option<String>,
     /// `--service-cluster`
     pub service_cluster: Option<String>,
+    /// `--service-zone`
+    pub service_zone: Option<String>,
     /// `--drain-time-s`
     pub drain_seconds: Option<u64>,
     /// `--admin-address-path`
     pub admin_address_path: Option<PathBuf>,
+    /// `--stats-tag`
+    pub stats_tags: Vec<(String, String)>,
+    /// `--file-flush-interval-msec`
+    pub log_flush_interval: Option<Duration>,
 }
 
-/// Top-level fields that are taken and mean nothing to us.
-const WITHOUT_MEANING: [&str; 14] = [
+/// Top-level fields that are taken and mean nothing to us: statistics' names, watchdogs, the form of Envoy's own log.
+const WITHOUT_MEANING: [&str; 13] = [
+    "application_log_config",
+    "deferred_stat_options",
+    "enable_dispatcher_stats",
+    "flags_path",
+    "memory_allocator_manager",
+    "perf_tracing_file_path",
     "stats_config",
     "stats_flush_interval",
     "stats_flush_on_admin",
-    "layered_runtime",
+    "stats_server_version_override",
+    "typed_dns_resolver_config",
     "watchdog",
     "watchdogs",
-    "overload_manager",
-    "cluster_manager",
-    "default_socket_interface",
-    "flags_path",
-    "enable_dispatcher_stats",
-    "header_prefix",
-    "perf_tracing_file_path",
-    "memory_allocator_manager",
 ];
 
 /// Reads YAML or JSON.
@@ -84,7 +99,11 @@ fn parse(text: &str) -> Result<Value, InvalidBootstrap> {
 
 /// Makes options of a bootstrap.
 pub fn options(text: &str, flags: &Flags) -> Result<Options, InvalidBootstrap> {
-    let Value::Object(mut top) = parse(text)? else {
+    let mut document = parse(text)?;
+    if let Some(more) = &flags.merged {
+        merge(&mut document, parse(more)?);
+    }
+    let Value::Object(mut top) = document else {
         return Err(InvalidBootstrap::Syntax("the document is not a mapping".into()));
     };
     let camel: Vec<String> = top.keys().filter(|key| key.chars().any(char::is_uppercase)).cloned().collect();
@@ -93,6 +112,8 @@ pub fn options(text: &str, flags: &Flags) -> Result<Options, InvalidBootstrap> {
             top.insert(snake(&key), value);
         }
     }
+    // what is said to be nothing is not said
+    top.retain(|_, value| !is_unset(value));
     let mut node = match top.remove("node") {
         Some(json) => decode::<Node>("node", "envoy.config.core.v3.Node", json)?,
         None => Node::default(),
@@ -103,14 +124,21 @@ pub fn options(text: &str, flags: &Flags) -> Result<Options, InvalidBootstrap> {
     if let Some(cluster) = &flags.service_cluster {
         node.cluster.clone_from(cluster);
     }
+    if let Some(zone) = &flags.service_zone {
+        node.locality.get_or_insert_default().zone.clone_from(zone);
+    }
     let mut options = Options::new(Role::Standalone, node);
     options.concurrency = flags.concurrency.unwrap_or(0);
-    options.drain_time = std::time::Duration::from_secs(flags.drain_seconds.unwrap_or(600));
+    options.drain_time = Duration::from_secs(flags.drain_seconds.unwrap_or(600));
     options.take_signals = true;
     options.admin_address_path.clone_from(&flags.admin_address_path);
-    if let Some(admin) = top.remove("admin") {
-        options.addresses.admin = admin.pointer("/address/socket_address").map(socket_address).transpose()?;
+    options.stats_tags.clone_from(&flags.stats_tags);
+    options.log_flush_interval = flags.log_flush_interval.unwrap_or(options.log_flush_interval);
+    if let Some(json) = top.remove("admin") {
+        let admin = decode("admin", "envoy.config.bootstrap.v3.Admin", json)?;
+        options.addresses.admin = server::admin(admin).within("admin")?;
     }
+    server_settings(&mut top)?;
     let mut files = Files::default();
     if let Some(resources) = top.remove("static_resources") {
         options.resources = static_resources(resources, &mut files)?;
@@ -127,6 +155,60 @@ pub fn options(text: &str, flags: &Flags) -> Result<Options, InvalidBootstrap> {
     Ok(options)
 }
 
+/// Takes the sections that are looked at for nothing but what they must not ask for.
+fn server_settings(top: &mut Map<String, Value>) -> Result<(), InvalidBootstrap> {
+    type Look = fn(&Value) -> Result<(), Unsupported>;
+    if let Some(json) = top.remove("layered_runtime") {
+        let layers = decode("layered_runtime", "envoy.config.bootstrap.v3.LayeredRuntime", json)?;
+        server::layered_runtime(layers).within("layered_runtime")?;
+    }
+    if let Some(json) = top.remove("overload_manager") {
+        let manager = decode("overload_manager", "envoy.config.overload.v3.OverloadManager", json)?;
+        server::overload_manager(manager).within("overload_manager")?;
+    }
+    if let Some(json) = top.remove("cluster_manager") {
+        let manager = decode("cluster_manager", "envoy.config.bootstrap.v3.ClusterManager", json)?;
+        server::cluster_manager(manager).within("cluster_manager")?;
+    }
+    let looks: [(&str, Look); 4] = [
+        ("header_prefix", server::header_prefix),
+        ("default_socket_interface", server::socket_interface),
+        ("bootstrap_extensions", server::extensions),
+        ("tracing", server::tracing),
+    ];
+    for (field, look) in looks {
+        if let Some(json) = top.remove(field) {
+            look(&json)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a value of JSON says no more than its absence would.
+fn is_unset(json: &Value) -> bool {
+    match json {
+        Value::Null | Value::Bool(false) => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        _ => false,
+    }
+}
+
+/// Fields of messages are merged, lists follow each other, all else is replaced.
+fn merge(into: &mut Value, more: Value) {
+    match (into, more) {
+        (_, Value::Null) => {}
+        (Value::Object(fields), Value::Object(more)) => {
+            for (name, value) in more {
+                let known = fields.keys().find(|known| snake(known) == snake(&name)).cloned();
+                merge(fields.entry(known.unwrap_or(name)).or_insert(Value::Null), value);
+            }
+        }
+        (Value::Array(items), Value::Array(more)) => items.extend(more),
+        (into, more) => *into = more,
+    }
+}
+
 /// `staticResources` is `static_resources`: JSON mapping takes both.
 fn snake(name: &str) -> String {
     name.chars().fold(String::new(), |mut out, c| {
@@ -139,21 +221,9 @@ fn snake(name: &str) -> String {
 }
 
 fn decode<M: prost::Message + Default>(path: &str, name: &str, json: Value) -> Result<M, InvalidBootstrap> {
-    let bad = |reason| InvalidBootstrap::Message { path: path.to_owned(), reason };
-    let bytes = from_json(name, json).map_err(bad)?;
-    M::decode(bytes.as_slice()).map_err(|error| bad(error.to_string()))
-}
-
-fn socket_address(json: &Value) -> Result<SocketAddr, InvalidBootstrap> {
-    let address = json.get("address").and_then(Value::as_str).and_then(|ip| ip.parse().ok());
-    let port = json.get("port_value").and_then(Value::as_u64).and_then(|port| u16::try_from(port).ok());
-    match (address, port) {
-        (Some(ip), Some(port)) => Ok(SocketAddr::new(ip, port)),
-        _ => Err(InvalidBootstrap::Message {
-            path: "admin.address".into(),
-            reason: "an IP address and port_value are needed".into(),
-        }),
-    }
+    let bytes = from_json(name, json.clone()).map_err(|reason| misfit(path, reason, &json))?;
+    M::decode(bytes.as_slice())
+        .map_err(|error| InvalidBootstrap::Message { path: path.to_owned(), reason: error.to_string() })
 }
 
 /// Files named by `path_config_source`; they are watched, and hold whatever they hold.
@@ -167,15 +237,13 @@ impl Files {
     fn extract(&mut self, json: &mut Value) {
         match json {
             Value::Object(fields) => {
-                let path = fields
-                    .get("path_config_source")
-                    .and_then(|source| source.get("path"))
-                    .or_else(|| fields.get("path"));
-                let is_source = fields.contains_key("path_config_source")
-                    || (fields.len() <= 2
-                        && fields.contains_key("path")
-                        && fields.contains_key("resource_api_version"));
-                if is_source && let Some(path) = path.and_then(Value::as_str) {
+                let of = |snake: &str, camel: &str| fields.get(snake).or_else(|| fields.get(camel));
+                let path = match of("path_config_source", "pathConfigSource") {
+                    Some(source) => source.get("path"),
+                    // the older way to say it, told from other messages with a path by the version beside
+                    None => of("resource_api_version", "resourceApiVersion").and_then(|_| fields.get("path")),
+                };
+                if let Some(path) = path.and_then(Value::as_str) {
                     self.paths.insert(path.into());
                     let mut ads = Map::new();
                     ads.insert("ads".into(), Value::Object(Map::new()));
@@ -282,33 +350,72 @@ fn unnamed(mut raw: Raw, name: &str) -> Raw {
     raw
 }
 
-fn dynamic_resources(json: Value, options: &mut Options, files: &mut Files) -> Result<(), InvalidBootstrap> {
-    let Value::Object(mut fields) = json else {
-        return Err(InvalidBootstrap::Message { path: "dynamic_resources".into(), reason: "not a mapping".into() });
+fn dynamic_resources(mut json: Value, options: &mut Options, files: &mut Files) -> Result<(), InvalidBootstrap> {
+    const PATH: &str = "dynamic_resources";
+    let asks = |names: [&str; 2]| {
+        let source = names.iter().find_map(|name| json.get(name));
+        source.is_some_and(|source| source.get("ads").is_some())
     };
-    let ads = fields.remove("ads_config");
-    for (field, mut source) in fields {
-        if !matches!(field.as_str(), "lds_config" | "cds_config") {
-            return Err(InvalidBootstrap::NotBuilt(format!("dynamic_resources.{field}")));
-        }
-        files.extract(&mut source);
-        if source.get("ads").is_none() {
-            return Err(InvalidBootstrap::NotBuilt(format!(
-                "dynamic_resources.{field} other than ads and path_config_source"
-            )));
-        }
+    let wants_ads = asks(["lds_config", "ldsConfig"]) || asks(["cds_config", "cdsConfig"]);
+    files.extract(&mut json);
+    let mut proto: DynamicResources = decode(PATH, "envoy.config.bootstrap.v3.Bootstrap.DynamicResources", json)?;
+    for (field, source) in [("lds_config", proto.lds_config.take()), ("cds_config", proto.cds_config.take())] {
+        source.as_ref().map_or(Ok(()), config_source).within(field).within(PATH)?;
     }
-    let Some(ads) = ads else { return Ok(()) };
-    match ads.get("api_type").and_then(Value::as_str) {
-        Some("DELTA_GRPC") => {}
-        Some("GRPC") => options.state_of_the_world = true,
-        other => return Err(InvalidBootstrap::NotBuilt(format!("dynamic_resources.ads_config.api_type {other:?}"))),
+    let ads = proto.ads_config.take();
+    nothing_left(&proto).within(PATH)?;
+    match ads {
+        Some(ads) => {
+            let stream = aggregated(ads).within("ads_config").within(PATH)?;
+            options.state_of_the_world = stream.state_of_the_world;
+            options.xds = Some(control_plane(&stream.cluster, &options.resources)?);
+            Ok(())
+        }
+        // nothing would ever come
+        None if wants_ads => Err(Unsupported::missing("dynamic_resources.ads_config").into()),
+        None => Ok(()),
     }
-    let cluster = ads.pointer("/grpc_services/0/envoy_grpc/cluster_name").and_then(Value::as_str).ok_or_else(|| {
-        InvalidBootstrap::NotBuilt("dynamic_resources.ads_config.grpc_services other than envoy_grpc".into())
-    })?;
-    options.xds = Some(control_plane(cluster, &options.resources)?);
-    Ok(())
+}
+
+/// How the aggregated stream is asked for.
+struct Aggregated {
+    cluster: String,
+    state_of_the_world: bool,
+}
+
+fn aggregated(mut proto: ApiConfigSource) -> Result<Aggregated, Unsupported> {
+    let state_of_the_world = match ApiType::try_from(std::mem::take(&mut proto.api_type)) {
+        Ok(ApiType::DeltaGrpc) => false,
+        Ok(ApiType::Grpc) => true,
+        Ok(other) => return Err(Unsupported::not_built(format!("api_type {}", other.as_str_name()))),
+        Err(_) => return Err(Unsupported::new("api_type", "is not known")),
+    };
+    let mut services = std::mem::take(&mut proto.grpc_services).into_iter();
+    let mut service = services.next().ok_or_else(|| Unsupported::missing("grpc_services"))?;
+    if services.next().is_some() {
+        return Err(Unsupported::not_built("grpc_services[1]"));
+    }
+    let cluster = match service.target_specifier.take() {
+        Some(grpc_service::TargetSpecifier::EnvoyGrpc(mut grpc)) => {
+            let cluster = std::mem::take(&mut grpc.cluster_name);
+            nothing_left(&grpc).within("grpc_services[0].envoy_grpc")?;
+            cluster
+        }
+        Some(grpc_service::TargetSpecifier::GoogleGrpc(_)) => {
+            return Err(Unsupported::not_built("grpc_services[0].google_grpc"));
+        }
+        None => return Err(Unsupported::missing("grpc_services[0].envoy_grpc")),
+    };
+    // a stream has no end that could be waited for
+    service.timeout = None;
+    nothing_left(&service).within("grpc_services[0]")?;
+    // how often the node is told is between the two ends; the other two are for REST
+    proto.set_node_on_first_message_only = false;
+    proto.refresh_delay = None;
+    proto.request_timeout = None;
+    proto.transport_api_version = 0;
+    nothing_left(&proto)?;
+    Ok(Aggregated { cluster, state_of_the_world })
 }
 
 /// The control plane by the static cluster that leads to it.
@@ -325,16 +432,20 @@ fn control_plane(name: &str, resources: &StaticResources) -> Result<ControlPlane
         resources.clusters.iter().find(|raw| &*raw.name == name).ok_or_else(|| missing("there is no such cluster"))?;
     let cluster = Cluster::decode(raw.body.value.as_slice()).map_err(|error| missing(&error.to_string()))?;
     let tls = cluster.transport_socket.as_ref().map(|socket| plane_tls(name, socket)).transpose()?.flatten();
-    let endpoint = cluster
-        .load_assignment
-        .as_ref()
-        .and_then(|load| load.endpoints.first())
-        .and_then(|locality| locality.lb_endpoints.first());
+    let mut endpoints =
+        cluster.load_assignment.iter().flat_map(|load| &load.endpoints).flat_map(|locality| &locality.lb_endpoints);
+    let endpoint = endpoints.next();
+    if endpoints.next().is_some() {
+        let path = format!("static_resources.clusters[{name}].load_assignment with more than one endpoint");
+        return Err(InvalidBootstrap::NotBuilt(path));
+    }
     let address = endpoint.and_then(|endpoint| match &endpoint.host_identifier {
         Some(HostIdentifier::Endpoint(endpoint)) => endpoint.address.as_ref()?.address.as_ref(),
         _ => None,
     });
-    let Some(Address::SocketAddress(address)) = address else { return Err(missing("it has no socket address")) };
+    let Some(Address::SocketAddress(address)) = address else {
+        return Err(missing("the control plane needs a socket address, and it has none"));
+    };
     let Some(PortSpecifier::PortValue(port)) = address.port_specifier else { return Err(missing("it has no port")) };
     Ok(ControlPlane {
         address: format!("{}:{port}", address.address),
@@ -484,6 +595,136 @@ static_resources:
         check("dynamic_resources: { ads_config: { api_type: REST } }", "REST");
     }
 
+    /// Fields that Envoy 1.40 has, and by which it would behave as we do not.
+    #[test]
+    fn what_a_server_is_told_and_does_not_do_is_refused_by_name() {
+        let plane = "static_resources: { clusters: [{ name: p, load_assignment: { cluster_name: p, endpoints: [{ lb_endpoints: [ENDPOINT, ENDPOINT] }] } }] }";
+        let two = plane.replace(
+            "ENDPOINT",
+            "{ endpoint: { address: { socket_address: { address: 127.0.0.1, port_value: 1 } } } }",
+        );
+        let ads = "ads_config: { api_type: GRPC, grpc_services: [{ envoy_grpc: { cluster_name: p } }] }";
+        let socket = "socket_address: { address: 127.0.0.1, port_value: 1 }";
+        let monitor = |max: &str| {
+            format!(
+                "overload_manager: {{ resource_monitors: [{{ name: m, typed_config: {{ '@type': type.googleapis.com/envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig, max_active_downstream_connections: {max} }} }}] }}"
+            )
+        };
+        for (text, field) in [
+            ("admin: { adress: {} }".to_owned(), "admin"),
+            ("admin: { address: { pipe: { path: /a } } }".to_owned(), "admin.address.pipe"),
+            (
+                "admin: { address: { socket_address: { address: 127.0.0.1 } } }".to_owned(),
+                "admin.address.socket_address.port_value must be set",
+            ),
+            (
+                "admin: { address: { socket_address: { address: localhost, port_value: 1 } } }".to_owned(),
+                "admin.address.socket_address.address",
+            ),
+            (format!("admin: {{ address: {{ {socket} }}, allow_paths: [{{ exact: /ready }}] }}"), "admin.allow_paths"),
+            ("layered_runtime: { layers: [{ name: a, disk_layer: {} }] }".to_owned(), "layered_runtime.layers[0].disk_layer"),
+            ("layered_runtime: { layers: [{ name: a, rtds_layer: {} }] }".to_owned(), "layers[0].rtds_layer"),
+            (
+                "layered_runtime: { layers: [{ name: a, static_layer: { health_check: { min_interval: 5 } } }] }".to_owned(),
+                "layered_runtime.layers[0].static_layer.health_check.min_interval",
+            ),
+            (
+                "layeredRuntime: { layers: [{ name: a, staticLayer: { overload.global_downstream_max_connections: 10 } }] }".to_owned(),
+                "static_layer.overload.global_downstream_max_connections",
+            ),
+            (
+                "layered_runtime: { layers: [{ name: a, static_layer: { envoy.reloadable_features.http_reject_path_with_fragment: true } }] }".to_owned(),
+                "http_reject_path_with_fragment",
+            ),
+            (monitor("100"), "overload_manager.resource_monitors[0].typed_config.max_active_downstream_connections"),
+            (
+                "overload_manager: { actions: [{ name: envoy.overload_actions.stop_accepting_requests, triggers: [] }] }".to_owned(),
+                "overload_manager.actions",
+            ),
+            ("cluster_manager: { upstream_bind_config: {} }".to_owned(), "cluster_manager.upstream_bind_config"),
+            ("cluster_manager: { local_cluster_name: a }".to_owned(), "cluster_manager.local_cluster_name"),
+            ("header_prefix: x-mine".to_owned(), "header_prefix"),
+            ("default_socket_interface: mine".to_owned(), "default_socket_interface"),
+            ("bootstrap_extensions: [{ name: mine }]".to_owned(), "bootstrap_extensions[0] \"mine\""),
+            ("dynamic_resources: { cds_config: { ads: {} } }".to_owned(), "dynamic_resources.ads_config must be set"),
+            (
+                "dynamic_resources: { lds_config: { api_config_source: { api_type: REST } } }".to_owned(),
+                "dynamic_resources.lds_config.api_config_source",
+            ),
+            ("dynamic_resources: { lds_resources_locator: a }".to_owned(), "dynamic_resources.lds_resources_locator"),
+            (format!("{two}\ndynamic_resources: {{ {ads} }}"), "clusters[p].load_assignment with more than one endpoint"),
+            (
+                format!("dynamic_resources: {{ {} }}", ads.replace("[{ envoy_grpc", "[{ envoy_grpc: { cluster_name: q } }, { envoy_grpc")),
+                "dynamic_resources.ads_config.grpc_services[1]",
+            ),
+            (
+                format!("dynamic_resources: {{ {} }}", ads.replace("cluster_name: p", "cluster_name: p, authority: q")),
+                "grpc_services[0].envoy_grpc.authority",
+            ),
+            (
+                format!("dynamic_resources: {{ {} }}", ads.replace("api_type: GRPC", "api_type: GRPC, rate_limit_settings: {}")),
+                "dynamic_resources.ads_config.rate_limit_settings",
+            ),
+        ] {
+            let Err(error) = options(&text, &Flags::default()) else { panic!("taken: {text}") };
+            assert!(error.to_string().contains(field), "{text}: {error}");
+        }
+        options(&monitor("2147483647"), &Flags::default()).unwrap();
+    }
+
+    /// The sections of Istio's `envoy_bootstrap.json` that tell of the server, with all flags of its agent.
+    #[test]
+    fn what_istio_tells_of_the_server_is_taken() {
+        let text = r#"{
+  "application_log_config": { "log_format": { "text_format": "%v" } },
+  "node": { "id": "sidecar~10.0.0.1~a.b~b.svc.cluster.local", "cluster": "a.b", "locality": { "region": "r" }, "metadata": {} },
+  "layered_runtime": { "layers": [
+    { "name": "global config", "static_layer": {
+      "overload.global_downstream_max_connections": "2147483647",
+      "re2.max_program_size.error_level": "32768",
+      "envoy.deprecated_features:envoy.config.listener.v3.Listener.hidden_envoy_deprecated_use_original_dst": true,
+      "envoy.reloadable_features.http_reject_path_with_fragment": false,
+      "envoy.reloadable_features.fixed_heap_use_allocated": true,
+      "envoy.reloadable_features.coalesce_lb_rebuilds_on_batch_update": false } },
+    { "name": "admin", "admin_layer": {} } ] },
+  "bootstrap_extensions": [ { "name": "envoy.bootstrap.internal_listener", "typed_config": {
+    "@type": "type.googleapis.com/udpa.type.v1.TypedStruct",
+    "type_url": "type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener", "value": { "buffer_size_kb": 64 } } } ],
+  "stats_config": { "use_all_default_tags": false },
+  "admin": { "access_log": [ { "name": "envoy.access_loggers.file", "typed_config": {
+      "@type": "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog", "path": "/dev/null" } } ],
+    "profile_path": "/var/lib/istio/data/envoy.prof",
+    "address": { "socketAddress": { "address": "127.0.0.1", "portValue": 15000 } } },
+  "dynamic_resources": {
+    "lds_config": { "ads": {}, "initial_fetch_timeout": "0s", "resource_api_version": "V3" },
+    "cds_config": { "ads": {}, "initial_fetch_timeout": "0s", "resource_api_version": "V3" },
+    "ads_config": { "api_type": "DELTA_GRPC", "set_node_on_first_message_only": true, "transport_api_version": "V3",
+      "grpc_services": [ { "envoy_grpc": { "cluster_name": "xds-grpc" } } ] } },
+  "static_resources": { "clusters": [ { "name": "xds-grpc", "type": "STATIC", "connect_timeout": "1s",
+    "load_assignment": { "cluster_name": "xds-grpc", "endpoints": [ { "lb_endpoints": [ { "endpoint": { "address": {
+      "socket_address": { "address": "127.0.0.1", "port_value": 15010 } } } } ] } ] } } ] },
+  "overload_manager": { "resource_monitors": [ { "name": "envoy.resource_monitors.global_downstream_max_connections", "typed_config": {
+    "@type": "type.googleapis.com/envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+    "max_active_downstream_connections": 2147483647 } } ] }
+}"#;
+        let flags = Flags { service_zone: Some("z".into()), ..Flags::default() };
+        let options = options(text, &flags).unwrap();
+        assert_eq!(options.addresses.admin, Some("127.0.0.1:15000".parse().unwrap()));
+        assert!(!options.state_of_the_world);
+        let locality = options.node.locality.unwrap();
+        assert_eq!((locality.region.as_str(), locality.zone.as_str()), ("r", "z"));
+    }
+
+    #[test]
+    fn a_second_document_is_merged() {
+        let more = "node: { cluster: c }\nstaticResources: { clusters: [{ name: other }] }\nadmin: ~";
+        let flags = Flags { merged: Some(more.into()), ..Flags::default() };
+        let options = options(MINIMAL, &flags).unwrap();
+        assert_eq!((options.node.id.as_str(), options.node.cluster.as_str()), ("me", "c"));
+        assert_eq!((options.resources.listeners.len(), options.resources.clusters.len()), (1, 1));
+        assert!(options.addresses.admin.is_some());
+    }
+
     #[test]
     fn files_and_ads() {
         let text = r"
@@ -515,5 +756,10 @@ static_resources:
         let file = "resources: [{ '@type': type.googleapis.com/envoy.config.cluster.v3.Cluster, name: c, type: EDS, eds_cluster_config: { eds_config: { path_config_source: { path: /e } } } }]";
         let (made, more) = read_file(file).unwrap();
         assert_eq!((&*made[0].1.name, more), ("c", vec![PathBuf::from("/e")]));
+        for source in ["pathConfigSource: { path: /e }", "path: /e, resourceApiVersion: V3, initial_fetch_timeout: 1s"]
+        {
+            let (_, more) = read_file(&file.replace("path_config_source: { path: /e }", source)).unwrap();
+            assert_eq!(more, [PathBuf::from("/e")], "{source}");
+        }
     }
 }

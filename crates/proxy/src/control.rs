@@ -107,6 +107,38 @@ pub(crate) struct Control {
     trim: Option<fn()>,
 }
 
+/// Resources in an order in which nothing refers to what is not there yet, with what their type is called.
+fn by_type(resources: StaticResources) -> [(&'static str, &'static str, Vec<Raw>); 5] {
+    let StaticResources { listeners, clusters, endpoints, routes, secrets } = resources;
+    [
+        (type_urls::SECRET, "secret", secrets),
+        (type_urls::CLUSTER, "cluster", clusters),
+        (type_urls::ENDPOINT, "endpoints", endpoints),
+        (type_urls::ROUTE, "route table", routes),
+        (type_urls::LISTENER, "listener", listeners),
+    ]
+}
+
+/// Lowers resources of a bootstrap, for nobody's use.
+pub(crate) fn check(resources: &StaticResources) -> Result<(), RunError> {
+    for (url, kind, raws) in by_type(resources.clone()) {
+        let first = match url {
+            type_urls::SECRET => {
+                let bad = secret::apply(&crate::secrets::Secrets::new(), &raws, &[]).into_iter().next();
+                bad.map(|bad| (bad.name, bad.reason))
+            }
+            _ => {
+                let rejected = lowering::lower_one(url, lowering::Tables::default(), &raws, &[]).rejected;
+                rejected.into_iter().next().map(|bad| (bad.name.to_string(), bad.reason))
+            }
+        };
+        if let Some((name, reason)) = first {
+            return Err(RunError::Bootstrap { kind, name, reason });
+        }
+    }
+    Ok(())
+}
+
 /// Events for the loop.
 enum Input {
     Xds(Event),
@@ -183,6 +215,9 @@ impl Control {
                 app_metrics: options.app_metrics.clone(),
                 dns_upstream: options.dns_upstream.clone(),
                 log_levels: options.log_levels.clone(),
+                stats_tags: telemetry::text::labels(
+                    options.stats_tags.iter().map(|(name, value)| (name.as_str(), value.as_str())),
+                ),
             },
         )
         .await?;
@@ -222,15 +257,8 @@ impl Control {
 
     /// Takes the resources of a bootstrap; here a refused one is the end.
     async fn load(&mut self, resources: StaticResources) -> Result<(), RunError> {
-        let StaticResources { listeners, clusters, endpoints, routes, secrets } = resources;
         let mut any = false;
-        for (url, kind, raws) in [
-            (type_urls::SECRET, "secret", secrets),
-            (type_urls::CLUSTER, "cluster", clusters),
-            (type_urls::ENDPOINT, "endpoints", endpoints),
-            (type_urls::ROUTE, "route table", routes),
-            (type_urls::LISTENER, "listener", listeners),
-        ] {
+        for (url, kind, raws) in by_type(resources) {
             if raws.is_empty() {
                 continue;
             }

@@ -48,4 +48,4 @@ mod upstream;
 mod worker;
 
 pub use options::{Addresses, InvalidOptions, LogLevels, Options, Role, Termination};
-pub use proxy::{Proxy, RunError, run};
+pub use proxy::{Proxy, RunError, check, run};

@@ -94,6 +94,10 @@ pub struct Options {
     pub renewal: Renewal,
     /// Gradual drains after a change of configuration.
     pub drain_time: Duration,
+    /// How often what was logged of requests is written, at least.
+    pub log_flush_interval: Duration,
+    /// Labels of every metric, by name.
+    pub stats_tags: Vec<(String, String)>,
     /// The end.
     pub termination: Termination,
     /// Listening sockets to adopt, by port.
@@ -223,6 +227,8 @@ impl Options {
             addresses: Addresses::default(),
             renewal: Renewal::default(),
             drain_time: Duration::from_secs(45),
+            log_flush_interval: Duration::from_millis(500),
+            stats_tags: Vec::new(),
             termination: Termination::default(),
             inherited: Vec::new(),
             host_sockets: None,

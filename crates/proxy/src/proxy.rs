@@ -33,6 +33,7 @@ pub(crate) struct Shared {
     /// Run from a bootstrap: nothing is known of a mesh.
     pub(crate) is_standalone: bool,
     pub(crate) drain_time: Duration,
+    pub(crate) log_flush_interval: Duration,
     pub(crate) connection_ids: AtomicU64,
     pub(crate) spans: crate::tracing_spans::Spans,
     pub(crate) service_name: Arc<str>,
@@ -68,6 +69,7 @@ impl Shared {
             is_gateway: options.role == Role::Router,
             is_standalone,
             drain_time: options.drain_time,
+            log_flush_interval: options.log_flush_interval,
             connection_ids: AtomicU64::new(1),
             spans: crate::tracing_spans::Spans::default(),
             service_name,
@@ -246,6 +248,11 @@ impl Proxy {
             tracing::error!("the control side panicked");
         }
     }
+}
+
+/// Checks the resources that a proxy would be started with: what [`run`] would refuse of them, nothing opened.
+pub fn check(options: &Options) -> Result<(), RunError> {
+    crate::control::check(&options.resources)
 }
 
 /// Runs a proxy until it is told to end. Blocks.

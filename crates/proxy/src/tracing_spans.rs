@@ -96,17 +96,23 @@ impl RequestTrace {
         let Some(tracing) = &hcm.tracing else { return Self::default() };
         let Some(provider) = &tracing.provider else { return Self::default() };
         let long = !matches!(provider, TraceProvider::Zipkin { long_ids: false, .. });
-        let span_id = mix(seed ^ 0x7370_616e);
+        let own_id = mix(seed ^ 0x7370_616e);
         let fresh = || {
             let low = u128::from(mix(seed ^ 0x7472_6163));
             if long { u128::from(mix(seed ^ 0x6869_6768)) << 64 | low } else { low }
         };
-        let (trace_id, parent, sampled) = match extract(&head.fields) {
-            Extracted::Context(context) => {
-                (context.trace_id, Some(context.span_id), context.sampled.unwrap_or(info.traced))
+        let shares = is_shared(hcm.direction, tracing);
+        let (trace_id, span_id, parent, sampled) = match extract(&head.fields) {
+            Extracted::Context(caller) => {
+                let sampled = caller.sampled.unwrap_or(info.traced);
+                if shares {
+                    (caller.trace_id, caller.span_id, caller.parent_id, sampled)
+                } else {
+                    (caller.trace_id, own_id, Some(caller.span_id), sampled)
+                }
             }
-            Extracted::Decision(sampled) => (fresh(), None, sampled),
-            Extracted::None => (fresh(), None, info.traced),
+            Extracted::Decision(sampled) => (fresh(), own_id, None, sampled),
+            Extracted::None => (fresh(), own_id, None, info.traced),
         };
         let context = TraceContext { trace_id, span_id, parent_id: parent, sampled: Some(sampled), debug: false };
         let propagation = match provider {
@@ -138,6 +144,7 @@ impl RequestTrace {
             id: context.span_id,
             parent_id: parent,
             kind: if is_client { SpanKind::Client } else { SpanKind::Server },
+            shared: is_shared(conn.state.direction, &tracing),
             name: line.operation(),
             timestamp_us: line.ended.start.wall_nanos / 1000,
             duration_us: micros(line.ended.duration()),
@@ -151,6 +158,7 @@ impl RequestTrace {
                 id,
                 parent_id: Some(context.span_id),
                 kind: SpanKind::Client,
+                shared: false,
                 name: format!("router {} egress", line.cluster().unwrap_or("-")).into(),
                 timestamp_us: span.timestamp_us + micros(waited),
                 duration_us: micros(line.ended.duration().saturating_sub(waited)),
@@ -162,6 +170,14 @@ impl RequestTrace {
         }
         send_off(worker, &tracing, span);
     }
+}
+
+/// Whether a call's span here is the server's side of the caller's own span.
+///
+/// *Source*: Envoy's Zipkin tracer, `shared_span_context`: of servers' spans only.
+fn is_shared(direction: Direction, tracing: &Tracing) -> bool {
+    let is_client = direction == Direction::Outbound && !tracing.spawn_upstream_span;
+    !is_client && matches!(&tracing.provider, Some(TraceProvider::Zipkin { shared_spans: true, .. }))
 }
 
 /// At least one, since Zipkin takes 0 for unknown.

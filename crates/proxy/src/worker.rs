@@ -298,12 +298,16 @@ pub(crate) fn start(index: usize, shared: Arc<Shared>) -> std::io::Result<Worker
     Ok(WorkerHandle { inbox, live, thread: Some(thread) })
 }
 
-/// How often pools are swept and logs written.
+/// How often pools are swept, and logs written unless they shall wait longer.
 const TICK: Duration = Duration::from_millis(500);
+/// Logs are not written more often.
+const TICK_MIN: Duration = Duration::from_millis(10);
 
 async fn run(shared: Arc<Shared>, live: Arc<AtomicUsize>, mut commands: mpsc::UnboundedReceiver<Command>) {
+    let flush_interval = shared.log_flush_interval;
     let worker = Rc::new(Worker::new(shared, live));
-    let mut tick = tokio::time::interval(TICK);
+    let mut tick = tokio::time::interval(flush_interval.clamp(TICK_MIN, TICK));
+    let mut flushed = tokio::time::Instant::now();
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         // commands first: a new configuration must not wait behind housekeeping
@@ -330,8 +334,12 @@ async fn run(shared: Arc<Shared>, live: Arc<AtomicUsize>, mut commands: mpsc::Un
                 Some(Command::Stop) | None => break,
             },
             _ = tick.tick() => {
-                worker.pools.sweep(&worker.config(), tokio::time::Instant::now());
-                worker.telemetry.flush();
+                let now = tokio::time::Instant::now();
+                worker.pools.sweep(&worker.config(), now);
+                if now.duration_since(flushed) >= flush_interval {
+                    flushed = now;
+                    worker.telemetry.flush();
+                }
             }
         }
     }

@@ -28,6 +28,8 @@ pub struct Span {
     pub parent_id: Option<u64>,
     /// Client or server.
     pub kind: SpanKind,
+    /// A server's side of a span that its client began.
+    pub shared: bool,
     /// Operation: `host:port/*`.
     pub name: Box<str>,
     /// Start, microseconds since 1970.
@@ -51,6 +53,8 @@ struct JsonSpan<'a> {
     parent_id: Option<String>,
     name: &'a str,
     kind: &'static str,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    shared: bool,
     timestamp: u64,
     duration: u64,
     local_endpoint: Endpoint<'a>,
@@ -93,6 +97,7 @@ pub fn encode(spans: &[Span], short_ids: bool) -> Vec<u8> {
                 SpanKind::Client => "CLIENT",
                 SpanKind::Server => "SERVER",
             },
+            shared: span.shared,
             timestamp: span.timestamp_us,
             duration: span.duration_us.max(1),
             local_endpoint: Endpoint {
@@ -118,6 +123,7 @@ mod tests {
             id: 2,
             parent_id: Some(3),
             kind: SpanKind::Server,
+            shared: false,
             name: "reviews:9080/*".into(),
             timestamp_us: 10,
             duration_us: 0,

@@ -176,7 +176,7 @@ impl Exchange {
         self.internal = caller.internal;
         self.info.client_address = Some(caller.address);
         if let Some(tracing) = &hcm.tracing {
-            self.info.traced = normalize::trace_decision(tracing, head, self.draw);
+            self.info.traced = normalize::trace_decision(tracing, hcm.request_ids, head, self.draw);
         }
         self.choose_route(head, recorder);
         self.refresh_stream_limits(&hcm, head);

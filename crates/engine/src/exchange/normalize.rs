@@ -11,7 +11,7 @@ use super::StreamInfo;
 use crate::digits::{put_ip, set_number};
 use crate::draw::Draw;
 use crate::facts::ConnFacts;
-use crate::hcm::{EscapedSlashes, ForwardClientCert, Hcm, ServerHeader, StripPort, Tracing, Underscores};
+use crate::hcm::{EscapedSlashes, ForwardClientCert, Hcm, RequestIds, ServerHeader, StripPort, Tracing, Underscores};
 
 /// Control headers that only internal callers may send.
 const INTERNAL_ONLY: &[&str] = &[
@@ -338,8 +338,11 @@ fn sampled_by_id(id: &[u8], percent: f64) -> bool {
 /// so that every proxy on the way decides alike.
 ///
 /// *Source*: Envoy, "x-request-id": `4` not traced, `9` sampled, `a` forced, `b` by the client.
-pub(super) fn trace_decision(tracing: &Tracing, head: &mut RequestHead, draw: Draw) -> bool {
+pub(super) fn trace_decision(tracing: &Tracing, ids: RequestIds, head: &mut RequestHead, draw: Draw) -> bool {
     const AT: usize = 14;
+    if !ids.decide_traces {
+        return true;
+    }
     let Some(id) = head.fields.get("x-request-id") else { return false };
     if id.len() != 36 {
         return false;
@@ -358,7 +361,9 @@ pub(super) fn trace_decision(tracing: &Tracing, head: &mut RequestHead, draw: Dr
         };
         if reason != b'4' && share(tracing.overall_sampling, "trace_overall") {
             id[AT] = reason;
-            head.fields.set("x-request-id", &id);
+            if ids.pack_trace_reason {
+                head.fields.set("x-request-id", &id);
+            }
         }
     }
     matches!(id[AT], b'9' | b'a' | b'b')

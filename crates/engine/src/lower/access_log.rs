@@ -74,6 +74,13 @@ fn sink(any: &Any) -> Result<(Box<str>, Format), Unsupported> {
     }
 }
 
+/// Extensions whose operators Envoy knows without them, as we do, or refuses them where they stand, as we do.
+const FORMATTERS: [&str; 3] = [
+    "envoy.extensions.formatter.cel.v3.Cel",
+    "envoy.extensions.formatter.metadata.v3.Metadata",
+    "envoy.extensions.formatter.req_without_query.v3.ReqWithoutQuery",
+];
+
 fn log_format(mut proto: core::SubstitutionFormatString) -> Result<Format, Unsupported> {
     use core::substitution_format_string::Format as Kind;
     let omit_empty = std::mem::take(&mut proto.omit_empty_values);
@@ -92,9 +99,16 @@ fn log_format(mut proto: core::SubstitutionFormatString) -> Result<Format, Unsup
         Some(Kind::JsonFormat(fields)) => Format::Json(json_format(&fields, omit_empty)?),
         None => return Err(Unsupported::missing("format")),
     };
-    // Members are always sorted; operators of extensions are refused by name where they stand.
+    // Members are always sorted.
     proto.json_format_options = None;
-    proto.formatters.clear();
+    for (index, formatter) in std::mem::take(&mut proto.formatters).into_iter().enumerate() {
+        let kind = formatter.typed_config.as_ref().map_or("", |any| type_name(&any.type_url));
+        if !FORMATTERS.contains(&kind) {
+            return Err(Unsupported::new(format!("formatters[{index}]"), format!("{kind:?} is not supported")));
+        }
+    }
+    // It is for answers; a log has no type.
+    proto.content_type.clear();
     nothing_left(&proto)?;
     Ok(format)
 }

@@ -15,7 +15,7 @@ use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::google::protobuf::value::Kind;
 use envoy_types::pb::google::protobuf::{Any, Duration as ProtoDuration, Struct, UInt32Value};
 
-use super::common::{fingerprint, json, metadata_text, nothing_left, provenance};
+use super::common::{config_source, fingerprint, json, metadata_text, nothing_left, provenance};
 use super::{endpoint, tls};
 use crate::cluster::{
     Balancing, Cluster, Discovery, DnsFamily, DnsSpec, HttpChoice, Limits, LocalityPolicy, RetryBudget, ServiceRef,
@@ -126,6 +126,8 @@ fn discovery(proto: &mut pb::Cluster, name: &Name) -> Result<Found, Unsupported>
         }
         DiscoveryType::Eds => {
             let config = eds.ok_or_else(|| Unsupported::missing("eds_cluster_config"))?;
+            let source = config.eds_config.as_ref();
+            source.map_or(Ok(()), config_source).within("eds_cluster_config.eds_config")?;
             let service =
                 if config.service_name.is_empty() { name.clone() } else { Name::from(config.service_name.as_str()) };
             Ok((Discovery::Eds { service }, None))

@@ -15,7 +15,9 @@ pub(super) fn fingerprint(any: &Any) -> u64 {
 }
 
 /// Refuses a message of which a field is still set after everything known was taken.
-pub(super) fn nothing_left<M: Default + PartialEq + std::fmt::Debug>(rest: &M) -> Result<(), Unsupported> {
+///
+/// *Errors*: the first such field.
+pub fn nothing_left<M: Default + PartialEq + std::fmt::Debug>(rest: &M) -> Result<(), Unsupported> {
     let default = M::default();
     if *rest == default {
         return Ok(());
@@ -79,8 +81,28 @@ pub(super) fn provenance(metadata: Option<&core::Metadata>) -> Arc<Provenance> {
     Arc::new(Provenance { istio_config, lateen: lateen.into() })
 }
 
+/// Where resources come from, if that is the stream that everything comes by: nobody asks another one, and who
+/// waits for it would wait for ever. (What files give comes as if by the stream.)
+///
+/// *Errors*: another source.
+pub fn config_source(proto: &core::ConfigSource) -> Result<(), Unsupported> {
+    use core::config_source::ConfigSourceSpecifier as Source;
+    match &proto.config_source_specifier {
+        None | Some(Source::Ads(_)) => {}
+        #[expect(deprecated, reason = "the older way to name a file")]
+        Some(Source::Path(_)) => return Err(Unsupported::not_built("path")),
+        Some(Source::PathConfigSource(_)) => return Err(Unsupported::not_built("path_config_source")),
+        Some(Source::ApiConfigSource(_)) => return Err(Unsupported::not_built("api_config_source")),
+        Some(Source::Self_(_)) => return Err(Unsupported::not_built("self")),
+    }
+    if !proto.authorities.is_empty() {
+        return Err(Unsupported::not_built("authorities"));
+    }
+    Ok(())
+}
+
 /// An IP address with a numeric port.
-pub(super) fn socket_address(address: &core::Address) -> Result<SocketAddr, Unsupported> {
+pub fn socket_address(address: &core::Address) -> Result<SocketAddr, Unsupported> {
     let socket = tcp_address(address)?;
     let ip: IpAddr = socket.address.parse().map_err(|_| {
         Unsupported::new("socket_address.address", format!("{:?} is not an IP address", socket.address))

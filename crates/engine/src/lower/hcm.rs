@@ -16,14 +16,14 @@ use proto::filters::{alpn, peer_metadata};
 use serde_json::Value;
 
 use super::cluster::optional_duration;
-use super::common::nothing_left;
+use super::common::{config_source, nothing_left};
 use super::network::{Typed, stats, type_name, unwrap};
 use crate::authz::Rbac;
 use crate::chain::Direction;
 use crate::hcm::{
     AlpnOverrides, ClientCertParts, Codec, CodecSettings, EscapedSlashes, Filter, FilterKind, ForwardClientCert, Hcm,
-    HttpTimeouts, MetadataExchange, RouteSource, Router, ServerHeader, StripPort, TagSource, TraceProvider, Tracing,
-    Underscores,
+    HttpTimeouts, MetadataExchange, RequestIds, RouteSource, Router, ServerHeader, StripPort, TagSource, TraceProvider,
+    Tracing, Underscores,
 };
 use crate::header_mutation::HeaderMutation;
 use crate::matcher::Cidr;
@@ -51,6 +51,7 @@ pub(super) fn lower(mut proto: pb::HttpConnectionManager, direction: Direction) 
     };
     let routes = match proto.route_specifier.take() {
         Some(hcm::RouteSpecifier::Rds(rds)) if !rds.route_config_name.is_empty() => {
+            rds.config_source.as_ref().map_or(Ok(()), config_source).within("rds.config_source")?;
             RouteSource::Rds(rds.route_config_name.into())
         }
         Some(hcm::RouteSpecifier::RouteConfig(config)) => {
@@ -126,9 +127,12 @@ pub(super) fn lower(mut proto: pb::HttpConnectionManager, direction: Direction) 
         None => Vec::new(),
         Some(config) => each(&config.cidr_ranges, "internal_address_config.cidr_ranges", Cidr::lower)?,
     };
-    if let Some(extension) = proto.request_id_extension.take() {
-        let any = extension.typed_config.ok_or_else(|| Unsupported::missing("request_id_extension.typed_config"))?;
-        let _: uuid::UuidRequestIdConfig = unpack(&any, "request_id_extension.typed_config")?;
+    let request_ids = proto.request_id_extension.take().map(request_ids).transpose().within("request_id_extension")?;
+    if let Some(options) = proto.access_log_options.take() {
+        nothing_left(&options).within("access_log_options")?;
+    }
+    if flag(proto.stream_error_on_invalid_http_message.take()).unwrap_or(false) {
+        return Err(Unsupported::not_built("stream_error_on_invalid_http_message"));
     }
     let tracing = proto.tracing.take().map(tracing).transpose().within("tracing")?;
     let server_name = std::mem::take(&mut proto.server_name);
@@ -150,6 +154,7 @@ pub(super) fn lower(mut proto: pb::HttpConnectionManager, direction: Direction) 
         skip_xff_append: std::mem::take(&mut proto.skip_xff_append),
         internal_ranges,
         generate_request_id: flag(proto.generate_request_id.take()).unwrap_or(true),
+        request_ids: request_ids.unwrap_or_default(),
         preserve_external_request_id: std::mem::take(&mut proto.preserve_external_request_id),
         request_id_in_response: std::mem::take(&mut proto.always_set_request_id_in_response),
         forward_client_cert,
@@ -165,13 +170,20 @@ pub(super) fn lower(mut proto: pb::HttpConnectionManager, direction: Direction) 
         access_log: super::access_log::lower(&std::mem::take(&mut proto.access_log)).within("access_log")?,
         tracing: tracing.map(Arc::new),
     };
-    // Errors of a message end its stream (HTTP/2) or connection (HTTP/1) always; logs are written
-    // once, at the end.
-    proto.stream_error_on_invalid_http_message = None;
-    proto.access_log_options = None;
     proto.delayed_close_timeout = None;
     proto.drain_timeout_jitter = None;
     nothing_left(&proto)?;
+    Ok(lowered)
+}
+
+fn request_ids(extension: pb::RequestIdExtension) -> Result<RequestIds, Unsupported> {
+    let any = extension.typed_config.ok_or_else(|| Unsupported::missing("typed_config"))?;
+    let mut config: uuid::UuidRequestIdConfig = unpack(&any, "typed_config")?;
+    let lowered = RequestIds {
+        pack_trace_reason: flag(config.pack_trace_reason.take()).unwrap_or(true),
+        decide_traces: flag(config.use_request_id_for_trace_sampling.take()).unwrap_or(true),
+    };
+    nothing_left(&config).within("typed_config")?;
     Ok(lowered)
 }
 
@@ -278,7 +290,6 @@ fn filter_kind(any: &Any) -> Result<FilterKind, Unsupported> {
             let mut config: router::Router = unpack(any, "")?;
             let suppress_envoy_headers = std::mem::take(&mut config.suppress_envoy_headers);
             config.dynamic_stats = None;
-            config.start_child_span = false;
             nothing_left(&config)?;
             FilterKind::Router(Router { suppress_envoy_headers })
         }
@@ -419,37 +430,7 @@ fn provider(proto: trace::tracing::Http) -> Result<TraceProvider, Unsupported> {
         return Err(Unsupported::missing("typed_config"));
     };
     match type_name(&any.type_url) {
-        "envoy.config.trace.v3.ZipkinConfig" => {
-            let config: trace::ZipkinConfig = unpack(&any, "typed_config")?;
-            let w3c =
-                config.trace_context_option == trace::zipkin_config::TraceContextOption::UseB3WithW3cPropagation as i32;
-            if let Some(service) = config.collector_service {
-                let uri = service.http_uri.ok_or_else(|| Unsupported::missing("collector_service.http_uri"))?;
-                let Some(core::http_uri::HttpUpstreamType::Cluster(cluster)) = uri.http_upstream_type else {
-                    return Err(Unsupported::missing("collector_service.http_uri.cluster"));
-                };
-                let rest = uri.uri.split_once("://").map_or(uri.uri.as_str(), |(_, rest)| rest);
-                let (host, path) = rest.find('/').map_or((rest, "/"), |at| rest.split_at(at));
-                return Ok(TraceProvider::Zipkin {
-                    cluster: cluster.into(),
-                    host: host.into(),
-                    path: path.into(),
-                    long_ids: config.trace_id_128bit,
-                    w3c,
-                });
-            }
-            Ok(TraceProvider::Zipkin {
-                host: if config.collector_hostname.is_empty() {
-                    config.collector_cluster.as_str().into()
-                } else {
-                    config.collector_hostname.into()
-                },
-                cluster: config.collector_cluster.into(),
-                path: config.collector_endpoint.into(),
-                long_ids: config.trace_id_128bit,
-                w3c,
-            })
-        }
+        "envoy.config.trace.v3.ZipkinConfig" => zipkin(unpack(&any, "typed_config")?).within("typed_config"),
         "envoy.config.trace.v3.OpenTelemetryConfig" => {
             let config: trace::OpenTelemetryConfig = unpack(&any, "typed_config")?;
             let service = config.grpc_service.ok_or_else(|| Unsupported::not_built("typed_config.http_service"))?;
@@ -468,4 +449,55 @@ fn provider(proto: trace::tracing::Http) -> Result<TraceProvider, Unsupported> {
         }
         other => Err(Unsupported::new("typed_config", format!("{other} is not supported"))),
     }
+}
+
+fn zipkin(mut config: trace::ZipkinConfig) -> Result<TraceProvider, Unsupported> {
+    use trace::zipkin_config::{CollectorEndpointVersion, TraceContextOption};
+    let w3c = match TraceContextOption::try_from(std::mem::take(&mut config.trace_context_option)) {
+        Ok(TraceContextOption::UseB3) => false,
+        Ok(TraceContextOption::UseB3WithW3cPropagation) => true,
+        Err(_) => return Err(Unsupported::new("trace_context_option", "is not known")),
+    };
+    match CollectorEndpointVersion::try_from(std::mem::take(&mut config.collector_endpoint_version)) {
+        Ok(CollectorEndpointVersion::HttpJson) => {}
+        Ok(other) => return Err(Unsupported::not_built(format!("collector_endpoint_version {}", other.as_str_name()))),
+        Err(_) => return Err(Unsupported::new("collector_endpoint_version", "is not known")),
+    }
+    let cluster = std::mem::take(&mut config.collector_cluster);
+    let endpoint = std::mem::take(&mut config.collector_endpoint);
+    let hostname = std::mem::take(&mut config.collector_hostname);
+    let (cluster, host, path): (Box<str>, Box<str>, Box<str>) = match config.collector_service.take() {
+        Some(service) => collector(service).within("collector_service")?,
+        None if cluster.is_empty() => return Err(Unsupported::missing("collector_cluster")),
+        None => {
+            let host = if hostname.is_empty() { cluster.clone() } else { hostname };
+            (cluster.into(), host.into(), endpoint.into())
+        }
+    };
+    let lowered = TraceProvider::Zipkin {
+        cluster: cluster.into(),
+        host,
+        path,
+        long_ids: std::mem::take(&mut config.trace_id_128bit),
+        w3c,
+        shared_spans: flag(config.shared_span_context.take()).unwrap_or(true),
+    };
+    nothing_left(&config)?;
+    Ok(lowered)
+}
+
+/// Cluster, host and path of the calls.
+fn collector(mut service: core::HttpService) -> Result<(Box<str>, Box<str>, Box<str>), Unsupported> {
+    let mut uri = service.http_uri.take().ok_or_else(|| Unsupported::missing("http_uri"))?;
+    nothing_left(&service)?;
+    let Some(core::http_uri::HttpUpstreamType::Cluster(cluster)) = uri.http_upstream_type.take() else {
+        return Err(Unsupported::missing("http_uri.cluster"));
+    };
+    let whole = std::mem::take(&mut uri.uri);
+    // a call gets five seconds, which is Envoy's bound for them, too
+    uri.timeout = None;
+    nothing_left(&uri).within("http_uri")?;
+    let rest = whole.split_once("://").map_or(whole.as_str(), |(_, rest)| rest);
+    let (host, path) = rest.find('/').map_or((rest, "/"), |at| rest.split_at(at));
+    Ok((cluster.into(), host.into(), path.into()))
 }

@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use envoy_types::pb::envoy::config::listener::v3 as pb;
+use envoy_types::pb::envoy::extensions::filters::listener::http_inspector::v3::HttpInspector;
+use envoy_types::pb::envoy::extensions::filters::listener::original_dst::v3::OriginalDst;
 use envoy_types::pb::envoy::extensions::filters::listener::proxy_protocol::v3 as proxy_protocol;
+use envoy_types::pb::envoy::extensions::filters::listener::tls_inspector::v3::TlsInspector;
 use envoy_types::pb::google::protobuf::Any;
 use prost::Message;
 
@@ -126,12 +129,21 @@ fn listener_filter(filters: &mut ListenerFilters, mut proto: pb::ListenerFilter)
     let disabled = proto.filter_disabled.take().map(predicate).transpose().within("filter_disabled")?;
     match type_name(&any.type_url) {
         "envoy.extensions.filters.listener.original_dst.v3.OriginalDst" if disabled.is_none() => {
+            let _: OriginalDst = unpack(&any, "typed_config")?;
             filters.original_dst = true;
         }
         "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector" => {
+            let mut config: TlsInspector = unpack(&any, "typed_config")?;
+            // how much is read at a time
+            config.initial_read_buffer_size = None;
+            // they are not told; whoever wants to be is refused
+            config.enable_ja3_fingerprinting = config.enable_ja3_fingerprinting.filter(|wanted| wanted.value);
+            config.enable_ja4_fingerprinting = config.enable_ja4_fingerprinting.filter(|wanted| wanted.value);
+            nothing_left(&config).within("typed_config")?;
             filters.tls_inspector = Some(Inspector { disabled });
         }
         "envoy.extensions.filters.listener.http_inspector.v3.HttpInspector" => {
+            let _: HttpInspector = unpack(&any, "typed_config")?;
             filters.http_inspector = Some(Inspector { disabled });
         }
         "envoy.extensions.filters.listener.proxy_protocol.v3.ProxyProtocol" if disabled.is_none() => {

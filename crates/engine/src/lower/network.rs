@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use envoy_types::pb::envoy::config::listener::v3 as pb;
+use envoy_types::pb::envoy::extensions::filters::network::mongo_proxy::v3::MongoProxy;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp;
 use envoy_types::pb::google::protobuf::{Any, Struct};
 use prost::Message;
@@ -122,7 +123,15 @@ fn one(any: &Any, direction: Direction) -> Result<Lowered, Unsupported> {
             Lowered::Before(NetworkFilter::Rbac(Box::new(Rbac::lower_network(&unpack(any, "")?)?)))
         }
         "stats.PluginConfig" => Lowered::Before(NetworkFilter::Stats(stats(&typed)?)),
-        "envoy.extensions.filters.network.mongo_proxy.v3.MongoProxy" => Lowered::Before(NetworkFilter::MongoProxy),
+        "envoy.extensions.filters.network.mongo_proxy.v3.MongoProxy" => {
+            let mut config: MongoProxy = unpack(any, "")?;
+            // what it counts, and how deep it looks to count
+            config.stat_prefix.clear();
+            config.commands.clear();
+            config.max_bson_depth = None;
+            nothing_left(&config)?;
+            Lowered::Before(NetworkFilter::MongoProxy)
+        }
         other => return Err(Unsupported::new("", format!("{other} is not supported"))),
     })
 }

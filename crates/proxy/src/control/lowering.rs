@@ -74,7 +74,8 @@ impl Lowering {
     }
 }
 
-fn lower_one(url: &str, mut tables: Tables, raws: &[Raw], removed: &[Name]) -> Lowered {
+/// Lowers on the thread that asks.
+pub(super) fn lower_one(url: &str, mut tables: Tables, raws: &[Raw], removed: &[Name]) -> Lowered {
     // a panic in lowering refuses the update, and nothing else
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| match url {
         type_urls::LISTENER => {
