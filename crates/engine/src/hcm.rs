@@ -338,12 +338,46 @@ pub enum FilterKind {
     Cors,
     /// Edits of heads, query and trailers; routes carry more.
     HeaderMutation(Box<crate::header_mutation::HeaderMutation>),
-    /// gRPC message counts.
-    GrpcStats,
+    /// What calls of gRPC came to.
+    GrpcStats(GrpcStats),
     /// gRPC-Web (requests of that kind are refused: not built).
     GrpcWeb,
     /// Forwards. The last one.
     Router(Router),
+}
+
+/// Which calls of gRPC are told apart.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct GrpcStats {
+    /// By method.
+    pub methods: GrpcMethods,
+    /// Dots in names of services are written as `_`.
+    pub replaces_dots: bool,
+}
+
+/// Methods with counts of their own; all others share theirs.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum GrpcMethods {
+    /// None.
+    #[default]
+    None,
+    /// All.
+    All,
+    /// These: services with their methods.
+    Listed(Vec<(Box<str>, Vec<Box<str>>)>),
+}
+
+impl GrpcStats {
+    /// Whether calls of this method have counts of their own.
+    pub fn tells_apart(&self, service: &str, method: &str) -> bool {
+        match &self.methods {
+            GrpcMethods::None => false,
+            GrpcMethods::All => true,
+            GrpcMethods::Listed(list) => {
+                list.iter().any(|(of, methods)| **of == *service && methods.iter().any(|one| **one == *method))
+            }
+        }
+    }
 }
 
 /// How peers exchange who they are over HTTP.
@@ -406,6 +440,14 @@ impl Hcm {
     pub fn stats(&self) -> Option<&Stats> {
         self.filters.iter().find_map(|filter| match &filter.kind {
             FilterKind::Stats(stats) => Some(stats),
+            _ => None,
+        })
+    }
+
+    /// The filter that counts calls of gRPC, if there is one.
+    pub fn grpc_stats(&self) -> Option<&GrpcStats> {
+        self.filters.iter().find_map(|filter| match &filter.kind {
+            FilterKind::GrpcStats(stats) if !filter.disabled => Some(stats),
             _ => None,
         })
     }

@@ -3,9 +3,9 @@
 //! Istio's limits count per proxy, not per core, so these are relaxed atomics. The table itself is
 //! locked only when a worker meets a cluster or host for the first time, never per request.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::cluster::{Address, EndpointSet};
@@ -35,6 +35,130 @@ impl Gauge {
     pub fn leave(&self) {
         let before = self.0.fetch_sub(1, Relaxed);
         debug_assert!(before > 0, "left more often than entered");
+    }
+}
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Tally(AtomicU64);
+
+impl Tally {
+    /// One more.
+    pub fn count(&self) {
+        self.add(1);
+    }
+
+    /// `by` more.
+    pub fn add(&self, by: u64) {
+        self.0.fetch_add(by, Relaxed);
+    }
+
+    /// How many.
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// What a cluster has been through since it was met.
+///
+/// *Source*: Envoy, cluster statistics: `upstream_cx_total`, `upstream_rq_total`, and so on.
+#[derive(Debug, Default)]
+pub struct ClusterTallies {
+    /// Connections begun.
+    pub connections: Tally,
+    /// Of them, those that could not be made.
+    pub connect_failures: Tally,
+    /// Requests sent on a connection; each try is one.
+    pub requests: Tally,
+    /// Tries after the first.
+    pub retries: Tally,
+    /// Requests that were answered by their time-out.
+    pub timeouts: Tally,
+    /// Requests that found no place to wait in.
+    pub overflows: Tally,
+    /// Answers that clients got, by the first digit of their status, from 1 to 5.
+    pub classes: [Tally; 5],
+}
+
+impl ClusterTallies {
+    /// A client was answered, by the upstream or in its place.
+    pub fn answered(&self, status: u16) {
+        if let Some(class) = usize::from(status / 100).checked_sub(1).and_then(|at| self.classes.get(at)) {
+            class.count();
+        }
+    }
+}
+
+/// What calls of gRPC came to: of one method, or of all that are not told apart.
+///
+/// *Source*: Envoy, `grpc_stats`.
+#[derive(Debug, Default)]
+pub struct GrpcTally {
+    /// By `grpc-status`; the last one is of numbers that nobody gave a name.
+    pub statuses: [Tally; 18],
+    /// Messages from clients.
+    pub request_messages: Tally,
+    /// Messages to clients.
+    pub response_messages: Tally,
+}
+
+impl GrpcTally {
+    /// A call has ended.
+    pub fn ended(&self, status: Option<u32>, request_messages: u64, response_messages: u64) {
+        if let Some(status) = status {
+            let last = self.statuses.len() - 1;
+            self.statuses[usize::try_from(status).map_or(last, |status| status.min(last))].count();
+        }
+        self.request_messages.add(request_messages);
+        self.response_messages.add(response_messages);
+    }
+}
+
+/// Service and method of a call.
+pub type GrpcMethod = (Box<str>, Box<str>);
+
+/// Methods of one cluster that are told apart; clients name them.
+pub const GRPC_METHODS_MAX: usize = 256;
+
+/// gRPC's tallies of one cluster.
+#[derive(Debug, Default)]
+pub struct GrpcTallies {
+    all: OnceLock<Box<GrpcTally>>,
+    methods: Mutex<BTreeMap<GrpcMethod, Arc<GrpcTally>>>,
+}
+
+impl GrpcTallies {
+    /// Of calls that are not told apart.
+    pub fn all(&self) -> &GrpcTally {
+        self.all.get_or_init(Box::default)
+    }
+
+    /// The same, if there was such a call.
+    pub fn met(&self) -> Option<&GrpcTally> {
+        self.all.get().map(|all| &**all)
+    }
+
+    /// Of one method, made when it is met; `None` beyond [`GRPC_METHODS_MAX`].
+    ///
+    /// *Cost*: a lock; to be asked once for each method and worker.
+    pub fn method(&self, service: &str, method: &str) -> Option<Arc<GrpcTally>> {
+        let mut methods = self.methods.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (Box::from(service), Box::from(method));
+        if let Some(found) = methods.get(&key) {
+            return Some(Arc::clone(found));
+        }
+        if methods.len() >= GRPC_METHODS_MAX {
+            return None;
+        }
+        let made = Arc::<GrpcTally>::default();
+        methods.insert(key, Arc::clone(&made));
+        Some(made)
+    }
+
+    /// The methods met so far.
+    pub fn methods(&self) -> Vec<(GrpcMethod, Arc<GrpcTally>)> {
+        let methods = self.methods.lock().unwrap_or_else(PoisonError::into_inner);
+        methods.iter().map(|(key, tally)| (key.clone(), Arc::clone(tally))).collect()
     }
 }
 
@@ -101,6 +225,10 @@ pub struct SharedCluster {
     pub retries: Gauge,
     /// Hosts ejected now.
     pub ejected: Gauge,
+    /// What it has been through.
+    pub tallies: ClusterTallies,
+    /// What calls of gRPC came to, where that is counted.
+    pub grpc: GrpcTallies,
     /// Counts up whenever a host is ejected or comes back, so that pickers look again.
     pub health_version: AtomicU64,
     epoch: Instant,
@@ -119,6 +247,8 @@ impl SharedCluster {
             requests: Gauge::default(),
             retries: Gauge::default(),
             ejected: Gauge::default(),
+            tallies: ClusterTallies::default(),
+            grpc: GrpcTallies::default(),
             health_version: AtomicU64::new(0),
             epoch,
             hosts: Mutex::default(),
@@ -341,6 +471,31 @@ impl Drop for ClusterHeld {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn calls_are_told_apart_up_to_a_limit() {
+        let grpc = GrpcTallies::default();
+        assert!(grpc.met().is_none());
+        for n in 0..GRPC_METHODS_MAX {
+            grpc.method("a.B", &n.to_string()).unwrap().ended(Some(0), 1, 2);
+        }
+        assert!(grpc.method("a.B", "more").is_none());
+        let known = grpc.method("a.B", "7").unwrap();
+        known.ended(Some(99), 0, 1);
+        known.ended(None, 0, 0);
+        assert_eq!((known.statuses[0].get(), known.statuses[17].get()), (1, 1));
+        assert_eq!((known.request_messages.get(), known.response_messages.get()), (1, 3));
+        assert_eq!(grpc.methods().len(), GRPC_METHODS_MAX);
+    }
+
+    #[test]
+    fn answers_are_counted_by_class() {
+        let tallies = ClusterTallies::default();
+        for status in [0, 99, 101, 200, 204, 404, 503, 599, 600, u16::MAX] {
+            tallies.answered(status);
+        }
+        assert_eq!(tallies.classes.each_ref().map(Tally::get), [1, 2, 0, 1, 2]);
+    }
 
     #[test]
     fn a_place_is_given_back() {

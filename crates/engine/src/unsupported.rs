@@ -37,7 +37,8 @@ impl Unsupported {
         if self.path.is_empty() {
             prefix.clone_into(&mut self.path);
         } else if !prefix.is_empty() {
-            self.path = format!("{prefix}.{}", self.path);
+            let dot = if self.path.starts_with('[') { "" } else { "." };
+            self.path = format!("{prefix}{dot}{}", self.path);
         }
         self
     }
@@ -106,6 +107,7 @@ mod tests {
     fn paths_grow_outward() {
         let bad = Unsupported::missing("name").within("headers[2]").within("match");
         assert_eq!(bad.to_string(), "match.headers[2].name must be set");
+        assert_eq!(Unsupported::missing("[1].name").within("logs").to_string(), "logs[1].name must be set");
         assert_eq!(Unsupported::new("", "is empty").within("match").to_string(), "match is empty");
     }
 

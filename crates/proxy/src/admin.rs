@@ -4,6 +4,7 @@
 //! the pod reaches all of them but the admin interface, so what ends or drains the proxy is for its own
 //! machine only, and connections are bounded.
 
+mod clusters;
 mod dump;
 mod pages;
 
@@ -226,10 +227,8 @@ async fn admin(context: &Context, path: &str, query: &str, post: bool) -> Page {
     let parameter = |name: &str| {
         query.split('&').find_map(|pair| pair.split_once('=').filter(|(key, _)| *key == name).map(|(_, value)| value))
     };
-    let posts = matches!(
-        path,
-        "/drain_listeners" | "/healthcheck/fail" | "/healthcheck/ok" | "/quitquitquit" | "/logging" | "/reset_counters"
-    );
+    let posts =
+        matches!(path, "/drain_listeners" | "/healthcheck/fail" | "/healthcheck/ok" | "/quitquitquit" | "/logging");
     if posts && !post {
         return text(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed: use POST\n");
     }
@@ -243,10 +242,16 @@ async fn admin(context: &Context, path: &str, query: &str, post: bool) -> Page {
             };
             text(StatusCode::SERVICE_UNAVAILABLE, words)
         }
-        "/stats" if parameter("format") != Some("prometheus") => {
-            text(StatusCode::OK, pages::stats(context, parameter("filter")))
+        "/stats" | "/stats/prometheus" => {
+            let filter = match parameter("filter").map(pages::Filter::new).transpose() {
+                Ok(filter) => filter,
+                Err(reason) => return text(StatusCode::BAD_REQUEST, format!("invalid regex: {reason}\n")),
+            };
+            if path == "/stats" && parameter("format") != Some("prometheus") {
+                return text(StatusCode::OK, pages::stats(context, filter.as_ref()));
+            }
+            page(StatusCode::OK, METRICS_TYPE, pages::filtered(context, filter.as_ref()))
         }
-        "/stats" | "/stats/prometheus" => page(StatusCode::OK, METRICS_TYPE, pages::metrics(context)),
         "/drain_listeners" => {
             let has = |word: &str| query.split('&').any(|parameter| parameter.split('=').next() == Some(word));
             let scope = if has("inboundonly") { DrainScope::Inbound } else { DrainScope::All };
@@ -260,7 +265,6 @@ async fn admin(context: &Context, path: &str, query: &str, post: bool) -> Page {
         "/healthcheck/fail" => ask(context, Request::Health(false)),
         "/healthcheck/ok" => ask(context, Request::Health(true)),
         "/quitquitquit" => ask(context, Request::Quit),
-        "/reset_counters" => text(StatusCode::OK, "OK\n"),
         "/logging" => logging(context, query),
         "/server_info" => json(pages::server_info(context)),
         "/memory" => json(pages::memory()),
@@ -328,7 +332,7 @@ const HELP: &str = "admin commands are:
   /quitquitquit (POST): end
   /ready: LIVE when ready
   /server_info: version and state
-  /stats: counters (?format=prometheus, ?filter=TEXT)
+  /stats: counters (?format=prometheus, ?filter=REGEX)
   /stats/prometheus: the same as Prometheus text
 ";
 

@@ -23,7 +23,7 @@ use std::time::Duration;
 use engine::exchange::{Answer, Attempt, Exchange, Failure, LocalReply, Question, Start, Step};
 use engine::record::NoRecord;
 use engine::{Now, RuntimeConfig};
-use telemetry::metrics::{Counter, Gauge};
+use telemetry::metrics::Counter;
 use tokio::time::Instant;
 use types::{Cause, Fields, RequestHead, ResponseHead, Version};
 
@@ -48,8 +48,9 @@ pub(crate) async fn serve(
     let chain = conn.state.chain(&config);
     let ended = down.is_finished();
     let seed = worker.seed();
-    worker.recorder.count(Counter::DownstreamRequests);
-    worker.recorder.gauge(Gauge::RequestsActive, 1);
+    if let Some(manager) = &conn.state.manager {
+        manager.begun();
+    }
     let start = Start { chain: &chain, conn: &conn.facts, ended, seed, recorder: &mut NoRecord };
     let received = worker.now();
     let (mut exchange, step) = Exchange::start(&worker.env_at(&config, received), start, head);
@@ -330,16 +331,27 @@ impl Driver<'_, '_> {
 
     /// One attempt. `None`: the request has ended.
     async fn forward(&mut self, mut attempt: Box<Attempt>) -> Option<Step> {
-        self.worker.recorder.count(Counter::UpstreamRequests);
+        let step = self.forward_once(&mut attempt).await;
+        // what ends here is answered in the upstream's place
+        if let Some(Step::Reply(reply)) = &step {
+            attempt.shared.tallies.answered(reply.head.status);
+            if reply.cause == Cause::RequestTimeout {
+                attempt.shared.tallies.timeouts.count();
+            }
+        }
+        step
+    }
+
+    async fn forward_once(&mut self, attempt: &mut Attempt) -> Option<Step> {
         if attempt.number > 1 {
-            self.worker.recorder.count(Counter::UpstreamRetries);
+            attempt.shared.tallies.retries.count();
             self.upload.rewind();
         } else {
             self.upload.keep(attempt.replay_bytes_max as usize);
             let mirrors = std::mem::take(&mut attempt.mirrors);
             self.mirrors.start(self.worker, self.conn, mirrors, self.upload.is_source_done());
         }
-        let leased = match self.lease(&attempt).await {
+        let leased = match self.lease(attempt).await {
             Ok(Ok(leased)) => leased,
             Ok(Err(failure)) => return Some(self.failed(failure)),
             Err(interrupt) => return self.interrupted(interrupt),
@@ -350,6 +362,7 @@ impl Driver<'_, '_> {
         let endpoints = leased.endpoints.clone();
         let over_http2 = leased.is_http2();
         self.moved = Instant::now();
+        attempt.shared.tallies.requests.count();
         let version = if over_http2 { Version::Http2 } else { Version::Http11 };
         self.log.sent(&endpoints, version, self.moved.into_std());
         let mut running = match leased.start(self.head, self.upload.ended) {
@@ -362,13 +375,15 @@ impl Driver<'_, '_> {
                 self.moved = Instant::from_std(now.mono);
                 self.log.head_arrived(now.mono);
                 let mut head = std::mem::take(&mut self.response);
+                let status = head.status;
                 let step = self.resume_at(now, Answer::Upstream { head: &mut head, ended });
                 self.response = head;
                 if !matches!(step, Step::Respond) {
                     running.cancel();
                     return Some(step);
                 }
-                self.respond(running, &attempt, ended, over_http2).await;
+                attempt.shared.tallies.answered(status);
+                self.respond(running, attempt, ended, over_http2).await;
                 None
             }
             Awaited::Failed(failure) => {
@@ -389,10 +404,7 @@ impl Driver<'_, '_> {
     /// Turns an interruption into the next step, or into the end.
     fn interrupted(&mut self, interrupt: Interrupt) -> Option<Step> {
         match interrupt {
-            Interrupt::Elapsed => {
-                self.worker.recorder.count(Counter::UpstreamTimeouts);
-                Some(self.resume(Answer::Elapsed))
-            }
+            Interrupt::Elapsed => Some(self.resume(Answer::Elapsed)),
             Interrupt::Idle => Some(self.resume(Answer::Idle)),
             Interrupt::Garbled(cause) if !self.down.head_sent() => {
                 self.worker.recorder.count(Counter::DownstreamProtocolErrors);
@@ -687,7 +699,6 @@ impl Driver<'_, '_> {
 
     /// Records the request, once, on every way out.
     fn end(self) {
-        self.worker.recorder.gauge(Gauge::RequestsActive, -1);
         let grpc = self.traffic.trailers.as_ref().and_then(|trailers| trailers.get_str("grpc-status"));
         let counts = crate::record::Counts {
             request_bytes: self.traffic.request_bytes,

@@ -10,10 +10,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::chain::{Direction, FilterChain, Listener, Terminal};
+use engine::config::Name;
 use engine::exchange::StreamInfo;
 use engine::facts::{ConnFacts, Now};
+use engine::hcm::GrpcStats;
+use engine::shared::{GRPC_METHODS_MAX, GrpcTally, SharedCluster};
 use telemetry::log::LineSink;
-use telemetry::metrics::{Destination, Flags, Protocol, Reporter, RequestSample, Security, Series, SeriesKey};
+use telemetry::metrics::{Counter, Destination, Flags, Protocol, Reporter, RequestSample, Security, Series, SeriesKey};
 use telemetry::peer::Peer;
 use types::{Cause, Fields, RequestHead, ResponseHead, Version};
 
@@ -47,9 +50,55 @@ pub(crate) struct Counts {
 pub(crate) struct Telemetry {
     pub(crate) peers: Peers,
     services: RefCell<Services>,
+    methods: RefCell<Methods>,
     logs: RefCell<HashMap<Box<str>, Batch>>,
     sinks: Arc<crate::proxy::Sinks>,
     secrets: crate::secrets::Secrets,
+}
+
+/// Methods of gRPC that this worker has met, by cluster and path.
+#[derive(Default)]
+struct Methods {
+    by_cluster: HashMap<Name, ClusterMethods>,
+}
+
+struct ClusterMethods {
+    shared: Arc<SharedCluster>,
+    by_path: HashMap<Box<str>, Arc<GrpcTally>>,
+    /// No more are told apart: nobody needs to ask again.
+    is_full: bool,
+}
+
+/// Longer paths are not kept: clients choose them.
+const METHOD_PATH_MAX: usize = 256;
+
+impl Methods {
+    fn of(&mut self, shared: &Arc<SharedCluster>, dots: bool, call: (&str, &str, &str)) -> Option<Arc<GrpcTally>> {
+        let (path, service, method) = call;
+        if !self.by_cluster.get(&shared.name).is_some_and(|known| Arc::ptr_eq(&known.shared, shared)) {
+            // those of clusters that are gone go with them
+            self.by_cluster.retain(|_, known| Arc::strong_count(&known.shared) > 1);
+            let new = ClusterMethods { shared: Arc::clone(shared), by_path: HashMap::new(), is_full: false };
+            self.by_cluster.insert(Name::clone(&shared.name), new);
+        }
+        let known = self.by_cluster.get_mut(&shared.name)?;
+        if let Some(found) = known.by_path.get(path) {
+            return Some(Arc::clone(found));
+        }
+        if known.is_full || known.by_path.len() >= GRPC_METHODS_MAX || path.len() > METHOD_PATH_MAX {
+            return None;
+        }
+        let made = if dots {
+            shared.grpc.method(&service.replace('.', "_"), method)
+        } else {
+            shared.grpc.method(service, method)
+        };
+        match &made {
+            Some(tally) => drop(known.by_path.insert(path.into(), Arc::clone(tally))),
+            None => known.is_full = true,
+        }
+        made
+    }
 }
 
 /// Services by host; a host has more than one entry only where names differ.
@@ -74,6 +123,7 @@ impl Telemetry {
         Self {
             peers: Peers::new(Arc::clone(&shared.own_peer)),
             services: RefCell::default(),
+            methods: RefCell::default(),
             logs: RefCell::default(),
             sinks: Arc::clone(&shared.sinks),
             secrets: shared.secrets.clone(),
@@ -181,6 +231,10 @@ impl Telemetry {
             flags: flags(&info),
         };
         worker.recorder.series(key).request(&RequestSample { duration: Duration::ZERO, ..RequestSample::default() });
+        if let Some(manager) = &conn.state.manager {
+            manager.begun();
+            manager.ended(status);
+        }
     }
 
     fn source(&self, conn: &Conn, info: &StreamInfo) -> Arc<Peer> {
@@ -234,6 +288,34 @@ impl Telemetry {
                 self.service(fallback, &own().canonical_service, &own().namespace)
             }
             None => self.service(fallback, "unknown", "unknown"),
+        }
+    }
+
+    /// Counts a call of gRPC.
+    fn count_grpc(&self, worker: &Worker, stats: &GrpcStats, head: &RequestHead, info: &StreamInfo, counts: &Counts) {
+        let Some(cluster) = &info.cluster else { return };
+        let sent = head.fields.get_str("x-envoy-original-path");
+        let Some(path) = sent.or_else(|| std::str::from_utf8(head.path()).ok()) else { return };
+        let path = path.split_once('?').map_or(path, |(path, _)| path);
+        let Some((service, method)) = path.strip_prefix('/').and_then(|path| path.split_once('/')) else { return };
+        if service.is_empty() || method.is_empty() || method.contains('/') {
+            return;
+        }
+        let config = worker.config();
+        let live = worker.engine.live(&config, cluster, worker.now().mono);
+        let ended = |tally: &GrpcTally| {
+            tally.ended(counts.grpc_status, counts.request_messages, counts.response_messages);
+        };
+        if !stats.tells_apart(service, method) {
+            return ended(live.shared.grpc.all());
+        }
+        let mut methods = self.methods.borrow_mut();
+        match methods.of(&live.shared, stats.replaces_dots, (path, service, method)) {
+            Some(tally) => ended(&tally),
+            None => {
+                worker.recorder.count(Counter::GrpcMethodsOverflow);
+                ended(live.shared.grpc.all());
+            }
         }
     }
 
@@ -414,6 +496,14 @@ impl RequestLog {
                 request_messages: counts.request_messages,
                 response_messages: counts.response_messages,
             });
+        }
+        if let Some(manager) = &conn.state.manager {
+            manager.ended(status);
+        }
+        if info.is_grpc
+            && let Some(stats) = hcm.grpc_stats()
+        {
+            telemetry.count_grpc(worker, stats, head, info, counts);
         }
         let ended = Ended { start: self.start, end, sent: self.sent, head: self.head };
         let silent = ResponseHead::default();

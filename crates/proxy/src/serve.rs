@@ -28,6 +28,7 @@ use crate::worker::Worker;
 
 /// Serves a connection of a chain that ends in HTTP.
 pub(crate) async fn http(worker: &Rc<Worker>, conn: Rc<Conn>, hcm: &Hcm, mut io: Io) {
+    let _connected = Connected::new(&conn);
     let config = worker.config();
     let mut info = StreamInfo::default();
     let admitted = engine::stream::admit(&worker.env(&config), &conn.chain, &conn.facts, &mut info, &mut NoRecord);
@@ -62,6 +63,26 @@ pub(crate) async fn http(worker: &Rc<Worker>, conn: Rc<Conn>, hcm: &Hcm, mut io:
         conn.state.drain();
         if tokio::time::timeout(hcm.timeouts.drain.max(Duration::from_secs(1)), serving).await.is_err() {
             tracing::debug!("a connection beyond its longest life was cut");
+        }
+    }
+}
+
+/// Counts a connection for as long as it lives.
+struct Connected(Rc<Conn>);
+
+impl Connected {
+    fn new(conn: &Rc<Conn>) -> Self {
+        if let Some(manager) = &conn.state.manager {
+            manager.connected();
+        }
+        Self(Rc::clone(conn))
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        if let Some(manager) = &self.0.state.manager {
+            manager.disconnected();
         }
     }
 }

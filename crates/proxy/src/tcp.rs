@@ -45,10 +45,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Conn, mut down: Io) {
                         upstream = Some(made);
                         StreamAnswer::Connected
                     }
-                    Err(failure) => {
-                        worker.recorder.count(Counter::UpstreamConnectFailed);
-                        StreamAnswer::Failed(failure.cause, failure.detail)
-                    }
+                    Err(failure) => StreamAnswer::Failed(failure.cause, failure.detail),
                 };
                 attempt_held = Some(attempt);
                 answer
@@ -109,10 +106,10 @@ async fn connect(worker: &Rc<Worker>, conn: &Conn, tcp: &TcpAttempt) -> Result<(
     let attempt = &tcp.attempt;
     let held = attempt.shared.try_hold(Resource::Connection, attempt.cluster.limits.connections_max);
     let Some(held) = held else {
-        worker.recorder.count(Counter::UpstreamOverflow);
+        attempt.shared.tallies.overflows.count();
         return Err(Failure::unsent(Cause::UpstreamOverflow));
     };
-    let open = Open::new(worker, held, Arc::clone(&attempt.picked.host));
+    let open = Open::new(attempt, held);
     let tls = match &attempt.transport.tls {
         None => None,
         Some(tls) => Some(worker.tls.client(tls, attempt).map_err(|error| Failure {
@@ -121,8 +118,8 @@ async fn connect(worker: &Rc<Worker>, conn: &Conn, tcp: &TcpAttempt) -> Result<(
             request_sent: false,
         })?),
     };
-    let (io, endpoints, _) = upstream::make(worker, attempt, &conn.facts, tls).await?;
-    worker.recorder.count(Counter::UpstreamConnections);
+    let made = upstream::make(worker, attempt, &conn.facts, tls).await;
+    let (io, endpoints, _) = made.inspect_err(|_| attempt.shared.tallies.connect_failures.count())?;
     Ok((io, endpoints, open))
 }
 

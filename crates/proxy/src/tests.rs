@@ -1,5 +1,6 @@
 //! The whole proxy over real sockets of the loopback interface.
 
+mod admin;
 mod backends;
 pub(crate) mod bed;
 mod bytes;

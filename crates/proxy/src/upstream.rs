@@ -23,7 +23,6 @@ use engine::exchange::{Attempt, Failure, UpstreamProtocol};
 use engine::facts::ConnFacts;
 use engine::shared::{ClusterHeld, Resource, SharedHost};
 use rustls::ClientConfig;
-use telemetry::metrics::{Counter, Gauge};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use types::{Cause, RequestHead};
@@ -83,22 +82,21 @@ impl Key {
 pub(crate) struct Open {
     _cluster: ClusterHeld,
     host: Arc<SharedHost>,
-    worker: Rc<Worker>,
     pool: Option<Rc<Pool>>,
 }
 
 impl Open {
-    pub(crate) fn new(worker: &Rc<Worker>, cluster: ClusterHeld, host: Arc<SharedHost>) -> Self {
+    pub(crate) fn new(attempt: &Attempt, place: ClusterHeld) -> Self {
+        let host = Arc::clone(&attempt.picked.host);
         host.connections.enter();
-        worker.recorder.gauge(Gauge::UpstreamActive, 1);
-        Self { _cluster: cluster, host, worker: Rc::clone(worker), pool: None }
+        attempt.shared.tallies.connections.count();
+        Self { _cluster: place, host, pool: None }
     }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
         self.host.connections.leave();
-        self.worker.recorder.gauge(Gauge::UpstreamActive, -1);
         if let Some(pool) = &self.pool {
             pool.open.set(pool.open.get() - 1);
             pool.released.notify_one();
@@ -414,7 +412,7 @@ pub(crate) async fn lease(worker: &Rc<Worker>, attempt: &Attempt, conn: &ConnFac
         }
         let limits = &attempt.cluster.limits;
         let Some(_pending) = attempt.shared.try_hold(Resource::Pending, limits.pending_max) else {
-            worker.recorder.count(Counter::UpstreamOverflow);
+            attempt.shared.tallies.overflows.count();
             return Err(Failure::unsent(Cause::UpstreamOverflow));
         };
         if attempt.protocol != UpstreamProtocol::Http1 {
@@ -503,21 +501,20 @@ async fn connect(
     let connecting = (attempt.protocol != UpstreamProtocol::Http1).then(Rc::<Connecting>::default);
     pool.connecting.borrow_mut().clone_from(&connecting);
     let announce = Announce { pool, connecting };
-    let mut open = Open::new(worker, held, Arc::clone(&attempt.picked.host));
+    let mut open = Open::new(attempt, held);
     pool.open.set(pool.open.get() + 1);
     open.pool = Some(Rc::clone(pool));
     let made = make(worker, attempt, conn, tls).await;
     let (io, endpoints, alpn_http2) = match made {
         Ok(made) => made,
         Err(failure) => {
-            worker.recorder.count(Counter::UpstreamConnectFailed);
+            attempt.shared.tallies.connect_failures.count();
             if let Some(connecting) = &announce.connecting {
                 connecting.failure.replace(Some(failure.clone()));
             }
             return Err(failure);
         }
     };
-    worker.recorder.count(Counter::UpstreamConnections);
     let now = Instant::now();
     let http2 = match attempt.protocol {
         UpstreamProtocol::Http1 => false,

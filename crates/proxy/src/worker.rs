@@ -18,7 +18,7 @@ use engine::chain::{Direction, FilterChain, Terminal};
 use engine::exchange::Env;
 use engine::{Now, RuntimeConfig};
 use futures_util::FutureExt as _;
-use telemetry::metrics::{Counter, Recorder};
+use telemetry::metrics::{Counter, Manager, Recorder};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::accept::Accepted;
@@ -91,6 +91,8 @@ pub(crate) struct ConnState {
     pub(crate) drain_time: Duration,
     /// The proxy is a gateway: it reports as a source.
     pub(crate) is_gateway: bool,
+    /// What its connection manager counts, if it has one.
+    pub(crate) manager: Option<Arc<Manager>>,
 }
 
 impl ConnState {
@@ -240,6 +242,10 @@ impl Worker {
             waiting: Cell::default(),
             drain_time: self.shared.drain_time,
             is_gateway: self.shared.is_gateway,
+            manager: match &chain.terminal {
+                Terminal::Http(hcm) => Some(self.recorder.manager(&hcm.stat_prefix)),
+                Terminal::Tcp(_) => None,
+            },
         });
         let mut conns = self.conns.borrow_mut();
         // those only this list still knows have ended

@@ -335,6 +335,96 @@ impl Series {
     }
 }
 
+/// What connection managers of one `stat_prefix` have served, on one thread, which is the only writer.
+///
+/// *Source*: Envoy, HTTP connection manager statistics.
+#[derive(Default, Debug)]
+pub struct Manager {
+    prefix: Box<str>,
+    connections: AtomicU64,
+    connections_ended: AtomicU64,
+    requests: AtomicU64,
+    requests_ended: AtomicU64,
+    /// By the first digit of the status, from 1 to 5.
+    classes: [AtomicU64; 5],
+}
+
+impl Manager {
+    /// A connection has begun.
+    pub fn connected(&self) {
+        bump(&self.connections, 1);
+    }
+
+    /// A connection has ended.
+    pub fn disconnected(&self) {
+        bump(&self.connections_ended, 1);
+    }
+
+    /// A request has begun.
+    pub fn begun(&self) {
+        bump(&self.requests, 1);
+    }
+
+    /// A request has ended; with 0 where no answer was begun.
+    pub fn ended(&self, status: u16) {
+        bump(&self.requests_ended, 1);
+        if let Some(class) = usize::from(status / 100).checked_sub(1).and_then(|at| self.classes.get(at)) {
+            bump(class, 1);
+        }
+    }
+}
+
+/// Sums of all threads.
+#[derive(Default)]
+struct ManagerTotals {
+    connections: u64,
+    connections_active: u64,
+    requests: u64,
+    requests_active: u64,
+    classes: [u64; 5],
+}
+
+impl ManagerTotals {
+    fn add(&mut self, one: &Manager) {
+        let load = |cell: &AtomicU64| cell.load(Ordering::Relaxed);
+        // ends first: what has ended has begun
+        let (connections_ended, requests_ended) = (load(&one.connections_ended), load(&one.requests_ended));
+        let (connections, requests) = (load(&one.connections), load(&one.requests));
+        self.connections += connections;
+        self.connections_active += connections.saturating_sub(connections_ended);
+        self.requests += requests;
+        self.requests_active += requests.saturating_sub(requests_ended);
+        for (total, class) in self.classes.iter_mut().zip(&one.classes) {
+            *total += load(class);
+        }
+    }
+}
+
+/// Label of a connection manager's metrics.
+const MANAGER_LABEL: &str = "envoy_http_conn_manager_prefix";
+
+fn render_managers(out: &mut String, all: &BTreeMap<Box<str>, ManagerTotals>) {
+    type Read = fn(&ManagerTotals) -> u64;
+    let families: [(&str, &str, Read); 5] = [
+        ("envoy_http_downstream_cx_total", "counter", |of| of.connections),
+        ("envoy_http_downstream_cx_active", "gauge", |of| of.connections_active),
+        ("envoy_http_downstream_rq_total", "counter", |of| of.requests),
+        ("envoy_http_downstream_rq_active", "gauge", |of| of.requests_active),
+        ("envoy_http_downstream_rq_completed", "counter", |of| of.classes.iter().sum()),
+    ];
+    for (name, kind, read) in families {
+        text::type_line(out, name, kind);
+        for (prefix, totals) in all {
+            text::sample(out, name, &text::labels([(MANAGER_LABEL, &**prefix)]), read(totals));
+        }
+    }
+    text::classes(
+        out,
+        "envoy_http_downstream_rq_xx",
+        all.iter().map(|(prefix, totals)| ((MANAGER_LABEL, &**prefix), totals.classes)),
+    );
+}
+
 macro_rules! counters {
     ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)*) => {
         /// Counters without labels, each declared once.
@@ -359,8 +449,6 @@ counters! {
     TlsHandshakes = "envoy_listener_ssl_handshake",
     /// TLS handshakes that failed downstream.
     TlsErrors = "envoy_listener_ssl_connection_error",
-    /// Requests begun.
-    DownstreamRequests = "envoy_http_downstream_rq_total",
     /// Requests refused as malformed or oversized.
     DownstreamProtocolErrors = "envoy_http_downstream_cx_protocol_error",
     /// HTTP/2 connections ended for flooding.
@@ -371,20 +459,8 @@ counters! {
     RbacAllowed = "envoy_http_rbac_allowed",
     /// Requests refused for their token.
     JwtDenied = "envoy_http_jwt_authn_denied",
-    /// Upstream connections opened.
-    UpstreamConnections = "envoy_cluster_upstream_cx_total",
-    /// Upstream connections that failed to open.
-    UpstreamConnectFailed = "envoy_cluster_upstream_cx_connect_fail",
-    /// Attempts sent upstream.
-    UpstreamRequests = "envoy_cluster_upstream_rq_total",
-    /// Retries sent.
-    UpstreamRetries = "envoy_cluster_upstream_rq_retry",
-    /// Attempts refused by a circuit breaker.
-    UpstreamOverflow = "envoy_cluster_upstream_rq_pending_overflow",
-    /// Attempts that ran into a time-out.
-    UpstreamTimeouts = "envoy_cluster_upstream_rq_timeout",
-    /// Endpoints ejected by outlier detection.
-    OutlierEjections = "envoy_cluster_outlier_detection_ejections_total",
+    /// Calls of gRPC whose method did not fit among those that are told apart.
+    GrpcMethodsOverflow = "lateen_grpc_methods_overflow_total",
     /// Log lines dropped because the writer was behind.
     LogDropped = "lateen_access_log_dropped_total",
     /// Spans dropped because the exporter was behind.
@@ -417,15 +493,12 @@ macro_rules! gauges {
 gauges! {
     /// Connections open downstream.
     DownstreamActive = "envoy_listener_downstream_cx_active",
-    /// Requests in flight.
-    RequestsActive = "envoy_http_downstream_rq_active",
-    /// Connections open upstream.
-    UpstreamActive = "envoy_cluster_upstream_cx_active",
 }
 
 /// What one thread writes.
 struct Shard {
     series: Mutex<Vec<Arc<Series>>>,
+    managers: Mutex<Vec<Arc<Manager>>>,
     counters: Vec<AtomicU64>,
     gauges: Vec<AtomicI64>,
 }
@@ -446,11 +519,12 @@ impl Metrics {
     pub fn recorder(&self) -> Recorder {
         let shard = Arc::new(Shard {
             series: Mutex::new(Vec::new()),
+            managers: Mutex::new(Vec::new()),
             counters: Counter::ALL.iter().map(|_| AtomicU64::new(0)).collect(),
             gauges: Gauge::ALL.iter().map(|_| AtomicI64::new(0)).collect(),
         });
         self.shards.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&shard));
-        Recorder { shard, fast: RefCell::default(), rendered: RefCell::default() }
+        Recorder { shard, fast: RefCell::default(), rendered: RefCell::default(), managers: RefCell::default() }
     }
 
     fn shards(&self) -> Vec<Arc<Shard>> {
@@ -471,13 +545,18 @@ impl Metrics {
     pub fn render(&self, out: &mut String) {
         let shards = self.shards();
         let mut merged: BTreeMap<String, Totals> = BTreeMap::new();
+        let mut managers: BTreeMap<Box<str>, ManagerTotals> = BTreeMap::new();
         for shard in &shards {
+            for one in &*shard.managers.lock().unwrap_or_else(PoisonError::into_inner) {
+                managers.entry(one.prefix.clone()).or_default().add(one);
+            }
             let series = shard.series.lock().unwrap_or_else(PoisonError::into_inner).clone();
             for one in series {
                 merged.entry(one.labels.clone()).or_default().add(&one);
             }
         }
         render_totals(out, &merged);
+        render_managers(out, &managers);
         for counter in Counter::ALL {
             text::type_line(out, counter.name(), "counter");
             text::sample(out, counter.name(), "", self.counter(*counter));
@@ -582,6 +661,11 @@ fn render_totals(out: &mut String, merged: &BTreeMap<String, Totals>) {
     }
 }
 
+/// Prefixes that are told apart; names of configurations, which come and go.
+const MANAGERS_MAX: usize = 1024;
+/// What stands for the others.
+const OVERFLOW: &str = "overflow";
+
 /// Entries of the pointer-keyed cache before it is emptied.
 const FAST_MAX: usize = 2048;
 
@@ -590,6 +674,7 @@ pub struct Recorder {
     shard: Arc<Shard>,
     fast: RefCell<FastMap>,
     rendered: RefCell<HashMap<String, Arc<Series>>>,
+    managers: RefCell<HashMap<Box<str>, Arc<Manager>>>,
 }
 
 impl Recorder {
@@ -629,6 +714,27 @@ impl Recorder {
         self.shard.series.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&series));
         rendered.insert(labels, Arc::clone(&series));
         series
+    }
+
+    /// The counts of connection managers of this `stat_prefix`. Hold them for the life of a connection.
+    pub fn manager(&self, prefix: &str) -> Arc<Manager> {
+        let mut managers = self.managers.borrow_mut();
+        if let Some(found) = managers.get(prefix) {
+            return Arc::clone(found);
+        }
+        let prefix = if managers.len() < MANAGERS_MAX {
+            prefix
+        } else {
+            self.count(Counter::SeriesOverflow);
+            OVERFLOW
+        };
+        if let Some(found) = managers.get(prefix) {
+            return Arc::clone(found);
+        }
+        let made = Arc::new(Manager { prefix: prefix.into(), ..Manager::default() });
+        self.shard.managers.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&made));
+        managers.insert(prefix.into(), Arc::clone(&made));
+        made
     }
 
     /// Adds one.
@@ -711,6 +817,47 @@ mod tests {
             recorder.series(key(code, &peer));
         }
         assert_eq!(metrics.counter(Counter::SeriesOverflow), 10);
+    }
+
+    #[test]
+    fn managers_are_summed_by_prefix() {
+        let metrics = Metrics::new();
+        let (one, two) = (metrics.recorder(), metrics.recorder());
+        for (recorder, statuses) in [(&one, &[200, 204, 503][..]), (&two, &[200, 0])] {
+            let manager = recorder.manager("in");
+            manager.connected();
+            statuses.iter().for_each(|_| manager.begun());
+            statuses.iter().for_each(|status| manager.ended(*status));
+        }
+        one.manager("in").begun();
+        two.manager("in").disconnected();
+        two.manager("out").connected();
+        let mut out = String::new();
+        metrics.render(&mut out);
+        for line in [
+            "envoy_http_downstream_cx_total{envoy_http_conn_manager_prefix=\"in\"} 2",
+            "envoy_http_downstream_cx_active{envoy_http_conn_manager_prefix=\"in\"} 1",
+            "envoy_http_downstream_cx_active{envoy_http_conn_manager_prefix=\"out\"} 1",
+            "envoy_http_downstream_rq_total{envoy_http_conn_manager_prefix=\"in\"} 6",
+            "envoy_http_downstream_rq_active{envoy_http_conn_manager_prefix=\"in\"} 1",
+            "envoy_http_downstream_rq_xx{envoy_response_code_class=\"2\",envoy_http_conn_manager_prefix=\"in\"} 3",
+            "envoy_http_downstream_rq_xx{envoy_response_code_class=\"5\",envoy_http_conn_manager_prefix=\"in\"} 1",
+        ] {
+            assert!(out.lines().any(|have| have == line), "{line}: {out}");
+        }
+        assert_eq!(out.matches("# TYPE envoy_http_downstream_rq_xx counter").count(), 1);
+    }
+
+    #[test]
+    fn too_many_managers_fold_into_one() {
+        let metrics = Metrics::new();
+        let recorder = metrics.recorder();
+        for n in 0..MANAGERS_MAX + 10 {
+            recorder.manager(&n.to_string()).begun();
+        }
+        let mut out = String::new();
+        metrics.render(&mut out);
+        assert!(out.contains("envoy_http_downstream_rq_total{envoy_http_conn_manager_prefix=\"overflow\"} 10\n"));
     }
 
     #[test]

@@ -362,10 +362,11 @@ fn a_client_that_leaves_is_told_in_the_log() {
     // Both have arrived at the server when its proxy counts them.
     eventually("two requests under way", || {
         let text = mesh.curl("shop/httpbin", &["http://127.0.0.1:15000/stats/prometheus"]).body;
-        let active = text.lines().find(|line| line.starts_with("envoy_http_downstream_rq_active"));
-        match active.and_then(|line| line.rsplit(' ').next()) {
-            Some("2") => Ok(()),
-            other => Err(format!("{other:?} of {active:?}")),
+        let active = text.lines().filter(|line| line.starts_with("envoy_http_downstream_rq_active{"));
+        let counts = active.filter_map(|line| line.rsplit(' ').next()?.parse::<u32>().ok());
+        match counts.sum::<u32>() {
+            2 => Ok(()),
+            other => Err(format!("{other} under way")),
         }
     });
     drop(stream);

@@ -1,13 +1,13 @@
 //! The admin interface, page by page, compared in shape.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 use testkit::{Client, eventually};
 
 use crate::backend::Backend;
 use crate::filters::{bootstrap, cluster, hcm, listener, to_echo};
-use crate::standalone::Pair;
+use crate::standalone::{Pair, Standalone, command};
 
 fn pair() -> Pair {
     let echo = Backend::echo("echo");
@@ -100,13 +100,164 @@ fn pages_have_the_same_shape() {
             proxy.page("/stats/prometheus").lines().filter(|line| line.starts_with("# TYPE envoy_server_live")).count(),
             1
         );
-        assert!(proxy.page("/stats?filter=server.live").contains("server.live") || proxy.kind == "lateen");
+        assert_eq!(proxy.page("/stats?filter=server.live"), "server.live: 1\n", "{}", proxy.kind);
         assert_eq!(proxy.page("/ready"), "LIVE\n");
         assert_eq!(proxy.ask("GET", "/nobody").unwrap().status, 404);
         for posted in ["/quitquitquit", "/drain_listeners", "/healthcheck/fail", "/logging"] {
             assert_eq!(proxy.ask("GET", posted).unwrap().status, 405, "{}: {posted}", proxy.kind);
         }
     }
+}
+
+#[test]
+fn flags_mean_the_same() {
+    let text = bootstrap(&[], &[]);
+    let flags = [
+        "--service-node",
+        "flagged",
+        "--service-cluster",
+        "of-flags",
+        "--service-zone",
+        "here",
+        "--stats-tag",
+        "region:north",
+        "--drain-strategy",
+        "immediate",
+        "--file-flush-interval-msec",
+        "50",
+        "--allow-unknown-static-fields",
+        "--base-id-path",
+        "@DIR@/base",
+        "--log-path",
+        "@DIR@/own.log",
+        "--config-yaml",
+        "static_resources: { clusters: [{ name: merged, type: STATIC, connect_timeout: 1s, load_assignment: { cluster_name: merged } }] }",
+    ];
+    for kind in ["envoy", "lateen"] {
+        let proxy = Standalone::with_flags(kind, &text, &flags, |_| {});
+        let info = proxy.json("/server_info");
+        for (path, value) in [
+            ("/node/id", "flagged"),
+            ("/node/cluster", "of-flags"),
+            ("/node/locality/zone", "here"),
+            ("/command_line_options/service_node", "flagged"),
+            ("/command_line_options/service_cluster", "of-flags"),
+            ("/command_line_options/service_zone", "here"),
+            ("/command_line_options/drain_time", "1s"),
+        ] {
+            assert_eq!(info.pointer(path).and_then(Value::as_str), Some(value), "{kind}: {path}: {info:#}");
+        }
+        let metrics = proxy.page("/stats?format=prometheus&filter=server.live");
+        assert!(metrics.contains("envoy_server_live{region=\"north\"} 1"), "{kind}: {metrics}");
+        assert!(proxy.page("/clusters").contains("merged::"), "{kind}");
+        // Without hot restarts Envoy has no base id to tell.
+        let base = std::fs::read_to_string(proxy.dir.path().join("base"));
+        assert!(kind == "envoy" || base.is_ok_and(|base| base == "0"), "{kind}");
+        assert!(proxy.dir.path().join("own.log").exists(), "{kind}");
+    }
+}
+
+#[test]
+fn a_bootstrap_is_checked_without_running_it() {
+    let echo = std::net::SocketAddr::from(([127, 0, 0, 1], 1));
+    let good =
+        bootstrap(&[listener("http", &[hcm(&[], &to_echo(), &serde_json::json!({}))])], &[cluster("echo", &[echo])]);
+    let mut bad: Value = serde_json::from_str(&good).unwrap();
+    bad["static_resources"]["clusters"][0]["connect_timeout"] = "never".into();
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text, is_good) in [("good", good, true), ("bad", bad.to_string(), false)] {
+        let file = dir.path().join(name);
+        std::fs::write(&file, text).unwrap();
+        for kind in ["envoy", "lateen"] {
+            let output = command(kind).args(["--mode", "validate", "-c"]).arg(&file).output().unwrap();
+            let said =
+                [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+            assert_eq!(output.status.success(), is_good, "{kind} {name}: {said}");
+            let wanted = if is_good {
+                format!("configuration '{}' OK", file.display())
+            } else {
+                "static_resources.clusters[0]".to_owned()
+            };
+            assert!(said.contains(&wanted) || kind == "envoy" && !is_good, "{kind} {name}: {said}");
+        }
+    }
+}
+
+/// A metric: its name, with its labels in order.
+type Metric = (String, BTreeSet<String>);
+
+/// What a proxy counts by metrics of these names; of connection managers, by that of `in` only.
+pub(crate) fn counts(proxy: &Standalone, is_wanted: impl Fn(&str) -> bool) -> BTreeMap<Metric, u64> {
+    let page = proxy.page("/stats?format=prometheus");
+    let samples = page.lines().filter(|line| !line.starts_with('#')).filter_map(|line| {
+        let (series, value) = line.rsplit_once(' ')?;
+        let (name, labels) = series.split_once('{')?;
+        let labels: BTreeSet<String> = labels.trim_end_matches('}').split(',').map(str::to_owned).collect();
+        let is_other = labels
+            .iter()
+            .any(|label| label.starts_with("envoy_http_conn_manager_prefix=") && !label.ends_with("\"in\""));
+        (is_wanted(name) && !is_other).then(|| Some(((name.to_owned(), labels), value.parse().ok()?)))?
+    });
+    samples.collect()
+}
+
+#[test]
+fn clusters_and_connection_managers_are_counted_the_same_way() {
+    const NAMES: [&str; 15] = [
+        "envoy_cluster_upstream_cx_total",
+        "envoy_cluster_upstream_cx_active",
+        "envoy_cluster_upstream_cx_connect_fail",
+        "envoy_cluster_upstream_rq_total",
+        "envoy_cluster_upstream_rq_active",
+        "envoy_cluster_upstream_rq_xx",
+        "envoy_cluster_upstream_rq_retry",
+        "envoy_cluster_upstream_rq_timeout",
+        "envoy_cluster_membership_total",
+        "envoy_cluster_membership_healthy",
+        "envoy_http_downstream_cx_total",
+        "envoy_http_downstream_cx_active",
+        "envoy_http_downstream_rq_total",
+        "envoy_http_downstream_rq_xx",
+        "envoy_http_downstream_rq_active",
+    ];
+    let flaky = Backend::start(|seen| match seen.path.as_str() {
+        "/late" => loop {
+            std::thread::park();
+        },
+        "/retried" => (503, vec![], String::new()),
+        "/none" => (404, vec![], String::new()),
+        _ => (200, vec![], "fine".into()),
+    });
+    let retry = serde_json::json!({ "retry_on": "5xx", "num_retries": 1 });
+    let routes = serde_json::json!([
+        { "match": { "path": "/gone" }, "route": { "cluster": "gone" } },
+        { "match": { "path": "/direct" }, "direct_response": { "status": 403 } },
+        { "match": { "path": "/retried" }, "route": { "cluster": "echo", "retry_policy": retry } },
+        { "match": { "path": "/late" }, "route": { "cluster": "echo", "timeout": "0.2s" } },
+        { "match": { "prefix": "/" }, "route": { "cluster": "echo" } },
+    ]);
+    let clusters = [
+        cluster("echo", &[flaky.address]),
+        cluster("gone", &[crate::backend::nobody()]),
+        cluster("idle", &[flaky.address]),
+    ];
+    let pair = Pair::start(&bootstrap(&[listener("http", &[hcm(&[], &routes, &serde_json::json!({}))])], &clusters));
+    for path in ["/", "/a", "/none", "/retried", "/gone", "/direct", "/late", "/a"] {
+        pair.get("http", "a", path, &[]);
+    }
+    eventually("the same counts", || {
+        let [theirs, ours] = pair.both().map(|proxy| counts(proxy, |name| NAMES.contains(&name)));
+        // Where a metric says nothing yet, it need not be there.
+        let (theirs, ours) = (some(theirs), some(ours));
+        if ours == theirs { Ok(()) } else { Err(format!("Lateen: {ours:#?}\nEnvoy: {theirs:#?}")) }
+    });
+    let [theirs, ours] = pair.both().map(|proxy| proxy.page("/stats?filter=%5Ecluster.echo.upstream_rq_(total|4xx)$"));
+    assert_eq!(ours.lines().collect::<BTreeSet<_>>(), theirs.lines().collect::<BTreeSet<_>>());
+    assert!(ours.contains("cluster.echo.upstream_rq_4xx: 1"), "{ours}");
+}
+
+pub(crate) fn some(counts: BTreeMap<Metric, u64>) -> BTreeMap<Metric, u64> {
+    counts.into_iter().filter(|(_, count)| *count > 0).collect()
 }
 
 #[test]

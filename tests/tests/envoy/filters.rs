@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use testkit::token::Issuer;
 use testkit::{Client, eventually};
 
+use crate::admin::{counts, some};
 use crate::backend::{self, Backend};
 use crate::standalone::{Pair, Standalone, refused};
 
@@ -493,6 +494,79 @@ fn grpc_statistics_leave_requests_alone() {
 }
 
 #[test]
+fn grpc_calls_are_counted_the_same_way() {
+    let listed = json!({ "services": [{ "name": "some.Service", "method_names": ["Good"] }] });
+    for settings in [
+        json!({ "stats_for_all_methods": false }),
+        json!({ "stats_for_all_methods": true }),
+        json!({ "stats_for_all_methods": true, "replace_dots_in_grpc_service_name": true }),
+        json!({ "individual_method_stats_allowlist": listed }),
+    ] {
+        let backend = Backend::start(|seen| {
+            let status = if seen.path.ends_with("/Good") { "0" } else { "5" };
+            (200, vec![("content-type", "application/grpc".into()), ("grpc-status", status.into())], String::new())
+        });
+        let stats = typed(
+            "envoy.filters.http.grpc_stats",
+            "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
+            settings.clone(),
+        );
+        let pair = Pair::start(&bootstrap(
+            &[listener("http", &[hcm(&[stats], &to_echo(), &json!({}))])],
+            &[cluster("echo", &[backend.address])],
+        ));
+        for (path, messages) in [
+            ("/some.Service/Good", 2),
+            ("/some.Service/Good", 1),
+            ("/some.Service/Bad", 1),
+            ("/other.Service/Good", 1),
+            ("/odd", 1),
+        ] {
+            let head = format!(
+                "POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/grpc\r\nte: trailers\r\ncontent-length: {}\r\n\r\n",
+                messages * 5
+            );
+            // Messages without content: five zeros each.
+            let request = [head.into_bytes(), vec![0; messages * 5]].concat();
+            for proxy in pair.both() {
+                let answer = Client::plain(proxy.listener("http")).and_then(|mut client| client.raw(&request, false));
+                assert_eq!(answer.unwrap().status, 200, "{} {path}", proxy.kind);
+            }
+        }
+        eventually("the same counts", || {
+            let [theirs, ours] =
+                pair.both().map(|proxy| some(counts(proxy, |name| name.starts_with("envoy_cluster_grpc_"))));
+            let is_same = ours == theirs && !ours.is_empty();
+            if is_same { Ok(()) } else { Err(format!("{settings}: Lateen: {ours:#?}\nEnvoy: {theirs:#?}")) }
+        });
+    }
+}
+
+/// Why a request is traced is written into its id, or not.
+#[test]
+fn request_ids_tell_of_traces_the_same_way() {
+    const GIVEN: &str = "01234567-89ab-4cde-8f01-23456789abcd";
+    for (pack, decide, share) in [(true, true, 100), (false, true, 100), (true, false, 100), (true, true, 0)] {
+        let backend = Backend::start(|_| (200, vec![], String::new()));
+        let more = json!({
+            "request_id_extension": { "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
+                "pack_trace_reason": pack, "use_request_id_for_trace_sampling": decide } },
+            "tracing": { "random_sampling": { "value": share } },
+        });
+        let pair = Pair::start(&bootstrap(
+            &[listener("http", &[hcm(&[], &to_echo(), &more)])],
+            &[cluster("echo", &[backend.address])],
+        ));
+        pair.get("http", "a", "/", &[("x-request-id", GIVEN)]);
+        let ids: Vec<String> = backend.seen().iter().map(|seen| seen.headers["x-request-id"].clone()).collect();
+        assert_eq!(ids[1], ids[0], "pack {pack}, decide {decide}, share {share}: Lateen (left) and Envoy (right)");
+        let is_marked = pack && decide && share == 100;
+        assert_eq!(ids[1] != GIVEN, is_marked, "pack {pack}, decide {decide}, share {share}: {ids:?}");
+    }
+}
+
+#[test]
 fn request_ids_are_kept_and_made_the_same_way() {
     let id = |config: Value| {
         json!({ "request_id_extension": { "typed_config": {
@@ -620,6 +694,8 @@ fn comparable_span(mut span: Value, all: &[Value]) -> Value {
     if let Some(parent) = parent {
         span["parentId"] = parent["kind"].clone();
     }
+    // The caller's own, which both of its ends have where they share it.
+    span["sharesId"] = (span["id"] == "a2fb4a1d1a96d312").into();
     for volatile in ["id", "timestamp", "duration", "localEndpoint", "annotations"] {
         span.as_object_mut().unwrap().remove(volatile);
     }
@@ -642,29 +718,32 @@ fn comparable_span(mut span: Value, all: &[Value]) -> Value {
 
 #[test]
 fn spans_are_reported_the_same_way() {
-    let tracing = |spawn: bool| {
+    let tracing = |spawn: bool, shared: bool| {
         json!({ "tracing": {
             "random_sampling": { "value": 100 },
             "spawn_upstream_span": spawn,
             "custom_tags": [{ "tag": "fixed", "literal": { "value": "yes" } }, { "tag": "from", "request_header": { "name": "x-from", "default_value": "nobody" } }],
             "provider": typed("envoy.tracers.zipkin", "envoy.config.trace.v3.ZipkinConfig", json!({
                 "collector_cluster": "collector", "collector_endpoint": "/api/v2/spans", "collector_endpoint_version": "HTTP_JSON",
-                "trace_id_128bit": true, "shared_span_context": false })),
+                "trace_id_128bit": true, "shared_span_context": shared })),
         } })
     };
     let (mut listeners, mut calls) = (Vec::new(), Vec::new());
     // Each with the kinds of its spans.
     let cases = [
-        ("UNSPECIFIED", false, &["SERVER"][..]),
-        ("INBOUND", false, &["SERVER"]),
-        ("OUTBOUND", false, &["CLIENT"]),
-        ("UNSPECIFIED", true, &["CLIENT", "SERVER"]),
-        ("INBOUND", true, &["CLIENT", "SERVER"]),
-        ("OUTBOUND", true, &["CLIENT", "SERVER"]),
+        ("UNSPECIFIED", false, false, &["SERVER"][..]),
+        ("INBOUND", false, false, &["SERVER"]),
+        ("OUTBOUND", false, false, &["CLIENT"]),
+        ("UNSPECIFIED", true, false, &["CLIENT", "SERVER"]),
+        ("INBOUND", true, false, &["CLIENT", "SERVER"]),
+        ("OUTBOUND", true, false, &["CLIENT", "SERVER"]),
+        ("INBOUND", false, true, &["SERVER"]),
+        ("OUTBOUND", false, true, &["CLIENT"]),
+        ("INBOUND", true, true, &["CLIENT", "SERVER"]),
     ];
-    let names = cases.map(|(direction, spawn, _)| format!("{direction}-{spawn}"));
-    for (at, (name, (direction, spawn, _))) in names.iter().zip(&cases).enumerate() {
-        let mut one = listener(name, &[hcm(&[], &to_echo(), &tracing(*spawn))]);
+    let names = cases.map(|(direction, spawn, shared, _)| format!("{direction}-{spawn}-{shared}"));
+    for (at, (name, (direction, spawn, shared, _))) in names.iter().zip(&cases).enumerate() {
+        let mut one = listener(name, &[hcm(&[], &to_echo(), &tracing(*spawn, *shared))]);
         one["traffic_direction"] = (*direction).into();
         listeners.push(one);
         calls.push((name.as_str(), format!("463ac35c9f6413ad48485a3953bb612{at}")));

@@ -28,31 +28,37 @@ impl Drop for Standalone {
     }
 }
 
-fn command(kind: &str) -> Command {
-    match kind {
-        "envoy" => {
-            let mut command = Command::new(envoy());
-            command.args(["--disable-hot-restart", "--skip-deprecated-logs"]);
-            command
-        }
+/// A proxy's program, with flags that both take.
+pub(crate) fn command(kind: &str) -> Command {
+    let mut command = match kind {
+        "envoy" => Command::new(envoy()),
         _ => {
             let mut command = Command::new(testkit::mesh::lateen());
             command.arg("proxy");
             command
         }
-    }
+    };
+    command.args(["--disable-hot-restart", "--skip-deprecated-logs", "--concurrency", "1", "-l", "warning"]);
+    command.args(["--component-log-level", "misc:error,upstream:error", "--local-address-ip-version", "v4"]);
+    command
 }
 
 impl Standalone {
     /// Starts it with `bootstrap`, in which `@DIR@` is its folder; `fill` may put files there.
     pub(crate) fn start(kind: &'static str, bootstrap: &str, fill: impl Fn(&Path)) -> Self {
+        Self::with_flags(kind, bootstrap, &[], fill)
+    }
+
+    /// [`start`](Self::start) with further flags, in which `@DIR@` is its folder, too.
+    pub(crate) fn with_flags(kind: &'static str, bootstrap: &str, flags: &[&str], fill: impl Fn(&Path)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         fill(dir.path());
         let (config, admin) = (dir.path().join("bootstrap.yaml"), dir.path().join("admin"));
         std::fs::write(&config, bootstrap.replace("@DIR@", dir.path().to_str().unwrap())).unwrap();
         let log = std::fs::File::create(dir.path().join("log")).unwrap();
         let child = command(kind)
-            .args(["--concurrency", "1", "-l", "warning", "--drain-time-s", "1", "-c"])
+            .args(flags.iter().map(|flag| flag.replace("@DIR@", dir.path().to_str().unwrap())))
+            .args(["--drain-time-s", "1", "-c"])
             .arg(&config)
             .arg("--admin-address-path")
             .arg(&admin)

@@ -93,7 +93,7 @@ impl Exchange {
                 }
                 Verdict::Continue
             }
-            FilterKind::Alpn(_) | FilterKind::Stats(_) | FilterKind::GrpcStats => Verdict::Continue,
+            FilterKind::Alpn(_) | FilterKind::Stats(_) | FilterKind::GrpcStats(_) => Verdict::Continue,
             FilterKind::GrpcWeb => {
                 let is_web = head
                     .fields

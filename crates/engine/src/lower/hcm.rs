@@ -1,11 +1,11 @@
 //! The HTTP connection manager and its filters.
-#![expect(deprecated, reason = "an older field that changes nothing")]
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::trace::v3 as trace;
+use envoy_types::pb::envoy::extensions::filters::http::grpc_stats::v3 as grpc_stats;
 use envoy_types::pb::envoy::extensions::filters::http::router::v3 as router;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as pb;
 use envoy_types::pb::envoy::extensions::request_id::uuid::v3 as uuid;
@@ -21,9 +21,9 @@ use super::network::{Typed, stats, type_name, unwrap};
 use crate::authz::Rbac;
 use crate::chain::Direction;
 use crate::hcm::{
-    AlpnOverrides, ClientCertParts, Codec, CodecSettings, EscapedSlashes, Filter, FilterKind, ForwardClientCert, Hcm,
-    HttpTimeouts, MetadataExchange, RequestIds, RouteSource, Router, ServerHeader, StripPort, TagSource, TraceProvider,
-    Tracing, Underscores,
+    AlpnOverrides, ClientCertParts, Codec, CodecSettings, EscapedSlashes, Filter, FilterKind, ForwardClientCert,
+    GrpcMethods, GrpcStats, Hcm, HttpTimeouts, MetadataExchange, RequestIds, RouteSource, Router, ServerHeader,
+    StripPort, TagSource, TraceProvider, Tracing, Underscores,
 };
 use crate::header_mutation::HeaderMutation;
 use crate::matcher::Cidr;
@@ -270,7 +270,9 @@ fn filter_kind(any: &Any) -> Result<FilterKind, Unsupported> {
         "io.istio.http.peer_metadata.Config" => FilterKind::MetadataExchange(peer_metadata_of(&typed)?),
         "istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig" => FilterKind::Alpn(alpn_of(&typed)?),
         "stats.PluginConfig" => FilterKind::Stats(stats(&typed)?),
-        "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig" => FilterKind::GrpcStats,
+        "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig" => {
+            FilterKind::GrpcStats(grpc_stats(unpack(any, "")?)?)
+        }
         "envoy.extensions.filters.http.grpc_web.v3.GrpcWeb" => FilterKind::GrpcWeb,
         "envoy.extensions.filters.http.fault.v3.HTTPFault" => {
             FilterKind::Fault(Box::new(crate::fault::Fault::lower(&unpack(any, "")?)?))
@@ -295,6 +297,31 @@ fn filter_kind(any: &Any) -> Result<FilterKind, Unsupported> {
         }
         other => return Err(Unsupported::new("", format!("{other} is not supported"))),
     })
+}
+
+fn grpc_stats(mut proto: grpc_stats::FilterConfig) -> Result<GrpcStats, Unsupported> {
+    use grpc_stats::filter_config::PerMethodStatSpecifier as Specifier;
+    // The counts of messages are known to whoever reports the request, without a detour.
+    proto.emit_filter_state = false;
+    let methods = match proto.per_method_stat_specifier.take() {
+        None => GrpcMethods::None,
+        Some(Specifier::StatsForAllMethods(all)) => {
+            if all.value {
+                GrpcMethods::All
+            } else {
+                GrpcMethods::None
+            }
+        }
+        Some(Specifier::IndividualMethodStatsAllowlist(list)) => GrpcMethods::Listed(
+            list.services
+                .into_iter()
+                .map(|service| (service.name.into(), service.method_names.into_iter().map(Into::into).collect()))
+                .collect(),
+        ),
+    };
+    let replaces_dots = std::mem::take(&mut proto.replace_dots_in_grpc_service_name);
+    nothing_left(&proto)?;
+    Ok(GrpcStats { methods, replaces_dots })
 }
 
 fn peer_metadata_of(typed: &Typed<'_>) -> Result<MetadataExchange, Unsupported> {

@@ -51,6 +51,7 @@ fn typed(kind: &str, config: &Value) -> Value {
 
 const ROUTER: &str = "envoy.extensions.filters.http.router.v3.Router";
 const HCM: &str = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
+const GRPC_STATS: &str = "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig";
 const ZIPKIN: &str = "envoy.config.trace.v3.ZipkinConfig";
 
 /// A listener of one connection manager; `more` is merged into it.
@@ -183,6 +184,12 @@ fn what_is_not_built_is_refused_by_its_path() {
                 &json!({ "close_connection_on_client_hello_parsing_errors": true }),
             ),
             "listener_filters[0].typed_config.close_connection_on_client_hello_parsing_errors",
+        ),
+        (
+            manager(
+                &json!({ "http_filters": [typed(GRPC_STATS, &json!({ "enable_upstream_stats": true })), typed(ROUTER, &json!({}))] }),
+            ),
+            "http_filters[0] \"x\".enable_upstream_stats",
         ),
         (mongo(&json!({ "emit_dynamic_metadata": true })), "filters[0].typed_config.emit_dynamic_metadata"),
         (mongo(&json!({ "access_log": "/a" })), "filters[0].typed_config.access_log"),

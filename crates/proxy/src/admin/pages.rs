@@ -4,6 +4,9 @@ use std::fmt::Write as _;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, SystemTime};
 
+use engine::regex::Regex;
+use engine::unsupported::Unsupported;
+use percent_encoding::percent_decode_str;
 use serde_json::json;
 use telemetry::text;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -15,8 +18,56 @@ use crate::secrets::{Secret, SecretStore};
 
 /// Prometheus text.
 pub(super) fn metrics(context: &Context) -> String {
+    filtered(context, None)
+}
+
+/// What of names is shown: those in which an expression is found.
+///
+/// *Source*: Envoy, `/stats?filter=REGEX`.
+pub(super) struct Filter(Regex);
+
+impl Filter {
+    /// *Errors*: what is no expression.
+    pub(super) fn new(query: &str) -> Result<Self, Unsupported> {
+        let text = percent_decode_str(query).decode_utf8_lossy();
+        Regex::new(&text)?;
+        Regex::new(&format!(".*(?:{text}).*")).map(Self)
+    }
+
+    fn lets_through(&self, name: &str) -> bool {
+        self.0.is_match(name.as_bytes())
+    }
+}
+
+/// Prometheus text of the metrics whose dotted names a filter lets through, with the labels of all.
+pub(super) fn filtered(context: &Context, filter: Option<&Filter>) -> String {
+    let all = all_metrics(context);
+    if filter.is_none() && context.stats_tags.is_empty() {
+        return all;
+    }
+    let mut out = String::new();
+    let mut kind = "";
+    for line in all.lines() {
+        let Some(sample) = text::Sample::read(line) else {
+            kind = line;
+            continue;
+        };
+        if filter.is_some_and(|filter| !filter.lets_through(&sample.dotted())) {
+            continue;
+        }
+        if !kind.is_empty() {
+            _ = writeln!(out, "{}", std::mem::take(&mut kind));
+        }
+        let comma = if sample.labels.is_empty() || context.stats_tags.is_empty() { "" } else { "," };
+        text::sample(&mut out, sample.name, &format!("{}{comma}{}", context.stats_tags, sample.labels), sample.value);
+    }
+    out
+}
+
+fn all_metrics(context: &Context) -> String {
     let mut out = String::new();
     context.shared.metrics.render(&mut out);
+    super::clusters::render(&mut out, context);
     let state = *context.state.borrow();
     _ = writeln!(out, "# TYPE envoy_server_live gauge\nenvoy_server_live {}", u8::from(state.is_ready()));
     _ = writeln!(out, "# TYPE lateen_config_generation gauge\nlateen_config_generation {}", state.generation);
@@ -53,14 +104,13 @@ pub(crate) fn expiry(out: &mut String, ends: Vec<(String, SystemTime)>) {
     }
 }
 
-/// Envoy's plain form: `name: value`.
-pub(super) fn stats(context: &Context, filter: Option<&str>) -> String {
+/// Envoy's plain form: `cluster.NAME.upstream_rq_total: value`.
+pub(super) fn stats(context: &Context, filter: Option<&Filter>) -> String {
     let mut out = String::new();
-    for line in metrics(context).lines().filter(|line| !line.starts_with('#')) {
-        if let Some((name, value)) = line.rsplit_once(' ')
-            && filter.is_none_or(|filter| name.contains(filter))
-        {
-            _ = writeln!(out, "{}: {value}", name.strip_suffix("{}").unwrap_or(name));
+    for sample in all_metrics(context).lines().filter_map(text::Sample::read) {
+        let name = sample.dotted();
+        if filter.is_none_or(|filter| filter.lets_through(&name)) {
+            _ = writeln!(out, "{name}: {}", sample.value);
         }
     }
     out
@@ -94,6 +144,7 @@ pub(super) fn server_info(context: &Context) -> String {
         "PRE_INITIALIZING"
     };
     let version = format!("lateen/{}", env!("CARGO_PKG_VERSION"));
+    let zone = context.node.locality.as_ref().map_or("", |locality| &locality.zone);
     let uptime = format!("{}s", context.started.elapsed().as_secs());
     json!({
         "version": version,
@@ -106,8 +157,9 @@ pub(super) fn server_info(context: &Context) -> String {
             "drain_time": format!("{}s", context.shared.drain_time.as_secs()),
             "service_node": context.node.id,
             "service_cluster": context.node.cluster,
+            "service_zone": zone,
         },
-        "node": { "id": context.node.id, "cluster": context.node.cluster },
+        "node": { "id": context.node.id, "cluster": context.node.cluster, "locality": { "zone": zone } },
     })
     .to_string()
 }
@@ -133,9 +185,8 @@ pub(super) fn certs(context: &Context) -> String {
             Secret::Roots(_) => None,
         })
         .map(|(name, facts)| {
-            let seconds = |time: std::time::SystemTime| {
-                time.duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
-            };
+            let seconds =
+                |time: SystemTime| time.duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
             json!({
                 "name": &**name,
                 "cert_chain": [{

@@ -214,14 +214,23 @@ async fn start_draining(
     clusters: Vec<cluster::Cluster>,
     drain: Duration,
 ) -> Running {
+    start_by(listeners, clusters, |options| options.termination.drain = drain).await
+}
+
+/// Starts a proxy with these resources, and options as `edit` leaves them.
+pub(crate) async fn start_by(
+    listeners: Vec<listener::Listener>,
+    clusters: Vec<cluster::Cluster>,
+    edit: impl FnOnce(&mut Options),
+) -> Running {
     let mut options = Options::new(Role::Standalone, core::Node { id: "test".into(), ..Default::default() });
     options.addresses.admin = Some(([127, 0, 0, 1], 0).into());
-    options.termination.drain = drain;
     options.resources = StaticResources {
         listeners: listeners.iter().map(|l| raw(&l.name, l)).collect(),
         clusters: clusters.iter().map(|c| raw(&c.name, c)).collect(),
         ..StaticResources::default()
     };
+    edit(&mut options);
     let proxy = Box::pin(Proxy::start(options)).await.unwrap();
     proxy.ready().await;
     Running { proxy }

@@ -325,7 +325,7 @@ async fn a_graceful_stop_finishes_what_is_under_way() {
     // the request is counted before the stop
     loop {
         let stats = bed::talk(running.admin(), b"GET /stats HTTP/1.0\r\n\r\n", |_| false).await;
-        if stats.contains("envoy_http_downstream_rq_active: 1") {
+        if stats.contains(".downstream_rq_active: 1\n") {
             break;
         }
     }
