@@ -72,6 +72,7 @@ pub(crate) async fn serve(
         traffic: Traffic::default(),
         mirrors: Mirrors::default(),
         log,
+        is_counted: false,
         moved: Instant::from_std(received.mono),
         alarm,
     };
@@ -219,6 +220,8 @@ struct Driver<'d, 'c> {
     traffic: Traffic,
     mirrors: Mirrors,
     log: RequestLog,
+    /// The cluster has counted our answer in its place.
+    is_counted: bool,
     moved: Instant,
     alarm: &'d mut Alarm,
 }
@@ -334,6 +337,7 @@ impl Driver<'_, '_> {
         let step = self.forward_once(&mut attempt).await;
         // what ends here is answered in the upstream's place
         if let Some(Step::Reply(reply)) = &step {
+            self.is_counted = true;
             attempt.shared.tallies.answered(reply.head.status);
             if reply.cause == Cause::RequestTimeout {
                 attempt.shared.tallies.timeouts.count();
@@ -379,7 +383,12 @@ impl Driver<'_, '_> {
                 let step = self.resume_at(now, Answer::Upstream { head: &mut head, ended });
                 self.response = head;
                 if !matches!(step, Step::Respond) {
-                    running.cancel();
+                    // an answer that is here whole leaves its connection to the next request
+                    if ended && self.upload.ended {
+                        running.finish();
+                    } else {
+                        running.cancel();
+                    }
                     return Some(step);
                 }
                 attempt.shared.tallies.answered(status);
@@ -636,6 +645,13 @@ impl Driver<'_, '_> {
             Cause::RbacDenied => self.worker.recorder.count(Counter::RbacDenied),
             cause if cause.surface().details == "jwt_authn_access_denied" => {
                 self.worker.recorder.count(Counter::JwtDenied);
+            }
+            // there was nobody to attempt it with
+            Cause::NoHealthyUpstream if !self.is_counted => {
+                if let Some(cluster) = &self.exchange.info().cluster {
+                    let live = self.worker.engine.live(&self.config, cluster, self.worker.now().mono);
+                    live.shared.tallies.answered(reply.head.status);
+                }
             }
             _ => {}
         }

@@ -231,6 +231,7 @@ fn clusters_and_connection_managers_are_counted_the_same_way() {
     let retry = serde_json::json!({ "retry_on": "5xx", "num_retries": 1 });
     let routes = serde_json::json!([
         { "match": { "path": "/gone" }, "route": { "cluster": "gone" } },
+        { "match": { "path": "/empty" }, "route": { "cluster": "empty" } },
         { "match": { "path": "/direct" }, "direct_response": { "status": 403 } },
         { "match": { "path": "/retried" }, "route": { "cluster": "echo", "retry_policy": retry } },
         { "match": { "path": "/late" }, "route": { "cluster": "echo", "timeout": "0.2s" } },
@@ -240,9 +241,10 @@ fn clusters_and_connection_managers_are_counted_the_same_way() {
         cluster("echo", &[flaky.address]),
         cluster("gone", &[crate::backend::nobody()]),
         cluster("idle", &[flaky.address]),
+        cluster("empty", &[]),
     ];
     let pair = Pair::start(&bootstrap(&[listener("http", &[hcm(&[], &routes, &serde_json::json!({}))])], &clusters));
-    for path in ["/", "/a", "/none", "/retried", "/gone", "/direct", "/late", "/a"] {
+    for path in ["/", "/a", "/none", "/retried", "/gone", "/empty", "/direct", "/late", "/a"] {
         pair.get("http", "a", path, &[]);
     }
     eventually("the same counts", || {
