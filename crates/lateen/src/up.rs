@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -395,6 +395,10 @@ async fn run(
     let run_dir = state.join("run");
     let plane_dir = state.join("istiod");
     std::fs::create_dir_all(&plane_dir).with_context(|| format!("cannot make {}", plane_dir.display()))?;
+    let ca_dir = plane_dir.join("ca");
+    discovery::ca::store::check(&ca_dir, SystemTime::now()).with_context(|| {
+        format!("the mesh's CA cannot be used: put its files back, or remove {} for a new one", ca_dir.display())
+    })?;
     let socket = commands::api_socket(&args.mesh)?;
     output::progress("making the mesh's network");
     let options = RuntimeOptions {

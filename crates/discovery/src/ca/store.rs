@@ -92,11 +92,8 @@ pub fn load_or_create(
     lifetimes: Lifetimes,
     now: SystemTime,
 ) -> Result<Ca, StoreError> {
-    let (found, missing): (Vec<&str>, Vec<&str>) = PLUGGED_IN.iter().partition(|name| dir.join(name).exists());
-    let ca = if missing.is_empty() {
+    let ca = if is_plugged_in(dir)? {
         load_plugged_in(dir, trust_domain, lifetimes)?
-    } else if !found.is_empty() {
-        return Err(StoreError::Partial { dir: dir.to_owned(), found, missing });
     } else {
         let kept = dir.join(SELF_SIGNED);
         if !kept.exists() || needs_successor(&kept, now)? {
@@ -111,6 +108,33 @@ pub fn load_or_create(
     };
     ca.probe(ca.roots(), now)?;
     Ok(ca)
+}
+
+/// Whether the CA that `dir` holds can be used; `Ok` also when it holds none. Changes nothing.
+pub fn check(dir: &Path, now: SystemTime) -> Result<(), StoreError> {
+    let (trust_domain, lifetimes) = (TrustDomain::default(), Lifetimes::default());
+    let kept = dir.join(SELF_SIGNED);
+    let ca = if is_plugged_in(dir)? {
+        load_plugged_in(dir, &trust_domain, lifetimes)?
+    } else if kept.exists() {
+        let ca = load_self_signed(&kept, &trust_domain, lifetimes)?;
+        if needs_successor(&kept, now)? {
+            return Ok(());
+        }
+        ca
+    } else {
+        return Ok(());
+    };
+    ca.probe(ca.roots(), now)
+}
+
+/// Whether `dir` holds a bundle that somebody put there, whole.
+fn is_plugged_in(dir: &Path) -> Result<bool, StoreError> {
+    let (found, missing): (Vec<&str>, Vec<&str>) = PLUGGED_IN.iter().partition(|name| dir.join(name).exists());
+    if !found.is_empty() && !missing.is_empty() {
+        return Err(StoreError::Partial { dir: dir.to_owned(), found, missing });
+    }
+    Ok(missing.is_empty())
 }
 
 /// The CA that is to take the place of `current`, if any, by what `dir` holds now; see [`Ca::successor`].

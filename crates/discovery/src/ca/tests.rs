@@ -4,7 +4,7 @@ use std::path::Path;
 use identity::PeerFacts;
 use rcgen::{BasicConstraints, CertifiedIssuer};
 
-use super::store::{StoreError, load_or_create, write_atomically};
+use super::store::{StoreError, check, load_or_create, write_atomically};
 use super::*;
 
 fn ca(dir: &Path) -> Ca {
@@ -232,19 +232,24 @@ fn pem_body(text: &str) -> Vec<u8> {
 #[test]
 fn a_root_is_kept() {
     let dir = tempfile::tempdir().unwrap();
+    assert!(check(dir.path(), SystemTime::now()).is_ok(), "there is none yet");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "looking makes none");
     let roots = ca(dir.path()).roots().to_pem();
     assert_eq!(ca(dir.path()).roots().to_pem(), roots);
+    assert!(check(dir.path(), SystemTime::now()).is_ok());
     let key = dir.path().join("self-signed/ca-key.pem");
     assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
     // A damaged key is an error, never a new root.
     std::fs::write(&key, "nothing").unwrap();
     let again = load_or_create(dir.path(), &TrustDomain::default(), Lifetimes::default(), SystemTime::now());
     assert!(matches!(again, Err(StoreError::Invalid { .. })), "{again:?}");
+    assert!(matches!(check(dir.path(), SystemTime::now()), Err(StoreError::Invalid { .. })));
     // So is another's key.
     let other = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
     std::fs::write(&key, other.serialize_pem()).unwrap();
     let again = load_or_create(dir.path(), &TrustDomain::default(), Lifetimes::default(), SystemTime::now());
     assert!(matches!(again, Err(StoreError::Inconsistent(_))), "{again:?}");
+    assert!(matches!(check(dir.path(), SystemTime::now()), Err(StoreError::Inconsistent(_))));
 }
 
 #[test]
@@ -263,6 +268,7 @@ fn a_plugged_in_intermediate_signs() {
     put("root-cert.pem", &root.pem());
     let load = || load_or_create(dir.path(), &TrustDomain::default(), Lifetimes::default(), SystemTime::now());
     assert!(matches!(load(), Err(StoreError::Partial { .. })), "three of four files are not a bundle");
+    assert!(matches!(check(dir.path(), SystemTime::now()), Err(StoreError::Partial { .. })));
     put("cert-chain.pem", &(intermediate.pem() + &root.pem()));
     let ca = load().unwrap();
     let (csr, _) = csr(|_| {});
