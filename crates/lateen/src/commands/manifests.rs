@@ -143,8 +143,9 @@ pub(crate) fn delete(args: &DeleteArgs) -> Result<()> {
     let mut wanted: Vec<(String, String, String)> = Vec::new();
     for (name, text) in read_inputs(&args.files)? {
         for parsed in parse(&name, &text, &args.namespace).objects.into_iter().rev() {
-            let object = parsed.object.reference();
-            wanted.push((object.kind.into(), object.namespace.into(), object.name.into()));
+            let object = parsed.object;
+            // Two groups have a kind `Gateway`; plurals are of one kind each.
+            wanted.push((object.kind.info().plural.to_owned(), object.meta.namespace.into(), object.meta.name.into()));
         }
     }
     match args.objects.as_slice() {
