@@ -4,14 +4,21 @@
 //! its agent ask the application; here the question is asked from within the container, by our own
 //! binary in a hidden role, so that neither proxy nor rules see it. The proxy's own page, which is
 //! never captured, is asked from the switch.
+//!
+//! *Source*: Kubernetes' kubelet: 200 to 399 is well; a certificate is taken as it is; a gRPC server
+//! says `SERVING` to `grpc.health.v1.Health/Check`.
+
+mod grpc;
+mod tls;
 
 use std::net::{IpAddr, SocketAddr};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use api::k8s::{Container, IntOrString, Probe};
+use api::k8s::{Container, HttpGetAction, IntOrString, Probe};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use crate::runtime::PodRuntime;
 use crate::spec::{PodId, SELF_EXE};
@@ -19,14 +26,31 @@ use crate::spec::{PodId, SELF_EXE};
 /// The hidden role.
 pub(crate) const ASK: &str = "node-ask";
 const HEAD_BYTES_MAX: usize = 8 * 1024;
+const USER_AGENT: &str = "kube-probe/1.0";
 
 /// A question over the network.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 struct Question {
-    to: SocketAddr,
-    /// The request to send; none: connecting is enough.
-    request: Option<String>,
+    /// An address, or a name that the pod can resolve.
+    host: String,
+    port: u16,
+    what: What,
     timeout_ms: u64,
+}
+
+/// What is asked once there is a connection.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+enum What {
+    /// Nothing: connecting is enough.
+    Connect,
+    Http {
+        over_tls: bool,
+        request: String,
+    },
+    /// The health of a service; of the whole server when it has no name.
+    Grpc {
+        service: String,
+    },
 }
 
 /// Whom to ask.
@@ -57,11 +81,12 @@ pub(crate) async fn ask(probe: &Probe, target: Target<'_>, runtime: &PodRuntime)
     }
     let Some(question) = question(probe, &target, limit) else { return Err("the probe's port is unknown".to_owned()) };
     if target.from_switch {
-        return match tokio::time::timeout(limit, runtime.dial(question.to)).await {
-            Err(_) => Err("no answer in time".to_owned()),
-            Ok(Err(error)) => Err(error.to_string()),
-            Ok(Ok(stream)) => talk(stream, &question).await,
+        let to = SocketAddr::new(target.ip, question.port);
+        let asking = async {
+            let stream = runtime.dial(to).await.map_err(|error| error.to_string())?;
+            talk(stream, &question).await
         };
+        return tokio::time::timeout(limit, asking).await.unwrap_or_else(|_| Err(LATE.to_owned()));
     }
     let text = serde_json::to_string(&question).map_err(|error| error.to_string())?;
     let argv = vec![SELF_EXE.to_owned(), ASK.to_owned(), text];
@@ -72,67 +97,82 @@ pub(crate) async fn ask(probe: &Probe, target: Target<'_>, runtime: &PodRuntime)
     }
 }
 
+const LATE: &str = "no answer in time";
+
 fn question(probe: &Probe, target: &Target<'_>, limit: Duration) -> Option<Question> {
     let number = |port: Option<&IntOrString>| match port? {
         IntOrString::Int(port) => Some(*port),
         IntOrString::Name(name) => target.container.ports.iter().find(|p| p.name == *name).map(|p| p.container_port),
     };
+    let host = |named: &str| if named.is_empty() { target.ip.to_string() } else { named.to_owned() };
     let timeout_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-    if let Some(http) = &probe.http_get {
-        let port = number(http.port.as_ref())?;
-        let named = http.http_headers.iter().find(|header| header.name.eq_ignore_ascii_case("host"));
-        let host = named.map_or_else(|| format!("{}:{port}", target.ip), |header| header.value.clone());
-        let path = if http.path.starts_with('/') { http.path.clone() } else { format!("/{}", http.path) };
-        let mut request = format!(
-            "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: kube-probe/1.0\r\nAccept: */*\r\nConnection: close\r\n"
-        );
-        for header in http.http_headers.iter().filter(|header| !header.name.eq_ignore_ascii_case("host")) {
-            for part in [header.name.as_str(), ": ", &header.value, "\r\n"] {
-                request.push_str(part);
-            }
+    let (host, port, what) = match (&probe.http_get, &probe.tcp_socket, &probe.grpc) {
+        (Some(http), ..) => {
+            let (host, port) = (host(&http.host), number(http.port.as_ref())?);
+            let over_tls = http.scheme.eq_ignore_ascii_case("https");
+            let request = get(http, &host, port);
+            (host, port, What::Http { over_tls, request })
         }
-        request.push_str("\r\n");
-        // TLS is accepted without looking, so a connection is all that an HTTPS probe here can tell.
-        let request = (!http.scheme.eq_ignore_ascii_case("https")).then_some(request);
-        return Some(Question { to: SocketAddr::new(target.ip, port), request, timeout_ms });
-    }
-    let port = match (&probe.tcp_socket, &probe.grpc) {
-        (Some(tcp), _) => number(tcp.port.as_ref())?,
-        (None, Some(grpc)) => grpc.port,
-        (None, None) => return None,
+        (None, Some(tcp), _) => (host(&tcp.host), number(tcp.port.as_ref())?, What::Connect),
+        (None, None, Some(grpc)) => (host(""), grpc.port, What::Grpc { service: grpc.service.clone() }),
+        (None, None, None) => return None,
     };
-    Some(Question { to: SocketAddr::new(target.ip, port), request: None, timeout_ms })
+    Some(Question { host, port, what, timeout_ms })
+}
+
+fn get(http: &HttpGetAction, host: &str, port: u16) -> String {
+    let named = http.http_headers.iter().find(|header| header.name.eq_ignore_ascii_case("host"));
+    let host = named.map_or_else(|| authority(host, port), |header| header.value.clone());
+    let path = if http.path.starts_with('/') { http.path.clone() } else { format!("/{}", http.path) };
+    let mut request = format!(
+        "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {USER_AGENT}\r\nAccept: */*\r\nConnection: close\r\n"
+    );
+    for header in http.http_headers.iter().filter(|header| !header.name.eq_ignore_ascii_case("host")) {
+        for part in [header.name.as_str(), ": ", &header.value, "\r\n"] {
+            request.push_str(part);
+        }
+    }
+    request.push_str("\r\n");
+    request
+}
+
+fn authority(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+/// Asks over a connection.
+async fn talk(stream: TcpStream, question: &Question) -> Result<(), String> {
+    match &question.what {
+        What::Connect => Ok(()),
+        What::Http { over_tls: false, request } => http(stream, request).await,
+        What::Http { over_tls: true, request } => http(tls::connect(stream, &question.host).await?, request).await,
+        What::Grpc { service } => grpc::check(stream, &authority(&question.host, question.port), service).await,
+    }
 }
 
 /// Sends the request and looks at the status: 200 to 399 is well.
-async fn talk(mut stream: impl AsyncRead + AsyncWrite + Unpin, question: &Question) -> Result<(), String> {
-    let Some(request) = &question.request else { return Ok(()) };
-    let exchange = async {
-        stream.write_all(request.as_bytes()).await.map_err(|error| error.to_string())?;
-        let mut head = Vec::new();
-        let mut buffer = [0; 1024];
-        while head.len() < HEAD_BYTES_MAX && !head.contains(&b'\n') {
-            match stream.read(&mut buffer).await {
-                Ok(0) => break,
-                Ok(length) => head.extend_from_slice(&buffer[..length]),
-                Err(error) => return Err(error.to_string()),
-            }
+async fn http(mut stream: impl AsyncRead + AsyncWrite + Unpin, request: &str) -> Result<(), String> {
+    let failed = |error: std::io::Error| error.to_string();
+    stream.write_all(request.as_bytes()).await.map_err(failed)?;
+    stream.flush().await.map_err(failed)?;
+    let mut head = Vec::new();
+    let mut buffer = [0; 1024];
+    while head.len() < HEAD_BYTES_MAX && !head.contains(&b'\n') {
+        match stream.read(&mut buffer).await.map_err(failed)? {
+            0 => break,
+            length => head.extend_from_slice(&buffer[..length]),
         }
-        let line = String::from_utf8_lossy(&head);
-        let status = line
-            .strip_prefix("HTTP/1.")
-            .and_then(|rest| rest.split(' ').nth(1))
-            .and_then(|word| word.get(..3))
-            .and_then(|code| code.parse::<u16>().ok());
-        match status {
-            Some(200..=399) => Ok(()),
-            Some(status) => Err(format!("HTTP probe failed with statuscode: {status}")),
-            None => Err("the answer is not HTTP".to_owned()),
-        }
-    };
-    match tokio::time::timeout(Duration::from_millis(question.timeout_ms), exchange).await {
-        Ok(result) => result,
-        Err(_) => Err("no answer in time".to_owned()),
+    }
+    let line = String::from_utf8_lossy(&head);
+    let status = line
+        .strip_prefix("HTTP/1.")
+        .and_then(|rest| rest.split(' ').nth(1))
+        .and_then(|word| word.get(..3))
+        .and_then(|code| code.parse::<u16>().ok());
+    match status {
+        Some(200..=399) => Ok(()),
+        Some(status) => Err(format!("HTTP probe failed with statuscode: {status}")),
+        None => Err("the answer is not HTTP".to_owned()),
     }
 }
 
@@ -141,14 +181,17 @@ pub(crate) fn probe_main(argument: &str) -> ExitCode {
     let outcome = serde_json::from_str::<Question>(argument).map_err(|error| error.to_string()).and_then(|question| {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
-        runtime.block_on(async {
-            let limit = Duration::from_millis(question.timeout_ms);
-            match tokio::time::timeout(limit, tokio::net::TcpStream::connect(question.to)).await {
-                Err(_) => Err("no answer in time".to_owned()),
-                Ok(Err(error)) => Err(error.to_string()),
-                Ok(Ok(stream)) => talk(stream, &question).await,
-            }
-        })
+        let asking = async {
+            let to = (question.host.as_str(), question.port);
+            let stream = TcpStream::connect(to).await.map_err(|error| error.to_string())?;
+            talk(stream, &question).await
+        };
+        let limit = Duration::from_millis(question.timeout_ms);
+        let limited = async { tokio::time::timeout(limit, asking).await.unwrap_or_else(|_| Err(LATE.to_owned())) };
+        let outcome = runtime.block_on(limited);
+        // A name that is still being resolved would keep the runtime.
+        runtime.shutdown_background();
+        outcome
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -164,6 +207,7 @@ pub(crate) fn probe_main(argument: &str) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     async fn answer(text: &'static str) -> Result<(), String> {
         let (mut server, client) = tokio::io::duplex(4096);
@@ -172,12 +216,7 @@ mod tests {
             drop(server.read(&mut buffer).await);
             drop(server.write_all(text.as_bytes()).await);
         };
-        let question = Question {
-            to: "127.0.0.1:1".parse().unwrap(),
-            request: Some("GET / HTTP/1.1\r\n\r\n".into()),
-            timeout_ms: 60_000,
-        };
-        tokio::join!(serve, talk(client, &question)).1
+        tokio::join!(serve, http(client, "GET / HTTP/1.1\r\n\r\n")).1
     }
 
     #[tokio::test]
@@ -187,5 +226,40 @@ mod tests {
         assert!(answer("HTTP/1.1 503 Service Unavailable\r\n\r\n").await.unwrap_err().contains("503"));
         assert!(answer("SSH-2.0-x\r\n").await.unwrap_err().contains("not HTTP"));
         assert!(answer("").await.is_err());
+    }
+
+    #[test]
+    fn what_is_asked_where() {
+        let check = |probe: serde_json::Value, host: &str, port: u16, what: &What| {
+            let container = json!({"name": "c", "ports": [{"name": "web", "containerPort": 8080}]});
+            let container: Container = serde_json::from_value(container).unwrap();
+            let probe: Probe = serde_json::from_value(probe).unwrap();
+            let ip = "10.77.0.9".parse().unwrap();
+            let target = Target { pod: PodId(1), ip, container: &container, from_switch: false };
+            let question = question(&probe, &target, Duration::from_secs(1)).unwrap();
+            assert_eq!((question.host.as_str(), question.port, &question.what), (host, port, what));
+        };
+        let http = |over_tls: bool, host: &str, more: &str| What::Http {
+            over_tls,
+            request: format!(
+                "GET /x HTTP/1.1\r\nHost: {host}\r\nUser-Agent: kube-probe/1.0\r\nAccept: */*\r\nConnection: close\r\n{more}\r\n"
+            ),
+        };
+        check(json!({"httpGet": {"path": "x", "port": "web"}}), "10.77.0.9", 8080, &http(false, "10.77.0.9:8080", ""));
+        check(
+            json!({"httpGet": {"path": "/x", "port": 1, "scheme": "HTTPS", "host": "a.test", "httpHeaders": [{"name": "A", "value": "b"}]}}),
+            "a.test",
+            1,
+            &http(true, "a.test:1", "A: b\r\n"),
+        );
+        check(
+            json!({"httpGet": {"path": "/x", "port": 1, "httpHeaders": [{"name": "Host", "value": "b.test"}]}}),
+            "10.77.0.9",
+            1,
+            &http(false, "b.test", ""),
+        );
+        check(json!({"tcpSocket": {"port": 2, "host": "127.0.0.1"}}), "127.0.0.1", 2, &What::Connect);
+        let health = What::Grpc { service: "s".to_owned() };
+        check(json!({"grpc": {"port": 3, "service": "s"}}), "10.77.0.9", 3, &health);
     }
 }

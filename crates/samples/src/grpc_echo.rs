@@ -7,6 +7,7 @@
 //! | `Fail` | trailers only, status `x-echo-status` (7 without it) |
 //! | `Begun` | one message: how many calls have arrived, this one among them |
 //! | `Cancelled` | one message: how many calls were given up by their clients |
+//! | `Check` of `grpc.health.v1.Health` | serving, for the server as a whole; status 5 for a service by name |
 //! | any other | each byte of the request as it arrives (unary and both streams) |
 //!
 //! Request headers: `x-echo-delay-ms` waits before the response head, `x-echo-status` is the
@@ -34,6 +35,9 @@ use crate::{Options, SampleError};
 const BODY_MAX: usize = 1024 * 1024;
 /// Most messages `Repeat` sends.
 const REPEAT_MAX: u32 = 100_000;
+const HEALTH: &str = "/grpc.health.v1.Health/Check";
+/// `HealthCheckResponse {status: SERVING}`
+const SERVING: [u8; 2] = [0x08, 1];
 /// Longest wait.
 const DELAY_MAX: Duration = Duration::from_mins(1);
 
@@ -150,6 +154,22 @@ async fn call(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, ca
     }
     let mut out = respond.send_response(response, false)?;
     match method {
+        "Check" if head.uri.path() == HEALTH => {
+            let mut messages = Messages::default();
+            let mut asked = None;
+            while let Some(chunk) = chunk(&mut body, &mut out).await? {
+                asked = asked.or(messages.take(&chunk).into_iter().next());
+                if messages.unread.len() > BODY_MAX {
+                    out.send_reset(Reason::REFUSED_STREAM);
+                    return Ok(());
+                }
+            }
+            if asked.is_none_or(|message| message.is_empty()) {
+                send(&mut out, message(&SERVING)).await?;
+            } else {
+                trailers.insert("grpc-status", HeaderValue::from_static("5"));
+            }
+        }
         "Begun" => send(&mut out, message(calls.begun.get().to_string().as_bytes())).await?,
         "Cancelled" => send(&mut out, message(calls.cancelled.get().to_string().as_bytes())).await?,
         "Collect" => {

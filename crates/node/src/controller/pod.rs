@@ -46,7 +46,7 @@ const EAGER_FOR: Duration = Duration::from_secs(10);
 /// A failed sandbox is tried again after this long.
 const SANDBOX_RETRY: Duration = Duration::from_secs(2);
 /// A `postStart` that takes longer has failed; Kubernetes sets no limit, but shows nothing either.
-const HOOK_SECONDS_MAX: u32 = 120;
+const POST_START_MAX: Duration = Duration::from_mins(2);
 /// How long the end of a pod waits for proxies that have not heard of it.
 const SETTLED_MAX: Duration = Duration::from_secs(3);
 /// The proxy drains 5 s (`terminationDrainDuration`) and needs a moment more.
@@ -551,7 +551,11 @@ impl Worker {
             } else if slot.hook == Hook::Due {
                 slot.hook = Hook::Running;
                 let (runtime, container) = (self.shared.options.runtime.clone(), slot.container.clone());
-                answers.spawn(async move { (index, POST_START, post_start(id, ip, &container, &runtime).await) });
+                let Some(hook) = slot.post_start().cloned() else { continue };
+                answers.spawn(async move {
+                    let target = Target { pod: id, ip, container: &container, from_switch: false };
+                    (index, POST_START, run_hook(&hook, target, POST_START_MAX, &runtime).await)
+                });
             }
             for which in [STARTUP, READINESS, LIVENESS] {
                 let may_ask = if which == STARTUP { !slot.is_started } else { slot.is_started };
@@ -709,20 +713,12 @@ impl Worker {
             let Some(hook) = slot.container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref()) else {
                 continue;
             };
+            let Ok(ip) = self.ip.parse() else { continue };
             let left = deadline.saturating_duration_since(Instant::now());
-            if let Some(sleep) = &hook.sleep {
-                tokio::time::sleep(Duration::from_secs(sleep.seconds).min(left)).await;
-            }
-            if let Some(exec) = &hook.exec {
-                let run = self
-                    .shared
-                    .options
-                    .runtime
-                    .run_in_container(id, &slot.container.name, exec.command.clone(), left)
-                    .await;
-                if let Err(error) = run {
-                    tracing::warn!(%error, pod = %self.key, container = slot.container.name, "preStop failed");
-                }
+            let target = Target { pod: id, ip, container: &slot.container, from_switch: false };
+            if let Err(message) = run_hook(hook, target, left, &self.shared.options.runtime).await {
+                // As on Kubernetes, the container ends all the same.
+                tracing::warn!(pod = %self.key, container = slot.container.name, message, "preStop failed");
             }
         }
     }
@@ -910,25 +906,25 @@ fn blame(objects: &ConfigSet, pod: &Object, container: &Container, trouble: &Tro
     })
 }
 
-/// Runs a container's `postStart`.
-async fn post_start(pod: PodId, ip: IpAddr, container: &Container, runtime: &PodRuntime) -> Result<(), String> {
-    let Some(hook) = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.post_start.as_ref()) else {
-        return Ok(());
-    };
+/// Runs a container's `postStart` or `preStop`, for no longer than `limit`.
+async fn run_hook(
+    hook: &LifecycleHandler,
+    target: Target<'_>,
+    limit: Duration,
+    runtime: &PodRuntime,
+) -> Result<(), String> {
     if let Some(sleep) = &hook.sleep {
-        tokio::time::sleep(Duration::from_secs(sleep.seconds)).await;
-    }
-    if hook.exec.is_none() && hook.http_get.is_none() && hook.tcp_socket.is_none() {
+        tokio::time::sleep(Duration::from_secs(sleep.seconds).min(limit)).await;
         return Ok(());
     }
     let question = Probe {
         exec: hook.exec.clone(),
         http_get: hook.http_get.clone(),
         tcp_socket: hook.tcp_socket.clone(),
-        timeout_seconds: HOOK_SECONDS_MAX,
+        timeout_seconds: u32::try_from(limit.as_secs()).unwrap_or(u32::MAX),
         ..Probe::default()
     };
-    probe::ask(&question, Target { pod, ip, container, from_switch: false }, runtime).await
+    probe::ask(&question, target, runtime).await
 }
 
 fn facts<'a>(object: &'a Object, pod: &'a k8s::Pod, ip: &'a str) -> PodFacts<'a> {
