@@ -21,6 +21,7 @@ use std::time::Duration;
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::Instant;
 
 use api::{Kind, k8s};
 use types::{Finding, NamespacedName};
@@ -242,7 +243,7 @@ async fn run(shared: Arc<Shared>, mut events: mpsc::Receiver<RuntimeEvent>) {
         root_cert.borrow_and_update();
         root_certificates(&shared);
         default_accounts(&shared.options.store);
-        deployment::reconcile(&shared.options.store);
+        let due = deployment::reconcile(&shared.options.store).map(|left| Instant::now() + left);
         start_workers(&shared, &mut workers);
         network.reconcile(&shared.options.store, &shared.options.runtime).await;
         // Wait for something new; events of containers are handed on meanwhile.
@@ -274,6 +275,7 @@ async fn run(shared: Arc<Shared>, mut events: mpsc::Receiver<RuntimeEvent>) {
                     break;
                 }
                 Ok(()) = root_cert.changed() => break,
+                () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => break,
             }
         }
     }

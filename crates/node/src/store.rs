@@ -369,6 +369,7 @@ impl Draft {
             Kind::Service => self.fill_service(&object, live.as_deref(), &mut next),
             Kind::Pod => self.fill_pod(&object, live.as_deref(), last.as_deref(), &mut next),
             Kind::Deployment => fits_the_machine(&object),
+            Kind::ConfigMap | Kind::Secret => live.as_deref().map_or(Ok(()), |live| keeps_contents(live, &next)),
             _ => Ok(()),
         };
         if let Err(finding) = filled {
@@ -597,6 +598,17 @@ impl Draft {
     }
 }
 
+/// What is `immutable` stays as it is until it is deleted.
+fn keeps_contents(live: &Object, next: &Value) -> Result<(), Box<Finding>> {
+    if live.raw["immutable"] != true {
+        return Ok(());
+    }
+    let mut fields = ["data", "binaryData", "stringData", "immutable"].into_iter();
+    let Some(changed) = fields.find(|field| live.raw[field] != next[field]) else { return Ok(()) };
+    let message = format!("{changed} cannot be changed: the object is immutable");
+    Err(refusal(live, changed, message, "delete it first, or write another one of another name"))
+}
+
 /// A cluster would leave the pods that no machine has room for waiting; this one machine would make them.
 fn fits_the_machine(object: &Object) -> Result<(), Box<Finding>> {
     let Spec::Deployment(deployment) = &object.spec else { return Ok(()) };
@@ -740,6 +752,32 @@ mod tests {
         let scaled = scaled.unwrap().unwrap();
         assert_eq!(scaled.action, Action::Refused);
         assert!(scaled.findings[0].message.contains("at most 1000 pods"), "{:?}", scaled.findings);
+    }
+
+    #[test]
+    fn what_is_immutable_stays_until_it_is_deleted() {
+        for kind in ["ConfigMap", "Secret"] {
+            let store = Store::in_memory();
+            let with = |value: &str, more: &str| {
+                format!(
+                    "apiVersion: v1\nkind: {kind}\nmetadata: {{name: c, labels: {{l: {value}}}}}\ndata: {{k: {value}}}\n{more}"
+                )
+            };
+            assert_eq!(apply(&store, &with("aaaa", "")), [Action::Created]);
+            assert_eq!(apply(&store, &with("bbbb", "immutable: true")), [Action::Configured]);
+            let refused = store.apply(documents(&with("cccc", "immutable: true")), Mode::Apply, false).unwrap();
+            assert_eq!(refused[0].action, Action::Refused);
+            assert_eq!(&*refused[0].findings[0].field, "data");
+            assert_eq!(apply(&store, &with("bbbb", "")), [Action::Refused], "for good");
+            assert_eq!(apply(&store, &with("cccc", "immutable: true")), [Action::Refused], "and again");
+            let key = NamespacedName::new("default", "c");
+            let found = Kind::parse(kind).unwrap();
+            assert_eq!(store.objects().find(found, &key).unwrap().raw["data"]["k"], "bbbb");
+            let relabelled = with("bbbb", "immutable: true").replace("{l: bbbb}", "{l: other}");
+            assert_eq!(apply(&store, &relabelled), [Action::Configured]);
+            store.delete(found, &key).unwrap();
+            assert_eq!(apply(&store, &with("cccc", "immutable: true")), [Action::Created]);
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Deployments: pods by template, rolled over without losing capacity.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 use xxhash_rust::xxh64::xxh64;
 
@@ -21,6 +23,8 @@ struct Member {
     name: String,
     is_current: bool,
     is_ready: bool,
+    /// Ready for `minReadySeconds`.
+    is_available: bool,
     created: i64,
 }
 
@@ -31,12 +35,12 @@ struct Plan {
     delete: Vec<String>,
 }
 
-/// Makes and removes pods of all deployments and removes pods that lost theirs.
-pub(super) fn reconcile(store: &Store) {
+/// Makes and removes pods of all deployments and removes pods that lost theirs. Returns after how long
+/// to look again, if a pod only has to stay ready until then.
+pub(super) fn reconcile(store: &Store) -> Option<Duration> {
     let objects = store.objects();
-    for (object, deployment) in objects.all::<k8s::Deployment>() {
-        one(store, &objects, object, deployment);
-    }
+    let deployments = objects.all::<k8s::Deployment>();
+    let again = deployments.filter_map(|(object, deployment)| one(store, &objects, object, deployment)).min();
     for (object, _) in objects.all::<k8s::Pod>() {
         if object.meta.deleted {
             continue;
@@ -50,6 +54,7 @@ pub(super) fn reconcile(store: &Store) {
             delete(store, &object.key());
         }
     }
+    again
 }
 
 fn delete(store: &Store, key: &NamespacedName) {
@@ -58,10 +63,11 @@ fn delete(store: &Store, key: &NamespacedName) {
     }
 }
 
-fn one(store: &Store, objects: &ConfigSet, object: &Object, deployment: &k8s::Deployment) {
+fn one(store: &Store, objects: &ConfigSet, object: &Object, deployment: &k8s::Deployment) -> Option<Duration> {
     let hash = template_hash(&object.raw["spec"]["template"]);
     let namespace = &*object.meta.namespace;
-    let (mut members, mut terminating) = (Vec::new(), 0);
+    let (mut members, mut terminating, mut again) = (Vec::new(), 0, None::<Duration>);
+    let at = jiff::Timestamp::now().as_second();
     for (pod, typed) in objects.in_namespace::<k8s::Pod>(namespace) {
         if deployment_of(pod) != Some(&*object.meta.name) {
             continue;
@@ -70,10 +76,13 @@ fn one(store: &Store, objects: &ConfigSet, object: &Object, deployment: &k8s::De
             terminating += 1;
             continue;
         }
+        let left = until_available(typed, deployment.spec.min_ready_seconds, at);
+        again = again.into_iter().chain(left.filter(|left| !left.is_zero())).min();
         members.push(Member {
             name: pod.meta.name.to_string(),
             is_current: pod.meta.labels.get(POD_TEMPLATE_HASH) == Some(&hash),
             is_ready: typed.status.is_ready(),
+            is_available: left == Some(Duration::ZERO),
             created: pod.meta.created,
         });
     }
@@ -85,6 +94,17 @@ fn one(store: &Store, objects: &ConfigSet, object: &Object, deployment: &k8s::De
         report(store.put(&pod(object, &hash)));
     }
     status(store, object, &deployment.spec, &members);
+    again
+}
+
+/// How long the pod still has to stay ready until it counts as available; `None` while it is not ready.
+fn until_available(pod: &k8s::Pod, min_ready_seconds: u32, now: i64) -> Option<Duration> {
+    let ready =
+        pod.status.conditions.iter().find(|condition| condition.kind == "Ready" && condition.status == "True")?;
+    let since = ready.last_transition_time.as_deref().and_then(api::scalar::parse_time).unwrap_or(now);
+    // A clock that was set back makes nobody wait longer than from now on.
+    let left = (since.min(now) + i64::from(min_ready_seconds)).saturating_sub(now);
+    Some(Duration::from_secs(u64::try_from(left).unwrap_or_default()))
 }
 
 fn template_hash(template: &Value) -> String {
@@ -119,12 +139,14 @@ fn pod(deployment: &Object, hash: &str) -> Value {
     json!({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]})
 }
 
-/// *Source*: Kubernetes' rolling update: never fewer ready pods than `replicas - maxUnavailable`,
-/// never more pods than `replicas + maxSurge`; defaults 25 %.
+/// *Source*: Kubernetes' rolling update: never fewer available pods than `replicas - maxUnavailable`,
+/// never more pods than `replicas + maxSurge`; defaults 25 %. An old pod that is ready serves, and counts
+/// however young it is.
 fn plan(spec: &DeploymentSpec, members: &[Member], terminating: u32) -> Plan {
     let replicas = spec.replicas.unwrap_or(1);
     let count = |test: fn(&&Member) -> bool| u32::try_from(members.iter().filter(test).count()).unwrap_or(u32::MAX);
-    let (current, total, ready) = (count(|m| m.is_current), count(|_| true), count(|m| m.is_ready));
+    let (current, total) = (count(|m| m.is_current), count(|_| true));
+    let serving = count(|m| if m.is_current { m.is_available } else { m.is_ready });
     let old = total - current;
     let oldest_last = |mut list: Vec<&Member>| {
         // Not ready first, then the newest.
@@ -149,7 +171,7 @@ fn plan(spec: &DeploymentSpec, members: &[Member], terminating: u32) -> Plan {
     let mut delete: Vec<String> =
         oldest_last(of(true)).into_iter().take(current.saturating_sub(replicas) as usize).collect();
     // Ready pods that may go: those above what must stay.
-    let mut spare = ready.saturating_sub(replicas.saturating_sub(unavailable));
+    let mut spare = serving.saturating_sub(replicas.saturating_sub(unavailable));
     let mut old_members = of(false);
     old_members.sort_by(|a, b| (a.is_ready, a.created, &a.name).cmp(&(b.is_ready, b.created, &b.name)));
     for member in old_members {
@@ -168,27 +190,28 @@ fn status(store: &Store, object: &Object, spec: &DeploymentSpec, members: &[Memb
     let replicas = spec.replicas.unwrap_or(1);
     let count = |test: &dyn Fn(&Member) -> bool| members.iter().filter(|m| test(m)).count();
     let (ready, updated) = (count(&|m| m.is_ready), count(&|m| m.is_current));
-    let updated_ready = count(&|m| m.is_current && m.is_ready);
-    let is_complete = updated == replicas as usize && updated_ready == replicas as usize && members.len() == updated;
-    let is_available = ready >= (replicas as usize).saturating_sub(replicas as usize / 4);
+    let (available, updated_available) = (count(&|m| m.is_available), count(&|m| m.is_current && m.is_available));
+    let is_complete =
+        updated == replicas as usize && updated_available == replicas as usize && members.len() == updated;
+    let is_available = available >= (replicas as usize).saturating_sub(replicas as usize / 4);
     let word = |yes: bool| if yes { "True" } else { "False" };
     let before = &object.raw["status"]["conditions"];
     let since = |kind: &str, status: &str| {
         let same = before.as_array().into_iter().flatten().find(|c| c["type"] == kind && c["status"] == status);
         same.and_then(|c| c["lastTransitionTime"].as_str()).map_or_else(now, str::to_owned)
     };
-    let available = word(is_available);
+    let availability = word(is_available);
     let reason = if is_complete { "NewReplicaSetAvailable" } else { "ReplicaSetUpdated" };
     let status = json!({
         "observedGeneration": object.meta.generation,
         "replicas": members.len(),
         "updatedReplicas": updated,
         "readyReplicas": ready,
-        "availableReplicas": ready,
-        "unavailableReplicas": (replicas as usize).saturating_sub(ready),
+        "availableReplicas": available,
+        "unavailableReplicas": (replicas as usize).saturating_sub(available),
         "conditions": [
-            {"type": "Available", "status": available, "reason": if is_available { "MinimumReplicasAvailable" } else { "MinimumReplicasUnavailable" },
-             "lastTransitionTime": since("Available", available)},
+            {"type": "Available", "status": availability, "reason": if is_available { "MinimumReplicasAvailable" } else { "MinimumReplicasUnavailable" },
+             "lastTransitionTime": since("Available", availability)},
             {"type": "Progressing", "status": "True", "reason": reason, "lastTransitionTime": since("Progressing", "True")},
         ],
     });
@@ -211,15 +234,17 @@ mod tests {
         api::from_json(&value).0.unwrap().typed::<k8s::Deployment>().unwrap().spec.clone()
     }
 
-    /// Members as letters: `N` new ready, `n` new not ready, `O` old ready, `o` old not ready.
+    /// Members as letters: `N` new ready, `n` new not ready, `O` old ready, `o` old not ready; `Y` and `Z`
+    /// are new and old ones that are ready, but too young to be available.
     fn check(replicas: u32, strategy: &str, members: &str, terminating: u32, create: u32, delete: &str) {
         let list: Vec<Member> = members
             .chars()
             .enumerate()
             .map(|(index, c)| Member {
                 name: format!("{c}{index}"),
-                is_current: c.eq_ignore_ascii_case(&'n'),
+                is_current: matches!(c, 'N' | 'n' | 'Y'),
                 is_ready: c.is_ascii_uppercase(),
+                is_available: matches!(c, 'N' | 'O'),
                 created: i64::try_from(index).unwrap(),
             })
             .collect();
@@ -241,6 +266,10 @@ mod tests {
         check(1, rolling, "O", 0, 1, "");
         check(1, rolling, "On", 0, 0, "");
         check(1, rolling, "ON", 0, 0, "O0");
+        check(1, rolling, "OY", 0, 0, "");
+        check(1, rolling, "ZY", 0, 0, "");
+        check(1, rolling, "ZN", 0, 0, "Z0");
+        check(4, rolling, "OOOY", 0, 1, "");
         check(4, rolling, "OOOO", 0, 1, "O0");
         check(4, rolling, "OOOn", 0, 1, "");
         check(2, rolling, "Oo", 0, 1, "o1");
@@ -250,6 +279,23 @@ mod tests {
         check(2, r#"{"type": "Recreate"}"#, "OO", 0, 0, "O1,O0");
         check(2, r#"{"type": "Recreate"}"#, "", 2, 0, "");
         check(2, r#"{"type": "Recreate"}"#, "", 0, 2, "");
+    }
+
+    #[test]
+    fn a_pod_is_available_once_it_has_been_ready_long_enough() {
+        let check = |status: &str, since: &str, min: u32, left: Option<u64>| {
+            let pod =
+                json!({"status": {"conditions": [{"type": "Ready", "status": status, "lastTransitionTime": since}]}});
+            let pod: k8s::Pod = serde_json::from_value(pod).unwrap();
+            let now = api::scalar::parse_time("2026-01-01T00:01:00Z").unwrap();
+            assert_eq!(until_available(&pod, min, now), left.map(Duration::from_secs), "{since} {min}");
+        };
+        check("False", "2026-01-01T00:00:00Z", 0, None);
+        check("True", "2026-01-01T00:01:00Z", 0, Some(0));
+        check("True", "2026-01-01T00:00:50Z", 30, Some(20));
+        check("True", "2026-01-01T00:00:30Z", 30, Some(0));
+        check("True", "2026-01-01T01:00:00Z", 30, Some(30));
+        check("True", "", 30, Some(30));
     }
 
     #[test]
