@@ -137,6 +137,13 @@ impl ConfigSet {
         self.kinds.is_empty()
     }
 
+    /// Whether pods get a proxy in namespaces that say nothing about it: what the oldest IstioOperator
+    /// that has `values` says.
+    pub fn injects_by_default(&self) -> bool {
+        let with_values = self.all::<IstioOperator>().filter(|(_, operator)| operator.values.is_some());
+        with_values.min_by_key(|(object, _)| object.age()).is_some_and(|(_, operator)| operator.injects_by_default())
+    }
+
     /// `meshConfig` of the oldest IstioOperator that has one.
     pub fn mesh_config(&self) -> Option<(&Arc<Object>, &MeshConfig)> {
         self.all::<IstioOperator>()

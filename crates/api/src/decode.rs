@@ -65,13 +65,12 @@ impl de::Error for InvalidValue {
 
     fn unknown_variant(variant: &str, expected: &'static [&'static str]) -> Self {
         let hint = crate::suggest::nearest(variant, expected.iter().copied())
-            .map(|near| format!("did you mean {near}?"))
-            .unwrap_or_default();
+            .map_or_else(|| "use one of them".to_owned(), |near| format!("did you mean {near}?"));
         Self::new(format!("{variant:?} is not one of {}", expected.join(", ")), hint)
     }
 
     fn invalid_type(found: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
-        Self::new(format!("expected {expected}, found {found}"), "")
+        Self::new(format!("expected {expected}, found {found}"), format!("write {expected}"))
     }
 }
 
@@ -169,13 +168,12 @@ impl Decoder<'_> {
                 match resolved {
                     Ok(Tree::Number(..)) if expected != "true or false" => "remove the quotes".to_owned(),
                     Ok(Tree::Bool(..)) if expected == "true or false" => "remove the quotes".to_owned(),
-                    _ => String::new(),
+                    _ => format!("write {expected}"),
                 }
             }
-            (Tree::Text(_) | Tree::Number(..) | Tree::Bool(..) | Tree::Map(_), "a list") => {
-                "write each entry on its own line after `- `".to_owned()
-            }
-            _ => String::new(),
+            (_, "a list") => "write each entry on its own line after `- `".to_owned(),
+            (_, "an object") => "write its fields as `name: value`, indented below it".to_owned(),
+            _ => format!("write {expected}"),
         };
         InvalidValue::new(format!("expected {expected}, found {}", describe(&self.node.tree)), hint)
     }
@@ -196,8 +194,12 @@ impl Decoder<'_> {
         let value = number.as_i64().map(i128::from).or_else(|| number.as_u64().map(i128::from));
         match value {
             Some(value) if (min..=max).contains(&value) => Ok(value),
-            Some(value) if value < 0 && min == 0 => Err(InvalidValue::new(format!("{value} must not be negative"), "")),
-            Some(value) => Err(InvalidValue::new(format!("{value} is not between {min} and {max}"), "")),
+            Some(value) if value < 0 && min == 0 => {
+                Err(InvalidValue::new(format!("{value} must not be negative"), "write 0 or more"))
+            }
+            Some(value) => {
+                Err(InvalidValue::new(format!("{value} is not between {min} and {max}"), "write a number in between"))
+            }
             None => Err(self.mismatch("a whole number")),
         }
     }

@@ -20,6 +20,9 @@ pub struct Candidate<'a> {
     pub annotations: &'a std::collections::BTreeMap<String, String>,
     /// `spec.hostNetwork`
     pub host_network: bool,
+    /// Whether namespaces that say nothing have their pods injected
+    /// ([`crate::ConfigSet::injects_by_default`]).
+    pub by_default: bool,
 }
 
 /// Whether the pod gets a proxy from the default revision.
@@ -42,7 +45,7 @@ pub fn wants_proxy(of: &Candidate<'_>) -> bool {
         (None, Some(revision)) => revision == "default",
         (None, None) => match pod_rev.as_deref() {
             Some(revision) => revision == "default",
-            None => pod_inject.as_deref() == Some("true"),
+            None => pod_inject.as_deref().map_or(of.by_default, |word| word == "true"),
         },
     };
     // The label beats the older annotation; only the two exact words count.

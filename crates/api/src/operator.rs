@@ -1,4 +1,5 @@
-//! `install.istio.io`: the IstioOperator file. Only `meshConfig` has an effect in the local mesh.
+//! `install.istio.io`: the IstioOperator file. Only `meshConfig`, and of `values` whether namespaces
+//! are injected by default, have an effect in the local mesh.
 
 #![expect(missing_docs, reason = "a field is named and means what Istio's API reference says")]
 
@@ -20,5 +21,13 @@ records! {
         pub components: Option<Value>,
         pub values: Option<Value>,
         pub unvalidated_values: Option<Value>,
+    }
+}
+
+impl IstioOperator {
+    /// `values.sidecarInjectorWebhook.enableNamespacesByDefault`
+    pub fn injects_by_default(&self) -> bool {
+        let values = self.values.as_ref();
+        values.is_some_and(|values| values["sidecarInjectorWebhook"]["enableNamespacesByDefault"] == true)
     }
 }

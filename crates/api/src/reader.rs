@@ -168,7 +168,7 @@ pub fn from_json_in(value: &Value, default_namespace: &str) -> (Option<Object>, 
             field: "".into(),
             position: None,
             message: format!("nested deeper than {} levels", Limits::default().depth_max).into(),
-            hint: "".into(),
+            hint: "move some of it into an object of its own".into(),
         };
         return (None, vec![finding]);
     };
@@ -228,7 +228,7 @@ impl Report {
         if known::is_known(field.owner, &field.key) {
             let severity = if self.is_security { Severity::Error } else { Severity::Warning };
             let message = format!("field {:?} is not yet effective", field.key);
-            self.add(codes::NOT_EFFECTIVE, severity, &field.path, at, message, "");
+            self.add(codes::NOT_EFFECTIVE, severity, &field.path, at, message, "remove it, or go on without it");
             return;
         }
         let hint = match field.near {
@@ -257,7 +257,7 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
             "",
             (node.line, node.column),
             "a document must be an object with apiVersion, kind and metadata".to_owned(),
-            "",
+            "divide documents by a line `---`",
         );
         return None;
     };
@@ -361,7 +361,7 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
             "",
             (node.line, node.column),
             format!("kind {} is recognised, but not yet effective", info.name),
-            "",
+            "remove it, or go on without it",
         );
     }
     let raw = filled(node, name, namespace, kind);

@@ -42,7 +42,8 @@ pub fn validate(object: &Object) -> Vec<Finding> {
         Spec::EndpointSlice(spec) => kubernetes::endpoint_slice(&mut check, spec),
         Spec::ConfigMap(spec) => kubernetes::config_map(&mut check, spec),
         Spec::Secret(spec) => kubernetes::secret(&mut check, spec),
-        Spec::Namespace(_) | Spec::ServiceAccount(_) | Spec::Telemetry(_) | Spec::Recognised => {}
+        Spec::ServiceAccount(spec) => kubernetes::service_account(&mut check, spec),
+        Spec::Namespace(_) | Spec::Telemetry(_) | Spec::Recognised => {}
     }
     check.findings
 }
@@ -78,9 +79,12 @@ impl Check<'_> {
 
     /// Istio has it, we do not build it yet: a warning, an error for security kinds.
     fn unbuilt(&mut self, field: &str) {
-        let severity = if self.object.kind.is_security() { Severity::Error } else { Severity::Warning };
-        let name = field.rsplit('.').next().unwrap_or(field).to_owned();
-        self.add(codes::NOT_EFFECTIVE, severity, field, format!("{name} is not yet effective"), "");
+        let (severity, hint) = if self.object.kind.is_security() {
+            (Severity::Error, "remove it: half of what guards something would guard nothing")
+        } else {
+            (Severity::Warning, "remove it, or go on without it")
+        };
+        self.add(codes::NOT_EFFECTIVE, severity, field, format!("{} is not yet effective", last_of(field)), hint);
     }
 
     fn unbuilt_if(&mut self, is_set: bool, field: impl AsRef<str>) {
@@ -88,6 +92,20 @@ impl Check<'_> {
             self.unbuilt(field.as_ref());
         }
     }
+
+    /// It means nothing on one machine, so that nothing is lost without it: told, not warned about.
+    fn idle_if(&mut self, is_set: bool, field: impl AsRef<str>, why: &str) {
+        if is_set {
+            let field = field.as_ref();
+            let message = format!("{} has no effect here: {why}", last_of(field));
+            self.add(codes::NOT_EFFECTIVE, Severity::Info, field, message, "");
+        }
+    }
+}
+
+/// The field's own name.
+fn last_of(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
 }
 
 #[cfg(test)]

@@ -515,7 +515,7 @@ impl Builder {
 }
 
 fn fail(message: String, at: (u32, u32)) -> InvalidYaml {
-    InvalidYaml { message, hint: String::new(), line: at.0, column: at.1 }
+    InvalidYaml { message, hint: "write it out in simpler YAML".to_owned(), line: at.0, column: at.1 }
 }
 
 fn as_key(node: Node, is_merge: bool) -> Result<Key, InvalidYaml> {

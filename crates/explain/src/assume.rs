@@ -74,8 +74,14 @@ impl Maker {
     ) -> bool {
         let found = self.configs.get::<Namespace>("", namespace).map(|(object, _)| object.meta.labels.clone());
         let namespace_labels = found.unwrap_or_default();
-        let candidate =
-            Candidate { namespace, namespace_labels: &namespace_labels, labels: pod_labels, annotations, host_network };
+        let candidate = Candidate {
+            namespace,
+            namespace_labels: &namespace_labels,
+            labels: pod_labels,
+            annotations,
+            host_network,
+            by_default: self.configs.injects_by_default(),
+        };
         wants_proxy(&candidate)
     }
 

@@ -1,5 +1,6 @@
 //! No field is silent: taking any field of a traffic or security object away changes what some
-//! proxy is told, or a finding names the field.
+//! proxy is told, or a finding names the field. A field of a Kubernetes object is among those that the
+//! node or the mesh reads, or a finding names it.
 //!
 //! `fields/<kind>.yaml` sets every field of its kind at least once; that it does is checked against
 //! the decoded types themselves, so that a new field fails here until a case sets it.
@@ -8,7 +9,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use api::{MeshConfig, networking as net, security as sec};
+use api::{Kind, MeshConfig, k8s, networking as net, security as sec};
 use compile::{ProxyKind, View};
 use mesh::MeshSnapshot;
 use serde::de::value::{Error, StrDeserializer};
@@ -72,6 +73,147 @@ fn mesh_config() {
     }
     walk.finish();
 }
+
+#[test]
+fn kubernetes() {
+    let fields = RefCell::default();
+    let (mut silent, mut unread) = (Vec::new(), NODE_READS.to_vec());
+    for object in documents(include_str!("fields/kubernetes.yaml")) {
+        record(&object, &fields);
+        let (admitted, findings) = api::from_json(&object);
+        assert!(admitted.is_some(), "{findings:#?}");
+        let kind = object["kind"].as_str().unwrap();
+        for path in leaves(&object) {
+            let place = format!("{kind}{}", without_indices(&path));
+            // Pods of deployments are pods, and what every object has is not this test's.
+            let place = place.replace(".initContainers", ".containers");
+            let about_all = [".apiVersion", ".kind", ".metadata", ".spec.template"];
+            if about_all.iter().any(|part| place[kind.len()..].starts_with(part)) {
+                continue;
+            }
+            let field = display(&path);
+            let is_read = NODE_READS.iter().any(|read| is_inside(&place, read));
+            unread.retain(|read| !is_inside(&place, read));
+            if !is_read && !findings.iter().any(|finding| names(finding, &field[1..])) {
+                silent.push(field);
+            }
+        }
+    }
+    assert_eq!(silent, Vec::<String>::new(), "fields that nobody reads and no finding names");
+    assert_eq!(unread, Vec::<&str>::new(), "no such field in fields/kubernetes.yaml");
+    let of_others =
+        |owner: &str| owner.contains("Status") || owner.contains("State") || matches!(owner, "ObjectMeta" | "PodIp");
+    let own = fields.take().into_iter().filter(|(owner, _)| !of_others(owner));
+    let unset: Vec<String> =
+        own.flat_map(|(owner, of)| of.unset(&owner)).filter(|field| !field.ends_with(".status")).collect();
+    assert_eq!(unset, Vec::<String>::new(), "fields that fields/kubernetes.yaml does not set");
+}
+
+/// Notes which fields of its kind's types the object sets.
+fn record(object: &Value, fields: &RefCell<BTreeMap<String, Fields>>) {
+    fn of<Spec: DeserializeOwned>(recorder: Recorder<'_>) {
+        Spec::deserialize(recorder).unwrap();
+    }
+    let recorder = Recorder { value: object, fields };
+    match Kind::parse(object["kind"].as_str().unwrap()).unwrap() {
+        Kind::Service => of::<k8s::Service>(recorder),
+        Kind::EndpointSlice => of::<k8s::EndpointSlice>(recorder),
+        Kind::ConfigMap => of::<k8s::ConfigMap>(recorder),
+        Kind::Secret => of::<k8s::Secret>(recorder),
+        Kind::ServiceAccount => of::<k8s::ServiceAccount>(recorder),
+        Kind::Deployment => of::<k8s::Deployment>(recorder),
+        Kind::Pod => of::<k8s::Pod>(recorder),
+        other => panic!("{other}"),
+    }
+}
+
+fn is_inside(place: &str, whole: &str) -> bool {
+    place.strip_prefix(whole).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// What the node (`node/src/{controller,env,inject,probe,store,volume}.rs`), the registry of the mesh
+/// (`mesh/src/{registry,workload}.rs`) or the commands read, with all that is in it.
+const NODE_READS: [&str; 78] = [
+    "Service.spec.type",
+    "Service.spec.selector",
+    "Service.spec.ports.name",
+    "Service.spec.ports.protocol",
+    "Service.spec.ports.appProtocol",
+    "Service.spec.ports.port",
+    "Service.spec.ports.targetPort",
+    "Service.spec.clusterIP",
+    "Service.spec.clusterIPs",
+    "Service.spec.externalName",
+    "Service.spec.publishNotReadyAddresses",
+    "Service.spec.internalTrafficPolicy",
+    "Service.spec.trafficDistribution",
+    "EndpointSlice.addressType",
+    "EndpointSlice.endpoints.addresses",
+    "EndpointSlice.endpoints.conditions",
+    "EndpointSlice.endpoints.hostname",
+    "EndpointSlice.endpoints.targetRef",
+    "EndpointSlice.ports",
+    "ConfigMap.data",
+    "ConfigMap.binaryData",
+    "ConfigMap.immutable",
+    "Secret.type",
+    "Secret.data",
+    "Secret.stringData",
+    "Secret.immutable",
+    "Deployment.spec.replicas",
+    "Deployment.spec.selector",
+    "Deployment.spec.strategy",
+    "Deployment.spec.minReadySeconds",
+    "Deployment.spec.paused",
+    "Pod.spec.serviceAccountName",
+    "Pod.spec.serviceAccount",
+    "Pod.spec.automountServiceAccountToken",
+    "Pod.spec.terminationGracePeriodSeconds",
+    "Pod.spec.hostname",
+    "Pod.spec.subdomain",
+    "Pod.spec.restartPolicy",
+    "Pod.spec.dnsPolicy",
+    "Pod.spec.hostAliases",
+    "Pod.spec.containers.name",
+    "Pod.spec.containers.image",
+    "Pod.spec.containers.command",
+    "Pod.spec.containers.args",
+    "Pod.spec.containers.workingDir",
+    "Pod.spec.containers.restartPolicy",
+    "Pod.spec.containers.env.name",
+    "Pod.spec.containers.env.value",
+    "Pod.spec.containers.env.valueFrom.fieldRef",
+    "Pod.spec.containers.env.valueFrom.configMapKeyRef",
+    "Pod.spec.containers.env.valueFrom.secretKeyRef",
+    "Pod.spec.containers.envFrom",
+    "Pod.spec.containers.ports.name",
+    "Pod.spec.containers.ports.containerPort",
+    // For people, in Kubernetes too.
+    "Pod.spec.containers.ports.protocol",
+    "Pod.spec.containers.readinessProbe",
+    "Pod.spec.containers.livenessProbe",
+    "Pod.spec.containers.startupProbe",
+    "Pod.spec.containers.lifecycle",
+    "Pod.spec.containers.volumeMounts.name",
+    "Pod.spec.containers.volumeMounts.mountPath",
+    "Pod.spec.containers.volumeMounts.readOnly",
+    "Pod.spec.containers.volumeMounts.subPath",
+    "Pod.spec.volumes.name",
+    "Pod.spec.volumes.configMap",
+    "Pod.spec.volumes.secret",
+    "Pod.spec.volumes.downwardAPI.items.path",
+    "Pod.spec.volumes.downwardAPI.items.fieldRef",
+    "Pod.spec.volumes.downwardAPI.items.mode",
+    "Pod.spec.volumes.downwardAPI.defaultMode",
+    "Pod.spec.volumes.hostPath.path",
+    "Pod.spec.volumes.projected.defaultMode",
+    "Pod.spec.volumes.projected.sources.configMap",
+    "Pod.spec.volumes.projected.sources.secret",
+    "Pod.spec.volumes.projected.sources.downwardAPI.items.path",
+    "Pod.spec.volumes.projected.sources.downwardAPI.items.fieldRef",
+    "Pod.spec.volumes.projected.sources.downwardAPI.items.mode",
+    "Pod.spec.volumes.projected.sources.serviceAccountToken",
+];
 
 /// Takes the fields of every walked object of `kind` away, one at a time.
 fn check<Spec: DeserializeOwned>(kind: &'static str, yaml: &str) {

@@ -171,7 +171,8 @@ pub fn program(
     images: &[ImageProgram],
     env: &BTreeMap<String, String>,
 ) -> Result<Vec<String>, NoProgram> {
-    let no_program = |message: String| NoProgram { message, hint: String::new() };
+    let hint = "write a program and its arguments, in quotes what belongs together";
+    let no_program = |message: String| NoProgram { message, hint: hint.to_owned() };
     let arguments = |list: &[String]| list.iter().map(|word| expand(word, env)).collect::<Vec<_>>();
     if container.name == PROXY
         && container.command.is_empty()

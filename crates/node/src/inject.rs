@@ -78,6 +78,7 @@ pub fn admitted(pod: &Object, objects: &ConfigSet) -> Value {
         labels: &pod.meta.labels,
         annotations: &pod.meta.annotations,
         host_network: typed.spec.host_network,
+        by_default: objects.injects_by_default(),
     };
     if wants_proxy(&candidate) {
         inject(&mut document, Workload::of(pod), &Mesh::of(objects));
@@ -394,6 +395,10 @@ mod tests {
         ];
         for (namespace, row) in [
             ("", "-D----"),
+            // What follows the stroke is what holds for all that say nothing.
+            ("|enableNamespacesByDefault", "DD----"),
+            ("istio-injection=disabled|enableNamespacesByDefault", "------"),
+            ("istio.io/rev=canary|enableNamespacesByDefault", "------"),
             ("istio-injection=enabled", "DD-DD-"),
             ("istio-injection=disabled", "------"),
             ("istio-injection=perhaps", "------"),
@@ -402,6 +407,7 @@ mod tests {
             ("istio-injection=enabled istio.io/rev=canary", "DD-DD-"),
             ("istio-injection=disabled istio.io/rev=canary", "------"),
         ] {
+            let (namespace, setting) = namespace.split_once('|').unwrap_or((namespace, ""));
             let got: String = pods
                 .iter()
                 .map(|pod| {
@@ -412,11 +418,12 @@ mod tests {
                         labels: &map(pod),
                         annotations: &none,
                         host_network: false,
+                        by_default: !setting.is_empty(),
                     };
                     if wants_proxy(&of) { 'D' } else { '-' }
                 })
                 .collect();
-            assert_eq!(got, row, "{namespace}");
+            assert_eq!(got, row, "{namespace} {setting}");
         }
     }
 
@@ -431,6 +438,7 @@ mod tests {
                 labels: &labels,
                 annotations: &annotations,
                 host_network,
+                by_default: false,
             })
         };
         assert!(check("shop", "", "", false));

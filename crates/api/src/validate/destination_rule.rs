@@ -36,12 +36,16 @@ pub(super) fn check(check: &mut Check<'_>, spec: &DestinationRule) {
     for (index, subset) in spec.subsets.iter().enumerate() {
         let at = format!("spec.subsets[{index}]");
         if subset.name.is_empty() {
-            check.error(&format!("{at}.name"), "subset has no name", "");
+            check.error(&format!("{at}.name"), "subset has no name", "give it a name, such as `v1`");
         } else if !rules::is_dns_label(&subset.name) {
             let hint = "use lower-case letters, digits and `-`";
             check.error(&format!("{at}.name"), format!("{:?} is not the name of a subset", subset.name), hint);
         } else if !seen.insert(&subset.name) {
-            check.error(&format!("{at}.name"), format!("subset {:?} is defined twice", subset.name), "");
+            check.error(
+                &format!("{at}.name"),
+                format!("subset {:?} is defined twice", subset.name),
+                "rename or remove one of the two",
+            );
         }
         labels(check, &format!("{at}.labels"), &subset.labels);
         if let Some(policy) = &subset.traffic_policy {
@@ -55,14 +59,14 @@ fn traffic_policy(check: &mut Check<'_>, at: &str, policy: &TrafficPolicy, has_s
         check.error(at, "trafficPolicy is empty", "remove it, or say something in it");
     }
     if policy.tunnel.is_some() && policy.proxy_protocol.is_some() {
-        check.error(at, "tunnel and proxyProtocol exclude each other", "");
+        check.error(at, "tunnel and proxyProtocol exclude each other", "keep one of the two");
     }
     if let Some(tunnel) = &policy.tunnel {
         if !matches!(tunnel.protocol.as_str(), "" | "CONNECT" | "POST") {
             check.error(
                 &format!("{at}.tunnel.protocol"),
                 format!("{:?} is neither CONNECT nor POST", tunnel.protocol),
-                "",
+                "write CONNECT or POST",
             );
         }
         check.unbuilt(&format!("{at}.tunnel"));
@@ -70,7 +74,11 @@ fn traffic_policy(check: &mut Check<'_>, at: &str, policy: &TrafficPolicy, has_s
     if let Some(budget) = &policy.retry_budget
         && budget.percent.is_some_and(|percent| !(0.0..=100.0).contains(&percent))
     {
-        check.error(&format!("{at}.retryBudget.percent"), "percent is not between 0 and 100", "");
+        check.error(
+            &format!("{at}.retryBudget.percent"),
+            "percent is not between 0 and 100",
+            "write a number from 0 to 100",
+        );
     }
     blocks(
         check,
@@ -92,7 +100,11 @@ fn traffic_policy(check: &mut Check<'_>, at: &str, policy: &TrafficPolicy, has_s
         };
         rules::port_number(check, &format!("{at}.port.number"), port.number);
         if !seen.insert(port.number) {
-            check.error(&format!("{at}.port.number"), format!("port {} is set twice", port.number), "");
+            check.error(
+                &format!("{at}.port.number"),
+                format!("port {} is set twice", port.number),
+                "keep one entry for the port",
+            );
         }
         let found = Blocks {
             load_balancer: entry.load_balancer.as_ref(),
@@ -101,7 +113,11 @@ fn traffic_policy(check: &mut Check<'_>, at: &str, policy: &TrafficPolicy, has_s
             tls: entry.tls.as_ref(),
         };
         if found.is_empty() {
-            check.error(&at, "the port's settings are empty", "");
+            check.error(
+                &at,
+                "the port's settings are empty",
+                "set loadBalancer, connectionPool, outlierDetection or tls, or remove the entry",
+            );
         }
         blocks(check, &at, found, has_selector);
     }
@@ -152,7 +168,7 @@ fn blocks(check: &mut Check<'_>, at: &str, blocks: Blocks<'_>, has_selector: boo
 
 fn load_balancer(check: &mut Check<'_>, at: &str, balancer: &LoadBalancerSettings) {
     if balancer.simple.is_some() && balancer.consistent_hash.is_some() {
-        check.error(at, "simple and consistentHash exclude each other", "");
+        check.error(at, "simple and consistentHash exclude each other", "keep one of the two");
     }
     if let Some(hash) = &balancer.consistent_hash {
         let at = format!("{at}.consistentHash");
@@ -169,17 +185,25 @@ fn load_balancer(check: &mut Check<'_>, at: &str, balancer: &LoadBalancerSetting
                 "set httpHeaderName, httpCookie, useSourceIp or httpQueryParameterName",
             ),
             1 => {}
-            _ => check.error(&at, "only one hash key may be set", ""),
+            _ => check.error(&at, "only one hash key may be set", "keep one of them"),
         }
         if hash.http_cookie.as_ref().is_some_and(|cookie| cookie.name.is_empty()) {
-            check.error(&format!("{at}.httpCookie.name"), "cookie has no name", "");
+            check.error(
+                &format!("{at}.httpCookie.name"),
+                "cookie has no name",
+                "name the cookie that tells clients apart",
+            );
         }
         if hash.ring_hash.is_some() && hash.maglev.is_some() {
-            check.error(&at, "ringHash and maglev exclude each other", "");
+            check.error(&at, "ringHash and maglev exclude each other", "keep one of the two");
         }
         if hash.minimum_ring_size.is_some() {
             if hash.ring_hash.is_some() || hash.maglev.is_some() {
-                check.error(&format!("{at}.minimumRingSize"), "minimumRingSize excludes ringHash and maglev", "");
+                check.error(
+                    &format!("{at}.minimumRingSize"),
+                    "minimumRingSize excludes ringHash and maglev",
+                    "write ringHash: {minimumRingSize: …} instead",
+                );
             } else {
                 check.warn(
                     &format!("{at}.minimumRingSize"),
@@ -190,7 +214,7 @@ fn load_balancer(check: &mut Check<'_>, at: &str, balancer: &LoadBalancerSetting
         }
         let ring = hash.ring_hash.as_ref().and_then(|ring| ring.minimum_ring_size).or(hash.minimum_ring_size);
         if ring.is_some_and(|size| size > RING_MAX) {
-            check.error(&at, format!("the ring is larger than {RING_MAX}"), "");
+            check.error(&at, format!("the ring is larger than {RING_MAX}"), "write a smaller minimumRingSize");
         }
         let table = hash.maglev.as_ref().and_then(|maglev| maglev.table_size);
         if table.is_some_and(|size| size > MAGLEV_MAX || !is_prime(size)) {
@@ -204,20 +228,24 @@ fn load_balancer(check: &mut Check<'_>, at: &str, balancer: &LoadBalancerSetting
     check.unbuilt_if(balancer.zone_aware_lb_setting.is_some(), format!("{at}.zoneAwareLbSetting"));
     if let Some(locality) = &balancer.locality_lb_setting {
         if balancer.zone_aware_lb_setting.is_some() {
-            check.error(at, "localityLbSetting and zoneAwareLbSetting exclude each other", "");
+            check.error(at, "localityLbSetting and zoneAwareLbSetting exclude each other", "keep one of the two");
         }
         locality_setting(check, &format!("{at}.localityLbSetting"), locality);
     }
     if let Some(warmup) = &balancer.warmup {
         let at = format!("{at}.warmup");
         if warmup.duration.is_none() {
-            check.error(&at, "duration is needed", "");
+            check.error(&at, "duration is needed", "write how long, such as duration: 30s");
         }
         if warmup.aggression.is_some_and(|aggression| aggression <= 0.0) {
-            check.error(&format!("{at}.aggression"), "aggression must be above 0", "");
+            check.error(&format!("{at}.aggression"), "aggression must be above 0", "leave it out for 1");
         }
         if warmup.minimum_percent.is_some_and(|percent| !(0.0..=100.0).contains(&percent)) {
-            check.error(&format!("{at}.minimumPercent"), "minimumPercent is not between 0 and 100", "");
+            check.error(
+                &format!("{at}.minimumPercent"),
+                "minimumPercent is not between 0 and 100",
+                "write a number from 0 to 100",
+            );
         }
     }
 }
@@ -228,23 +256,31 @@ fn is_prime(number: u64) -> bool {
 
 fn locality_setting(check: &mut Check<'_>, at: &str, setting: &LocalityLbSetting) {
     if !setting.distribute.is_empty() && (!setting.failover.is_empty() || !setting.failover_priority.is_empty()) {
-        check.error(at, "distribute and failover exclude each other", "");
+        check.error(at, "distribute and failover exclude each other", "keep one of the two");
     }
     let mut seen = BTreeSet::new();
     for (index, entry) in setting.distribute.iter().enumerate() {
         let at = format!("{at}.distribute[{index}]");
         let sum: u64 = entry.to.values().map(|weight| u64::from(*weight)).sum();
         if entry.to.values().any(|weight| !(1..=100).contains(weight)) || sum != 100 {
-            check.error(&format!("{at}.to"), format!("the weights must be 1 to 100 and sum to 100, not {sum}"), "");
+            check.error(
+                &format!("{at}.to"),
+                format!("the weights must be 1 to 100 and sum to 100, not {sum}"),
+                "write whole percentages that sum to 100",
+            );
         }
         if !seen.insert(&entry.from) {
-            check.error(&format!("{at}.from"), format!("locality {:?} is listed twice", entry.from), "");
+            check.error(
+                &format!("{at}.from"),
+                format!("locality {:?} is listed twice", entry.from),
+                "put both entries under one",
+            );
         }
     }
     for (index, entry) in setting.failover.iter().enumerate() {
         let at = format!("{at}.failover[{index}]");
         if entry.from == entry.to {
-            check.error(&at, "from and to must differ", "");
+            check.error(&at, "from and to must differ", "name another region under `to`");
         }
         if [&entry.from, &entry.to].iter().any(|region| region.contains(['/', '*'])) {
             check.error(&at, "failover is between regions", "write a region without zone and `*`");
@@ -254,7 +290,7 @@ fn locality_setting(check: &mut Check<'_>, at: &str, setting: &LocalityLbSetting
 
 pub(super) fn connection_pool(check: &mut Check<'_>, at: &str, pool: &ConnectionPoolSettings) {
     if pool.tcp.is_none() && pool.http.is_none() {
-        check.error(at, "connectionPool is empty", "");
+        check.error(at, "connectionPool is empty", "set tcp or http in it, or remove it");
     }
     if let Some(tcp) = &pool.tcp {
         let at = format!("{at}.tcp");
@@ -270,12 +306,16 @@ pub(super) fn connection_pool(check: &mut Check<'_>, at: &str, pool: &Connection
         let at = format!("{at}.http");
         rules::duration(check, &format!("{at}.idleTimeout"), http.idle_timeout);
         if http.use_client_protocol && http.h2_upgrade_policy == Some(crate::networking::H2UpgradePolicy::Upgrade) {
-            check.error(&at, "useClientProtocol excludes h2UpgradePolicy UPGRADE", "");
+            check.error(&at, "useClientProtocol excludes h2UpgradePolicy UPGRADE", "keep one of the two");
         }
         if let Some(keep_alive) = &http.http2_keep_alive
             && (keep_alive.interval.is_none() || keep_alive.timeout.is_none())
         {
-            check.error(&format!("{at}.http2KeepAlive"), "interval and timeout are both needed", "");
+            check.error(
+                &format!("{at}.http2KeepAlive"),
+                "interval and timeout are both needed",
+                "write both, such as interval: 30s, timeout: 5s",
+            );
         }
     }
 }
@@ -288,7 +328,11 @@ pub(super) fn outlier_detection(check: &mut Check<'_>, at: &str, outlier: &Outli
         ("minHealthPercent", outlier.min_health_percent),
     ] {
         if !(0..=100).contains(&value) {
-            check.error(&format!("{at}.{name}"), format!("{value} is not between 0 and 100"), "");
+            check.error(
+                &format!("{at}.{name}"),
+                format!("{value} is not between 0 and 100"),
+                "write a whole number from 0 to 100",
+            );
         }
     }
     if outlier.consecutive_local_origin_failures.is_some() && !outlier.split_external_local_origin_errors {
@@ -303,7 +347,7 @@ pub(super) fn outlier_detection(check: &mut Check<'_>, at: &str, outlier: &Outli
             check.error(
                 &format!("{at}.outlierDetectionHttpErrorCodes[{index}]"),
                 format!("{code} is not a status code"),
-                "",
+                "write a number from 100 to 599",
             );
         }
     }
@@ -321,12 +365,16 @@ fn tls(check: &mut Check<'_>, at: &str, tls: &ClientTlsSettings, has_selector: b
         check.error(
             &format!("{at}.insecureSkipVerify"),
             "insecureSkipVerify excludes certificates and names to verify",
-            "",
+            "remove it, or what it would not verify",
         );
     }
     if !tls.credential_name.is_empty() {
         if has_files || has_ca || !tls.ca_crl.is_empty() {
-            check.error(&format!("{at}.credentialName"), "credentialName excludes certificate files", "");
+            check.error(
+                &format!("{at}.credentialName"),
+                "credentialName excludes certificate files",
+                "keep the name or the files",
+            );
         }
         if !has_selector {
             let message =

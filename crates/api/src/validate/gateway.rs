@@ -8,7 +8,7 @@ use crate::networking::{Gateway, Server, ServerTlsMode, ServerTlsSettings, TlsPr
 
 pub(super) fn check(check: &mut Check<'_>, spec: &Gateway) {
     if spec.servers.is_empty() {
-        check.error("spec.servers", "at least one server is needed", "");
+        check.error("spec.servers", "at least one server is needed", "list ports and hosts under servers");
     }
     labels(check, "spec.selector", &spec.selector);
     if spec.selector.is_empty() {
@@ -68,11 +68,15 @@ fn server(check: &mut Check<'_>, at: &str, server: &Server) {
     } else {
         rules::port_number(check, &format!("{at}.port.number"), port.number);
         if !server.bind.is_empty() && server.bind.parse::<std::net::IpAddr>().is_err() {
-            check.error(&format!("{at}.bind"), format!("{:?} is not an address", server.bind), "");
+            check.error(
+                &format!("{at}.bind"),
+                format!("{:?} is not an address", server.bind),
+                "write an IP address, or leave it out",
+            );
         }
     }
     if port.name.is_empty() {
-        check.error(&format!("{at}.port.name"), "port has no name", "");
+        check.error(&format!("{at}.port.name"), "port has no name", "give it a name, such as `http`");
     }
     if port.target_port != 0 {
         check.error(
@@ -153,14 +157,22 @@ pub(super) fn tls(check: &mut Check<'_>, at: &str, tls: &ServerTlsSettings) {
                 );
             }
             if has_files && (tls.server_certificate.is_empty() || tls.private_key.is_empty()) {
-                check.error(at, "serverCertificate and privateKey go together", "");
+                check.error(at, "serverCertificate and privateKey go together", "set both");
             }
             let needs_ca = matches!(tls.mode, ServerTlsMode::Mutual | ServerTlsMode::OptionalMutual);
             if needs_ca && has_files && tls.ca_certificates.is_empty() && tls.ca_cert_credential_name.is_empty() {
-                check.error(&format!("{at}.caCertificates"), format!("mode {} needs a CA for clients", tls.mode), "");
+                check.error(
+                    &format!("{at}.caCertificates"),
+                    format!("mode {} needs a CA for clients", tls.mode),
+                    "set caCertificates, or mode SIMPLE",
+                );
             }
             if tls.mode == ServerTlsMode::Simple && has_files && !tls.ca_crl.is_empty() {
-                check.error(&format!("{at}.caCrl"), "a revocation list needs client certificates", "");
+                check.error(
+                    &format!("{at}.caCrl"),
+                    "a revocation list needs client certificates",
+                    "set mode MUTUAL, or remove caCrl",
+                );
             }
         }
         _ => {}
@@ -177,16 +189,20 @@ pub(super) fn tls(check: &mut Check<'_>, at: &str, tls: &ServerTlsSettings) {
         }
     }
     if tls.min_protocol_version == TlsProtocol::V1_3 && tls.max_protocol_version == TlsProtocol::V1_2 {
-        check.error(at, "minProtocolVersion is above maxProtocolVersion", "");
+        check.error(at, "minProtocolVersion is above maxProtocolVersion", "swap the two");
     }
     let mut suites = BTreeSet::new();
     for (index, suite) in tls.cipher_suites.iter().enumerate() {
         if !suites.insert(suite) {
-            check.warn(&format!("{at}.cipherSuites[{index}]"), format!("cipher suite {suite:?} is listed twice"), "");
+            check.warn(
+                &format!("{at}.cipherSuites[{index}]"),
+                format!("cipher suite {suite:?} is listed twice"),
+                "remove one of the two",
+            );
         }
     }
     if tls.credential_names.len() > 2 || tls.tls_certificates.len() > 2 {
-        check.warn(at, "only the first two certificates are used", "");
+        check.warn(at, "only the first two certificates are used", "one RSA and one ECDSA pair are enough");
     }
     for (index, pair) in tls.tls_certificates.iter().enumerate() {
         if !pair.ca_certificates.is_empty() {
@@ -212,7 +228,7 @@ pub(super) fn tls(check: &mut Check<'_>, at: &str, tls: &ServerTlsSettings) {
                 types::Severity::Error,
                 &format!("{at}.{name}"),
                 format!("{name} is not yet effective"),
-                "",
+                "remove it; a CA of its own under caCertificates says who may connect",
             );
         }
     }

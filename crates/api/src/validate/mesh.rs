@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use serde_json::Value;
+
 use super::destination_rule::{connection_pool, outlier_detection};
 use super::virtual_service::retries;
 use super::{Check, rules};
@@ -12,14 +14,35 @@ use crate::operator::IstioOperator;
 pub(super) fn operator(check: &mut Check<'_>, spec: &IstioOperator) {
     for (name, set) in [
         ("components", spec.components.is_some()),
-        ("values", spec.values.is_some()),
         ("revision", !spec.revision.is_empty()),
         ("unvalidatedValues", spec.unvalidated_values.is_some()),
     ] {
         check.unbuilt_if(set, format!("spec.{name}"));
     }
+    if let Some(values) = &spec.values {
+        self::values(check, "spec.values", values);
+    }
     if let Some(config) = &spec.mesh_config {
         mesh_config(check, "spec.meshConfig", config);
+    }
+}
+
+/// Values of Istio's charts: of all of them one has an effect.
+fn values(check: &mut Check<'_>, at: &str, values: &Value) {
+    for (name, value) in values.as_object().into_iter().flatten() {
+        let at = format!("{at}.{name}");
+        if name != "sidecarInjectorWebhook" {
+            check.unbuilt(&at);
+            continue;
+        }
+        for (name, value) in value.as_object().into_iter().flatten() {
+            let at = format!("{at}.{name}");
+            if name != "enableNamespacesByDefault" {
+                check.unbuilt(&at);
+            } else if !value.is_boolean() {
+                check.error(&at, format!("expected true or false, found {value}"), "write it without quotes");
+            }
+        }
     }
 }
 
@@ -31,7 +54,11 @@ fn mesh_config(check: &mut Check<'_>, at: &str, config: &MeshConfig) {
         && !root.is_empty()
         && !rules::is_dns_label(root)
     {
-        check.error(&format!("{at}.rootNamespace"), format!("{root:?} is not a namespace"), "");
+        check.error(
+            &format!("{at}.rootNamespace"),
+            format!("{root:?} is not a namespace"),
+            "use lower-case letters, digits and `-`",
+        );
     }
     for (name, policy) in [
         ("defaultHttpRetryPolicy", &config.default_http_retry_policy),
@@ -54,13 +81,21 @@ fn mesh_config(check: &mut Check<'_>, at: &str, config: &MeshConfig) {
     for (index, entry) in config.extension_providers.iter().enumerate() {
         let at = format!("{at}.extensionProviders[{index}]");
         if !names.insert(&entry.name) {
-            check.error(&format!("{at}.name"), format!("provider {:?} is defined twice", entry.name), "");
+            check.error(
+                &format!("{at}.name"),
+                format!("provider {:?} is defined twice", entry.name),
+                "rename one of the two",
+            );
         }
         provider(check, &at, entry);
     }
     let sampling = config.default_config.as_ref().and_then(|c| c.tracing.as_ref()).and_then(|t| t.sampling);
     if sampling.is_some_and(|percent| !(0.0..=100.0).contains(&percent)) {
-        check.error(&format!("{at}.defaultConfig.tracing.sampling"), "sampling is not between 0 and 100", "");
+        check.error(
+            &format!("{at}.defaultConfig.tracing.sampling"),
+            "sampling is not between 0 and 100",
+            "write a percentage from 0 to 100",
+        );
     }
     check.unbuilt_if(
         config.outbound_mode() == OutboundMode::AllowAnyDynamicDns,
@@ -149,7 +184,11 @@ fn proxy_config(check: &mut Check<'_>, at: &str, config: &ProxyConfig) {
             check.unbuilt_if(set, format!("{at}.proxyHeaders.{name}"));
         }
         if !rules::is_header_value(&headers.server.value) {
-            check.error(&format!("{at}.proxyHeaders.server.value"), "value holds a control character", "");
+            check.error(
+                &format!("{at}.proxyHeaders.server.value"),
+                "value holds a control character",
+                "remove line breaks and the like",
+            );
         }
     }
     let Some(tracing) = &config.tracing else { return };
@@ -192,7 +231,7 @@ fn provider(check: &mut Check<'_>, at: &str, entry: &ExtensionProvider) {
         let at = format!("{at}.envoyExtAuthzHttp");
         rules::duration(check, &format!("{at}.timeout"), http.timeout);
         if !http.path_prefix.is_empty() && !http.path_prefix.starts_with('/') {
-            check.error(&format!("{at}.pathPrefix"), "pathPrefix must begin with /", "");
+            check.error(&format!("{at}.pathPrefix"), "pathPrefix must begin with /", "write a `/` before it");
         }
         for (name, list) in [
             ("headersToUpstreamOnAllow", &http.headers_to_upstream_on_allow),
@@ -227,7 +266,11 @@ fn provider(check: &mut Check<'_>, at: &str, entry: &ExtensionProvider) {
     for (name, status) in statuses {
         let Some(status) = status.filter(|status| !status.is_empty()) else { continue };
         if !status.parse::<u16>().is_ok_and(|code| (100..600).contains(&code)) {
-            check.error(&format!("{at}.{name}.statusOnError"), format!("{status:?} is not a status code"), "");
+            check.error(
+                &format!("{at}.{name}.statusOnError"),
+                format!("{status:?} is not a status code"),
+                "write a number from 100 to 599",
+            );
         }
     }
     for (name, set) in [

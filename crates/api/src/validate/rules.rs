@@ -40,18 +40,26 @@ pub(super) fn duration(check: &mut Check<'_>, field: &str, value: Option<Duratio
 pub(super) fn duration_or_zero(check: &mut Check<'_>, field: &str, value: Option<Duration>) {
     let Some(Duration(value)) = value else { return };
     if value.subsec_nanos() % 1_000_000 != 0 {
-        check.error(field, "duration must be a whole number of milliseconds", "");
+        check.error(field, "duration must be a whole number of milliseconds", "write it like 1500ms or 1.5s");
     } else if value > StdDuration::from_hours(100 * 365 * 24) {
-        check.error(field, "duration is longer than a hundred years", "");
+        check.error(field, "duration is longer than a hundred years", "leave it out");
     }
 }
 
 pub(super) fn percent(check: &mut Check<'_>, field: &str, value: Option<Percent>) {
     let Some(Percent { value }) = value else { return };
     if !(0.0..=100.0).contains(&value) {
-        check.error(field, format!("percentage {value} is not between 0 and 100"), "");
+        check.error(
+            field,
+            format!("percentage {value} is not between 0 and 100"),
+            "write a whole number from 0 to 100",
+        );
     } else if value > 0.0 && value < 0.0001 {
-        check.error(field, format!("percentage {value} is below the finest step of 0.0001"), "");
+        check.error(
+            field,
+            format!("percentage {value} is below the finest step of 0.0001"),
+            "write 0, or at least 0.0001",
+        );
     }
 }
 
@@ -60,7 +68,11 @@ pub(super) fn regex(check: &mut Check<'_>, field: &str, pattern: &str) {
     if pattern.is_empty() {
         check.error(field, "regular expression is empty", "use `.*` to match everything");
     } else if pattern.len() > 1024 {
-        check.error(field, format!("regular expression has {} characters, more than 1024", pattern.len()), "");
+        check.error(
+            field,
+            format!("regular expression has {} characters, more than 1024", pattern.len()),
+            "split it into several matches",
+        );
     } else if let Err(message) = crate::regexes::check(pattern) {
         check.error(field, format!("{pattern:?} is not a regular expression: {message}"), "write it in RE2's syntax");
     }
@@ -130,7 +142,7 @@ pub(super) fn is_cidr(block: &str) -> bool {
 
 pub(super) fn port_number(check: &mut Check<'_>, field: &str, port: u16) {
     if port == 0 {
-        check.error(field, "port must be between 1 and 65535", "");
+        check.error(field, "port must be between 1 and 65535", "write the number of a port");
     }
 }
 
@@ -215,7 +227,7 @@ pub(super) fn export_to(check: &mut Check<'_>, values: &[String], none_is_allowe
     for (index, value) in values.iter().enumerate() {
         let field = format!("spec.exportTo[{index}]");
         if !seen.insert(value) {
-            check.error(&field, format!("{value:?} is written twice"), "");
+            check.error(&field, format!("{value:?} is written twice"), "remove one of the two");
         }
         match value.as_str() {
             "." => {}

@@ -20,7 +20,7 @@ pub(super) fn peer_authentication(check: &mut Check<'_>, spec: &PeerAuthenticati
         check.error("spec.portLevelMtls", "portLevelMtls needs a selector", "add selector.matchLabels");
     }
     if spec.port_level_mtls.contains_key(&0) {
-        check.error("spec.portLevelMtls", "port must be between 1 and 65535", "");
+        check.error("spec.portLevelMtls", "port must be between 1 and 65535", "write the number of a port");
     }
 }
 
@@ -28,10 +28,14 @@ fn selector(check: &mut Check<'_>, selector: Option<&LabelSelector>) {
     if let Some(selector) = selector {
         labels(check, "spec.selector.matchLabels", &selector.match_labels);
         if selector.match_labels.keys().any(String::is_empty) {
-            check.error("spec.selector.matchLabels", "a label has no key", "");
+            check.error("spec.selector.matchLabels", "a label has no key", "write key and value");
         }
         if selector.match_labels.iter().any(|(key, value)| key.contains('*') || value.contains('*')) {
-            check.error("spec.selector.matchLabels", "`*` is not allowed in a selector", "");
+            check.error(
+                "spec.selector.matchLabels",
+                "`*` is not allowed in a selector",
+                "name labels in full, or leave the selector out for all workloads",
+            );
         }
     }
 }
@@ -39,7 +43,7 @@ fn selector(check: &mut Check<'_>, selector: Option<&LabelSelector>) {
 fn targets(check: &mut Check<'_>, has_selector: bool, one: Option<&TargetRef>, several: &[TargetRef]) {
     let any = one.is_some() || !several.is_empty();
     if any && has_selector {
-        check.error("spec.targetRefs", "selector and targetRefs exclude each other", "");
+        check.error("spec.targetRefs", "selector and targetRefs exclude each other", "keep the selector");
     }
     // A target is a Gateway API object or a waypoint: without them the policy would guard nothing.
     check.unbuilt_if(one.is_some(), "spec.targetRef");
@@ -61,7 +65,11 @@ fn jwt_rule(check: &mut Check<'_>, at: &str, rule: &JwtRule) {
         check.error(&format!("{at}.issuer"), "issuer is needed", "write the value of the token's `iss`");
     }
     if rule.audiences.iter().any(String::is_empty) {
-        check.error(&format!("{at}.audiences"), "an audience is empty", "");
+        check.error(
+            &format!("{at}.audiences"),
+            "an audience is empty",
+            "write the value of the token's `aud`, or leave audiences out",
+        );
     }
     if !rule.jwks_uri.is_empty() {
         let is_http = rule.jwks_uri.starts_with("http://") || rule.jwks_uri.starts_with("https://");
@@ -69,7 +77,7 @@ fn jwt_rule(check: &mut Check<'_>, at: &str, rule: &JwtRule) {
             check.error(
                 &format!("{at}.jwksUri"),
                 "jwksUri must be an http or https URL of at most 2048 characters",
-                "",
+                "write the address of the key set",
             );
         }
     }
@@ -83,17 +91,17 @@ fn jwt_rule(check: &mut Check<'_>, at: &str, rule: &JwtRule) {
             check.error(
                 &format!("{at}.fromHeaders[{index}].name"),
                 format!("{:?} is not a header's name", header.name),
-                "",
+                "use letters, digits and `-`",
             );
         }
     }
     for (name, list) in [("fromParams", &rule.from_params), ("fromCookies", &rule.from_cookies)] {
         if list.iter().any(String::is_empty) {
-            check.error(&format!("{at}.{name}"), "a name is empty", "");
+            check.error(&format!("{at}.{name}"), "a name is empty", "write the name, or remove the entry");
         }
     }
     if !rule.output_payload_to_header.is_empty() && !rules::is_header_name(&rule.output_payload_to_header) {
-        check.error(&format!("{at}.outputPayloadToHeader"), "not a header's name", "");
+        check.error(&format!("{at}.outputPayloadToHeader"), "not a header's name", "use letters, digits and `-`");
     }
     for (index, entry) in rule.output_claim_to_headers.iter().enumerate() {
         let at = format!("{at}.outputClaimToHeaders[{index}]");
@@ -103,11 +111,11 @@ fn jwt_rule(check: &mut Check<'_>, at: &str, rule: &JwtRule) {
             check.error(
                 &format!("{at}.header"),
                 format!("{:?} is not a header of letters, digits, `-` and `_`", entry.header),
-                "",
+                "rename the header",
             );
         }
         if entry.claim.is_empty() {
-            check.error(&format!("{at}.claim"), "claim is needed", "");
+            check.error(&format!("{at}.claim"), "claim is needed", "name the claim whose value goes into the header");
         }
     }
     rules::duration(check, &format!("{at}.timeout"), rule.timeout);
@@ -166,7 +174,7 @@ pub(super) fn authorization_policy(check: &mut Check<'_>, spec: &AuthorizationPo
         );
     }
     if spec.rules.len() > LIST_MAX {
-        check.error("spec.rules", format!("more than {LIST_MAX} rules"), "");
+        check.error("spec.rules", format!("more than {LIST_MAX} rules"), "split the policy in two");
     }
     if let Some(value) = check.object.meta.annotations.get("istio.io/dry-run") {
         let at = "metadata.annotations[\"istio.io/dry-run\"]";
@@ -175,26 +183,28 @@ pub(super) fn authorization_policy(check: &mut Check<'_>, spec: &AuthorizationPo
             ("true", action) => {
                 check.error(at, format!("action {action} cannot be tried out"), "remove the annotation");
             }
-            (other, _) => check.error(at, format!("{other:?} is neither \"true\" nor \"false\""), ""),
+            (other, _) => {
+                check.error(at, format!("{other:?} is neither \"true\" nor \"false\""), "write \"true\" or \"false\"");
+            }
         }
     }
     for (index, rule) in spec.rules.iter().enumerate() {
         let at = format!("spec.rules[{index}]");
         empty_lists(check, &at, index);
         if rule.from.len() > LIST_MAX {
-            check.error(&format!("{at}.from"), format!("more than {LIST_MAX} entries"), "");
+            check.error(&format!("{at}.from"), format!("more than {LIST_MAX} entries"), "split the rule in two");
         }
         for (index, from) in rule.from.iter().enumerate() {
             let at = format!("{at}.from[{index}].source");
             match &from.source {
-                None => check.error(&at, "source is needed", ""),
+                None => check.error(&at, "source is needed", "write source: {principals: […]} or the like"),
                 Some(source) => self::source(check, &at, source, spec.action),
             }
         }
         for (index, to) in rule.to.iter().enumerate() {
             let at = format!("{at}.to[{index}].operation");
             match &to.operation {
-                None => check.error(&at, "operation is needed", ""),
+                None => check.error(&at, "operation is needed", "write operation: {paths: […]} or the like"),
                 Some(operation) => self::operation(check, &at, operation),
             }
         }
@@ -263,7 +273,7 @@ fn no_empty(check: &mut Check<'_>, at: &str, lists: &[(&str, &[String])], what: 
     for (name, list) in lists {
         for (index, value) in list.iter().enumerate() {
             if value.is_empty() {
-                check.error(&format!("{at}.{name}[{index}]"), "value is empty", "");
+                check.error(&format!("{at}.{name}[{index}]"), "value is empty", "write a value, or remove the entry");
             }
         }
     }
@@ -300,7 +310,7 @@ fn source(check: &mut Check<'_>, at: &str, source: &Source, action: Action) {
                 stars(check, &field, value);
             }
             if name.ends_with("rustDomains") && value.contains('/') {
-                check.error(&field, "a trust domain holds no `/`", "");
+                check.error(&field, "a trust domain holds no `/`", "write the domain alone, such as cluster.local");
             }
         }
         if action == Action::Custom && !is_block && !list.is_empty() {
@@ -311,10 +321,14 @@ fn source(check: &mut Check<'_>, at: &str, source: &Source, action: Action) {
     let has_accounts = !source.service_accounts.is_empty() || !source.not_service_accounts.is_empty();
     let has_identity = [&source.principals, &source.not_principals, &source.namespaces, &source.not_namespaces];
     if has_accounts && has_identity.iter().any(|list| !list.is_empty()) {
-        check.error(at, "serviceAccounts cannot stand beside principals or namespaces", "");
+        check.error(
+            at,
+            "serviceAccounts cannot stand beside principals or namespaces",
+            "put them into two entries of `from`",
+        );
     }
     if source.service_accounts.len() > 16 || source.not_service_accounts.len() > 16 {
-        check.error(&format!("{at}.serviceAccounts"), "more than 16 service accounts", "");
+        check.error(&format!("{at}.serviceAccounts"), "more than 16 service accounts", "split the rule in two");
     }
 }
 
@@ -333,7 +347,11 @@ fn service_account(check: &mut Check<'_>, field: &str, value: &str) {
 fn stars(check: &mut Check<'_>, field: &str, value: &str) {
     let inner = value.strip_prefix('*').or_else(|| value.strip_suffix('*')).unwrap_or(value);
     if inner.contains('*') {
-        check.error(field, format!("{value:?} may hold `*` only at its beginning or its end"), "");
+        check.error(
+            field,
+            format!("{value:?} may hold `*` only at its beginning or its end"),
+            "use a prefix (`a*`) or a suffix (`*a`)",
+        );
     }
 }
 
@@ -373,7 +391,11 @@ fn template(check: &mut Check<'_>, field: &str, value: &str) {
     for segment in value.split('/') {
         match segment {
             "{*}" | "{**}" if seen_rest => {
-                check.error(field, "`{**}` must be the last operator of a template", "");
+                check.error(
+                    field,
+                    "`{**}` must be the last operator of a template",
+                    "move it to the end, or use `{*}` for one segment",
+                );
                 return;
             }
             "{*}" => {}
@@ -387,7 +409,7 @@ fn template(check: &mut Check<'_>, field: &str, value: &str) {
         }
     }
     if !value.starts_with('/') {
-        check.error(field, "a path template begins with /", "");
+        check.error(field, "a path template begins with /", "write a `/` before it");
     }
 }
 
@@ -409,11 +431,11 @@ const KEYS: &[&str] = &[
 
 fn condition(check: &mut Check<'_>, at: &str, when: &Condition, action: Action) {
     if when.key.is_empty() {
-        check.error(&format!("{at}.key"), "key is needed", "");
+        check.error(&format!("{at}.key"), "key is needed", "name an attribute, such as request.headers[x]");
         return;
     }
     if when.values.is_empty() && when.not_values.is_empty() {
-        check.error(at, "values or notValues are needed", "");
+        check.error(at, "values or notValues are needed", "list values to compare with");
     }
     let bracketed = |prefix: &str| {
         when.key.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('[') && rest.ends_with(']') && rest.len() > 2)
@@ -432,7 +454,7 @@ fn condition(check: &mut Check<'_>, at: &str, when: &Condition, action: Action) 
         for (index, value) in list.iter().enumerate() {
             let field = format!("{at}.{name}[{index}]");
             match when.key.as_str() {
-                _ if value.is_empty() => check.error(&field, "value is empty", ""),
+                _ if value.is_empty() => check.error(&field, "value is empty", "write a value, or remove the entry"),
                 "source.ip" | "remote.ip" | "destination.ip" => rules::cidr(check, &field, value),
                 "destination.port" => port(check, &field, value),
                 "source.serviceAccount" => service_account(check, &field, value),

@@ -8,7 +8,7 @@ use crate::networking::{Resolution, ServiceEntry, WorkloadEntry};
 
 pub(super) fn check(check: &mut Check<'_>, spec: &ServiceEntry) {
     if spec.hosts.is_empty() {
-        check.error("spec.hosts", "at least one host is needed", "");
+        check.error("spec.hosts", "at least one host is needed", "name the hosts, such as api.example.com");
     }
     let mut has_wildcard = false;
     for (index, host) in spec.hosts.iter().enumerate() {
@@ -26,12 +26,20 @@ pub(super) fn check(check: &mut Check<'_>, spec: &ServiceEntry) {
         let field = format!("spec.addresses[{index}]");
         rules::cidr(check, &field, address);
         if address.contains('/') && !may_be_block {
-            check.error(&field, format!("a CIDR block needs resolution NONE or STATIC, not {}", spec.resolution), "");
+            check.error(
+                &field,
+                format!("a CIDR block needs resolution NONE or STATIC, not {}", spec.resolution),
+                "set resolution: NONE or STATIC, or write single addresses",
+            );
         }
     }
     ports(check, spec);
     if !spec.endpoints.is_empty() && spec.workload_selector.is_some() {
-        check.error("spec.workloadSelector", "endpoints and workloadSelector exclude each other", "");
+        check.error(
+            "spec.workloadSelector",
+            "endpoints and workloadSelector exclude each other",
+            "keep one of the two",
+        );
     }
     let names: BTreeSet<&str> = spec.ports.iter().map(|port| port.name.as_str()).collect();
     for (index, endpoint) in spec.endpoints.iter().enumerate() {
@@ -39,7 +47,11 @@ pub(super) fn check(check: &mut Check<'_>, spec: &ServiceEntry) {
         workload_entry(check, endpoint, &at);
         for name in endpoint.ports.keys() {
             if !names.contains(name.as_str()) {
-                check.error(&format!("{at}.ports"), format!("port {name:?} is not among the entry's ports"), "");
+                check.error(
+                    &format!("{at}.ports"),
+                    format!("port {name:?} is not among the entry's ports"),
+                    "use a name under spec.ports",
+                );
             }
         }
         if spec.resolution == Resolution::Static
@@ -64,7 +76,11 @@ pub(super) fn check(check: &mut Check<'_>, spec: &ServiceEntry) {
             check.error("spec.hosts", "a wildcard host cannot be resolved", "give endpoints, or set resolution: NONE");
         }
         Resolution::DnsRoundRobin if spec.endpoints.len() > 1 => {
-            check.error("spec.endpoints", "DNS_ROUND_ROBIN takes one endpoint at most", "");
+            check.error(
+                "spec.endpoints",
+                "DNS_ROUND_ROBIN takes one endpoint at most",
+                "use resolution: DNS for several",
+            );
         }
         Resolution::DynamicDns
             if spec.hosts.iter().any(|host| !host.starts_with('*'))
@@ -72,7 +88,7 @@ pub(super) fn check(check: &mut Check<'_>, spec: &ServiceEntry) {
                 || !spec.endpoints.is_empty() =>
         {
             let message = "DYNAMIC_DNS takes wildcard hosts only, no addresses and no endpoints";
-            check.error("spec.resolution", message, "");
+            check.error("spec.resolution", message, "use resolution: DNS or STATIC");
         }
         _ => {}
     }
@@ -84,20 +100,28 @@ pub(super) fn check(check: &mut Check<'_>, spec: &ServiceEntry) {
 
 fn ports(check: &mut Check<'_>, spec: &ServiceEntry) {
     if spec.ports.is_empty() {
-        check.error("spec.ports", "at least one port is needed", "");
+        check.error("spec.ports", "at least one port is needed", "list a port, such as {name: http, port: 80}");
     }
     let (mut names, mut numbers) = (BTreeSet::new(), BTreeSet::new());
     for (index, port) in spec.ports.iter().enumerate() {
         let at = format!("spec.ports[{index}]");
         rules::port_number(check, &format!("{at}.number"), port.number);
         if port.name.is_empty() {
-            check.error(&format!("{at}.name"), "port has no name", "");
+            check.error(&format!("{at}.name"), "port has no name", "give it a name, such as `http`");
         }
         if !port.name.is_empty() && !names.insert(&port.name) {
-            check.error(&format!("{at}.name"), format!("port name {:?} is used twice", port.name), "");
+            check.error(
+                &format!("{at}.name"),
+                format!("port name {:?} is used twice", port.name),
+                "rename one of the two",
+            );
         }
         if !numbers.insert(port.number) {
-            check.error(&format!("{at}.number"), format!("port {} is listed twice", port.number), "");
+            check.error(
+                &format!("{at}.number"),
+                format!("port {} is listed twice", port.number),
+                "remove or renumber one of the two",
+            );
         }
         if !port.protocol.is_empty() {
             rules::protocol(check, &format!("{at}.protocol"), &port.protocol);
@@ -116,10 +140,14 @@ fn ports(check: &mut Check<'_>, spec: &ServiceEntry) {
 
 pub(super) fn workload_entry(check: &mut Check<'_>, entry: &WorkloadEntry, at: &str) {
     if entry.address.is_empty() {
-        check.error(&format!("{at}.address"), "address is needed", "");
+        check.error(&format!("{at}.address"), "address is needed", "write the workload's IP address or host");
     } else if let Some(path) = entry.address.strip_prefix("unix://") {
         if !path.starts_with('/') {
-            check.error(&format!("{at}.address"), "a Unix socket's path must be absolute", "");
+            check.error(
+                &format!("{at}.address"),
+                "a Unix socket's path must be absolute",
+                "write unix:///path/to/socket",
+            );
         }
         check.unbuilt(&format!("{at}.address"));
     } else {
@@ -127,7 +155,11 @@ pub(super) fn workload_entry(check: &mut Check<'_>, entry: &WorkloadEntry, at: &
     }
     for (name, port) in &entry.ports {
         if *port == 0 {
-            check.error(&format!("{at}.ports"), format!("port {name:?} must be between 1 and 65535"), "");
+            check.error(
+                &format!("{at}.ports"),
+                format!("port {name:?} must be between 1 and 65535"),
+                "write the number of a port",
+            );
         }
     }
     labels(check, &format!("{at}.labels"), &entry.labels);

@@ -18,7 +18,11 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Sidecar) {
     if let Some(selector) = &spec.workload_selector {
         labels(check, "spec.workloadSelector.labels", &selector.labels);
         if selector.labels.is_empty() {
-            check.warn("spec.workloadSelector", "selector has no labels and selects the whole namespace", "");
+            check.warn(
+                "spec.workloadSelector",
+                "selector has no labels and selects the whole namespace",
+                "add labels, or leave the selector out",
+            );
         }
     }
     let mut without_port = None;
@@ -32,29 +36,43 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Sidecar) {
             egress_host(check, &format!("{at}.hosts[{index}]"), host);
         }
         match &listener.port {
-            None if without_port.is_some() => check.error(&at, "only one entry may have no port", ""),
+            None if without_port.is_some() => {
+                check.error(&at, "only one entry may have no port", "give the others a port");
+            }
             None => without_port = Some(index),
             Some(port) => {
                 rules::port_number(check, &format!("{at}.port.number"), port.number);
                 if port.number != 0 && !numbers.insert(port.number) {
-                    check.error(&format!("{at}.port.number"), format!("port {} is listed twice", port.number), "");
+                    check.error(
+                        &format!("{at}.port.number"),
+                        format!("port {} is listed twice", port.number),
+                        "remove or renumber one of the two",
+                    );
                 }
             }
         }
         check.unbuilt_if(listener.bind.starts_with("unix:"), format!("{at}.bind"));
     }
     if without_port.is_some_and(|index| index + 1 != spec.egress.len()) {
-        check.error("spec.egress", "the entry without port must be the last", "");
+        check.error("spec.egress", "the entry without port must be the last", "move it to the end");
     }
     let mut numbers = BTreeSet::new();
     for (index, listener) in spec.ingress.iter().enumerate() {
         let at = format!("spec.ingress[{index}]");
         match &listener.port {
-            None => check.error(&format!("{at}.port"), "port is needed", ""),
+            None => check.error(
+                &format!("{at}.port"),
+                "port is needed",
+                "write port: {number: …, protocol: HTTP, name: http}",
+            ),
             Some(port) => {
                 rules::port_number(check, &format!("{at}.port.number"), port.number);
                 if !numbers.insert(port.number) {
-                    check.error(&format!("{at}.port.number"), format!("port {} is listed twice", port.number), "");
+                    check.error(
+                        &format!("{at}.port.number"),
+                        format!("port {} is listed twice", port.number),
+                        "remove or renumber one of the two",
+                    );
                 }
             }
         }
@@ -69,12 +87,20 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Sidecar) {
     if let Some(policy) = &spec.outbound_traffic_policy {
         let at = "spec.outboundTrafficPolicy";
         if policy.mode == Some(OutboundMode::AllowAnyDynamicDns) {
-            check.error(&format!("{at}.mode"), "ALLOW_ANY_DYNAMIC_DNS is a setting of the mesh", "");
+            check.error(
+                &format!("{at}.mode"),
+                "ALLOW_ANY_DYNAMIC_DNS is a setting of the mesh",
+                "set it in meshConfig.outboundTrafficPolicy",
+            );
         }
         if let Some(proxy) = &policy.egress_proxy
             && (policy.mode.unwrap_or_default() != OutboundMode::AllowAny || proxy.port.is_none())
         {
-            check.error(&format!("{at}.egressProxy"), "egressProxy needs mode ALLOW_ANY and a port", "");
+            check.error(
+                &format!("{at}.egressProxy"),
+                "egressProxy needs mode ALLOW_ANY and a port",
+                "set mode: ALLOW_ANY, and the port of the proxy",
+            );
         }
     }
 }

@@ -9,9 +9,21 @@ fn messages(documents: &Documents, severity: Severity) -> Vec<String> {
     of.map(|finding| format!("{}: {}", finding.field, finding.message)).collect()
 }
 
+/// Messages of decoded types, which have one text each: the first two say what to write instead.
+const WITHOUT_HINT: [&str; 3] = ["is not a duration: write", "plain text goes into", "is not a trust domain"];
+
+/// Errors and warnings say what to do.
+fn have_remedies(documents: &Documents) {
+    for finding in documents.findings.iter().filter(|finding| finding.severity != Severity::Info) {
+        let is_exception = WITHOUT_HINT.iter().any(|part| finding.message.contains(part));
+        assert!(is_exception || !finding.hint.is_empty(), "no remedy: {finding}");
+    }
+}
+
 /// `error` must be a part of the only errors' text; empty: admitted.
 fn check(text: &str, error: &str) {
     let documents = parse_documents("t.yaml", text);
+    have_remedies(&documents);
     let errors = messages(&documents, Severity::Error);
     if error.is_empty() {
         assert!(errors.is_empty(), "{text}\n{errors:?}");
@@ -149,6 +161,7 @@ fn virtual_services() {
         &format!("hosts: [a]\nhttp:\n- {{{to}}}\n- {{match: [{{uri: {{prefix: /b}}}}], {to}}}"),
     );
     let documents = parse_documents("t.yaml", &shadowed);
+    have_remedies(&documents);
     assert_eq!(documents.findings[0].code.as_ref(), "IST0130");
     assert_eq!(documents.findings[0].position.as_ref().unwrap().line, 8);
 }
@@ -396,6 +409,7 @@ fn kubernetes_kinds() {
         if error == "not valid YAML" {
             let documents = parse_documents("t.yaml", &text);
             assert!(documents.is_incomplete && documents.has_errors());
+            have_remedies(&documents);
         } else {
             check(&text, error);
         }
@@ -459,6 +473,7 @@ fn documents_and_kinds() {
     ] {
         let documents = parse_documents("t.yaml", text);
         assert_eq!(documents.findings[0].code.as_ref(), code, "{text}: {:?}", documents.findings);
+        have_remedies(&documents);
     }
 }
 

@@ -40,7 +40,7 @@ pub(super) fn check(check: &mut Check<'_>, spec: &VirtualService) {
         check.error("spec.hosts", "at least one host is needed", "only a delegate has none, and it has `http` alone");
     }
     if spec.http.is_empty() && spec.tls.is_empty() && spec.tcp.is_empty() {
-        check.error("spec", "at least one of http, tls, tcp is needed", "");
+        check.error("spec", "at least one of http, tls, tcp is needed", "write http: with a route");
     }
     hosts(check, spec, in_mesh && !is_delegate);
     gateways(check, "spec.gateways", &spec.gateways);
@@ -53,12 +53,12 @@ pub(super) fn check(check: &mut Check<'_>, spec: &VirtualService) {
     for (index, route) in spec.tls.iter().enumerate() {
         let at = format!("spec.tls[{index}]");
         if route.matches.is_empty() {
-            check.error(&at, "match with sniHosts is needed", "");
+            check.error(&at, "match with sniHosts is needed", "write match: [{sniHosts: […]}]");
         }
         for (index, alternative) in route.matches.iter().enumerate() {
             let at = format!("{at}.match[{index}]");
             if alternative.sni_hosts.is_empty() {
-                check.error(&at, "sniHosts is needed", "");
+                check.error(&at, "sniHosts is needed", "list the server names");
             }
             for (index, sni) in alternative.sni_hosts.iter().enumerate() {
                 let at = format!("{at}.sniHosts[{index}]");
@@ -67,7 +67,7 @@ pub(super) fn check(check: &mut Check<'_>, spec: &VirtualService) {
                     continue;
                 }
                 match HostPattern::parse(sni) {
-                    Err(error) => check.error(&at, error.to_string(), ""),
+                    Err(error) => check.error(&at, error.to_string(), "write a host name, or `*.suffix`"),
                     Ok(sni) if patterns.covering(&sni).is_none() => {
                         check.error(
                             &at,
@@ -144,7 +144,11 @@ fn http(check: &mut Check<'_>, at: &str, route: &HttpRoute, in_mesh: bool, is_de
     ];
     let set: Vec<&str> = actions.iter().filter(|(_, set)| *set).map(|(name, _)| *name).collect();
     match set.as_slice() {
-        [] => check.error(at, "one of route, redirect, directResponse, delegate is needed", ""),
+        [] => check.error(
+            at,
+            "one of route, redirect, directResponse, delegate is needed",
+            "write route: with a destination",
+        ),
         [_] => {}
         several => check.error(at, format!("{} exclude each other", several.join(" and ")), "keep one of them"),
     }
@@ -157,13 +161,13 @@ fn http(check: &mut Check<'_>, at: &str, route: &HttpRoute, in_mesh: bool, is_de
                         "{name} cannot stand beside {}",
                         if route.redirect.is_some() { "redirect" } else { "directResponse" }
                     ),
-                    "",
+                    "keep one of the two, or split the route",
                 );
             }
         }
     }
     if route.delegate.is_some() && is_delegate {
-        check.error(&format!("{at}.delegate"), "a delegate cannot delegate again", "");
+        check.error(&format!("{at}.delegate"), "a delegate cannot delegate again", "put its routes here");
     }
     for (index, alternative) in route.matches.iter().enumerate() {
         http_match(check, &format!("{at}.match[{index}]"), alternative, in_mesh);
@@ -178,7 +182,11 @@ fn http(check: &mut Check<'_>, at: &str, route: &HttpRoute, in_mesh: bool, is_de
     if let Some(response) = &route.direct_response {
         let at = format!("{at}.directResponse");
         if !(200..=600).contains(&response.status) {
-            check.error(&format!("{at}.status"), format!("status {} is not between 200 and 600", response.status), "");
+            check.error(
+                &format!("{at}.status"),
+                format!("status {} is not between 200 and 600", response.status),
+                "write a status such as 503",
+            );
         }
         if let Some(body) = &response.body {
             let length =
@@ -208,7 +216,11 @@ fn http(check: &mut Check<'_>, at: &str, route: &HttpRoute, in_mesh: bool, is_de
         }
         for (index, method) in cors.allow_methods.iter().enumerate() {
             if !METHODS.contains(&method.as_str()) {
-                check.error(&format!("{at}.allowMethods[{index}]"), format!("{method:?} is not an HTTP method"), "");
+                check.error(
+                    &format!("{at}.allowMethods[{index}]"),
+                    format!("{method:?} is not an HTTP method"),
+                    "write it in capitals, such as GET",
+                );
             }
         }
         for (name, headers) in [("allowHeaders", &cors.allow_headers), ("exposeHeaders", &cors.expose_headers)] {
@@ -217,7 +229,7 @@ fn http(check: &mut Check<'_>, at: &str, route: &HttpRoute, in_mesh: bool, is_de
             }
         }
         if cors.max_age.is_some_and(|age| age.subsec_nanos() != 0) {
-            check.error(&format!("{at}.maxAge"), "maxAge must be whole seconds", "");
+            check.error(&format!("{at}.maxAge"), "maxAge must be whole seconds", "write it like 24h or 30s");
         }
     }
     if let Some(operations) = &route.headers {
@@ -254,7 +266,7 @@ fn http_match(check: &mut Check<'_>, at: &str, alternative: &HttpMatchRequest, i
     for (name, value) in &alternative.query_params {
         let field = format!("{at}.queryParams[\"{name}\"]");
         if name.is_empty() {
-            check.error(&field, "query parameter has no name", "");
+            check.error(&field, "query parameter has no name", "write the name before the colon");
         }
         rules::string_match(check, &field, value);
     }
@@ -265,7 +277,11 @@ fn http_match(check: &mut Check<'_>, at: &str, alternative: &HttpMatchRequest, i
 pub(super) fn labels(check: &mut Check<'_>, at: &str, labels: &std::collections::BTreeMap<String, String>) {
     for (key, value) in labels {
         if !rules::is_label_key(key) {
-            check.error(at, format!("{key:?} is not a label's key"), "");
+            check.error(
+                at,
+                format!("{key:?} is not a label's key"),
+                "write `name` or `domain/name` with letters, digits, `-`, `_`, `.`",
+            );
         }
         if !rules::is_label_value(value) {
             check.error(at, format!("{value:?} is not a label's value"), "at most 63 letters, digits, `-`, `_`, `.`");
@@ -277,7 +293,11 @@ fn weights(check: &mut Check<'_>, at: &str, weights: impl Iterator<Item = i32>) 
     let weights: Vec<i32> = weights.collect();
     for (index, weight) in weights.iter().enumerate() {
         if *weight < 0 {
-            check.error(&format!("{at}.route[{index}].weight"), format!("weight {weight} must not be negative"), "");
+            check.error(
+                &format!("{at}.route[{index}].weight"),
+                format!("weight {weight} must not be negative"),
+                "write 0 to send nothing there",
+            );
         }
     }
     let sum: i64 = weights.iter().map(|weight| i64::from(*weight)).sum();
@@ -289,14 +309,22 @@ fn weights(check: &mut Check<'_>, at: &str, weights: impl Iterator<Item = i32>) 
         );
     }
     if sum > i64::from(u32::MAX) {
-        check.error(&format!("{at}.route"), "the weights sum to more than 4294967295", "");
+        check.error(
+            &format!("{at}.route"),
+            "the weights sum to more than 4294967295",
+            "write percentages, such as 90 and 10",
+        );
     }
 }
 
 fn destination(check: &mut Check<'_>, at: &str, destination: &Destination) {
     rules::host(check, &format!("{at}.host"), &destination.host);
     if !destination.subset.is_empty() && !rules::is_dns_label(&destination.subset) {
-        check.error(&format!("{at}.subset"), format!("{:?} is not the name of a subset", destination.subset), "");
+        check.error(
+            &format!("{at}.subset"),
+            format!("{:?} is not the name of a subset", destination.subset),
+            "use lower-case letters, digits and `-`",
+        );
     }
     if let Some(port) = &destination.port {
         rules::port_number(check, &format!("{at}.port.number"), port.number);
@@ -312,7 +340,11 @@ fn http_destination(check: &mut Check<'_>, at: &str, route: &HttpRouteDestinatio
 
 fn tcp_route(check: &mut Check<'_>, at: &str, routes: &[RouteDestination]) {
     if routes.is_empty() {
-        check.error(&format!("{at}.route"), "at least one destination is needed", "");
+        check.error(
+            &format!("{at}.route"),
+            "at least one destination is needed",
+            "write route: [{destination: {host: …}}]",
+        );
     }
     weights(check, at, routes.iter().map(|d| d.weight));
     for (index, route) in routes.iter().enumerate() {
@@ -332,11 +364,15 @@ fn redirect(check: &mut Check<'_>, at: &str, redirect: &HttpRedirect, matches: &
     }
     if !redirect.prefix_rewrite.is_empty() {
         if !redirect.uri.is_empty() {
-            check.error(at, "uri and prefixRewrite exclude each other", "");
+            check.error(at, "uri and prefixRewrite exclude each other", "keep one of the two");
         }
         let all_prefixes = matches.iter().all(|m| matches!(m.uri, Some(StringMatch::Prefix(_))));
         if matches.is_empty() || !all_prefixes {
-            check.error(&format!("{at}.prefixRewrite"), "prefixRewrite needs a uri prefix in every match", "");
+            check.error(
+                &format!("{at}.prefixRewrite"),
+                "prefixRewrite needs a uri prefix in every match",
+                "match by uri: {prefix: …}, or use uri",
+            );
         }
     }
     if !matches!(redirect.redirect_code, 0 | 301 | 302 | 303 | 307 | 308) {
@@ -344,10 +380,14 @@ fn redirect(check: &mut Check<'_>, at: &str, redirect: &HttpRedirect, matches: &
         check.error(&format!("{at}.redirectCode"), format!("{} is not a redirect", redirect.redirect_code), hint);
     }
     if !matches!(redirect.scheme.as_str(), "" | "http" | "https") {
-        check.error(&format!("{at}.scheme"), format!("scheme {:?} is neither http nor https", redirect.scheme), "");
+        check.error(
+            &format!("{at}.scheme"),
+            format!("scheme {:?} is neither http nor https", redirect.scheme),
+            "use http or https",
+        );
     }
     if redirect.port != 0 && redirect.derive_port.is_some() {
-        check.error(at, "port and derivePort exclude each other", "");
+        check.error(at, "port and derivePort exclude each other", "keep one of the two");
     }
 }
 
@@ -357,7 +397,7 @@ fn rewrite(check: &mut Check<'_>, at: &str, rewrite: &HttpRewrite) {
     }
     if let Some(regex) = &rewrite.uri_regex_rewrite {
         if !rewrite.uri.is_empty() {
-            check.error(at, "uri and uriRegexRewrite exclude each other", "");
+            check.error(at, "uri and uriRegexRewrite exclude each other", "keep one of the two");
         }
         rules::regex(check, &format!("{at}.uriRegexRewrite.match"), &regex.pattern);
     }
@@ -365,7 +405,7 @@ fn rewrite(check: &mut Check<'_>, at: &str, rewrite: &HttpRewrite) {
 
 pub(super) fn retries(check: &mut Check<'_>, at: &str, retries: &HttpRetry) {
     if retries.attempts < 0 {
-        check.error(&format!("{at}.attempts"), "attempts must not be negative", "");
+        check.error(&format!("{at}.attempts"), "attempts must not be negative", "write 0 to switch retries off");
     }
     if retries.attempts == 0
         && (!retries.retry_on.is_empty() || retries.per_try_timeout.is_some() || retries.backoff.is_some())
@@ -393,14 +433,14 @@ pub(super) fn retries(check: &mut Check<'_>, at: &str, retries: &HttpRetry) {
 
 fn fault(check: &mut Check<'_>, at: &str, fault: &HttpFaultInjection) {
     if fault.delay.is_none() && fault.abort.is_none() {
-        check.error(at, "fault needs delay or abort", "");
+        check.error(at, "fault needs delay or abort", "write one of them, or remove fault");
     }
     if let Some(delay) = &fault.delay {
         let at = format!("{at}.delay");
         if delay.exponential_delay.is_some() {
             check.error(&format!("{at}.exponentialDelay"), "exponentialDelay is not supported", "use fixedDelay");
         } else if delay.fixed_delay.is_none() {
-            check.error(&at, "fixedDelay is needed", "");
+            check.error(&at, "fixedDelay is needed", "write how long, such as fixedDelay: 7s");
         }
         rules::duration(check, &format!("{at}.fixedDelay"), delay.fixed_delay);
         rules::percent(check, &format!("{at}.percentage"), delay.percentage);
@@ -408,7 +448,11 @@ fn fault(check: &mut Check<'_>, at: &str, fault: &HttpFaultInjection) {
             if (0..=100).contains(&percent) {
                 check.warn(&format!("{at}.percent"), "percent is deprecated", "use percentage: {value: …}");
             } else {
-                check.error(&format!("{at}.percent"), format!("percent {percent} is not between 0 and 100"), "");
+                check.error(
+                    &format!("{at}.percent"),
+                    format!("percent {percent} is not between 0 and 100"),
+                    "write a whole number from 0 to 100",
+                );
             }
         } else if delay.percentage.is_none() {
             check.warn(&at, "without a percentage no request is delayed", "add percentage: {value: 100}");
@@ -421,11 +465,17 @@ fn fault(check: &mut Check<'_>, at: &str, fault: &HttpFaultInjection) {
         }
         match (abort.http_status, &abort.grpc_status) {
             (None, None) if abort.http2_error.is_none() => {
-                check.warn(&at, "abort without httpStatus or grpcStatus does nothing", "");
+                check.warn(&at, "abort without httpStatus or grpcStatus does nothing", "write httpStatus: 500");
             }
-            (Some(_), Some(_)) => check.error(&at, "httpStatus and grpcStatus exclude each other", ""),
+            (Some(_), Some(_)) => {
+                check.error(&at, "httpStatus and grpcStatus exclude each other", "keep one of the two");
+            }
             (Some(status), None) if !(200..=600).contains(&status) => {
-                check.error(&format!("{at}.httpStatus"), format!("status {status} is not between 200 and 600"), "");
+                check.error(
+                    &format!("{at}.httpStatus"),
+                    format!("status {status} is not between 200 and 600"),
+                    "write a status such as 503",
+                );
             }
             (None, Some(name)) if grpc_code(name).is_none() => {
                 check.error(
@@ -445,7 +495,7 @@ fn fault(check: &mut Check<'_>, at: &str, fault: &HttpFaultInjection) {
 
 fn mirrors(check: &mut Check<'_>, at: &str, route: &HttpRoute) {
     if route.mirror.is_some() && !route.mirrors.is_empty() {
-        check.error(at, "mirror and mirrors exclude each other", "");
+        check.error(at, "mirror and mirrors exclude each other", "put it into mirrors");
     }
     if let Some(mirror) = &route.mirror {
         destination(check, &format!("{at}.mirror"), mirror);
@@ -463,7 +513,7 @@ fn mirrors(check: &mut Check<'_>, at: &str, route: &HttpRoute) {
 fn header_name(check: &mut Check<'_>, field: &str, name: &str) {
     let bare = name.strip_prefix(':').unwrap_or(name);
     if !rules::is_header_name(bare) {
-        check.error(field, format!("{name:?} is not a header's name"), "");
+        check.error(field, format!("{name:?} is not a header's name"), "use letters, digits and `-`");
     }
 }
 
@@ -476,19 +526,27 @@ fn headers(check: &mut Check<'_>, at: &str, headers: &Headers) {
                 let field = format!("{at}.{side}.{verb}[\"{name}\"]");
                 let is_authority = name.eq_ignore_ascii_case("host") || name == ":authority";
                 if is_authority != is_request && (is_authority || name.starts_with(':')) {
-                    check.error(&field, format!("header {name:?} cannot be changed"), "");
+                    check.error(
+                        &field,
+                        format!("header {name:?} cannot be changed"),
+                        "use rewrite for path and authority",
+                    );
                 } else {
                     header_name(check, &field, name);
                 }
                 if !rules::is_header_value(value) {
-                    check.error(&field, "value holds a control character", "");
+                    check.error(&field, "value holds a control character", "remove line breaks and the like");
                 }
             }
         }
         for (index, name) in operations.remove.iter().enumerate() {
             let field = format!("{at}.{side}.remove[{index}]");
             if name.starts_with(':') || name.eq_ignore_ascii_case("host") {
-                check.error(&field, format!("header {name:?} cannot be removed"), "");
+                check.error(
+                    &field,
+                    format!("header {name:?} cannot be removed"),
+                    "use rewrite: {authority: …} to change it",
+                );
             } else {
                 header_name(check, &field, name);
             }
