@@ -1,5 +1,6 @@
 //! What is wrong is said with file, line, object, field and remedy, and harms nothing.
 
+use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::Path;
@@ -52,15 +53,133 @@ fn every_mistake_names_object_line_and_field() {
 }
 
 #[test]
-fn a_refused_object_leaves_the_running_mesh_unharmed() {
+fn text_that_is_not_yaml_is_named_with_file_line_and_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("wrong.yaml");
+    std::fs::write(&file, "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\ndata:\n  a: b\n c: d\n").unwrap();
+    let output = run_lateen(&["validate", "-f", file.to_str().unwrap()], "");
+    let said = text(&output.stdout) + &text(&output.stderr);
+    assert_eq!(output.status.code(), Some(65), "{said}");
+    let place = format!("{}:6:", file.display());
+    for word in [place.as_str(), "not valid YAML", "check indentation"] {
+        assert!(said.contains(word), "{word:?} is not in: {said}");
+    }
+}
+
+#[test]
+fn what_is_refused_leaves_the_running_mesh_unharmed() {
     let mesh = TRAFFIC.turn();
     let good = virtual_service("kept", "  - directResponse: {status: 200, body: {string: kept}}");
     let _route = mesh.with(&good);
-    let refused = mesh.command(&["apply", "-f", "-"], &good.replace("status: 200", "status: many"));
-    assert_eq!(refused.status.code(), Some(1));
-    let said = text(&refused.stdout) + &text(&refused.stderr);
-    assert!(said.contains("shop/kept") && said.contains("status"), "{said}");
-    assert_eq!(mesh.get("kept.shop.test", "/", &[]).body, "kept");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("kept.yaml");
+    let name = file.display().to_string();
+    let edits: [(&str, &str, &[&str]); 5] = [
+        ("status: 200", "status: many", &["shop/kept", "spec.http[0].directResponse.status", "write a whole number"]),
+        ("directResponse:", "directResponce:", &["shop/kept", "unknown field", "did you mean \"directResponse\"?"]),
+        (
+            "- direct",
+            "- match: [{uri: {regex: \"(\"}}]\n    direct",
+            &["match[0].uri.regex", "write it in RE2's syntax"],
+        ),
+        ("[gateway]", "[gateway", &["check indentation, colons and quotes"]),
+        ("VirtualService", "VirtualServise", &["did you mean \"VirtualService\"?"]),
+    ];
+    for (from, to, words) in edits {
+        std::fs::write(&file, good.replace(from, to)).unwrap();
+        let refused = mesh.command(&["apply", "-f", file.to_str().unwrap()], "");
+        let said = text(&refused.stdout) + &text(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(1), "{said}");
+        for word in words.iter().chain([&name.as_str()]) {
+            assert!(said.contains(word), "{word:?} is not in: {said}");
+        }
+        assert_eq!(mesh.get("kept.shop.test", "/", &[]).body, "kept", "{to}");
+    }
+}
+
+#[test]
+fn of_two_routes_for_one_host_the_older_one_holds_and_the_other_is_named() {
+    let mesh = TRAFFIC.turn();
+    let route = |name: &str, status: u16| {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: {name}, namespace: shop}}\nspec:\n  http: [{{directResponse: {{status: {status}}}}}]\n  hosts:\n  - httpbin\n"
+        )
+    };
+    let status = || mesh.curl("shop/curl", &["http://httpbin:8000/get"]).status;
+    let older = mesh.with(&route("a-route", 201));
+    assert_eq!(status(), 201);
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("second.yaml");
+    std::fs::write(&file, route("b-route", 202)).unwrap();
+    let applied = mesh.command(&["apply", "-f", file.to_str().unwrap()], "");
+    let said = text(&applied.stderr);
+    let first = status();
+    drop(older);
+    let second = status();
+    mesh.must(&["delete", "-f", file.to_str().unwrap()], "");
+    assert!(applied.status.success(), "{said}");
+    let place = format!("{}:7:", file.display());
+    let words =
+        [place.as_str(), "VirtualService shop/b-route", "shop/a-route is older", "put all routes of a host into one"];
+    assert!(said.lines().any(|line| words.iter().all(|word| line.contains(word))), "{said}");
+    assert_eq!((first, second), (201, 202), "the younger one holds once it is alone");
+}
+
+#[test]
+fn an_immutable_object_is_changed_by_nobody() {
+    let mesh = NODE.turn();
+    let map = |value: &str| {
+        format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: fixed, namespace: plain}}\nimmutable: true\ndata: {{k: {value}}}\n"
+        )
+    };
+    let _fixed = mesh.with(&map("first"));
+    let refused = mesh.command(&["apply", "-f", "-"], &map("second"));
+    let said = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    for word in ["ConfigMap plain/fixed", "data cannot be changed", "immutable", "delete it first"] {
+        assert!(said.contains(word), "{word:?} is not in: {said}");
+    }
+    assert!(mesh.must(&["get", "cm", "fixed", "-n", "plain", "-o", "yaml"], "").contains("first"));
+}
+
+/// An object of each kind that is known by name only, and the line of each.
+fn recognised() -> (String, Vec<(usize, &'static str)>) {
+    let (mut all, mut lines) = (String::new(), Vec::new());
+    for info in api::kind::KINDS.iter().filter(|info| info.support == api::kind::Support::Recognised) {
+        all.push_str("---\n");
+        lines.push((all.lines().count() + 1, info.name));
+        let namespace = if info.namespaced { ", namespace: shop" } else { "" };
+        let version = info.kind.api_version();
+        writeln!(all, "apiVersion: {version}\nkind: {}\nmetadata: {{name: known-by-name{namespace}}}", info.name)
+            .unwrap();
+    }
+    (all, lines)
+}
+
+/// Each kind is said to be without effect, with the line of its object.
+#[track_caller]
+fn said_of_each(said: &str, file: &str, lines: &[(usize, &str)]) {
+    for (line, kind) in lines {
+        let place = format!("{file}:{line}:");
+        let words = [place.as_str(), kind, "known-by-name", "not yet effective"];
+        assert!(said.lines().any(|line| words.iter().all(|word| line.contains(word))), "{words:?}: {said}");
+    }
+}
+
+#[test]
+fn a_kind_that_is_known_by_name_only_is_said_to_be_without_effect() {
+    let mesh = NODE.turn();
+    let (objects, lines) = recognised();
+    assert!(lines.len() > 30, "{lines:?}");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("kinds.yaml");
+    std::fs::write(&file, objects).unwrap();
+    let applied = mesh.command(&["apply", "-f", file.to_str().unwrap()], "");
+    let said = text(&applied.stderr);
+    mesh.must(&["delete", "-f", file.to_str().unwrap()], "");
+    assert!(applied.status.success(), "{said}");
+    said_of_each(&said, &file.display().to_string(), &lines);
 }
 
 #[test]
@@ -70,6 +189,12 @@ fn wrong_commands_have_istioctls_exit_code() {
     assert_eq!(run_lateen(&["wait", "--for=tea"], "").status.code(), Some(64));
     assert_eq!(run_lateen(&["down", "--name", "../other"], "").status.code(), Some(64), "the name leaves its folder");
     assert_eq!(run_lateen(&["delete"], "").status.code(), Some(64));
+    for image in ["nonsense", "=sh", "local/a=", "local/a=sh -c 'open"] {
+        let refused = run_lateen(&["up", "-f", "-", "--image", image], SMALL);
+        let said = text(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(64), "{image}: {said}");
+        assert!(said.contains("--image") && said.contains(image), "{said}");
+    }
 }
 
 #[test]
@@ -185,6 +310,34 @@ fn a_truncated_state_file_is_named_and_left_as_it_is() {
     std::fs::write(&file, "lateen-objects-1 900 0123456789abcdef0123456789abcdef\n{\"ver").unwrap();
     refused(&up(dir.path(), &ANY_PORTS), dir.path(), &["objects.json", "5 of 900 bytes", "remove it"]);
     assert!(std::fs::read_to_string(&file).unwrap().ends_with("{\"ver"));
+}
+
+#[test]
+fn a_damaged_ca_is_named_and_left_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = dir.path().join("istiod/ca");
+    let detached = [&ANY_PORTS[..], &["--detach"]].concat();
+    let began = up(dir.path(), &detached);
+    assert!(began.status.success(), "{}", text(&began.stderr));
+    let down = || run_lateen(&["down", "--state-dir", dir.path().to_str().unwrap()], "");
+    assert!(down().status.success());
+    let remedy = format!("remove {}", ca.display());
+    for name in ["self-signed/ca-key.pem", "self-signed/ca-cert.pem"] {
+        let file = ca.join(name);
+        let whole = std::fs::read_to_string(&file).unwrap();
+        let half = &whole[..whole.len() / 2];
+        std::fs::write(&file, half).unwrap();
+        let words = ["the mesh's CA cannot be used", &remedy, file.to_str().unwrap()];
+        refused(&up(dir.path(), &ANY_PORTS), dir.path(), &words);
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), half);
+        std::fs::write(&file, whole).unwrap();
+    }
+    std::fs::copy(ca.join("self-signed/ca-key.pem"), ca.join("ca-key.pem")).unwrap();
+    refused(&up(dir.path(), &ANY_PORTS), dir.path(), &[ca.to_str().unwrap(), "root-cert.pem", "give all four or none"]);
+    std::fs::remove_file(ca.join("ca-key.pem")).unwrap();
+    let again = up(dir.path(), &detached);
+    assert!(again.status.success(), "as it was, it serves: {}", text(&again.stderr));
+    assert!(down().status.success());
 }
 
 /// Runs a script with `$0` a small file system of its own, and `lateen` as `$1`.
@@ -325,6 +478,10 @@ fn a_file_with_mistakes_runs_all_but_these() {
         virtual_service("weights", "  - route: [{destination: {host: a}, weight: -1}]"),
     ]
     .join("\n---\n");
+    let (kinds, lines) = recognised();
+    let before = manifests.lines().count();
+    let lines: Vec<(usize, &str)> = lines.into_iter().map(|(line, kind)| (line + before, kind)).collect();
+    let manifests = manifests + &kinds;
     let mesh = Setup::up("mistakes", &manifests).start();
     let said = eventually("the announcement", || match mesh.said() {
         said if said.contains("Ctrl-C") => Ok(said),
@@ -337,6 +494,7 @@ fn a_file_with_mistakes_runs_all_but_these() {
     ] {
         assert!(said.lines().any(|line| words.iter().all(|word| line.contains(word))), "{words:?}: {said}");
     }
+    said_of_each(&said, &file, &lines);
     assert!(mesh.must(&["get", "svc", "httpbin", "-n", "shop"], "").contains("8000/TCP"));
     assert!(!mesh.must(&["get", "vs", "-A", "-o", "name"], "").contains("weights"));
 }

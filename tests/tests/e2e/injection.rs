@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use testkit::eventually;
+use testkit::{Mesh, eventually};
 
 use crate::apps::TRAFFIC;
 
@@ -23,22 +23,81 @@ const PODS: [Candidate; 9] = [
     ("on-host", "true", "", "hostNetwork: true, "),
 ];
 
-/// Which of [`PODS`] get a proxy, by the namespace's `istio-injection`.
+/// A namespace, its `istio-injection`, and which of [`PODS`] get a proxy there.
 ///
 /// *Source*: Istio, sidecar injection: the namespace selects, a pod's label may decline or, where
 /// the namespace says nothing, ask; the older annotation counts where there is no such label.
-const MATRIX: [(&str, &str, &[&str]); 4] = [
+type Row = (&'static str, &'static str, &'static [&'static str]);
+
+const MATRIX: [Row; 4] = [
     ("m-none", "", &["wants", "label-wins"]),
     ("m-enabled", "enabled", &["none", "wants", "other-word", "asks", "label-wins"]),
     ("m-disabled", "disabled", &[]),
     ("m-other", "perhaps", &[]),
 ];
 
+/// With `enableNamespacesByDefault`: pods that say nothing get a proxy where the namespace says nothing.
+const BY_DEFAULT: [Row; 2] =
+    [("d-none", "", &["none", "wants", "asks", "label-wins"]), ("d-disabled", "disabled", &[])];
+
+const SETTING: &str = "
+apiVersion: install.istio.io/v1alpha1
+kind: IstioOperator
+metadata: {name: by-default, namespace: istio-system}
+spec: {values: {sidecarInjectorWebhook: {enableNamespacesByDefault: true}}}
+";
+
 #[test]
 fn the_matrix_of_namespaces_and_pods() {
     let mesh = TRAFFIC.turn();
+    let _pods = mesh.with(&candidates(&MATRIX));
+    injects(&mesh, &MATRIX);
+    // What has a proxy runs beside it, what has none runs alone.
+    for (pod, ready) in [("wants", "2/2"), ("none", "1/1")] {
+        eventually("a ready pod", || {
+            let row = mesh.must(&["get", "pods", "-n", "m-none"], "");
+            let line = row.lines().find(|line| line.starts_with(&format!("{pod} "))).unwrap_or_default();
+            if line.contains(ready) { Ok(()) } else { Err(row) }
+        });
+    }
+}
+
+#[test]
+fn pods_of_namespaces_that_say_nothing_get_a_proxy_where_the_mesh_says_so() {
+    let mesh = TRAFFIC.turn();
+    let _setting = mesh.with(SETTING);
+    let _pods = mesh.with(&candidates(&BY_DEFAULT));
+    injects(&mesh, &BY_DEFAULT);
+}
+
+#[test]
+fn another_word_than_true_or_false_is_warned_about() {
+    let mesh = TRAFFIC.turn();
+    let words = |list: &str| {
+        format!(
+            "apiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: word, namespace: plain}}\nspec:\n  replicas: 0\n  selector: {{matchLabels: {{app: word}}}}\n  template:\n    metadata:\n      {list}\n    spec: {{containers: [{{name: app, image: curlimages/curl}}]}}\n"
+        )
+    };
+    for (list, field) in [
+        (format!("labels: {{app: word, {INJECT}: \"yes\"}}"), "labels"),
+        (format!("{{labels: {{app: word}}, annotations: {{{INJECT}: \"yes\"}}}}"), "annotations"),
+    ] {
+        let manifest = words(&list);
+        let applied = mesh.command(&["apply", "-f", "-"], &manifest);
+        let said = String::from_utf8_lossy(&applied.stderr).into_owned();
+        mesh.must(&["delete", "-f", "-"], &manifest);
+        assert!(applied.status.success(), "{said}");
+        let field = format!("spec.template.metadata.{field}");
+        for word in ["warning", "Deployment plain/word", &field, "counts as unset", "write \"true\" or \"false\""] {
+            assert!(said.contains(word), "{word:?} is not in: {said}");
+        }
+    }
+}
+
+/// The namespaces of `matrix`, each with [`PODS`].
+fn candidates(matrix: &[Row]) -> String {
     let mut all = String::new();
-    for (namespace, label, _) in MATRIX {
+    for (namespace, label, _) in matrix {
         let labels = if label.is_empty() { String::new() } else { format!(", labels: {{istio-injection: {label}}}") };
         writeln!(all, "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}{labels}}}\n---").unwrap();
         for (name, label, annotation, spec) in PODS {
@@ -54,8 +113,13 @@ fn the_matrix_of_namespaces_and_pods() {
             .unwrap();
         }
     }
-    let _pods = mesh.with(&all);
-    for (namespace, _, expect) in MATRIX {
+    all
+}
+
+/// Which pods of `matrix` get a proxy.
+#[track_caller]
+fn injects(mesh: &Mesh, matrix: &[Row]) {
+    for (namespace, _, expect) in matrix {
         let pods = eventually("the pods", || {
             let text = mesh.must(&["get", "pods", "-n", namespace, "-o", "json"], "");
             let list: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
@@ -71,15 +135,7 @@ fn the_matrix_of_namespaces_and_pods() {
                 containers.iter().any(|container| container["name"] == "istio-proxy")
             })
             .collect();
-        assert_eq!(with_proxy, expect, "{namespace}");
-    }
-    // What has a proxy runs beside it, what has none runs alone.
-    for (pod, ready) in [("wants", "2/2"), ("none", "1/1")] {
-        eventually("a ready pod", || {
-            let row = mesh.must(&["get", "pods", "-n", "m-none"], "");
-            let line = row.lines().find(|line| line.starts_with(&format!("{pod} "))).unwrap_or_default();
-            if line.contains(ready) { Ok(()) } else { Err(row) }
-        });
+        assert_eq!(with_proxy, *expect, "{namespace}");
     }
 }
 

@@ -4,9 +4,9 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 
 use serde_json::Value;
-use testkit::{Mesh, eventually};
+use testkit::{Mesh, Setup, TlsServer, eventually};
 
-use crate::apps::NODE;
+use crate::apps::{NODE, namespace};
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
@@ -210,6 +210,70 @@ spec:
     assert!(row(&mesh, "switch").split_whitespace().nth(3) == Some("0"), "never restarted");
 }
 
+/// Answers requests over TLS with a certificate that nobody knows: `/well` with 204, others with 500.
+fn serve_over_tls(listener: TcpListener) {
+    let server = TlsServer::new("of-nobody.test", &[]);
+    for client in listener.incoming() {
+        // Who goes away in between asks again.
+        let Ok(mut stream) = client.and_then(|client| server.accept(client)) else { continue };
+        let mut head = [0; 1024];
+        let Ok(length) = stream.read(&mut head) else { continue };
+        let answer = if head[..length].starts_with(b"GET /well ") { "204 No Content" } else { "500 Ill" };
+        _ = stream.write_all(format!("HTTP/1.1 {answer}\r\nconnection: close\r\n\r\n").as_bytes());
+    }
+}
+
+#[test]
+fn probes_ask_over_tls_and_ask_grpc_servers_for_their_health() {
+    let mesh = NODE.turn();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || serve_over_tls(listener));
+    let https = |path: &str| {
+        format!(
+            "httpGet: {{scheme: HTTPS, host: host.lateen.internal, port: {port}, path: {path}}}, timeoutSeconds: 30"
+        )
+    };
+    let server = |name: &str, probes: &str| {
+        format!(
+            "
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: plain}}
+spec:
+  containers:
+  - name: main
+    image: lateen/grpc-echo
+    startupProbe: {{tcpSocket: {{port: 7070}}, periodSeconds: 1, failureThreshold: 600}}
+    {probes}
+"
+        )
+    };
+    let ready = |probe: &str| format!("readinessProbe: {{{probe}, periodSeconds: 1}}");
+    // It ends what the probe finds ill, and nothing else.
+    let alive = |probe: &str| {
+        format!("livenessProbe: {{{probe}, periodSeconds: 1, failureThreshold: 1, terminationGracePeriodSeconds: 0}}")
+    };
+    let grpc = |service: &str| format!("grpc: {{port: 7070{service}}}, timeoutSeconds: 30");
+    let pods = [
+        server("https-well", &ready(&https("/well"))),
+        server("grpc-well", &ready(&grpc(""))),
+        server("https-ill", &alive(&https("/ill"))),
+        server("grpc-ill", &alive(&grpc(", service: of-nobody"))),
+    ];
+    let _pods = mesh.with(&pods.join("---"));
+    for name in ["https-well", "grpc-well"] {
+        until_row(&mesh, name, &["1/1", "Running"]);
+    }
+    for name in ["https-ill", "grpc-ill"] {
+        eventually("its probe ends it", || {
+            let pod = get(&mesh, name);
+            let restarts = pod["status"]["containerStatuses"][0]["restartCount"].as_u64().unwrap_or(0);
+            if restarts >= 1 { Ok(()) } else { Err(pod["status"].to_string()) }
+        });
+    }
+}
+
 #[test]
 fn a_container_that_fails_starts_again_and_backs_off() {
     let mesh = NODE.turn();
@@ -270,6 +334,227 @@ fn an_application_hears_of_its_end_and_has_its_grace() {
         });
         // Long before the polite one's grace is over.
         assert_eq!(std::fs::read_to_string(out.path().join(name)).unwrap(), "preStop\nTERM\n");
+    }
+}
+
+#[test]
+fn a_hook_before_the_end_may_ask_over_the_network() {
+    let mesh = NODE.turn();
+    let listeners = ["http", "tcp"].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+    let [http, tcp] = listeners.each_ref().map(|listener| listener.local_addr().unwrap().port());
+    let hook = |what: &str| format!("    lifecycle: {{preStop: {{{what}}}}}\n  terminationGracePeriodSeconds: 600");
+    let host = "host: host.lateen.internal";
+    let until_told = "trap 'exit 0' TERM; while :; do sleep 0.1; done";
+    mesh.must(
+        &["apply", "-f", "-"],
+        &[
+            pod("asks", until_told, &hook(&format!("httpGet: {{{host}, port: {http}, path: /before-the-end}}"))),
+            pod("knocks", until_told, &hook(&format!("tcpSocket: {{{host}, port: {tcp}}}"))),
+        ]
+        .join("---"),
+    );
+    for name in ["asks", "knocks"] {
+        until_row(&mesh, name, &["1/1", "Running"]);
+    }
+    let (told, heard) = std::sync::mpsc::channel();
+    for listener in listeners {
+        let told = told.clone();
+        std::thread::spawn(move || {
+            let (mut client, _) = listener.accept().unwrap();
+            let mut head = Vec::new();
+            // Who only knocks says nothing.
+            while !head.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                match client.read(&mut byte) {
+                    Ok(1) => head.push(byte[0]),
+                    _ => break,
+                }
+            }
+            _ = client.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n");
+            _ = told.send(String::from_utf8_lossy(&head).lines().next().unwrap_or_default().to_owned());
+        });
+    }
+    mesh.must(&["delete", "pod", "asks", "knocks", "-n", "plain"], "");
+    let mut seen = [0, 1].map(|_| heard.recv_timeout(std::time::Duration::from_mins(1)).expect("a hook that asks"));
+    seen.sort_unstable();
+    assert_eq!(seen, ["", "GET /before-the-end HTTP/1.1"]);
+    for name in ["asks", "knocks"] {
+        eventually("it is gone", || match row(&mesh, name) {
+            row if row.is_empty() => Ok(()),
+            other => Err(other),
+        });
+    }
+}
+
+#[test]
+fn init_containers_run_in_their_order_and_hold_the_rest_until_they_succeed() {
+    let mesh = NODE.turn();
+    let out = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(out.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    let container = |name: &str, script: &str| {
+        format!(
+            "{{name: {name}, image: local/shell, command: [sh, -c, {script:?}], volumeMounts: [{{name: out, mountPath: /out}}]}}"
+        )
+    };
+    let steps = format!(
+        "
+apiVersion: v1
+kind: Pod
+metadata: {{name: steps, namespace: plain}}
+spec:
+  initContainers: [{}, {}]
+  containers: [{}]
+  volumes: [{{name: out, hostPath: {{path: {}}}}}]
+",
+        container("first", "echo first >> /out/order"),
+        container("second", "echo second >> /out/order; test -e /out/go"),
+        container("main", "echo main >> /out/order; exec sleep infinity"),
+        out.path().display(),
+    );
+    let _steps = mesh.with(&steps);
+    eventually("the second one fails", || {
+        let pod = get(&mesh, "steps");
+        let tries = pod["status"]["initContainerStatuses"][1]["restartCount"].as_u64().unwrap_or(0);
+        if tries >= 2 { Ok(()) } else { Err(pod["status"].to_string()) }
+    });
+    until_row(&mesh, "steps", &["0/1", "Init:CrashLoopBackOff"]);
+    let order = || std::fs::read_to_string(out.path().join("order")).unwrap();
+    assert!(!order().contains("main"), "{}", order());
+    std::fs::write(out.path().join("go"), "").unwrap();
+    until_row(&mesh, "steps", &["1/1", "Running"]);
+    let order = order();
+    let mut seen: Vec<&str> = order.lines().collect();
+    seen.dedup();
+    assert_eq!(seen, ["first", "second", "main"], "each once, but for the one that failed");
+}
+
+#[test]
+fn a_container_has_its_folder_its_hosts_and_all_of_a_secret() {
+    let mesh = NODE.turn();
+    let more = "
+    workingDir: /proc
+    envFrom:
+    - {secretRef: {name: keys}}
+    - {prefix: MY_, secretRef: {name: keys}}
+    - {secretRef: {name: of-nobody, optional: true}}
+  hostAliases: [{ip: 192.0.2.7, hostnames: [alias.test, other.test]}]";
+    let _settled = mesh.with(&(SETTINGS.to_owned() + &pod("settled", "pwd; exec sleep infinity", more)));
+    until_row(&mesh, "settled", &["1/1", "Running"]);
+    eventually("its folder", || match mesh.must(&["logs", "settled", "-n", "plain"], "").as_str() {
+        "/proc\n" => Ok(()),
+        other => Err(other.to_owned()),
+    });
+    assert_eq!(run(&mesh, "settled", "echo $password $MY_password"), "hidden hidden\n");
+    for name in ["alias.test", "other.test"] {
+        let said = run(&mesh, "settled", &format!("getent hosts {name}"));
+        assert!(said.starts_with("192.0.2.7 "), "{name}: {said}");
+    }
+}
+
+#[test]
+fn each_container_of_a_pod_is_played_by_its_own_program() {
+    let mesh = NODE.turn();
+    let played = "
+apiVersion: v1
+kind: Pod
+metadata:
+  name: played
+  namespace: plain
+  annotations:
+    lateen.dev/command: 'sh -c \"echo of the pod; exec sleep infinity\"'
+    lateen.dev/command.one: 'sh -c \"echo one for $(WHO); exec sleep infinity\"'
+    lateen.dev/command.two: 'sh -c \"echo two; exec sleep infinity\"'
+spec:
+  containers:
+  - {name: one, image: local/none, env: [{name: WHO, value: all}]}
+  - {name: two, image: local/none, command: [no-such-program]}
+";
+    let _played = mesh.with(played);
+    until_row(&mesh, "played", &["2/2", "Running"]);
+    for (container, expect) in [("one", "one for all\n"), ("two", "two\n")] {
+        eventually("what it says", || match mesh.must(&["logs", "played", "-n", "plain", "-c", container], "") {
+            said if said == expect => Ok(()),
+            other => Err(other),
+        });
+    }
+}
+
+#[test]
+fn annotation_image_stand_in_and_command_play_a_container_in_this_order() {
+    let pod = |name: &str, annotation: &str, image: &str, command: &str| {
+        let annotations = if annotation.is_empty() {
+            String::new()
+        } else {
+            format!(", annotations: {{lateen.dev/command: {annotation:?}}}")
+        };
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: plain{annotations}}}\nspec: {{containers: [{{name: main, image: {image}, command: [sh, -c, {command:?}]}}]}}\n"
+        )
+    };
+    let say = |what: &str| format!("echo by {what}; exec sleep infinity");
+    let mapped = "docker.io/kong/httpbin";
+    let manifests = [
+        namespace("plain", false),
+        pod("annotated", "sh -c 'echo by annotation; exec sleep infinity'", mapped, &say("command")),
+        pod("mapped", "", mapped, &say("command")),
+        pod("known", "", "docker.io/istio/examples-helloworld-v1", &say("command")),
+        pod("own", "", "local/none", &say("command")),
+    ];
+    let by_image = format!("{mapped}=sh -c 'echo by image; exec sleep infinity'");
+    let mesh = Setup::up("played", &manifests.join("---\n")).args(&["--image", &by_image]).start();
+    for (name, expect) in [("annotated", "by annotation\n"), ("mapped", "by image\n"), ("own", "by command\n")] {
+        eventually("what it says", || match mesh.must(&["logs", name, "-n", "plain"], "") {
+            said if said == expect => Ok(()),
+            other => Err(format!("{name}: {other}")),
+        });
+    }
+    eventually("the stand-in", || match run(&mesh, "known", "curl -s http://127.0.0.1:5000/hello") {
+        said if said.contains("Hello version: v1") => Ok(()),
+        other => Err(other),
+    });
+}
+
+#[test]
+fn endpoints_that_the_user_lists_are_called() {
+    let mesh = NODE.turn();
+    let ip = mesh.must(&["get", "pods", "-n", "plain", "-l", "app=httpbin", "-o", "json"], "");
+    let ip: Value = serde_json::from_str(&ip).unwrap();
+    let ip = ip["items"][0]["status"]["podIP"].as_str().unwrap().to_owned();
+    let slice = |endpoints: &str| {
+        format!(
+            "
+apiVersion: v1
+kind: Service
+metadata: {{name: listed, namespace: plain}}
+spec: {{ports: [{{name: http, port: 8080}}]}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: listed-1, namespace: plain, labels: {{kubernetes.io/service-name: listed}}}}
+addressType: IPv4
+ports: [{{name: http, port: 80}}]
+endpoints: [{endpoints}]
+"
+        )
+    };
+    let _listed = mesh.with(&slice(&format!("{{addresses: [{ip}]}}")));
+    let call = |whence: &str| {
+        let url = "http://listed.plain:8080/status/201";
+        let said = mesh.exec(whence, &["curl", "-s", "--max-time", "10", "-o", "/dev/null", "-w", "%{http_code}", url]);
+        text(&said.stdout)
+    };
+    for whence in ["plain/curl", "shop/curl"] {
+        eventually(whence, || match call(whence).as_str() {
+            "201" => Ok(()),
+            other => Err(other.to_owned()),
+        });
+    }
+    mesh.must(&["apply", "-f", "-"], &slice(&format!("{{addresses: [{ip}], conditions: {{ready: false}}}}")));
+    for (whence, without) in [("plain/curl", "000"), ("shop/curl", "503")] {
+        eventually("nobody is there", || match call(whence) {
+            code if code == without => Ok(()),
+            other => Err(format!("{whence}: {other}")),
+        });
     }
 }
 
@@ -380,4 +665,41 @@ fn pods_reach_what_listens_on_the_machines_loopback() {
     // Their own loopback is their own.
     let own = mesh.exec("plain/curl", &["curl", "-s", "--max-time", "10", &format!("http://127.0.0.1:{port}/")]);
     assert_eq!(own.status.code(), Some(7));
+}
+
+#[test]
+fn a_rollout_waits_until_new_pods_have_been_ready_for_long_enough() {
+    let mesh = NODE.turn();
+    let young = |seconds: u32, step: &str| {
+        format!(
+            "
+apiVersion: apps/v1
+kind: Deployment
+metadata: {{name: young, namespace: plain}}
+spec:
+  minReadySeconds: {seconds}
+  selector: {{matchLabels: {{app: young}}}}
+  template:
+    metadata: {{labels: {{app: young}}}}
+    spec:
+      containers: [{{name: main, image: curlimages/curl, env: [{{name: STEP, value: {step}}}]}}]
+"
+        )
+    };
+    let _young = mesh.with(&young(3600, "one"));
+    let becomes = |ready: u64, available: u64| {
+        eventually("the deployment's pods", || {
+            let text = mesh.must(&["get", "deploy", "young", "-n", "plain", "-o", "json"], "");
+            let status = serde_json::from_str::<Value>(&text).unwrap()["status"].clone();
+            let now = ["readyReplicas", "availableReplicas"].map(|name| status[name].as_u64().unwrap_or(0));
+            if now == [ready, available] && status["updatedReplicas"] == 1 { Ok(()) } else { Err(status.to_string()) }
+        });
+    };
+    becomes(1, 0);
+    mesh.must(&["apply", "-f", "-"], &young(3600, "two"));
+    // The new one is ready, and the old one stays beside it.
+    becomes(2, 0);
+    mesh.must(&["apply", "-f", "-"], &young(0, "two"));
+    mesh.must(&["rollout", "status", "deploy/young", "-n", "plain", "--timeout", "120"], "");
+    becomes(1, 1);
 }

@@ -1,6 +1,7 @@
 //! Istio's own samples, applied as its pages say, unmodified: the files below hold the same objects,
 //! images and ports as those of Istio's release.
 
+use testkit::mesh::run_lateen;
 use testkit::{Mesh, Shared, eventually};
 
 static SAMPLES: Shared = Shared::new("samples", || crate::apps::namespace("default", true));
@@ -42,6 +43,16 @@ fn all_have_proxies(mesh: &Mesh, count: usize) {
         let ready = pods.lines().filter(|line| line.contains("2/2") && line.contains("Running")).count();
         if ready == count { Ok(()) } else { Err(pods) }
     });
+}
+
+#[test]
+fn nothing_in_them_is_warned_about() {
+    let folder = format!("{}/tests/e2e/samples", env!("CARGO_MANIFEST_DIR"));
+    let output = run_lateen(&["validate", "-f", &folder], "");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let grave: Vec<&str> = said.lines().filter(|line| !line.starts_with("info:")).collect();
+    assert!(grave.is_empty(), "{grave:#?}");
 }
 
 #[test]
