@@ -143,6 +143,36 @@ fn an_immutable_object_is_changed_by_nobody() {
     assert!(mesh.must(&["get", "cm", "fixed", "-n", "plain", "-o", "yaml"], "").contains("first"));
 }
 
+#[test]
+fn fields_without_effect_are_named_with_their_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("pod.yaml");
+    let pod = "apiVersion: v1
+kind: Pod
+metadata: {name: p}
+spec:
+  nodeSelector: {disk: fast}
+  hostPID: true
+  containers:
+  - name: main
+    image: local/main
+    securityContext: {runAsUser: 1000, capabilities: {drop: [ALL]}}
+";
+    std::fs::write(&file, pod).unwrap();
+    let output = run_lateen(&["validate", "-f", file.to_str().unwrap()], "");
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    for (line, words) in [
+        (5, ["info:", "spec.nodeSelector", "has no effect here"]),
+        (6, ["warning:", "spec.hostPID", "is not yet effective"]),
+        (10, ["warning:", "spec.containers[0].securityContext", "not yet effective: runAsUser ["]),
+    ] {
+        let place = format!("{}:{line}:", file.display());
+        let has_all = |said: &str| said.contains(&place) && words.iter().all(|word| said.contains(word));
+        assert!(said.lines().any(has_all), "{line} {words:?}: {said}");
+    }
+}
+
 /// An object of each kind that is known by name only, and the line of each.
 fn recognised() -> (String, Vec<(usize, &'static str)>) {
     let (mut all, mut lines) = (String::new(), Vec::new());
