@@ -13,6 +13,9 @@ use serde_json::Value;
 
 use types::Labels;
 
+/// Name of the one node of a local mesh.
+pub const NODE_NAME: &str = "lateen";
+
 // --- metadata ---
 
 records! {

@@ -35,8 +35,8 @@ use crate::spec::PodId;
 use crate::store::Store;
 use crate::token::Tokens;
 
-/// Name of the one node.
-pub const NODE_NAME: &str = "lateen";
+pub use api::k8s::NODE_NAME;
+
 /// The ConfigMap with the mesh's root certificate, in every namespace.
 pub const ROOT_CERT_MAP: &str = "istio-ca-root-cert";
 /// A round follows a change after this long, so that a burst of changes costs one round.

@@ -10,7 +10,7 @@ use super::{Check, rules};
 use crate::codes;
 use crate::k8s::{
     ConfigMap, Container, Deployment, EndpointSlice, EnvVar, ExecAction, HttpGetAction, IntOrString, LifecycleHandler,
-    PodSpec, Probe, Secret, Service, ServiceAccount, ServiceSpec, TcpSocketAction, Volume,
+    NODE_NAME, PodSpec, Probe, Secret, Service, ServiceAccount, ServiceSpec, TcpSocketAction, Volume,
 };
 use crate::kind::{Kind, Support};
 
@@ -332,7 +332,7 @@ fn without_effect_on_a_pod(check: &mut Check<'_>, spec: &PodSpec, at: &str) {
         check.unbuilt_if(is_set, format!("{at}.{name}"));
     }
     for (name, is_set) in [
-        ("nodeName", !spec.node_name.is_empty()),
+        ("nodeName", !matches!(spec.node_name.as_str(), "" | NODE_NAME)),
         ("nodeSelector", !spec.node_selector.is_empty()),
         ("affinity", holds_something(spec.affinity.as_ref())),
         ("tolerations", holds_something(spec.tolerations.as_ref())),
@@ -692,7 +692,8 @@ pub(super) fn endpoint_slice(check: &mut Check<'_>, slice: &EndpointSlice) {
         check.idle_if(!endpoint.deprecated_topology.is_empty(), format!("endpoints[{index}].deprecatedTopology"), near);
         check.idle_if(holds_something(endpoint.hints.as_ref()), format!("endpoints[{index}].hints"), near);
         check.idle_if(!endpoint.zone.is_empty(), format!("endpoints[{index}].zone"), near);
-        check.idle_if(!endpoint.node_name.is_empty(), format!("endpoints[{index}].nodeName"), near);
+        let elsewhere = !matches!(endpoint.node_name.as_str(), "" | NODE_NAME);
+        check.idle_if(elsewhere, format!("endpoints[{index}].nodeName"), near);
     }
 }
 
