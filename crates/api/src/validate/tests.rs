@@ -9,8 +9,13 @@ fn messages(documents: &Documents, severity: Severity) -> Vec<String> {
     of.map(|finding| format!("{}: {}", finding.field, finding.message)).collect()
 }
 
-/// Messages of decoded types, which have one text each: the first two say what to write instead.
-const WITHOUT_HINT: [&str; 3] = ["is not a duration: write", "plain text goes into", "is not a trust domain"];
+/// Messages of decoded types, which have one text each; all but the last say in it what to write.
+const WITHOUT_HINT: [&str; 4] = [
+    "is not a duration: write",
+    "plain text goes into",
+    "only one of `exact`, `prefix`, `regex` may be set",
+    "is not a trust domain",
+];
 
 /// Errors and warnings say what to do.
 fn have_remedies(documents: &Documents) {
