@@ -11,8 +11,10 @@
 //! | any other | each byte of the request as it arrives (unary and both streams) |
 //!
 //! Request headers: `x-echo-delay-ms` waits before the response head, `x-echo-status` is the
-//! status in the trailers, `x-echo-trailer` comes back as a trailer. The response's `x-echo-host` is
-//! the pod's name, `x-echo-protocol` the protocol the request came over.
+//! status in the trailers, `x-echo-trailer` comes back as a trailer. `x-echo-reset` resets the stream
+//! instead of an answer: `refused` as one that was not looked at, `early` before the response head,
+//! `late` after it. `x-echo-forward: HOST:PORT` has another server answer, see [`forward`]. The
+//! response's `x-echo-host` is the pod's name, `x-echo-protocol` the protocol the request came over.
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -31,6 +33,8 @@ use crate::http_app::{DRAIN, listen};
 use crate::plain::{hostname, until_told_to_stop};
 use crate::{Options, SampleError};
 
+mod forward;
+
 /// Largest request `Collect` keeps.
 const BODY_MAX: usize = 1024 * 1024;
 /// Most messages `Repeat` sends.
@@ -38,6 +42,8 @@ const REPEAT_MAX: u32 = 100_000;
 const HEALTH: &str = "/grpc.health.v1.Health/Check";
 /// `HealthCheckResponse {status: SERVING}`
 const SERVING: [u8; 2] = [0x08, 1];
+/// How long after its response head a stream is reset that is to be reset late.
+const LATE: Duration = Duration::from_millis(100);
 /// Longest wait.
 const DELAY_MAX: Duration = Duration::from_mins(1);
 
@@ -126,6 +132,18 @@ async fn call(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, ca
     let text = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok());
     let number = |name: &str| text(name).and_then(|value| value.parse::<u32>().ok());
     let method = head.uri.path().rsplit('/').next().unwrap_or_default();
+    if let Some(to) = text("x-echo-forward") {
+        return forward::call(to, &head, body, respond).await;
+    }
+    let reset = text("x-echo-reset");
+    if let Some(reason) = reset.and_then(|how| match how {
+        "refused" => Some(Reason::REFUSED_STREAM),
+        "early" => Some(Reason::INTERNAL_ERROR),
+        _ => None,
+    }) {
+        respond.send_reset(reason);
+        return Ok(());
+    }
 
     if let Some(delay) = number("x-echo-delay-ms") {
         let delay = Duration::from_millis(delay.into()).min(DELAY_MAX);
@@ -153,6 +171,13 @@ async fn call(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, ca
         return Ok(());
     }
     let mut out = respond.send_response(response, false)?;
+    if reset == Some("late") {
+        send(&mut out, message(b"half")).await?;
+        // what is still queued when a stream is reset is never sent
+        tokio::time::sleep(LATE).await;
+        out.send_reset(Reason::INTERNAL_ERROR);
+        return Ok(());
+    }
     match method {
         "Check" if head.uri.path() == HEALTH => {
             let mut messages = Messages::default();

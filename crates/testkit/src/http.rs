@@ -91,13 +91,7 @@ impl Client {
         root: &[u8],
         provider: rustls::crypto::CryptoProvider,
     ) -> io::Result<Self> {
-        let mut roots = rustls::RootCertStore::empty();
-        roots.add(root.to_vec().into()).map_err(io::Error::other)?;
-        let config = rustls::ClientConfig::builder_with_provider(provider.into())
-            .with_safe_default_protocol_versions()
-            .map_err(io::Error::other)?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+        let config = crate::tls::client(root, provider)?;
         let name = name.to_owned().try_into().map_err(io::Error::other)?;
         let session = rustls::ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
         let mut stream = rustls::StreamOwned::new(session, dial(address)?);

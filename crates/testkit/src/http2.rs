@@ -1,8 +1,9 @@
-//! An HTTP/2 client with prior knowledge, and gRPC's messages over it.
+//! An HTTP/2 client, by prior knowledge or over TLS, and gRPC's messages over it.
 
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes, BytesMut};
@@ -23,6 +24,8 @@ const STEP_MAX: Duration = crate::PATIENCE;
 pub struct Client2 {
     sender: SendRequest<Bytes>,
     runtime: Runtime,
+    /// Sent with every request.
+    headers: Vec<(String, String)>,
     /// Whose bytes carry the connection, if it begins in a pod.
     _tunnel: Option<Tunnel>,
 }
@@ -59,6 +62,29 @@ impl Client2 {
         })
     }
 
+    /// Over TLS to `name`, trusting the certificate `root` only; the server must agree on `h2`.
+    pub fn tls(address: SocketAddr, name: &str, root: &[u8]) -> io::Result<Self> {
+        let mut config = crate::tls::client(root, rustls::crypto::aws_lc_rs::default_provider())?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let name = name.to_owned().try_into().map_err(io::Error::other)?;
+        Self::connect(None, async move {
+            let stream = tokio::net::TcpStream::connect(address).await?;
+            stream.set_nodelay(true)?;
+            let stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
+            match stream.get_ref().1.alpn_protocol() {
+                Some(b"h2") => Ok(stream),
+                other => Err(io::Error::other(format!("the server chose {other:?}"))),
+            }
+        })
+    }
+
+    /// With this header in every request.
+    #[must_use]
+    pub fn with_header(mut self, name: &str, value: &str) -> Self {
+        self.headers.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     /// From inside a pod.
     pub fn over(mut tunnel: Tunnel) -> io::Result<Self> {
         let (output, input) = tunnel.split().ok_or(io::ErrorKind::NotConnected)?;
@@ -81,7 +107,7 @@ impl Client2 {
             tokio::spawn(connection);
             Ok::<_, io::Error>(sender)
         })?;
-        Ok(Self { sender, runtime, _tunnel: tunnel })
+        Ok(Self { sender, runtime, headers: Vec::new(), _tunnel: tunnel })
     }
 
     fn wait<T>(&self, what: impl Future<Output = Result<T, h2::Error>>) -> io::Result<T> {
@@ -102,8 +128,9 @@ impl Client2 {
         ended: bool,
     ) -> io::Result<Stream2<'_>> {
         let mut request = Request::builder().method(method).uri(format!("http://{host}{path}"));
-        for (name, value) in headers {
-            request = request.header(*name, *value);
+        let always = self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        for (name, value) in headers.iter().copied().chain(always) {
+            request = request.header(name, value);
         }
         let request = request.body(()).map_err(io::Error::other)?;
         let mut sender = self.wait(self.sender.clone().ready())?;

@@ -11,6 +11,7 @@ pub mod http;
 pub mod http2;
 pub mod mesh;
 pub mod puppet;
+pub mod silent;
 pub mod tls;
 pub mod token;
 pub mod tunnel;
@@ -19,6 +20,7 @@ pub use http::{Client, Response};
 pub use http2::{Client2, Stream2};
 pub use mesh::{Applied, Mesh, Setup, Shared, Turn, lateen, run_lateen};
 pub use puppet::Puppet;
+pub use silent::Silent;
 pub use tls::TlsServer;
 pub use tunnel::Tunnel;
 

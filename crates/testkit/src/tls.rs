@@ -1,11 +1,22 @@
-//! TLS of a server that a test plays.
+//! TLS of servers and clients that a test plays.
 
 use std::io;
 use std::net::TcpStream;
 use std::sync::Arc;
 
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::PrivatePkcs8KeyDer;
-use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use rustls::{ClientConfig, ServerConfig, ServerConnection, StreamOwned};
+
+/// A client that trusts the certificate `root` only.
+pub(crate) fn client(root: &[u8], provider: CryptoProvider) -> io::Result<ClientConfig> {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(root.to_vec().into()).map_err(io::Error::other)?;
+    let config = ClientConfig::builder_with_provider(provider.into())
+        .with_safe_default_protocol_versions()
+        .map_err(io::Error::other)?;
+    Ok(config.with_root_certificates(roots).with_no_client_auth())
+}
 
 /// A certificate with its key, and the protocols that are spoken.
 #[derive(Clone, Debug)]

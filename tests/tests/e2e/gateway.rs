@@ -19,12 +19,13 @@ fn a_host_reaches_the_mail_catcher_and_an_unknown_host_is_404() {
     assert_eq!((unknown.status, unknown.body.as_str()), (404, ""), "{unknown:?}");
 }
 
-struct Pair {
-    root: Vec<u8>,
-    secret: String,
+/// A certificate that signs itself, and the Secret `shop-credential` with its key.
+pub(crate) struct Pair {
+    pub(crate) root: Vec<u8>,
+    pub(crate) secret: String,
 }
 
-fn pair(host: &str) -> Pair {
+pub(crate) fn pair(host: &str) -> Pair {
     pair_of(&[host])
 }
 
@@ -45,7 +46,7 @@ fn credential(certificate: &str, key: &str) -> String {
 }
 
 /// TLS for `NAME.shop.test`, ended at the gateway, on to httpbin.
-fn https(name: &str) -> String {
+pub(crate) fn https(name: &str) -> String {
     format!(
         "
 apiVersion: networking.istio.io/v1
@@ -214,7 +215,7 @@ spec:
 }
 
 #[test]
-fn http_is_redirected_to_https() {
+pub(crate) fn http_is_redirected_to_https() {
     let mesh = TRAFFIC.turn();
     let _objects = mesh.with(
         "

@@ -162,6 +162,97 @@ fn both_streams_are_open_at_once() {
     }
 }
 
+/// In by the gateway's TLS, to an application that passes each call on to another one: the gateway, three
+/// sidecars and two programs of one call.
+#[test]
+fn a_call_passes_through_gateway_sidecars_and_applications() {
+    let mesh = TRAFFIC.turn();
+    let host = "chain.shop.test";
+    let pair = crate::gateway::pair(host);
+    let front = [
+        crate::apps::workload("shop", "front", "v1", "lateen/grpc-echo", Some(7070), ""),
+        crate::apps::service("shop", "front", "{name: grpc, port: 7070}"),
+        pair.secret.clone(),
+        crate::gateway::https("chain")
+            .replace("{host: httpbin, port: {number: 8000}}", "{host: front, port: {number: 7070}}"),
+    ];
+    let _objects = mesh.with(&front.join("\n---\n"));
+    mesh.must(&["rollout", "status", "deploy/front", "-n", "shop", "--timeout", "120"], "");
+    mesh.synced();
+    let client = eventually("HTTP/2 over TLS at the gateway", || {
+        Client2::tls(mesh.https, host, &pair.root).map_err(|error| error.to_string())
+    });
+    let client = client.with_header("x-echo-forward", "grpc:7070");
+    let answer = client.unary(host, "/echo.Echo/Unary", &[("user-agent", "chained")], b"hello").unwrap();
+    let [via, by] = ["x-echo-via", "x-echo-host"].map(|name| answer.header(name).unwrap_or_default());
+    assert!(via.starts_with("front-") && by.starts_with("grpc-"), "{answer:?}");
+    let way = "gateway, front, grpc";
+    grpc::unary(way, &client, host);
+    grpc::client_stream(way, &client, host);
+    grpc::server_stream(way, &client, host);
+    grpc::both_streams(way, &client, host);
+    grpc::cancellation(way, &client, host);
+    // Every hop was one of HTTP/2, and those between proxies of mutual TLS.
+    for (whence, cluster) in [
+        ("istio-system/istio-ingressgateway", "outbound|7070||front.shop.svc.cluster.local"),
+        ("shop/front", "inbound|7070||"),
+        ("shop/front", "outbound|7070||grpc.shop.svc.cluster.local"),
+        ("shop/grpc", "inbound|7070||"),
+    ] {
+        eventually(&format!("the call in {whence}'s log"), || {
+            let log = mesh.logs(whence, "istio-proxy");
+            let is_ours = |line: &&str| line.contains("\"chained\"") && line.contains(cluster);
+            let line = log.lines().find(is_ours).ok_or("no line of it")?;
+            let begin = "\"POST /echo.Echo/Unary HTTP/2\" 200 - via_upstream ";
+            if line.contains(begin) { Ok(()) } else { Err(line.to_owned()) }
+        });
+    }
+    for (whence, reporter, source) in
+        [("shop/front", "destination", "istio-ingressgateway"), ("shop/grpc", "destination", "front")]
+    {
+        let page = mesh.curl(whence, &["http://127.0.0.1:15090/stats/prometheus"]).body;
+        let wanted = [
+            format!("reporter=\"{reporter}\",source_workload=\"{source}\""),
+            "request_protocol=\"grpc\"".to_owned(),
+            "connection_security_policy=\"mutual_tls\"".to_owned(),
+        ];
+        let counted = page.lines().any(|line| wanted.iter().all(|part| line.contains(part)));
+        assert!(counted, "{whence}: {wanted:?} in {page}");
+    }
+}
+
+/// A stream that is open when the gateway's certificate is replaced goes on, over the connection it began on.
+#[test]
+fn a_stream_outlives_the_gateways_certificate() {
+    let mesh = TRAFFIC.turn();
+    let host = "lasting.shop.test";
+    let (old, new) = (crate::gateway::pair(host), crate::gateway::pair(host));
+    let _secret = mesh.with(&old.secret);
+    let _gateway = mesh.with(
+        &crate::gateway::https("lasting")
+            .replace("{host: httpbin, port: {number: 8000}}", "{host: grpc, port: {number: 7070}}"),
+    );
+    let open = |root: &[u8]| Client2::tls(mesh.https, host, root).map_err(|error| error.to_string());
+    let client = eventually("HTTP/2 over TLS at the gateway", || open(&old.root));
+    let mut call = client.call(host, "/echo.Echo/Chat", &[]).unwrap();
+    let mut turn = |text: &str| {
+        call.say(text.as_bytes()).unwrap();
+        assert_eq!(call.hear().unwrap().as_deref(), Some(text.as_bytes()));
+    };
+    turn("before");
+    mesh.apply(&new.secret);
+    let fresh = eventually("the new certificate", || open(&new.root));
+    assert!(open(&old.root).is_err(), "the old one is gone");
+    turn("after");
+    // New streams of the old connection are served, too, as those of a new one are.
+    grpc::unary("the old connection", &client, host);
+    grpc::unary("a new connection", &fresh, host);
+    turn("last");
+    call.end().unwrap();
+    assert_eq!(call.hear().unwrap(), None);
+    assert_eq!(call.trailers().unwrap(), [("grpc-status".to_owned(), "0".to_owned())]);
+}
+
 #[test]
 fn many_streams_share_a_connection() {
     let mesh = TRAFFIC.turn();
