@@ -1,6 +1,7 @@
 //! Mutual TLS and who is seen.
 
 use std::collections::BTreeSet;
+use std::io::{Read as _, Write as _};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use testkit::puppet::{ClientHello, client_hello};
@@ -232,6 +233,38 @@ fn short_lived(name: &str, image: &str, port: Option<u16>) -> String {
         .replace("version: v1}", &format!("version: v1}}, annotations: {{proxy.istio.io/config: \"{config}\"}}"))
 }
 
+/// A gateway whose certificates are [`short_lived`], too.
+const DOOR: &str = "
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: door, namespace: foo}
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: door, namespace: foo}
+spec:
+  selector: {matchLabels: {istio: door}}
+  template:
+    metadata:
+      labels: {istio: door}
+      annotations: {inject.istio.io/templates: gateway, proxy.istio.io/config: \"{proxyMetadata: {SECRET_TTL: 16s}}\"}
+    spec:
+      serviceAccountName: door
+      containers: [{name: istio-proxy, image: auto}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: door, namespace: foo}
+spec: {selector: {istio: door}, ports: [{name: http, port: 8080}]}
+---
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {name: door, namespace: foo}
+spec:
+  selector: {istio: door}
+  servers: [{port: {number: 8080, name: http, protocol: HTTP}, hosts: [rotating.foo.test]}]
+";
+
 fn serial(mesh: &Mesh, deployment: &str) -> String {
     let table = mesh.must(&["proxy-config", "secret", &format!("deploy/{deployment}"), "-n", "foo"], "");
     let row = table.lines().find(|line| line.starts_with("default")).unwrap_or_default();
@@ -247,6 +280,12 @@ fn certificates_rotate_under_load_without_a_failed_request_or_a_reset_stream() {
             short_lived("rotating", "docker.io/kong/httpbin", Some(80)),
             short_lived("streaming", "lateen/grpc-echo", Some(7070)),
             short_lived("caller", "curlimages/curl", None),
+            short_lived("echoing", "docker.io/istio/tcp-echo-server:1.3", Some(9000)).replace(
+                "image: \"docker.io/istio/tcp-echo-server:1.3\"",
+                "image: \"docker.io/istio/tcp-echo-server:1.3\", args: [\"9000\", \"echo\"]",
+            ),
+            service("foo", "echoing", "{name: tcp, port: 9000}"),
+            DOOR.to_owned(),
             service("foo", "rotating", "{name: http, port: 8000, targetPort: 80}"),
             service("foo", "fresh", "{name: http, port: 8000, targetPort: 80}")
                 .replace("{app: fresh}, ports", "{app: rotating}, ports"),
@@ -262,19 +301,28 @@ kind: VirtualService
 metadata: {name: rotating, namespace: foo}
 spec:
   hosts: [rotating.foo.test]
-  gateways: [gateway]
+  gateways: [gateway, door]
   http: [{route: [{destination: {host: rotating, port: {number: 8000}}}]}]
 "
             .to_owned(),
         ]
         .join("---\n"),
     );
-    for name in ["rotating", "streaming", "caller"] {
+    let names = ["rotating", "streaming", "caller", "echoing", "door"];
+    for name in names {
         mesh.must(&["rollout", "status", &format!("deploy/{name}"), "-n", "foo", "--timeout", "120"], "");
     }
     mesh.synced();
-    let names = ["rotating", "streaming", "caller"];
+    // One connection of bytes, used after each new certificate of anybody.
+    let mut bytes = mesh.dial("foo/caller", "echoing", 9000);
+    let mut say = move || {
+        bytes.write_all(b"on\n").unwrap();
+        let mut line = [0; 8];
+        bytes.read_exact(&mut line).unwrap();
+        assert_eq!(&line, b"echo on\n");
+    };
     let rotations = || {
+        say();
         let mut seen: Vec<BTreeSet<String>> = vec![BTreeSet::new(); names.len()];
         while seen.iter().any(|serials| serials.len() < 3) {
             eventually("the next certificate", || {
@@ -285,13 +333,14 @@ spec:
                 let now = seen.iter().map(BTreeSet::len).sum::<usize>();
                 if now > known { Ok(()) } else { Err(format!("{seen:?}")) }
             });
+            say();
         }
     };
     // Paced for longer than two rotations take: one connection of the application each.
-    let paced = |host: &str| {
-        let url = format!("http://{host}:8000/get?[1-260]");
+    let paced = |whence: &str, address: &str, host: &str| {
+        let (url, host) = (format!("http://{address}/get?[1-260]"), format!("host: {host}"));
         let write = "%{http_code} %{num_connects}\n";
-        mesh.exec("foo/caller", &["curl", "-s", "--rate", "10/s", "-o", "/dev/null", "-w", write, &url])
+        mesh.exec(whence, &["curl", "-s", "--rate", "10/s", "-o", "/dev/null", "-w", write, "-H", &host, &url])
     };
     let all_served = |what: &str, output: &std::process::Output| {
         let text = String::from_utf8_lossy(&output.stdout);
@@ -304,8 +353,9 @@ spec:
     let stream = "(for i in {1..26}; do printf '\\0\\0\\0\\0\\5hello'; sleep 1; done) | curl -sv --http2-prior-knowledge -H 'content-type: application/grpc' -H 'te: trailers' -X POST -T - http://streaming:7070/echo.Echo/Stream 2>&1 | tr -d '\\0'";
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let kept = scope.spawn(|| paced("rotating"));
-        let fresh = scope.spawn(|| paced("fresh"));
+        let kept = scope.spawn(|| paced("foo/caller", "rotating:8000", "rotating:8000"));
+        let fresh = scope.spawn(|| paced("foo/caller", "fresh:8000", "fresh:8000"));
+        let door = scope.spawn(|| paced("legacy/curl", "door.foo:8080", "rotating.foo.test"));
         let streamed = scope.spawn(|| mesh.exec("foo/caller", &["bash", "-c", stream]));
         let outside = scope.spawn(|| {
             let mut client = Client::plain(mesh.http).unwrap();
@@ -315,13 +365,14 @@ spec:
             }
         });
         let rotated = std::panic::catch_unwind(std::panic::AssertUnwindSafe(rotations));
-        let outputs = [kept.join().unwrap(), fresh.join().unwrap()];
+        let outputs = [kept.join().unwrap(), fresh.join().unwrap(), door.join().unwrap()];
         done.store(true, Ordering::Relaxed);
         let streamed = streamed.join().unwrap();
         outside.join().unwrap();
         rotated.unwrap();
         all_served("kept connections", &outputs[0]);
         all_served("fresh connections", &outputs[1]);
+        all_served("through a gateway", &outputs[2]);
         let text = String::from_utf8_lossy(&streamed.stdout);
         assert!(text.contains("< grpc-status: 0"), "{text}");
         assert_eq!(text.matches("hello").count(), 26, "{text}");
