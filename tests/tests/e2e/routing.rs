@@ -1,5 +1,7 @@
 //! Routes by content, weights, faults.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use testkit::{Client, Mesh, Response, eventually};
@@ -99,10 +101,18 @@ fn the_first_rule_that_matches_wins() {
     .iter()
     .map(|(rule, text)| format!("  - match: [{{{}}}]\n{}", rule.replace("exact: yes", "exact: \"yes\""), says(text)))
     .collect();
-    let _routes = mesh.with(&virtual_service("matches", &format!("{rules}  - name: rest\n{}", says("default"))));
+    // The same at the gateway and between sidecars, where a service without pods has the name.
+    let routes = virtual_service("matches", &format!("{rules}  - name: rest\n{}", says("default")))
+        .replace("hosts: [matches.shop.test]", "hosts: [matches.shop.test, matches]")
+        .replace("gateways: [gateway]", "gateways: [gateway, mesh]");
+    let service = crate::apps::service("shop", "matches", "{name: http, port: 80}");
+    let _routes = mesh.with(&format!("{routes}\n---\n{service}"));
+    let between = RefCell::new(Client::over(mesh.dial("shop/curl", "matches.shop", 80)));
     let check = |method: &str, path: &str, headers: &[(&str, &str)], expect: &str| {
         let answer = mesh.send(method, "matches.shop.test", path, headers);
         assert_eq!(answer.body, expect, "{method} {path} {headers:?}: {answer:?}");
+        let answer = between.borrow_mut().send(method, "matches.shop", path, headers).unwrap();
+        assert_eq!(answer.body, expect, "between sidecars: {method} {path} {headers:?}: {answer:?}");
     };
     check("GET", "/", &[("x-exact", "a")], "exact");
     check("GET", "/", &[("x-exact", "ab")], "default");
@@ -271,6 +281,36 @@ fn weights_shift_under_load_without_a_failed_request() {
         },
     );
     assert!(served > 20, "the load was on: {served}");
+}
+
+#[test]
+fn weights_hold_between_sidecars() {
+    let mesh = TRAFFIC.turn();
+    let shared = |v1: u32, v2: u32| {
+        format!(
+            "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {{name: reviews, namespace: bookinfo}}
+spec: {{hosts: [reviews], http: [{{route: [{}, {}]}}]}}
+",
+            reviews("v1", v1),
+            reviews("v2", v2)
+        )
+    };
+    let _routes = mesh.with(&shared(90, 10));
+    let mut client = Client::over(mesh.dial("shop/curl", "reviews.bookinfo", 9080));
+    for (v1, v2, count) in [(90, 10, 600), (50, 50, 400), (0, 100, 50)] {
+        mesh.apply(&shared(v1, v2));
+        let mut tally: BTreeMap<String, usize> = BTreeMap::new();
+        for _ in 0..count {
+            let answer = client.send("GET", "reviews.bookinfo:9080", "/reviews/0", &[]).unwrap();
+            *tally.entry(version(&answer)).or_default() += 1;
+        }
+        assert!(tally.keys().all(|version| version == "v1" || version == "v2"), "{tally:?}");
+        let hits = tally.get("v2").copied().unwrap_or(0);
+        assert_share(&format!("{v1}/{v2}"), hits, count, f64::from(v2) / 100.0);
+    }
 }
 
 /// The gateway's log has a line of this path that says this.

@@ -1,7 +1,7 @@
-//! Whether counts fit what was asked for, or one would see them less than once in a million runs.
+//! Whether counts fit what was asked for, or one would see them less than once in a billion runs.
 
 /// Probability that a fair process gives a count this far out, or farther, before a test fails.
-const P_MIN: f64 = 1e-6;
+const P_MIN: f64 = 1e-9;
 
 /// Fails when `hits` of `count` draws are too many or too few for draws that hit with `share`.
 #[track_caller]
