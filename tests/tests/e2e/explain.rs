@@ -156,6 +156,139 @@ fn what_is_told_of_a_call_from_a_pod_happens() {
     assert_eq!(mesh.curl("shop/curl", &["http://httpbin:8000/get"]).status, 200);
 }
 
+/// What is written at the end of the mesh's file until this is dropped.
+struct Written<'a> {
+    mesh: &'a Mesh,
+    before: String,
+}
+
+impl<'a> Written<'a> {
+    fn new(mesh: &'a Mesh, more: &str) -> Self {
+        let before = std::fs::read_to_string(mesh.file()).unwrap();
+        std::fs::write(mesh.file(), format!("{before}\n---\n{more}")).unwrap();
+        Self { mesh, before }
+    }
+}
+
+impl Drop for Written<'_> {
+    fn drop(&mut self) {
+        std::fs::write(self.mesh.file(), &self.before).expect("the file was there");
+    }
+}
+
+const PLACED: &str = "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: placed, namespace: shop}
+spec:
+  hosts: [httpbin]
+  http:
+  - name: other
+    match: [{uri: {prefix: /anything/other}}]
+    directResponse: {status: 201}
+  - name: placed
+    route: [{destination: {host: httpbin, subset: placed}}]
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: placed, namespace: shop}
+spec:
+  host: httpbin
+  subsets:
+  - name: placed
+    labels: {version: v1}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: placed, namespace: shop}
+spec:
+  selector: {matchLabels: {app: httpbin}}
+  rules:
+  - to: [{operation: {methods: [HEAD]}}]
+  - to: [{operation: {paths: [/anything/placed]}}]
+";
+
+#[test]
+fn every_stage_is_told_and_what_decides_has_its_place() {
+    let mesh = TRAFFIC.turn();
+    let written = Written::new(&mesh, PLACED);
+    let url = "http://httpbin:8000/anything/placed";
+    let from = ["deploy/curl", "-n", "shop"];
+    eventually("what was written", || {
+        mesh.synced();
+        match mesh.curl("shop/curl", &["http://httpbin:8000/anything/other"]).status {
+            201 => Ok(()),
+            other => Err(other.to_string()),
+        }
+    });
+    mesh.synced();
+    let told = explain(&mesh, &from, url, &[]);
+    let hops = told["paths"][0]["hops"].as_array().unwrap();
+    let stages = |hop: &Value| -> Vec<String> {
+        let all = hop["decisions"].as_array().into_iter().flatten();
+        all.map(|decision| decision["stage"].as_str().unwrap_or_default().to_owned()).collect()
+    };
+    for (hop, wanted) in hops.iter().zip([
+        &["listener", "chain", "routes", "host", "route", "cluster", "endpoint", "transport"][..],
+        &["listener", "chain", "mtls", "route", "policy", "cluster"],
+    ]) {
+        let stages = stages(hop);
+        assert!(wanted.iter().all(|stage| stages.iter().any(|have| have == stage)), "{wanted:?} in {stages:?}");
+        let listener = stages.iter().position(|stage| stage == "listener");
+        assert_eq!(listener.and_then(|at| stages.get(at + 1)).map(String::as_str), Some("chain"), "{hop:#}");
+    }
+    let of_stage = |hop: usize, stage: &str| {
+        let all = hops[hop]["decisions"].as_array().into_iter().flatten();
+        all.filter(|decision| decision["stage"] == stage).cloned().collect::<Vec<_>>()
+    };
+    // The listener of the port, and the one that connections to the pod come in by.
+    let listener = |hop: usize| of_stage(hop, "listener")[0]["outcome"].as_str().unwrap_or_default().to_owned();
+    assert!(listener(0).contains("8000"), "{}", listener(0));
+    assert_eq!(listener(1), "virtualInbound");
+    for hop in [0, 1] {
+        let chain = &of_stage(hop, "chain")[0];
+        assert!(chain["outcome"].as_str().is_some_and(|chain| !chain.is_empty()), "{chain:#}");
+    }
+    assert_eq!(mesh.curl("shop/curl", &[url]).status, 200);
+
+    let text = std::fs::read_to_string(mesh.file()).unwrap();
+    for (hop, stage, kind, field, here) in [
+        (0, "route", "VirtualService", "spec.http[1]", "- name: placed"),
+        (0, "cluster", "DestinationRule", "", "kind: DestinationRule"),
+        (1, "policy", "AuthorizationPolicy", "spec.rules[1]", "- to: [{operation: {paths: [/anything/placed]}}]"),
+    ] {
+        let decisions = of_stage(hop, stage);
+        let mut all = decisions.iter().flat_map(|decision| decision["because"].as_array().into_iter().flatten());
+        let is_it = |because: &&Value| {
+            let object = &because["object"];
+            object["kind"] == kind && object["name"] == "placed" && object["namespace"] == "shop"
+        };
+        let because = all.find(is_it).unwrap_or_else(|| panic!("{kind} in {decisions:#?}"));
+        assert!(because["field"].as_str().unwrap_or_default().starts_with(field), "{because:#}");
+        let position = &because["position"];
+        assert_eq!(position["file"], mesh.file().display().to_string(), "{because:#}");
+        let line = usize::try_from(position["line"].as_u64().unwrap()).unwrap();
+        // The line itself, or the object's first ones.
+        let near = text.lines().skip(line - 1).take(3).collect::<Vec<_>>().join("\n");
+        assert!(near.contains(here), "{stage}: line {line} is {near:?}, wanted {here:?}");
+    }
+    // What is denied names the policy's place in words, too.
+    let denied = explain(&mesh, &from, "http://httpbin:8000/anything/denied", &[]);
+    assert_eq!(denied["paths"][0]["end"]["status"], 403, "{denied:#}");
+    assert_eq!(mesh.curl("shop/curl", &["http://httpbin:8000/anything/denied"]).status, 403);
+    let said = mesh.must(&["explain", "--from", "deploy/curl", "-n", "shop", "GET", url], "");
+    let places = said.matches(&format!("({}:", mesh.file().display())).count();
+    assert!(places >= 3, "{said}");
+    drop(written);
+    eventually("what was taken back", || {
+        match mesh.curl("shop/curl", &["http://httpbin:8000/anything/other"]).status {
+            200 => Ok(()),
+            other => Err(other.to_string()),
+        }
+    });
+    mesh.synced();
+}
+
 #[test]
 fn a_host_that_is_ejected_is_told() {
     let mesh = TRAFFIC.turn();
