@@ -116,6 +116,7 @@ pub(crate) fn exchange(file: &Path, requests: u64) -> Result<()> {
             upstream_protocol: None,
             connection_id: 1,
             termination_details: "",
+            downstream_failure: "",
         };
         for log in &hcm.access_log {
             log.write(&record, &mut line);

@@ -96,6 +96,8 @@ pub struct LogRecord<'a> {
     pub connection_id: u64,
     /// `%CONNECTION_TERMINATION_DETAILS%`; empty for none.
     pub termination_details: &'a str,
+    /// `%DOWNSTREAM_TRANSPORT_FAILURE_REASON%`, of a connection whose handshake failed; empty for none.
+    pub downstream_failure: &'a str,
 }
 
 impl AccessLog {

@@ -1,6 +1,7 @@
 //! A connection from accept to its chain's terminal filter, in phases:
 //! original destination, listener, inspectors, filter chain, TLS, HTTP or bytes.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -16,6 +17,7 @@ use socket2::SockRef;
 use telemetry::metrics::{Counter, Gauge};
 use tokio::net::TcpStream;
 use tokio_rustls::LazyConfigAcceptor;
+use types::Cause;
 
 use crate::detect::{self, Seen};
 use crate::io::{Io, Socket};
@@ -37,6 +39,8 @@ pub(crate) struct Conn {
     pub(crate) chain: Arc<FilterChain>,
     pub(crate) state: Rc<ConnState>,
     pub(crate) id: u64,
+    /// What ended an HTTP/2 connection under its streams, once something did.
+    pub(crate) broken: Cell<Option<Cause>>,
 }
 
 impl Conn {
@@ -205,7 +209,7 @@ async fn look(socket: &mut Socket, buffer: &mut BytesMut, tls: bool, http: bool,
 async fn serve_detected(worker: &Rc<Worker>, listener: &Arc<Listener>, socket: Socket, mut facts: ConnFacts) {
     let Ok(chain) = select_chain(listener, &facts, &mut NoRecord) else {
         worker.recorder.count(Counter::NoFilterChain);
-        worker.telemetry.connection_refused(worker, listener, &facts, types::Cause::NoFilterChain);
+        worker.telemetry.connection_refused(worker, listener, &facts, Cause::NoFilterChain);
         return;
     };
     let io = match &chain.tls {
@@ -231,7 +235,7 @@ async fn serve_detected(worker: &Rc<Worker>, listener: &Arc<Listener>, socket: S
                 Err(reason) => {
                     worker.recorder.count(Counter::TlsErrors);
                     tracing::debug!(peer = %facts.peer, local = %facts.local, reason, "TLS handshake failed");
-                    worker.telemetry.connection_refused(worker, listener, &facts, types::Cause::DownstreamTlsFailed);
+                    worker.telemetry.handshake_failed(worker, listener, &chain, &facts, &reason);
                     return;
                 }
             }
@@ -239,7 +243,8 @@ async fn serve_detected(worker: &Rc<Worker>, listener: &Arc<Listener>, socket: S
     };
     let direction = direction(worker, listener);
     let state = worker.register(&listener.name, direction, &chain);
-    let conn = Conn { facts: Arc::new(facts), chain: Arc::clone(&chain), state, id: worker.next_connection_id() };
+    let (facts, id) = (Arc::new(facts), worker.next_connection_id());
+    let conn = Conn { facts, chain: Arc::clone(&chain), state, id, broken: Cell::default() };
     match &chain.terminal {
         Terminal::Http(hcm) => crate::serve::http(worker, Rc::new(conn), hcm, io).await,
         Terminal::Tcp(_) => crate::tcp::serve(worker, &conn, io).await,

@@ -22,6 +22,8 @@ pub(crate) struct Line<'a> {
     pub(crate) ended: &'a Ended,
     pub(crate) upstream: &'a Endpoints,
     pub(crate) connection_id: u64,
+    /// Why the client's TLS failed; empty for none.
+    pub(crate) downstream_failure: &'a str,
 }
 
 /// Writes a line to each log.
@@ -47,21 +49,20 @@ pub(crate) fn write(telemetry: &Telemetry, logs: &[Arc<AccessLog>], line: &Line<
         upstream_protocol: None,
         connection_id: line.connection_id,
         termination_details: "",
+        downstream_failure: line.downstream_failure,
     };
     for log in logs.iter().filter(|log| log.wants(&record)) {
         telemetry.log(&log.path, |out| log.write(&record, out));
     }
 }
 
-/// Writes the line of a connection.
+/// Writes the line of a connection that carried nothing.
 pub(crate) fn connection(
     telemetry: &Telemetry,
     worker: &Worker,
     logs: &[Arc<AccessLog>],
     facts: &ConnFacts,
     info: &StreamInfo,
-    ended: &Ended,
-    upstream: &Endpoints,
 ) {
     let line = Line {
         facts,
@@ -70,9 +71,10 @@ pub(crate) fn connection(
         trailers: None,
         info,
         counts: &Counts::default(),
-        ended,
-        upstream,
+        ended: &Ended::now(worker),
+        upstream: &Endpoints::default(),
         connection_id: worker.next_connection_id(),
+        downstream_failure: "",
     };
     write(telemetry, logs, &line);
 }

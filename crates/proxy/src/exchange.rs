@@ -91,6 +91,13 @@ struct Traffic {
     moved: bool,
 }
 
+impl Traffic {
+    /// gRPC messages so far, there and back.
+    fn messages(&self) -> (u64, u64) {
+        (self.request_messages.count, self.response_messages.count)
+    }
+}
+
 /// Counts gRPC messages in a body, however it is cut.
 #[derive(Default)]
 struct Messages {
@@ -501,6 +508,10 @@ impl Driver<'_, '_> {
             if !self.upload.is_replayable() {
                 self.exchange.set_replayable(false);
             }
+            let info = self.exchange.info();
+            if info.is_grpc {
+                self.log.messages(self.worker, self.conn, self.head, info, self.traffic.messages());
+            }
         }
         if !self.complete && self.upload.is_source_done() {
             self.complete = true;
@@ -591,7 +602,7 @@ impl Driver<'_, '_> {
                     Poll::Ready(Err(Fault::Down(broken))) => {
                         return Poll::Ready(Err(match client_broke(broken) {
                             Interrupt::Garbled(cause) => cause,
-                            _ => gone(&self.down),
+                            _ => gone(self.conn, &self.down),
                         }));
                     }
                     Poll::Ready(Err(Fault::Up(_))) => uploading = false,
@@ -611,12 +622,12 @@ impl Driver<'_, '_> {
                 // a tunnel lives until both directions have ended
                 Poll::Ready(Ok(())) if tunnel && uploading => {}
                 Poll::Ready(Ok(())) => return Poll::Ready(Ok(())),
-                Poll::Ready(Err(Fault::Down(_))) => return Poll::Ready(Err(gone(&self.down))),
+                Poll::Ready(Err(Fault::Down(_))) => return Poll::Ready(Err(gone(self.conn, &self.down))),
                 Poll::Ready(Err(Fault::Up(broken))) => return Poll::Ready(Err(mid_response(broken))),
                 Poll::Pending => {}
             }
             if !uploading && !tunnel && self.down.poll_gone(cx).is_ready() {
-                return Poll::Ready(Err(gone(&self.down)));
+                return Poll::Ready(Err(gone(self.conn, &self.down)));
             }
             match self.poll_timers(cx) {
                 Poll::Pending => Poll::Pending,
@@ -695,7 +706,7 @@ impl Driver<'_, '_> {
         self.log.ended(Ending::Broken);
         let reason = match cause {
             Cause::DownstreamGone | Cause::DownstreamReset => h2::Reason::CANCEL,
-            Cause::BadRequest => h2::Reason::PROTOCOL_ERROR,
+            Cause::BadRequest | Cause::BadStream => h2::Reason::PROTOCOL_ERROR,
             _ => h2::Reason::INTERNAL_ERROR,
         };
         self.down.abort(reason);
@@ -703,7 +714,7 @@ impl Driver<'_, '_> {
 
     fn give_up(&mut self, interrupt: &Interrupt) {
         let cause = match *interrupt {
-            Interrupt::Gone => gone(&self.down),
+            Interrupt::Gone => gone(self.conn, &self.down),
             Interrupt::Garbled(cause) => {
                 self.worker.recorder.count(Counter::DownstreamProtocolErrors);
                 cause
@@ -743,7 +754,10 @@ async fn until(deadline: Option<Instant>) {
     }
 }
 
-fn gone(down: &Down<'_>) -> Cause {
+fn gone(conn: &Conn, down: &Down<'_>) -> Cause {
+    if let Some(cause) = conn.broken.get() {
+        return cause;
+    }
     match down {
         Down::H2(stream) if stream.is_cancelled() => Cause::DownstreamReset,
         _ => Cause::DownstreamGone,
@@ -754,7 +768,7 @@ fn gone(down: &Down<'_>) -> Cause {
 fn client_broke(broken: Broken) -> Interrupt {
     match broken {
         Broken::Message(error) => Interrupt::Garbled(error.cause()),
-        Broken::Protocol => Interrupt::Garbled(Cause::BadRequest),
+        Broken::Protocol => Interrupt::Garbled(Cause::BadStream),
         _ => Interrupt::Gone,
     }
 }

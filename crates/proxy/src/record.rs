@@ -9,11 +9,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use engine::access_log::AccessLog;
 use engine::chain::{Direction, FilterChain, Listener, Terminal};
 use engine::config::Name;
-use engine::exchange::StreamInfo;
+use engine::exchange::{Details, StreamInfo};
 use engine::facts::{ConnFacts, Now};
-use engine::hcm::GrpcStats;
+use engine::hcm::{GrpcStats, Hcm};
 use engine::shared::{GRPC_METHODS_MAX, GrpcTally, SharedCluster};
 use telemetry::log::LineSink;
 use telemetry::metrics::{Counter, Destination, Flags, Protocol, Reporter, RequestSample, Security, Series, SeriesKey};
@@ -167,20 +168,12 @@ impl Telemetry {
         made
     }
 
-    /// A connection that reached no chain, or failed in its handshake.
+    /// A connection that reached no chain.
     pub(crate) fn connection_refused(&self, worker: &Worker, listener: &Listener, facts: &ConnFacts, cause: Cause) {
         let mut info = StreamInfo::default();
         info.causes.push(cause);
-        info.details = engine::exchange::Details::Static(cause.surface().details);
-        crate::access::connection(
-            self,
-            worker,
-            &listener.access_log,
-            facts,
-            &info,
-            &Ended::now(worker),
-            &Endpoints::default(),
-        );
+        info.details = Details::Static(cause.surface().details);
+        crate::access::connection(self, worker, &listener.access_log, facts, &info);
     }
 
     /// A connection of a chain that was closed before it carried anything.
@@ -190,18 +183,47 @@ impl Telemetry {
         if !marked.causes.contains(&cause) {
             marked.causes.push(cause);
         }
-        let logs = match &conn.chain.terminal {
-            Terminal::Http(hcm) => &hcm.access_log,
-            Terminal::Tcp(tcp) => &tcp.access_log,
+        crate::access::connection(self, worker, logs_of(&conn.chain), &conn.facts, &marked);
+    }
+
+    /// A connection whose handshake failed, in the words of its listener's log and, as one that was closed before it
+    /// carried anything, of its chain's. The flag is `-`, as Envoy's is; the details tell why.
+    pub(crate) fn handshake_failed(
+        &self,
+        worker: &Worker,
+        listener: &Listener,
+        chain: &FilterChain,
+        facts: &ConnFacts,
+        reason: &str,
+    ) {
+        let cause = Cause::DownstreamTlsFailed;
+        let reason = one_word(reason);
+        let mut info = StreamInfo::default();
+        info.causes.push(cause);
+        info.details = Details::Owned(format!("{}{{{reason}}}", cause.surface().details).into());
+        let (counts, ended, upstream) = (Counts::default(), Ended::now(worker), Endpoints::default());
+        let line = crate::access::Line {
+            facts,
+            head: None,
+            response: None,
+            trailers: None,
+            info: &info,
+            counts: &counts,
+            ended: &ended,
+            upstream: &upstream,
+            connection_id: worker.next_connection_id(),
+            downstream_failure: &reason,
         };
-        crate::access::connection(self, worker, logs, &conn.facts, &marked, &Ended::now(worker), &Endpoints::default());
+        for logs in [&listener.access_log[..], logs_of(chain)] {
+            crate::access::write(self, logs, &line);
+        }
     }
 
     /// Bytes that never became a request.
     pub(crate) fn malformed(&self, worker: &Worker, conn: &Conn, cause: Cause, status: u16) {
         let mut info = StreamInfo::default();
         info.causes.push(cause);
-        info.details = engine::exchange::Details::Static(cause.surface().details);
+        info.details = Details::Static(cause.surface().details);
         let response = ResponseHead::new(status);
         let head = RequestHead::default();
         let ended = Ended::now(worker);
@@ -216,19 +238,14 @@ impl Telemetry {
                 ended: &ended,
                 upstream: &Endpoints::default(),
                 connection_id: conn.id,
+                downstream_failure: "",
             };
             crate::access::write(self, &hcm.access_log, &line);
         }
         let key = SeriesKey {
-            reporter: reporter(conn),
-            protocol: Protocol::Http,
-            security: security(conn),
-            source: self.source(conn, &info),
-            destination: self.destination(conn, &info),
             service: self.service("unknown", "unknown", "unknown"),
             response_code: status,
-            grpc_status: None,
-            flags: flags(&info),
+            ..self.key(Protocol::Http, conn, &info, "")
         };
         worker.recorder.series(key).request(&RequestSample { duration: Duration::ZERO, ..RequestSample::default() });
         if let Some(manager) = &conn.state.manager {
@@ -259,14 +276,27 @@ impl Telemetry {
         }
     }
 
-    /// The service a request or connection was for.
+    /// The service a request or connection was for. `host` stands in for a service that nobody names, if it may:
+    /// a client's word makes no series of a gateway or a server.
+    ///
+    /// *Source*: `operations.md`, LBL-2 and LBL-5; Istio's `istio_stats` for the names of the routes that stand for
+    /// hosts which no service has.
     fn service_of(&self, conn: &Conn, info: &StreamInfo, host: &str) -> Arc<Destination> {
-        let own = || self.peers.own();
+        let own = self.peers.own();
+        let fallback = match host {
+            "" if reporter(conn) == Reporter::Destination => &*own.canonical_service,
+            "" => "unknown",
+            host => host,
+        };
+        match info.route_name.as_deref() {
+            Some("block_all") => return self.service(fallback, "BlackHoleCluster", "unknown"),
+            Some("allow_any") => return self.service(fallback, "PassthroughCluster", "unknown"),
+            _ => {}
+        }
         if let Some(service) = info.cluster.as_ref().and_then(|cluster| cluster.services.first()) {
             return self.service(&service.host, &service.name, &service.namespace);
         }
         let cluster = info.cluster.as_ref().map(|cluster| &*cluster.name).or(info.cluster_name.as_deref());
-        let fallback = if host.is_empty() { "unknown" } else { host };
         match cluster {
             Some(name @ ("PassthroughCluster" | "BlackHoleCluster" | "InboundPassthroughCluster")) => {
                 self.service(fallback, name, "unknown")
@@ -282,12 +312,25 @@ impl Telemetry {
                         self.service(&host, &host, "unknown")
                     }
                 }
-                _ => self.service(fallback, &own().canonical_service, &own().namespace),
+                _ => self.service(fallback, &own.canonical_service, &own.namespace),
             },
-            None if reporter(conn) == Reporter::Destination => {
-                self.service(fallback, &own().canonical_service, &own().namespace)
-            }
-            None => self.service(fallback, "unknown", "unknown"),
+            None if reporter(conn) == Reporter::Destination => self.service(fallback, fallback, &own.namespace),
+            None => self.service(fallback, fallback, "unknown"),
+        }
+    }
+
+    /// What tells series apart before anything is answered.
+    fn key(&self, protocol: Protocol, conn: &Conn, info: &StreamInfo, host: &str) -> SeriesKey {
+        SeriesKey {
+            reporter: reporter(conn),
+            protocol,
+            security: security(conn),
+            source: self.source(conn, info),
+            destination: self.destination(conn, info),
+            service: self.service_of(conn, info, host),
+            response_code: 0,
+            grpc_status: None,
+            flags: flags(info),
         }
     }
 
@@ -321,18 +364,30 @@ impl Telemetry {
 
     /// The series of a connection of bytes.
     pub(crate) fn tcp_series(&self, worker: &Worker, conn: &Conn, info: &StreamInfo) -> Arc<Series> {
-        worker.recorder.series(SeriesKey {
-            reporter: reporter(conn),
-            protocol: Protocol::Tcp,
-            security: security(conn),
-            source: self.source(conn, info),
-            destination: self.destination(conn, info),
-            service: self.service_of(conn, info, ""),
-            response_code: 0,
-            grpc_status: None,
-            flags: flags(info),
-        })
+        worker.recorder.series(self.key(Protocol::Tcp, conn, info, ""))
     }
+}
+
+/// The logs of what a chain carries.
+fn logs_of(chain: &FilterChain) -> &[Arc<AccessLog>] {
+    match &chain.terminal {
+        Terminal::Http(hcm) => &hcm.access_log,
+        Terminal::Tcp(tcp) => &tcp.access_log,
+    }
+}
+
+/// The longest reason that a line tells.
+const REASON_MAX: usize = 200;
+
+/// A reason as one word of a line, whatever a peer made of it.
+fn one_word(reason: &str) -> String {
+    let plain = |c: char| if c.is_control() || c.is_whitespace() || matches!(c, '"' | '{' | '}') { '_' } else { c };
+    reason.chars().take(REASON_MAX).map(plain).collect()
+}
+
+/// The host that stands in for a service in metrics; empty where the chain's metrics may not take it.
+fn fallback_host<'a>(hcm: &Hcm, head: &'a RequestHead) -> &'a str {
+    if hcm.stats().is_some_and(|stats| stats.disable_host_header_fallback) { "" } else { head.authority_str() }
 }
 
 fn reporter(conn: &Conn) -> Reporter {
@@ -393,7 +448,7 @@ impl Ended {
         self.end.mono.saturating_duration_since(self.start.mono)
     }
 
-    fn now(worker: &Worker) -> Self {
+    pub(crate) fn now(worker: &Worker) -> Self {
         let now = worker.now();
         Self { start: now, end: now, sent: None, head: None }
     }
@@ -409,7 +464,16 @@ pub(crate) struct RequestLog {
     head: Option<std::time::Instant>,
     status: u16,
     ending: Option<Ending>,
+    messages: Messages,
     tracing: RequestTrace,
+}
+
+/// gRPC messages of a request that its series has.
+#[derive(Default)]
+struct Messages {
+    series: Option<Arc<Series>>,
+    request: u64,
+    response: u64,
 }
 
 impl RequestLog {
@@ -434,6 +498,7 @@ impl RequestLog {
             head: None,
             status: 0,
             ending: None,
+            messages: Messages::default(),
             tracing,
         }
     }
@@ -457,10 +522,49 @@ impl RequestLog {
         self.ending.get_or_insert(ending);
     }
 
+    /// Counts the gRPC messages that have passed, once the peer is known: a client's metadata comes with the request,
+    /// a server's with its answer.
+    ///
+    /// *Source*: `operations.md`, A1 and MET-2. Istio tells every five seconds what we tell at once.
+    pub(crate) fn messages(
+        &mut self,
+        worker: &Worker,
+        conn: &Conn,
+        head: &RequestHead,
+        info: &StreamInfo,
+        (request, response): (u64, u64),
+    ) {
+        if reporter(conn) == Reporter::Destination || self.status != 0 {
+            self.count_messages(worker, conn, head, info, (request, response));
+        }
+    }
+
+    fn count_messages(
+        &mut self,
+        worker: &Worker,
+        conn: &Conn,
+        head: &RequestHead,
+        info: &StreamInfo,
+        (request, response): (u64, u64),
+    ) {
+        let Terminal::Http(hcm) = &self.chain.terminal else { return };
+        let counted = &mut self.messages;
+        if hcm.stats().is_none() || (request, response) == (counted.request, counted.response) {
+            return;
+        }
+        let series = counted.series.get_or_insert_with(|| {
+            let host = fallback_host(hcm, head);
+            let key = worker.telemetry.key(Protocol::GrpcMessages, conn, info, host);
+            worker.recorder.series(SeriesKey { security: Security::Unknown, flags: Flags::One("-"), ..key })
+        });
+        series.messages(request - counted.request, response - counted.response);
+        (counted.request, counted.response) = (request, response);
+    }
+
     /// Writes metrics, log line and spans.
     #[expect(clippy::too_many_arguments, reason = "all that is known of a request, once")]
     pub(crate) fn write(
-        self,
+        mut self,
         worker: &Rc<Worker>,
         conn: &Conn,
         head: &RequestHead,
@@ -471,20 +575,17 @@ impl RequestLog {
     ) {
         let telemetry = &worker.telemetry;
         let end = worker.now();
+        if info.is_grpc {
+            self.count_messages(worker, conn, head, info, (counts.request_messages, counts.response_messages));
+        }
         let Terminal::Http(hcm) = &self.chain.terminal else { return };
         let status = if self.status == 0 { 0 } else { response.status };
         if hcm.stats().is_some() {
             let protocol = if info.is_grpc { Protocol::Grpc } else { Protocol::Http };
             let key = SeriesKey {
-                reporter: reporter(conn),
-                protocol,
-                security: security(conn),
-                source: telemetry.source(conn, info),
-                destination: telemetry.destination(conn, info),
-                service: telemetry.service_of(conn, info, head.authority_str()),
                 response_code: status,
-                grpc_status: counts.grpc_status.filter(|_| protocol == Protocol::Grpc),
-                flags: flags(info),
+                grpc_status: counts.grpc_status.filter(|_| info.is_grpc),
+                ..telemetry.key(protocol, conn, info, fallback_host(hcm, head))
             };
             let head_bytes = |fields: &Fields| (fields.bytes() + fields.len() * 4) as u64;
             worker.recorder.series(key).request(&RequestSample {
@@ -493,8 +594,6 @@ impl RequestLog {
                     + head_bytes(&head.fields)
                     + (head.path().len() + head.authority().len() + 16) as u64,
                 response_bytes: counts.response_bytes + head_bytes(&response.fields) + 16,
-                request_messages: counts.request_messages,
-                response_messages: counts.response_messages,
             });
         }
         if let Some(manager) = &conn.state.manager {
@@ -518,6 +617,7 @@ impl RequestLog {
                 ended: &ended,
                 upstream: &self.upstream,
                 connection_id: conn.id,
+                downstream_failure: "",
             };
             crate::access::write(telemetry, &hcm.access_log, &line);
         }

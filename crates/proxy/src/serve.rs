@@ -7,7 +7,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
-use engine::exchange::StreamInfo;
+use engine::exchange::{Details, StreamInfo};
 use engine::hcm::{Codec, Hcm, ServerHeader};
 use engine::record::NoRecord;
 use telemetry::metrics::Counter;
@@ -374,12 +374,15 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
             None => return,
             Some(Ok(accepted)) => accepted,
             Some(Err(error)) => {
-                if flooded.get() || error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM) {
-                    worker.recorder.count(Counter::DownstreamFloods);
-                } else if !error.is_io() {
-                    worker.recorder.count(Counter::DownstreamProtocolErrors);
-                }
                 tracing::debug!(peer = %conn.facts.peer, %error, "HTTP/2 connection ended");
+                let calmed = error.is_library() && error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM);
+                if flooded.get() || calmed {
+                    worker.recorder.count(Counter::DownstreamFloods);
+                    broke(worker, conn, Cause::DownstreamFlood, active.get());
+                } else if error.is_library() {
+                    worker.recorder.count(Counter::DownstreamProtocolErrors);
+                    broke(worker, conn, Cause::BadStream, active.get());
+                }
                 return;
             }
         };
@@ -409,7 +412,7 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
                     on.recorder.count(Counter::DownstreamProtocolErrors);
                     let cause = match bad {
                         BadRequest::NoAuthority => Cause::MissingHost,
-                        BadRequest::Malformed => Cause::BadRequest,
+                        BadRequest::Malformed => Cause::BadStream,
                         BadRequest::TooManyFields => Cause::HeadersTooLarge,
                     };
                     let status = cause.surface().status;
@@ -420,6 +423,16 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
                 }
             }
         });
+    }
+}
+
+/// A client's frames ended the connection: the streams under way tell so in their lines; where there is none, the
+/// connection has a line of its own.
+fn broke(worker: &Worker, conn: &Conn, cause: Cause, streams: u32) {
+    conn.broken.set(Some(cause));
+    if streams == 0 {
+        let info = StreamInfo { details: Details::Static(cause.surface().details), ..StreamInfo::default() };
+        worker.telemetry.connection_closed(worker, conn, &info, cause);
     }
 }
 

@@ -90,6 +90,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Conn, mut down: Io) {
             ended: &ended,
             upstream: &endpoints,
             connection_id: conn.id,
+            downstream_failure: "",
         };
         crate::access::write(&worker.telemetry, &tcp.access_log, &line);
     }

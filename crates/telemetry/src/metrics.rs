@@ -62,6 +62,11 @@ pub enum Protocol {
     Http,
     /// gRPC.
     Grpc,
+    /// The messages of a gRPC stream. They are counted while it is open, so that labels which only its end
+    /// tells are left out: the protocol, the answer's codes and flags, and the transport's security.
+    ///
+    /// *Source*: Istio's `istio_stats`, which reports them with what it knows of the peers.
+    GrpcMessages,
     /// A connection.
     Tcp,
 }
@@ -106,7 +111,7 @@ pub struct SeriesKey {
     pub destination: Arc<Peer>,
     /// The service.
     pub service: Arc<Destination>,
-    /// HTTP status; 0 when none was sent; ignored for TCP.
+    /// HTTP status; 0 when none was sent; for finished requests only.
     pub response_code: u16,
     /// gRPC status, for gRPC only.
     pub grpc_status: Option<u32>,
@@ -205,7 +210,7 @@ fn render_labels(key: &SeriesKey) -> String {
     };
     let protocol = match key.protocol {
         Protocol::Http => "http",
-        Protocol::Grpc => "grpc",
+        Protocol::Grpc | Protocol::GrpcMessages => "grpc",
         Protocol::Tcp => "tcp",
     };
     let security = match key.security {
@@ -234,8 +239,11 @@ fn render_labels(key: &SeriesKey) -> String {
         ("destination_service_name", &service.name),
         ("destination_service_namespace", &service.namespace),
         ("destination_cluster", &destination.cluster),
-        ("request_protocol", protocol),
     ];
+    if key.protocol == Protocol::GrpcMessages {
+        return text::labels(pairs);
+    }
+    pairs.push(("request_protocol", protocol));
     if key.protocol != Protocol::Tcp {
         pairs.push(("response_code", &code));
         pairs.push(("grpc_response_status", &grpc));
@@ -296,10 +304,6 @@ pub struct RequestSample {
     pub request_bytes: u64,
     /// Bytes to downstream, heads included.
     pub response_bytes: u64,
-    /// gRPC messages from downstream.
-    pub request_messages: u64,
-    /// gRPC messages to downstream.
-    pub response_messages: u64,
 }
 
 impl Series {
@@ -312,10 +316,12 @@ impl Series {
             self.request_bytes.record(sample.request_bytes as f64);
             self.response_bytes.record(sample.response_bytes as f64);
         }
-        if sample.request_messages + sample.response_messages > 0 {
-            bump(&self.request_messages, sample.request_messages);
-            bump(&self.response_messages, sample.response_messages);
-        }
+    }
+
+    /// gRPC messages since the last call, from downstream and to it.
+    pub fn messages(&self, request: u64, response: u64) {
+        bump(&self.request_messages, request);
+        bump(&self.response_messages, response);
     }
 
     /// A TCP connection was opened.
@@ -441,8 +447,6 @@ macro_rules! counters {
 counters! {
     /// Connections accepted.
     DownstreamConnections = "envoy_listener_downstream_cx_total",
-    /// Connections refused because the proxy is at its limit.
-    DownstreamConnectionsRefused = "envoy_listener_downstream_cx_overload_reject",
     /// Connections no filter chain matched.
     NoFilterChain = "envoy_listener_no_filter_chain_match",
     /// TLS handshakes that succeeded downstream.
@@ -777,12 +781,7 @@ mod tests {
         let metrics = Metrics::new();
         let (one, two) = (metrics.recorder(), metrics.recorder());
         let peer = Peer::unknown();
-        let sample = RequestSample {
-            duration: Duration::from_millis(7),
-            request_bytes: 10,
-            response_bytes: 20,
-            ..Default::default()
-        };
+        let sample = RequestSample { duration: Duration::from_millis(7), request_bytes: 10, response_bytes: 20 };
         one.series(key(200, &peer)).request(&sample);
         one.series(key(200, &Peer::unknown())).request(&sample);
         two.series(key(200, &peer)).request(&sample);
@@ -873,5 +872,22 @@ mod tests {
         metrics.render(&mut out);
         let line = out.lines().find(|line| line.starts_with("istio_tcp_sent_bytes_total{")).unwrap();
         assert!(!line.contains("response_code") && line.ends_with(" 5"), "{line}");
+    }
+
+    #[test]
+    fn messages_have_no_labels_that_only_an_end_tells() {
+        let metrics = Metrics::new();
+        let recorder = metrics.recorder();
+        let key = SeriesKey { protocol: Protocol::GrpcMessages, ..key(0, &Peer::unknown()) };
+        let series = recorder.series(key);
+        series.messages(2, 0);
+        series.messages(1, 5);
+        let mut out = String::new();
+        metrics.render(&mut out);
+        for (name, count) in [("istio_request_messages_total{", " 3"), ("istio_response_messages_total{", " 5")] {
+            let line = out.lines().find(|line| line.starts_with(name)).unwrap();
+            assert!(line.ends_with(&format!("destination_cluster=\"unknown\"}}{count}")), "{line}");
+        }
+        assert!(!out.contains("istio_requests_total{"), "no request has ended: {out}");
     }
 }

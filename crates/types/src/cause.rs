@@ -116,8 +116,6 @@ causes! {
     RequestTimeout = (504, "UT", "response_timeout", "upstream request timeout", "the application is slower than the VirtualService's timeout"),
     /// The last per-try time-out passed.
     PerTryTimeout = (504, "UT", "upstream_per_try_timeout", "upstream request timeout", "the application is slower than retries.perTryTimeout"),
-    /// The upstream kept the connection or stream longer than allowed.
-    UpstreamMaxDuration = (0, "UMSDR", "upstream_max_stream_duration_reached", "", "this is configured: maxStreamDuration"),
     /// A name could not be resolved.
     DnsFailed = (503, "DF", "dns_resolution_failed", "DNS resolution failure", "the host does not resolve from the proxy"),
     // ---- faults ----
@@ -159,14 +157,14 @@ causes! {
     /// More than one token where only one counts.
     JwtTooMany = (401, "-", "jwt_authn_access_denied", "Jwt verification fails", "every token a request carries must be valid"),
     // ---- limits and broken peers ----
-    /// A local rate limit is used up.
-    LocalRateLimited = (429, "RL", "local_rate_limited", "local_rate_limited", "slow down"),
     /// The body is larger than a filter may hold.
     PayloadTooLarge = (413, "-", "request_payload_too_large", "Payload Too Large", "send less"),
     /// The head is larger than allowed.
     HeadersTooLarge = (431, "DPE", "http1.headers_too_large", "Request Header Fields Too Large", "send fewer or shorter headers"),
     /// Malformed HTTP from downstream.
     BadRequest = (400, "DPE", "http1.codec_error", "Bad Request", "the client's request is not valid HTTP"),
+    /// Malformed HTTP/2 from downstream: a stream's head or frames, or frames that end the connection.
+    BadStream = (400, "DPE", "http2.violation.of.messaging.rule", "", "the client's HTTP/2 is not valid"),
     /// Neither `Host` nor `:authority`, or more than one.
     MissingHost = (400, "-", "missing_host_header", "", "send exactly one Host"),
     /// A path the normaliser refuses.
@@ -179,20 +177,18 @@ causes! {
     RequestReceiveTimeout = (408, "-", "request_overall_timeout", "request timeout", "the client is too slow"),
     /// The head did not arrive in time.
     RequestHeaderTimeout = (408, "-", "request_header_timeout", "request header timeout", "the client is too slow"),
-    /// Nothing moved on a stream for too long.
+    /// Nothing moved on a stream for too long; 504 once the request is whole.
     StreamIdleTimeout = (408, "SI", "stream_idle_timeout", "stream timeout", "neither side sent anything for the idle time-out"),
-    /// The stream lasted longer than allowed.
+    /// The stream lasted longer than allowed; 504 once the request is whole.
     MaxStreamDuration = (408, "DT", "max_duration_timeout", "downstream duration timeout", "this is configured: maxStreamDuration"),
     /// The TLS handshake with the client failed.
-    DownstreamTlsFailed = (0, "-", "", "", "the client's certificate or TLS version does not fit the port's mode"),
+    DownstreamTlsFailed = (0, "-", "downstream_tls_failed", "", "the client's certificate or TLS version does not fit the port's mode"),
     /// The client went away.
     DownstreamGone = (0, "DC", "downstream_remote_disconnect", "", "the client closed before the answer"),
     /// The client reset its stream.
     DownstreamReset = (0, "DR", "http2.remote_reset", "", "the client cancelled"),
     /// The client flooded the connection with frames.
-    DownstreamFlood = (0, "DPE", "http2.too_many_frames", "", "the client misbehaves"),
-    /// The proxy is at a limit of its own.
-    Overloaded = (503, "OM", "overload", "envoy overloaded", "the proxy is at its connection or memory limit"),
+    DownstreamFlood = (0, "DPE", "codec_error:Flooding_was_detected_in_this_HTTP/2_session,_and_it_must_be_closed", "", "the client misbehaves"),
     /// The request uses a feature of the configuration that the proxy refuses to guess at.
     ConfigRefused = (500, "NFCF", "filter_config_not_found", "", "see the findings: the object is not understood and fails closed"),
     /// A bug in the proxy, contained.
@@ -203,7 +199,7 @@ impl Cause {
     /// The gRPC status a gRPC caller gets with the local reply.
     pub fn grpc_code(self) -> GrpcCode {
         match self {
-            Self::MaxStreamDuration | Self::UpstreamMaxDuration => GrpcCode(4),
+            Self::MaxStreamDuration => GrpcCode(4),
             other => GrpcCode::from_http(other.surface().status),
         }
     }

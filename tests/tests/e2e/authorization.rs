@@ -1,5 +1,6 @@
 //! AuthorizationPolicy.
 
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -385,13 +386,9 @@ spec:
 }
 
 #[test]
-fn rules_of_http_narrow_permissions_and_widen_denials_on_connections() {
+pub(crate) fn rules_of_http_narrow_permissions_and_widen_denials_on_connections() {
     let mesh = SECURITY.turn();
-    let tcp = |spec: &str| {
-        format!(
-            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: echo, namespace: foo}}\nspec: {{selector: {{matchLabels: {{app: echo}}}}, {spec}}}\n"
-        )
-    };
+    let tcp = of_bytes;
     let _policy = mesh.with(&tcp("rules: [{to: [{operation: {methods: [GET]}}]}]"));
     assert_eq!(echo(&mesh, "foo/curl"), "", "an ALLOW by method allows no connection");
     mesh.apply(&tcp("rules: [{to: [{operation: {methods: [GET]}}]}, {from: [{source: {namespaces: [foo]}}]}]"));
@@ -409,6 +406,47 @@ fn rules_of_http_narrow_permissions_and_widen_denials_on_connections() {
         let details = "rbac_access_denied_matched_policy[ns[foo]-policy[echo]-rule[0]]";
         if log.lines().any(|line| line.contains(details)) { Ok(()) } else { Err(log) }
     });
+}
+
+/// A policy of the echo, which speaks bytes.
+fn of_bytes(spec: &str) -> String {
+    format!(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: echo, namespace: foo}}\nspec: {{selector: {{matchLabels: {{app: echo}}}}, {spec}}}\n"
+    )
+}
+
+#[test]
+fn connections_are_judged_by_address_and_port() {
+    let mesh = SECURITY.turn();
+    let pods = mesh.must(&["get", "pods", "-n", "bar", "-l", "app=curl", "-o", "json"], "");
+    let pods: Value = serde_json::from_str(&pods).unwrap();
+    let bar = pods["items"][0]["status"]["podIP"].as_str().unwrap_or_else(|| panic!("{pods:#}"));
+    let _policy = mesh.with(&of_bytes("rules: [{}]"));
+    // rule, then who gets through: bar's curl, legacy's, which has no proxy
+    for (spec, of_bar, of_legacy) in [
+        ("rules: [{from: [{source: {ipBlocks: [10.0.0.0/8]}}]}]", true, true),
+        ("rules: [{from: [{source: {ipBlocks: [192.0.2.0/24]}}]}]", false, false),
+        ("rules: [{from: [{source: {ipBlocks: [\"@\"]}}]}]", true, false),
+        ("rules: [{from: [{source: {notIpBlocks: [\"@\"]}}]}]", false, true),
+        ("action: DENY, rules: [{from: [{source: {ipBlocks: [\"@/32\"]}}]}]", false, true),
+        ("rules: [{when: [{key: source.ip, values: [\"@\"]}]}]", true, false),
+        ("rules: [{when: [{key: source.ip, notValues: [\"@\"]}]}]", false, true),
+        ("rules: [{to: [{operation: {ports: [\"9000\"]}}]}]", true, true),
+        ("rules: [{to: [{operation: {notPorts: [\"9000\"]}}]}]", false, false),
+        ("rules: [{to: [{operation: {notPorts: [\"9001\"]}}]}]", true, true),
+        ("action: DENY, rules: [{to: [{operation: {notPorts: [\"9001\"]}}]}]", false, false),
+        (
+            "rules: [{when: [{key: destination.port, values: [\"9000\"]}, {key: source.ip, values: [\"@\"]}]}]",
+            true,
+            false,
+        ),
+    ] {
+        mesh.apply(&of_bytes(&spec.replace('@', bar)));
+        for (whence, is_allowed) in [("bar/curl", of_bar), ("legacy/curl", of_legacy)] {
+            let line = if is_allowed { "one hi" } else { "" };
+            assert_eq!(echo(&mesh, whence), line, "{spec}: {whence}");
+        }
+    }
 }
 
 /// What the authorizer was asked. One request of a hundred is traced by default, and the puppet takes spans, too.
@@ -459,7 +497,86 @@ fn an_authorizer_is_asked_and_says_yes_with_headers() {
 }
 
 #[test]
-fn an_authorizer_says_no_in_its_own_words() {
+fn an_authorizer_is_asked_at_the_gateway() {
+    let mesh = SECURITY.turn();
+    let puppet = Puppet::new(&mesh, PUPPET);
+    let _policy = mesh.with(
+        "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: custom, namespace: istio-system}
+spec:
+  selector: {matchLabels: {istio: ingressgateway}}
+  action: CUSTOM
+  provider: {name: ask}
+  rules: [{to: [{operation: {hosts: [httpbin.foo.test], paths: [/anything/asked]}}]}]
+",
+    );
+    puppet.answers(&json!([{"path": "/ask", "headers": {"x-user": "ada", "x-checked": "yes"}}]));
+    let answer = asked(&mesh, &[("x-key", "k"), ("x-user", "eve")]);
+    assert_eq!((answer.status, answer.header("x-checked")), (200, Some("yes")), "{answer:?}");
+    assert_eq!(answer.json()["headers"]["x-user"], json!(["ada"]), "{answer:?}");
+    let seen = checks(&puppet);
+    let [check] = &seen[..] else { panic!("asked once, by the gateway alone: {seen:?}") };
+    assert_eq!((&check["path"], &check["headers"]["x-key"]), (&json!("/ask/anything/asked?a=b"), &json!(["k"])));
+    puppet.answers(&json!([{"path": "/ask", "status": 401, "headers": {"x-reason": "late"}, "body": "go away"}]));
+    let answer = asked(&mesh, &[]);
+    assert_eq!((answer.status, answer.body.as_str(), answer.header("x-reason")), (401, "go away", Some("late")));
+    assert_eq!(mesh.get("httpbin.foo.test", "/get", &[]).status, 200, "another path is not asked about");
+    assert_eq!(ask(&mesh, "bar/curl", &[], "/anything/asked").0, 200, "inside nobody asks");
+    assert_eq!(checks(&puppet).len(), 2);
+    crate::causes::logged(
+        &mesh,
+        "istio-system/istio-ingressgateway",
+        "/anything/asked?a=b",
+        " 401 UAEX ext_authz_denied ",
+    );
+}
+
+/// One worker: a request that waits for its authorizer holds nobody up.
+#[test]
+fn a_check_that_waits_leaves_the_worker_to_others() {
+    let mesh = SECURITY.turn();
+    let puppet = Puppet::new(&mesh, PUPPET);
+    let single = crate::apps::workload("foo", "single", "v1", "docker.io/kong/httpbin", Some(80), "")
+        .replace("version: v1}", "version: v1}, annotations: {proxy.istio.io/config: \"{concurrency: 1}\"}");
+    let waits =
+        "  action: CUSTOM\n  provider: {name: ask-body}\n  rules: [{to: [{operation: {paths: [/anything/waits]}}]}]";
+    let objects = [
+        single,
+        crate::apps::service("foo", "single", "{name: http, port: 8000, targetPort: 80}"),
+        policy("waits", waits).replace("app: httpbin", "app: single"),
+    ];
+    let _objects = mesh.with(&objects.join("---\n"));
+    mesh.must(&["rollout", "status", "deploy/single", "-n", "foo", "--timeout", "120"], "");
+    mesh.synced();
+    let info = mesh.curl("foo/single", &["http://127.0.0.1:15000/server_info"]).json();
+    assert_eq!(info["command_line_options"]["concurrency"], 1, "{info}");
+    puppet.answers(&json!([{"path": "/body", "hangs": true}]));
+    // The authorizer has thirty seconds, after which a slow machine has shown nothing.
+    for round in 1.. {
+        let mut waiting = mesh.dial("bar/curl", "single.foo", 8000);
+        let request = b"GET /anything/waits HTTP/1.1\r\nhost: single.foo\r\nconnection: close\r\n\r\n";
+        waiting.write_all(request).unwrap();
+        eventually("the question", || match checks(&puppet).len() {
+            asked if asked >= round => Ok(()),
+            asked => Err(format!("{asked} of {round}")),
+        });
+        let served = mesh.curl("bar/curl", &["http://single.foo:8000/anything/other?[1-20]"]);
+        assert_eq!(served.body.matches("\"method\"").count(), 20, "{served:?}");
+        let log = eventually("the log of what was served", || {
+            let log = mesh.logs("foo/single", "istio-proxy");
+            if log.contains("/anything/other?20 ") { Ok(log) } else { Err(log) }
+        });
+        if !log.contains("/anything/waits ") {
+            return;
+        }
+        assert!(round < 3, "others were served only after the authorizer's time: {log}");
+    }
+}
+
+#[test]
+pub(crate) fn an_authorizer_says_no_in_its_own_words() {
     let mesh = SECURITY.turn();
     let puppet = Puppet::new(&mesh, PUPPET);
     let _policy = custom(&mesh, "ask");
@@ -482,7 +599,7 @@ fn an_authorizer_says_no_in_its_own_words() {
 }
 
 #[test]
-fn an_authorizer_that_fails_fails_closed_or_when_told_open() {
+pub(crate) fn an_authorizer_that_fails_fails_closed_or_when_told_open() {
     let mesh = SECURITY.turn();
     let puppet = Puppet::new(&mesh, PUPPET);
     for (provider, path, expect) in [("ask", "/ask", 403), ("ask-open", "/open", 200)] {
@@ -529,7 +646,7 @@ fn an_authorizer_that_fails_fails_closed_or_when_told_open() {
 }
 
 #[test]
-fn an_authorizer_reads_the_body_up_to_its_limit() {
+pub(crate) fn an_authorizer_reads_the_body_up_to_its_limit() {
     let mesh = SECURITY.turn();
     let puppet = Puppet::new(&mesh, PUPPET);
     let _policy = custom(&mesh, "ask-body");
@@ -548,6 +665,7 @@ fn an_authorizer_reads_the_body_up_to_its_limit() {
         assert_eq!(large.status, 413, "{large:?}");
         assert_eq!(checks(&puppet).len(), 0, "a body that is cut is not judged");
     }
+    crate::causes::logged(&mesh, "foo/httpbin", "\"POST /anything/asked ", " 413 - request_payload_too_large ");
     puppet.answers(&json!([{"path": "/body", "closes": true}]));
     assert_eq!(post(&["-d", "x"]).status, 503, "statusOnError");
 }

@@ -229,6 +229,7 @@ spec:
     );
     let answer = mesh.get("redirect.example", "/a?b=c", &[]);
     assert_eq!((answer.status, answer.header("location")), (301, Some("https://redirect.example/a?b=c")), "{answer:?}");
+    crate::causes::logged(&mesh, "istio-system/istio-ingressgateway", "/a?b=c", " 301 - direct_response ");
 }
 
 #[test]

@@ -1,20 +1,29 @@
 //! A real `lateen proxy` under hostile clients: it lives, and gives back what they took.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use testkit::eventually;
 
-/// A proxy on a bootstrap, with an upstream in this process.
-struct Proxy {
+/// A proxy on a bootstrap.
+pub(crate) struct Proxy {
     child: Child,
     /// Where it writes its admin address.
     _dir: tempfile::TempDir,
-    http: SocketAddr,
-    admin: SocketAddr,
+    /// Where its listener `http` is.
+    pub(crate) http: SocketAddr,
+    pub(crate) admin: SocketAddr,
 }
+
+/// As an Envoy address.
+fn address(at: SocketAddr) -> String {
+    format!("{{ socket_address: {{ address: {}, port_value: {} }} }}", at.ip(), at.port())
+}
+
+/// A free port of the loopback.
+pub(crate) const ANY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// Answers every request of every connection with `ok`.
 fn upstream() -> SocketAddr {
@@ -36,7 +45,7 @@ fn upstream() -> SocketAddr {
 }
 
 /// One request; `None` if nothing comes back.
-fn ask(at: SocketAddr, path: &str) -> Option<String> {
+pub(crate) fn ask(at: SocketAddr, path: &str) -> Option<String> {
     let mut stream = TcpStream::connect(at).ok()?;
     stream.set_read_timeout(Some(testkit::PATIENCE)).ok()?;
     stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes()).ok()?;
@@ -46,12 +55,8 @@ fn ask(at: SocketAddr, path: &str) -> Option<String> {
 }
 
 impl Proxy {
-    /// Starts one that may open so many descriptors.
+    /// Starts one that may open so many descriptors, with an upstream in this process.
     fn start(descriptors: u32) -> Self {
-        let dir = tempfile::tempdir().expect("a folder");
-        let (admin_path, any, up) = (dir.path().join("admin"), SocketAddr::from(([127, 0, 0, 1], 0)), upstream());
-        let address =
-            |at: SocketAddr| format!("{{ socket_address: {{ address: {}, port_value: {} }} }}", at.ip(), at.port());
         let manager =
             "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
         let router = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router";
@@ -76,10 +81,17 @@ static_resources:
     connect_timeout: 5s
     load_assignment: {{ cluster_name: up, endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {} }} }}] }}] }}
 "#,
-            address(any),
-            address(any),
-            address(up),
+            address(ANY),
+            address(ANY),
+            address(upstream()),
         );
+        Self::run(descriptors, &bootstrap)
+    }
+
+    /// Runs a bootstrap whose admin and listeners take free ports, and waits until it is ready.
+    pub(crate) fn run(descriptors: u32, bootstrap: &str) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let admin_path = dir.path().join("admin");
         let child = Command::new("bash")
             .arg("-c")
             .arg(format!(
@@ -92,7 +104,7 @@ static_resources:
             .stderr(Stdio::null())
             .spawn()
             .expect("bash starts");
-        let mut proxy = Self { child, _dir: dir, http: any, admin: any };
+        let mut proxy = Self { child, _dir: dir, http: ANY, admin: ANY };
         proxy.admin = eventually("the admin address", || {
             let text = std::fs::read_to_string(&admin_path).map_err(|error| error.to_string())?;
             text.trim().parse().map_err(|_| text)
@@ -101,12 +113,17 @@ static_resources:
             Some(answer) if answer.contains("LIVE") => Ok(()),
             other => Err(format!("{other:?}")),
         });
-        proxy.http = eventually("the listener", || {
-            let page = ask(proxy.admin, "/listeners").unwrap_or_default();
-            let at = page.lines().find_map(|line| line.strip_prefix("http::")?.trim().parse().ok());
-            at.ok_or(page)
-        });
+        proxy.http = proxy.listener("http");
         proxy
+    }
+
+    /// Where a listener is.
+    pub(crate) fn listener(&self, name: &str) -> SocketAddr {
+        eventually("the listener", || {
+            let page = ask(self.admin, "/listeners").unwrap_or_default();
+            let at = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix("::")?.trim().parse().ok());
+            at.ok_or(page)
+        })
     }
 
     fn is_well(&self) {

@@ -8,6 +8,7 @@
 mod apps;
 mod authorization;
 mod bad_input;
+mod causes;
 mod destinations;
 mod explain;
 mod gateway;

@@ -448,7 +448,7 @@ fn busy(name: &str) -> String {
 }
 
 #[test]
-fn limits_are_counted_per_proxy_whatever_its_workers() {
+pub(crate) fn limits_are_counted_per_proxy_whatever_its_workers() {
     let mesh = TRAFFIC.turn();
     let puppet = Puppet::new(&mesh, COLLECTOR);
     let objects = "

@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 
-use serde_json::json;
-use testkit::token::Issuer;
-use testkit::{Client, Mesh, Puppet, eventually};
+use testkit::{Client2, Mesh, eventually};
 
-use crate::apps::{COLLECTOR, TRAFFIC, virtual_service, workload};
+use crate::apps::{TRAFFIC, virtual_service};
+use crate::causes::{leave, logged};
 
 const GATEWAY: &str = "istio-system/istio-ingressgateway";
 
@@ -210,226 +209,197 @@ fn metrics_are_in_prometheus_form_on_every_port() {
     }
 }
 
-/// One row of [`causes_are_told_by_flag_and_details`].
-struct Case {
-    /// Path, below `/why`.
-    path: &'static str,
-    /// Client's headers.
-    headers: &'static [(&'static str, &'static str)],
-    method: &'static str,
-    /// Whose log.
-    whence: &'static str,
-    /// Status, flags and beginning of the details.
-    line: &'static str,
-}
-
-const fn case(path: &'static str, line: &'static str) -> Case {
-    Case { path, headers: &[], method: "GET", whence: GATEWAY, line }
-}
-
-const CASES: &[Case] = &[
-    case("nothing", "404 NR route_not_found "),
-    case("subset", "503 NC cluster_not_found "),
-    case("direct", "200 - direct_response "),
-    case("redirect", "301 - direct_response "),
-    case("empty", "503 UH no_healthy_upstream "),
-    case("slow", "504 UT response_timeout "),
-    case("try", "504 URX,UT upstream_per_try_timeout "),
-    case("abort", "418 FI fault_filter_abort "),
-    case("delay", "200 DI via_upstream "),
-    case("closes", "503 UC upstream_reset_before_response_started{connection_termination} "),
-    case("truncated", "200 UC "),
-    case("tls", "503 UF upstream_reset_before_response_started{"),
-    case("denied", "403 - rbac_access_denied_matched_policy[ns[istio-system]-policy[why]-rule[0]] "),
-    Case { headers: &[("authorization", "Bearer x.y.z")], ..case("token", "401 - jwt_authn_access_denied{Jwt_") },
-    Case {
-        headers: &[("origin", "https://a.example"), ("access-control-request-method", "GET")],
-        method: "OPTIONS",
-        ..case("cors", "200 - ")
-    },
-    Case { headers: &[("connection", "upgrade"), ("upgrade", "other")], ..case("upgrade", "403 - upgrade_failed ") },
-    Case {
-        whence: "shop/dead",
-        ..case("refused", "503 URX,UF upstream_reset_before_response_started{remote_connection_failure")
-    },
-    Case { whence: "shop/noise", ..case("garbage", "502 UPE upstream_reset_before_response_started{protocol_error") },
-];
-
-fn why() -> String {
-    let to = |host: &str, port: u16| format!("route: [{{destination: {{host: {host}, port: {{number: {port}}}}}}}]");
-    let httpbin = |path: &str| format!("rewrite: {{uri: {path}}}\n    {}", to("httpbin", 8000));
-    let once = "retries: {attempts: 0}\n    ";
-    let puppet = "puppet.plain.svc.cluster.local";
-    let rows = [
-        ("subset", "route: [{destination: {host: httpbin, subset: none}}]".to_owned()),
-        ("direct", "directResponse: {status: 200, body: {string: direct}}".to_owned()),
-        ("redirect", "redirect: {uri: /elsewhere}".to_owned()),
-        ("empty", to("empty", 80)),
-        ("slow", format!("timeout: 0.4s\n    {once}{}", httpbin("/delay/9"))),
-        (
-            "try",
-            format!(
-                "retries: {{attempts: 1, perTryTimeout: 0.3s, retryOn: gateway-error}}\n    {}",
-                httpbin("/delay/9")
-            ),
-        ),
-        (
-            "abort",
-            format!("fault: {{abort: {{httpStatus: 418, percentage: {{value: 100}}}}}}\n    {}", httpbin("/get")),
-        ),
-        (
-            "delay",
-            format!("fault: {{delay: {{fixedDelay: 0.1s, percentage: {{value: 100}}}}}}\n    {}", httpbin("/get")),
-        ),
-        ("closes", format!("{once}{}", to(puppet, 8000))),
-        ("truncated", format!("{once}{}", to(puppet, 8000))),
-        ("tls", format!("{once}{}", to(puppet, 8002))),
-        ("denied", httpbin("/get")),
-        ("token", httpbin("/get")),
-        (
-            "cors",
-            format!(
-                "corsPolicy: {{allowOrigins: [{{exact: \"https://a.example\"}}], allowMethods: [GET]}}\n    {}",
-                httpbin("/get")
-            ),
-        ),
-        ("upgrade", httpbin("/get")),
-        ("refused", format!("{once}{}", to("dead", 80))),
-        ("garbage", format!("{once}{}", to("garbage", 80))),
-    ];
-    let http = rows.iter().map(|(path, rest)| format!("  - match: [{{uri: {{prefix: /why/{path}}}}}]\n    {rest}\n"));
-    let service = |name: &str, selector: &str, port: &str| {
-        format!(
-            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{selector: {selector}, ports: [{port}]}}\n"
-        )
-    };
-    [
-        virtual_service("why", &http.collect::<String>()),
-        service("empty", "{app: nobody}", "{name: http, port: 80}"),
-        service("dead", "{deployment: dead}", "{name: http, port: 80}"),
-        // No server of HTTP, behind a proxy that is told it is one.
-        workload("shop", "noise", "v1", "docker.io/istio/tcp-echo-server:1.3", Some(9000), "\"9000\", \"noise\""),
-        service("garbage", "{app: noise}", "{name: http, port: 80, targetPort: 9000}"),
-        "
-apiVersion: networking.istio.io/v1
-kind: DestinationRule
-metadata: {name: puppet, namespace: istio-system}
-spec:
-  host: puppet.plain.svc.cluster.local
-  exportTo: [.]
-  trafficPolicy: {portLevelSettings: [{port: {number: 8002}, tls: {mode: ISTIO_MUTUAL}}]}
----
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: why, namespace: istio-system}
-spec:
-  selector: {matchLabels: {istio: ingressgateway}}
-  action: DENY
-  rules: [{to: [{operation: {paths: [/why/denied]}}]}]
-"
-        .to_owned(),
-        json!({
-            "apiVersion": "security.istio.io/v1", "kind": "RequestAuthentication",
-            "metadata": {"name": "why", "namespace": "istio-system"},
-            "spec": {
-                "selector": {"matchLabels": {"istio": "ingressgateway"}},
-                "jwtRules": [{"issuer": "https://issuer.example", "jwks": Issuer::new("one").jwks()}],
-            },
+#[test]
+fn messages_of_a_grpc_stream_are_counted_while_it_is_open() {
+    let mesh = TRAFFIC.turn();
+    let ends = [("shop/curl", "source", "unknown"), ("shop/grpc", "destination", "mutual_tls")];
+    let counted = || {
+        ends.map(|(whence, reporter, security)| {
+            let mut stream = common("grpc", "v1", "grpc.shop.svc.cluster.local");
+            stream.extend(labels(&[("reporter", reporter)]));
+            let mut call = stream.clone();
+            call.extend(labels(&[
+                ("request_protocol", "grpc"),
+                ("response_code", "200"),
+                ("grpc_response_status", "9"),
+                ("connection_security_policy", security),
+            ]));
+            // What only the end of a call tells is no label of its messages.
+            stream.remove("response_flags");
+            let all = samples(&metrics(&mesh, whence));
+            let of = |name: &str, wanted: &Labels| -> f64 {
+                all.iter().filter(|of| of.0 == name && of.1 == *wanted).map(|of| of.2).sum()
+            };
+            let names = ["istio_request_messages_total", "istio_response_messages_total"];
+            let [request, response] = names.map(|name| of(name, &stream));
+            [request, response, of("istio_requests_total", &call)]
         })
-        .to_string(),
-    ]
-    .join("\n---\n")
-}
-
-/// The fields of a line in Istio's text format: quoted ones are one field.
-fn fields(line: &str) -> Vec<String> {
-    let mut out = Vec::new();
-    let mut rest = line;
-    while !rest.is_empty() {
-        let (field, after) = match rest.strip_prefix('"') {
-            Some(quoted) => quoted.split_once('"').unwrap_or((quoted, "")),
-            None => rest.split_once(' ').map_or((rest, ""), |(field, after)| (field, after)),
-        };
-        out.push(field.to_owned());
-        rest = after.trim_start();
-    }
-    out
-}
-
-#[track_caller]
-fn logged(mesh: &Mesh, whence: &str, path: &str, what: &str) -> String {
-    eventually(&format!("the line {what:?} of {path:?}"), || {
-        let log = mesh.logs(whence, "istio-proxy");
-        let line = log.lines().rfind(|line| line.contains(path)).unwrap_or_default().to_owned();
-        if line.contains(what) { Ok(line) } else { Err(format!("{line:?} in {whence}")) }
-    })
-}
-
-#[test]
-fn causes_are_told_by_flag_and_details() {
-    let mesh = TRAFFIC.turn();
-    let puppet = Puppet::new(&mesh, COLLECTOR);
-    puppet.answers(&json!([{"path": "/why/closes", "closes": true}, {"path": "/why/truncated", "truncates": true, "body": "half"}]));
-    let _objects = mesh.with(&why());
-    mesh.must(&["rollout", "status", "deploy/noise", "-n", "shop", "--timeout", "120"], "");
-    mesh.synced();
-    for case in CASES {
-        let path = format!("/why/{}", case.path);
-        // What breaks off in the middle is no answer to the client.
-        let answer = Client::plain(mesh.http).unwrap().send(case.method, "why.shop.test", &path, case.headers);
-        if case.path == "truncated" {
-            assert!(answer.is_err(), "a truncated answer is not made a whole one: {answer:?}");
-        }
-        let line = logged(&mesh, case.whence, &format!(" {path} "), case.line);
-        let fields = fields(&line);
-        assert_eq!(fields.len(), 22, "{line}");
-        assert_eq!(fields[1], format!("{} {path} HTTP/1.1", case.method), "{line}");
-        assert!(line.contains(&format!("HTTP/1.1\" {}", case.line)), "{path}: {line}");
-    }
-}
-
-#[test]
-fn broken_requests_are_told_by_flag_and_details() {
-    let mesh = TRAFFIC.turn();
-    let _route =
-        mesh.with(&virtual_service("raw", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
-    let huge = format!("GET /raw/huge HTTP/1.1\r\nhost: raw.shop.test\r\nx: {}\r\n\r\n", "x".repeat(100_000));
-    for (name, request, expect, line) in [
-        ("huge", huge.as_str(), 431, "431 DPE http1.headers_too_large "),
-        ("colon", "GET /raw/colon HTTP/1.1\r\nhost: raw.shop.test\r\nbad header\r\n\r\n", 400, "400 DPE http1."),
-        ("hostless", "GET /raw/hostless HTTP/1.1\r\n\r\n", 400, "400 "),
-        ("old", "GET /raw/old HTTP/1.0\r\nhost: raw.shop.test\r\n\r\n", 426, "426 - low_version "),
-    ] {
-        let answer = Client::plain(mesh.http).unwrap().raw(request.as_bytes(), false);
-        assert_eq!(answer.map(|answer| answer.status).ok(), Some(expect), "{name}");
-        eventually(name, || {
-            let log = mesh.logs(GATEWAY, "istio-proxy");
-            let last: Vec<&str> = log.lines().rev().take(3).collect();
-            if last.iter().any(|have| have.contains(&format!("\" {line}"))) { Ok(()) } else { Err(format!("{last:?}")) }
+    };
+    let before = counted();
+    let grown = |what: &str, wanted: [f64; 3]| {
+        eventually(what, || {
+            let now = counted();
+            let grown: Vec<[f64; 3]> =
+                now.iter().zip(&before).map(|(now, then)| [0, 1, 2].map(|at| now[at] - then[at])).collect();
+            if grown == [wanted; 2] { Ok(()) } else { Err(format!("{grown:?}")) }
         });
+    };
+    let client = Client2::over(mesh.dial("shop/curl", "grpc", 7070)).unwrap();
+    let mut call = client.call("grpc:7070", "/echo.Echo/Chat", &[("x-echo-status", "9")]).unwrap();
+    for said in 1..=3 {
+        call.say(b"a message").unwrap();
+        call.hear().unwrap();
+        grown("the messages of an open stream", [f64::from(said), f64::from(said), 0.0]);
     }
-    // A client that goes away before the answer.
-    let mut stream = TcpStream::connect(mesh.http).unwrap();
-    stream.write_all(b"GET /delay/9?gone HTTP/1.1\r\nhost: raw.shop.test\r\n\r\n").unwrap();
-    eventually("the request upstream", || {
-        let state = mesh.curl(GATEWAY, &["http://127.0.0.1:15000/lateen/state"]).json();
-        let httpbin = &state["clusters"]["outbound|8000||httpbin.shop.svc.cluster.local"];
-        if httpbin["requests"] == 1 { Ok(()) } else { Err(state.to_string()) }
+    call.end().unwrap();
+    assert_eq!(call.hear().unwrap(), None);
+    grown("the call that has ended", [3.0, 3.0, 1.0]);
+}
+
+/// The sum of a metric's series that have all these labels.
+fn sum(mesh: &Mesh, whence: &str, name: &str, wanted: &[(&str, &str)]) -> f64 {
+    let has = |all: &Labels| wanted.iter().all(|(name, value)| all.get(*name).is_some_and(|have| have == value));
+    samples(&metrics(mesh, whence)).iter().filter(|of| of.0 == name && has(&of.1)).map(|of| of.2).sum()
+}
+
+/// Does something, after which exactly one more request is counted at `whence` under these labels.
+#[track_caller]
+fn counts_one(mesh: &Mesh, whence: &str, wanted: &[(&str, &str)], act: impl FnOnce()) {
+    let count = || sum(mesh, whence, "istio_requests_total", wanted);
+    let before = count();
+    act();
+    eventually(&format!("one more at {whence}"), || {
+        if count() - before == 1.0 {
+            return Ok(());
+        }
+        let page = metrics(mesh, whence);
+        let lines: Vec<_> = page.lines().filter(|line| line.starts_with("istio_requests_total{")).collect();
+        Err(format!("{wanted:?} in\n{}", lines.join("\n")))
     });
-    drop(stream);
-    logged(&mesh, GATEWAY, "/delay/9?gone", " 0 DC downstream_remote_disconnect ");
 }
 
 #[test]
-fn connections_that_no_chain_takes_are_logged() {
+fn the_gateway_reports_as_a_source_with_flags_and_a_client_that_left_has_no_code() {
     let mesh = TRAFFIC.turn();
-    let _strict = mesh.with(
-        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: default, namespace: shop}\nspec: {mtls: {mode: STRICT}}\n",
-    );
-    let refused = mesh.curl("plain/curl", &["http://httpbin.shop:8000/get"]);
-    assert_eq!(refused.status, 0, "{refused:?}");
-    logged(&mesh, "shop/httpbin", "filter_chain_not_found", " 0 NR filter_chain_not_found ");
-    assert_eq!(mesh.curl("shop/curl", &["http://httpbin.shop:8000/get"]).status, 200);
+    let to = |host: &str, port: u16| format!("route: [{{destination: {{host: {host}, port: {{number: {port}}}}}}}]");
+    let _objects = mesh.with(&format!(
+        "{}\n---\n{}",
+        virtual_service(
+            "counted",
+            &format!("  - match: [{{uri: {{prefix: /empty}}}}]\n    {}\n  - {}", to("nobody", 80), to("httpbin", 8000))
+        ),
+        crate::apps::service("shop", "nobody", "{name: http, port: 80}"),
+    ));
+    let whole = |service: &'static str, code: &'static str, flags: &'static str| {
+        [
+            ("reporter", "source"),
+            ("source_workload", "istio-ingressgateway"),
+            ("source_workload_namespace", "istio-system"),
+            ("destination_service", service),
+            ("response_code", code),
+            ("response_flags", flags),
+            ("connection_security_policy", "unknown"),
+        ]
+    };
+    let httpbin = "httpbin.shop.svc.cluster.local";
+    let get = |path: &str| drop(mesh.get("counted.shop.test", path, &[]));
+    let served =
+        [&whole(httpbin, "203", "-")[..], &[("destination_workload", "httpbin"), ("destination_app", "httpbin")]];
+    counts_one(&mesh, GATEWAY, &served.concat(), || get("/status/203"));
+    counts_one(&mesh, GATEWAY, &whole("nobody.shop.svc.cluster.local", "503", "UH"), || get("/empty"));
+    counts_one(&mesh, GATEWAY, &whole(httpbin, "0", "DC"), || leave(&mesh, "counted.shop.test", "/delay/9?left"));
+    // A host that a client made up is no label.
+    let unknown = [("reporter", "source"), ("destination_service", "unknown"), ("response_code", "404")];
+    counts_one(&mesh, GATEWAY, &unknown, || drop(mesh.get("made-up.example", "/", &[])));
+    assert!(!metrics(&mesh, GATEWAY).contains("made-up"));
+    // Its own calls are known at the other end, by their certificate.
+    let there = [
+        ("reporter", "destination"),
+        ("source_workload", "istio-ingressgateway"),
+        ("source_principal", "spiffe://cluster.local/ns/istio-system/sa/istio-ingressgateway-service-account"),
+        ("response_code", "204"),
+        ("connection_security_policy", "mutual_tls"),
+    ];
+    counts_one(&mesh, "shop/httpbin", &there, || get("/status/204"));
+}
+
+#[test]
+fn a_caller_without_a_proxy_is_unknown() {
+    let mesh = TRAFFIC.turn();
+    let wanted = [
+        ("reporter", "destination"),
+        ("source_workload", "unknown"),
+        ("source_workload_namespace", "unknown"),
+        ("source_principal", "unknown"),
+        ("source_app", "unknown"),
+        ("source_canonical_service", "unknown"),
+        ("destination_service", "httpbin.shop.svc.cluster.local"),
+        ("response_code", "206"),
+        ("connection_security_policy", "none"),
+    ];
+    counts_one(&mesh, "shop/httpbin", &wanted, || {
+        drop(mesh.curl("plain/curl", &["http://httpbin.shop:8000/status/206"]));
+    });
+}
+
+/// The address of a deployment's only pod.
+fn address(mesh: &Mesh, namespace: &str, app: &str) -> String {
+    let pods = mesh.must(&["get", "pods", "-n", namespace, "-l", &format!("app={app}"), "-o", "json"], "");
+    let pods: serde_json::Value = serde_json::from_str(&pods).unwrap();
+    pods["items"][0]["status"]["podIP"].as_str().unwrap_or_else(|| panic!("{pods:#}")).to_owned()
+}
+
+#[test]
+fn what_no_service_takes_is_counted_under_the_name_of_its_way() {
+    let mesh = TRAFFIC.turn();
+    let at = address(&mesh, "plain", "httpbin");
+    let passed = [
+        ("reporter", "source"),
+        ("destination_service", "elsewhere.example"),
+        ("destination_service_name", "PassthroughCluster"),
+        ("destination_service_namespace", "unknown"),
+    ];
+    let call = || mesh.curl("shop/curl", &["-H", "host: elsewhere.example", &format!("http://{at}/status/200")]);
+    counts_one(&mesh, "shop/curl", &passed, || assert_eq!(call().status, 200));
+    {
+        let _closed = mesh.with(
+            "
+apiVersion: networking.istio.io/v1
+kind: Sidecar
+metadata: {name: closed, namespace: shop}
+spec:
+  workloadSelector: {labels: {app: curl}}
+  outboundTrafficPolicy: {mode: REGISTRY_ONLY}
+",
+        );
+        let refused = [
+            ("reporter", "source"),
+            ("destination_service", "elsewhere.example"),
+            ("destination_service_name", "BlackHoleCluster"),
+            ("destination_service_namespace", "unknown"),
+            ("response_code", "502"),
+        ];
+        counts_one(&mesh, "shop/curl", &refused, || assert_eq!(call().status, 502));
+    }
+    // A port that no service declares, of a pod with a proxy.
+    let puppet =
+        crate::apps::puppet("shop").replace("name: puppet", "name: inner").replace("app: puppet", "app: inner");
+    let undeclared =
+        puppet.split("---").filter(|part| !part.contains("kind: Service\n")).collect::<Vec<_>>().join("---");
+    let _undeclared = mesh.with(&undeclared);
+    mesh.must(&["rollout", "status", "deploy/inner", "-n", "shop", "--timeout", "120"], "");
+    mesh.synced();
+    let at = address(&mesh, "shop", "inner");
+    let wanted = [
+        ("reporter", "destination"),
+        ("destination_service", "inner"),
+        ("destination_service_name", "InboundPassthroughCluster"),
+    ];
+    counts_one(&mesh, "shop/inner", &wanted, || {
+        let answer = mesh.curl("plain/curl", &["-H", "host: made-up.example", &format!("http://{at}:8000/")]);
+        assert_eq!(answer.status, 200, "{answer:?}");
+    });
+    assert!(!metrics(&mesh, "shop/inner").contains("made-up"), "a client's word is no label at a server");
 }
 
 /// What a client writes never begins a line of its own.

@@ -55,6 +55,7 @@ enum Operator {
     ResponseCodeDetails,
     TerminationDetails,
     TransportFailure,
+    DownstreamTransportFailure,
     BytesReceived,
     BytesSent,
     Duration,
@@ -297,6 +298,7 @@ fn operator(source: &str) -> Result<(Operator, Option<usize>), Unsupported> {
         "RESPONSE_CODE_DETAILS" => Operator::ResponseCodeDetails,
         "CONNECTION_TERMINATION_DETAILS" => Operator::TerminationDetails,
         "UPSTREAM_TRANSPORT_FAILURE_REASON" => Operator::TransportFailure,
+        "DOWNSTREAM_TRANSPORT_FAILURE_REASON" => Operator::DownstreamTransportFailure,
         "BYTES_RECEIVED" => Operator::BytesReceived,
         "BYTES_SENT" => Operator::BytesSent,
         "DURATION" => Operator::Duration,
@@ -334,7 +336,7 @@ fn operator(source: &str) -> Result<(Operator, Option<usize>), Unsupported> {
         "DOWNSTREAM_TLS_VERSION" => Operator::TlsVersion,
         "DOWNSTREAM_TLS_CIPHER" => Operator::TlsCipher,
         "FILTER_CHAIN_NAME" => Operator::FilterChainName,
-        "VIRTUAL_CLUSTER_NAME" | "HOSTNAME" | "TRACE_ID" | "DOWNSTREAM_TRANSPORT_FAILURE_REASON" => Operator::Absent,
+        "VIRTUAL_CLUSTER_NAME" | "HOSTNAME" | "TRACE_ID" => Operator::Absent,
         _ => return Err(unknown()),
     };
     Ok((operator, length))
@@ -384,6 +386,7 @@ impl Operator {
             // One word, as Envoy writes it: lines are split at spaces.
             Self::TransportFailure if info.transport_failure.is_empty() => Found::Nothing,
             Self::TransportFailure => text(info.transport_failure.replace(' ', "_")),
+            Self::DownstreamTransportFailure => known(record.downstream_failure),
             Self::BytesReceived => Found::Number(record.bytes_received),
             Self::BytesSent => Found::Number(record.bytes_sent),
             Self::Duration => millis(record.duration),

@@ -45,6 +45,7 @@ impl Sample {
             upstream_protocol: None,
             connection_id: 5,
             termination_details: "",
+            downstream_failure: "tlsv1_alert",
         }
     }
 }
@@ -69,6 +70,7 @@ fn operators() {
     check("%START_TIME:10% %DOWNSTREAM_REMOTE_ADDRESS:4%", "2023-11-14 10.0");
     check("%REQ(USER-AGENT):4%|%ROUTE_NAME%|%UPSTREAM_HOST%|%UPSTREAM_CLUSTER%", "curl|default|-|-");
     check("100%% %FILTER_STATE(wasm.x:PLAIN)%", "100% -");
+    check("%DOWNSTREAM_TRANSPORT_FAILURE_REASON%", "tlsv1_alert");
     for bad in ["%NOPE%", "%REQ%", "%REQ(x", "%REQ(x):y%", "50%"] {
         assert!(Template::compile(bad).is_err(), "{bad}");
     }

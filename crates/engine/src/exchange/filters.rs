@@ -508,9 +508,9 @@ impl Exchange {
             }
             (Answer::Elapsed, _) => {
                 let cause = self.overdue(env.now.mono).unwrap_or(Cause::RequestReceiveTimeout);
-                self.reply(env, cause, Spec::default(), head, recorder)
+                self.too_late(env, cause, head, recorder)
             }
-            (Answer::Idle, _) => self.reply(env, Cause::StreamIdleTimeout, Spec::default(), head, recorder),
+            (Answer::Idle, _) => self.too_late(env, Cause::StreamIdleTimeout, head, recorder),
             _ => self.reply(env, Cause::Internal, Spec::default(), head, recorder),
         }
     }

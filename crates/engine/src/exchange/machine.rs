@@ -684,7 +684,7 @@ impl Exchange {
             (Phase::Responding, Answer::Idle) => self.abort(Cause::StreamIdleTimeout),
             (Phase::Responding | Phase::Done, Answer::Failed(failure)) => self.abort(failure.cause),
             (Phase::Done, _) => self.abort(Cause::Internal),
-            (_, Answer::Idle) => self.reply(env, Cause::StreamIdleTimeout, Spec::default(), head, recorder),
+            (_, Answer::Idle) => self.too_late(env, Cause::StreamIdleTimeout, head, recorder),
             // The driver answered what was not asked.
             (_, _) => self.reply(env, Cause::Internal, Spec::default(), head, recorder),
         }
@@ -885,7 +885,23 @@ impl Exchange {
                 self.info.causes.push(Cause::RetryLimitExceeded);
             }
         }
-        self.reply(env, cause, Spec::default(), head, recorder)
+        self.too_late(env, cause, head, recorder)
+    }
+
+    /// The answer to a time that has passed. Where a stream's own limits end it, the status tells who was waited for:
+    /// the client (408), or whoever serves its whole request (504).
+    ///
+    /// *Source*: what Envoy 1.40 answers.
+    pub(super) fn too_late(
+        &mut self,
+        env: &Env<'_>,
+        cause: Cause,
+        head: &mut RequestHead,
+        recorder: &mut dyn Recorder,
+    ) -> Step {
+        let is_streams = matches!(cause, Cause::StreamIdleTimeout | Cause::MaxStreamDuration);
+        let status = (is_streams && self.is_complete()).then_some(504);
+        self.reply(env, cause, Spec { status, ..Spec::default() }, head, recorder)
     }
 
     fn mark_host(&self, env: &Env<'_>, event: crate::outlier::Event) {

@@ -70,7 +70,7 @@ pub(super) fn build(cause: Cause, spec: Spec, request: &RequestHead, is_grpc: bo
         head.status = 200;
         head.fields.set("content-type", b"application/grpc");
         let code = spec.grpc.unwrap_or_else(|| match cause {
-            Cause::MaxStreamDuration | Cause::UpstreamMaxDuration => cause.grpc_code(),
+            Cause::MaxStreamDuration => cause.grpc_code(),
             _ => GrpcCode::from_http(status),
         });
         if !head.fields.contains("grpc-status") {

@@ -854,19 +854,31 @@ fn streams_end_at_their_limits() {
         action.idle_timeout = secs(9);
     });
     let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1])]).build();
-    let mut call = world.start_seeded(get("a", "/"), 1, false);
-    drop(call.attempt());
-    assert_eq!(call.exchange.idle_timeout(), Some(Duration::from_secs(9)));
-    call.pass(Duration::from_secs(3));
-    call.elapsed();
-    let reply = call.reply();
-    assert_eq!((reply.head.status, &*reply.body), (408, &b"downstream duration timeout"[..]));
-    assert_eq!(call.flags(), "DT");
-    let mut call = world.start_seeded(get("a", "/"), 1, false);
-    drop(call.attempt());
-    call.answer(Answer::Idle);
-    let reply = call.reply();
-    assert_eq!((reply.head.status, &*reply.body, reply.cause), (408, &b"stream timeout"[..], Cause::StreamIdleTimeout));
+    // Who is waited for: the client, or the upstream that has the whole request.
+    for (is_whole, status) in [(false, 408), (true, 504)] {
+        let mut call = world.start_seeded(get("a", "/"), 1, is_whole);
+        drop(call.attempt());
+        if is_whole {
+            let now = call.now.mono;
+            call.exchange.request_complete(now);
+        }
+        assert_eq!(call.exchange.idle_timeout(), Some(Duration::from_secs(9)));
+        call.pass(Duration::from_secs(3));
+        call.elapsed();
+        let reply = call.reply();
+        assert_eq!((reply.head.status, &*reply.body), (status, &b"downstream duration timeout"[..]));
+        assert_eq!(call.flags(), "DT");
+        let mut call = world.start_seeded(get("a", "/"), 1, is_whole);
+        drop(call.attempt());
+        if is_whole {
+            let now = call.now.mono;
+            call.exchange.request_complete(now);
+        }
+        call.answer(Answer::Idle);
+        let reply = call.reply();
+        let told = (reply.head.status, &*reply.body, reply.cause);
+        assert_eq!(told, (status, &b"stream timeout"[..], Cause::StreamIdleTimeout));
+    }
 }
 
 #[test]

@@ -252,7 +252,7 @@ async fn whoever_dawdles_is_let_go() {
     // a body, and an upstream that says nothing
     let slow = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nhalf";
     assert!(stall(at, slow).await.starts_with("HTTP/1.1 408 "));
-    assert!(stall(at, b"GET /quiet HTTP/1.1\r\nHost: a\r\n\r\n").await.starts_with("HTTP/1.1 408 "));
+    assert!(stall(at, b"GET /quiet HTTP/1.1\r\nHost: a\r\n\r\n").await.starts_with("HTTP/1.1 504 "));
     seen.until(|all| all.iter().filter(|sent| sent.ends_with("half")).count() == 1).await;
     running.end().await;
 }
