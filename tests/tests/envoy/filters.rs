@@ -114,6 +114,10 @@ fn routes_match_and_act_the_same_way() {
         { "match": { "prefix": "/half", "runtime_fraction": { "default_value": { "numerator": 0 } } }, "route": to("other") },
         { "match": { "prefix": "/redirect/scheme" }, "redirect": { "https_redirect": true, "response_code": "PERMANENT_REDIRECT" } },
         { "match": { "prefix": "/redirect/host" }, "redirect": { "host_redirect": "other.example", "port_redirect": 8443, "prefix_rewrite": "/to", "strip_query": true } },
+        { "match": { "prefix": "/made" }, "direct_response": { "status": 201 } },
+        { "match": { "prefix": "/moved" }, "direct_response": { "status": 308 } },
+        { "match": { "prefix": "/elsewhere" }, "direct_response": { "status": 302 },
+          "response_headers_to_add": [{ "header": { "key": "location", "value": "/there" }, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD" }] },
         { "match": { "prefix": "/direct" }, "direct_response": { "status": 299, "body": { "inline_string": "hello" } },
           "response_headers_to_add": [{ "header": { "key": "x-direct", "value": "%REQ(:PATH)%" } }] },
         { "match": { "prefix": "/edit" }, "route": { "cluster": "echo", "host_rewrite_literal": "new.example" },
@@ -180,7 +184,16 @@ fn routes_match_and_act_the_same_way() {
     ] {
         assert_eq!(by("/headers", &[(name, value)]), format!("200 {expect} /headers"), "{name}: {value}");
     }
-    for path in ["/redirect/scheme?a=b", "/redirect/host/x?a=b", "/direct/x", "/a%2fb", "/a%5cb/c"] {
+    for path in [
+        "/redirect/scheme?a=b",
+        "/redirect/host/x?a=b",
+        "/direct/x",
+        "/made/a?b=c",
+        "/moved",
+        "/elsewhere",
+        "/a%2fb",
+        "/a%5cb/c",
+    ] {
         pair.get("http", "a.example:8080", path, &[]);
     }
     pair.get(

@@ -351,7 +351,12 @@ impl Exchange {
         };
         match &route.action {
             Action::Direct(direct) => {
-                let spec = Spec { status: Some(direct.status), body: Some(direct.body.clone()), ..Spec::default() };
+                let spec = Spec {
+                    status: Some(direct.status),
+                    body: Some(direct.body.clone()),
+                    headers: reply::own_location(direct.status, head).map(|to| ("location", to)).into_iter().collect(),
+                    ..Spec::default()
+                };
                 self.reply(env, Cause::DirectResponse, spec, head, recorder)
             }
             Action::Redirect(redirect) => {

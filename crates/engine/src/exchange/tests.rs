@@ -179,6 +179,7 @@ fn direct_response_redirect_and_their_headers() {
     assert_eq!((reply.head.status, &*reply.body), (418, &b"teapot"[..]));
     assert_eq!(reply.head.fields.get("content-length"), Some(&b"6"[..]));
     assert_eq!(reply.head.fields.get("x-note"), Some(&b"here"[..]));
+    assert_eq!(reply.head.fields.get("location"), None);
     assert_eq!(call.exchange.info().details.as_str(), "direct_response");
     let mut call = world.start(RequestHead::new("HEAD", "a", "/direct"));
     assert!(call.reply().body.is_empty());
