@@ -68,6 +68,8 @@ pub enum JsonValue {
 pub struct LogRecord<'a> {
     /// The connection.
     pub conn: &'a ConnFacts,
+    /// Name of its filter chain; empty for none.
+    pub chain: &'a str,
     /// The request, as it was sent upstream; `None` for streams of bytes.
     pub request: Option<&'a RequestHead>,
     /// The response, as it was sent downstream.
@@ -94,8 +96,6 @@ pub struct LogRecord<'a> {
     pub upstream_protocol: Option<Version>,
     /// Number of the connection in this process.
     pub connection_id: u64,
-    /// `%CONNECTION_TERMINATION_DETAILS%`; empty for none.
-    pub termination_details: &'a str,
     /// `%DOWNSTREAM_TRANSPORT_FAILURE_REASON%`, of a connection whose handshake failed; empty for none.
     pub downstream_failure: &'a str,
 }

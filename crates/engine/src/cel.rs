@@ -443,7 +443,7 @@ impl Attribute {
                 "connection.uri_san_peer_certificate" => {
                     text(conn.peer_certificate().and_then(|peer| peer.uri_sans.first()).map_or("", |uri| uri))
                 }
-                "connection.termination_details" => text(record.termination_details),
+                "connection.termination_details" => text(info.termination.as_str()),
                 "upstream.address" => {
                     info.picked.as_ref().map_or(Value::Missing, |picked| owned(picked.host.address.to_string()))
                 }

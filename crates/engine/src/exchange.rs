@@ -294,6 +294,8 @@ pub struct StreamInfo {
     pub causes: smallvec::SmallVec<[Cause; 2]>,
     /// `%RESPONSE_CODE_DETAILS%`; empty until known.
     pub details: Details,
+    /// `%CONNECTION_TERMINATION_DETAILS%`: why a policy closed the connection.
+    pub termination: Details,
     /// Name of the virtual host.
     pub virtual_host: Option<Name>,
     /// Name of the route; empty for unnamed ones.

@@ -1,5 +1,6 @@
 //! A connection from accept to its chain's terminal filter, in phases:
-//! original destination, listener, inspectors, filter chain, TLS, HTTP or bytes.
+//! original destination, inspectors, the listener that it is handed to and its inspectors, filter chain,
+//! TLS, HTTP or bytes.
 
 use std::cell::Cell;
 use std::future::poll_fn;
@@ -94,19 +95,21 @@ pub(crate) async fn serve(worker: &Rc<Worker>, accepted: Accepted) {
     {
         tracing::debug!(%error, "no TCP keep-alive");
     }
-    // the listener of the original destination decides, if there is one
-    let listener =
-        match original.filter(|_| listener.use_original_dst).and_then(|original| listener_for(&config, original)) {
-            Some(other) => {
-                facts.listener = other.name.clone();
-                other
-            }
-            None => listener,
-        };
     let mut socket = Socket::tcp(stream);
-    if !inspect(&mut socket, &listener.filters, &mut facts, worker.shared.is_gateway).await {
+    let is_gateway = worker.shared.is_gateway;
+    if !inspect(&mut socket, &listener.filters, &mut facts, is_gateway).await {
         return;
     }
+    // A redirect or a preamble says where the client wanted to go: the listener there decides, if there is one.
+    let is_restored = original.is_some() || facts.local != local;
+    let other = if listener.use_original_dst && is_restored { listener_for(&config, facts.local) } else { None };
+    if let Some(other) = other {
+        facts.listener = other.name.clone();
+        if !inspect(&mut socket, &other.filters, &mut facts, is_gateway).await {
+            return;
+        }
+    }
+    let listener = other.unwrap_or(listener);
     serve_detected(worker, listener, socket, facts).await;
 }
 
@@ -226,9 +229,13 @@ async fn serve_detected(worker: &Rc<Worker>, listener: &Arc<Listener>, socket: S
                 Ok(stream) => {
                     worker.recorder.count(Counter::TlsHandshakes);
                     let (_, connection) = stream.get_ref();
-                    let store = worker.shared.secrets.load();
                     let wants_chain = matches!(&chain.terminal, Terminal::Http(hcm) if hcm.client_cert_parts.chain);
-                    let seen = crate::tls::facts(connection, connection.peer_certificates(), &store, wants_chain);
+                    let seen = crate::tls::facts(
+                        connection,
+                        connection.peer_certificates(),
+                        worker.tls.own_uri(tls),
+                        wants_chain,
+                    );
                     facts.tls = Some(Arc::new(seen));
                     Io::server_tls(stream)
                 }

@@ -14,6 +14,8 @@ use crate::worker::Worker;
 /// All that a line may say.
 pub(crate) struct Line<'a> {
     pub(crate) facts: &'a ConnFacts,
+    /// The filter chain's name; empty for none.
+    pub(crate) chain: &'a str,
     pub(crate) head: Option<&'a RequestHead>,
     pub(crate) response: Option<&'a ResponseHead>,
     pub(crate) trailers: Option<&'a Fields>,
@@ -35,6 +37,7 @@ pub(crate) fn write(telemetry: &Telemetry, logs: &[Arc<AccessLog>], line: &Line<
     let since = |at: Option<std::time::Instant>| at.map(|at| at.saturating_duration_since(times.start.mono));
     let record = LogRecord {
         conn: line.facts,
+        chain: line.chain,
         request: line.head,
         response: line.response,
         trailers: line.trailers,
@@ -48,7 +51,6 @@ pub(crate) fn write(telemetry: &Telemetry, logs: &[Arc<AccessLog>], line: &Line<
         upstream_local: line.upstream.local,
         upstream_protocol: None,
         connection_id: line.connection_id,
-        termination_details: "",
         downstream_failure: line.downstream_failure,
     };
     for log in logs.iter().filter(|log| log.wants(&record)) {
@@ -56,16 +58,17 @@ pub(crate) fn write(telemetry: &Telemetry, logs: &[Arc<AccessLog>], line: &Line<
     }
 }
 
-/// Writes the line of a connection that carried nothing.
+/// Writes the line of a connection that carried nothing; it may have reached a chain.
 pub(crate) fn connection(
     telemetry: &Telemetry,
     worker: &Worker,
     logs: &[Arc<AccessLog>],
-    facts: &ConnFacts,
+    (facts, chain): (&ConnFacts, &str),
     info: &StreamInfo,
 ) {
     let line = Line {
         facts,
+        chain,
         head: None,
         response: None,
         trailers: None,

@@ -173,17 +173,21 @@ impl Telemetry {
         let mut info = StreamInfo::default();
         info.causes.push(cause);
         info.details = Details::Static(cause.surface().details);
-        crate::access::connection(self, worker, &listener.access_log, facts, &info);
+        crate::access::connection(self, worker, &listener.access_log, (facts, ""), &info);
     }
 
     /// A connection of a chain that was closed before it carried anything.
     pub(crate) fn connection_closed(&self, worker: &Worker, conn: &Conn, info: &StreamInfo, cause: Cause) {
-        let mut marked = StreamInfo { details: info.details.clone(), ..StreamInfo::default() };
+        let mut marked = StreamInfo {
+            details: info.details.clone(),
+            termination: info.termination.clone(),
+            ..StreamInfo::default()
+        };
         marked.causes.clone_from(&info.causes);
         if !marked.causes.contains(&cause) {
             marked.causes.push(cause);
         }
-        crate::access::connection(self, worker, logs_of(&conn.chain), &conn.facts, &marked);
+        crate::access::connection(self, worker, logs_of(&conn.chain), (&conn.facts, &conn.chain.name), &marked);
     }
 
     /// A connection whose handshake failed, in the words of its listener's log and, as one that was closed before it
@@ -204,6 +208,7 @@ impl Telemetry {
         let (counts, ended, upstream) = (Counts::default(), Ended::now(worker), Endpoints::default());
         let line = crate::access::Line {
             facts,
+            chain: &chain.name,
             head: None,
             response: None,
             trailers: None,
@@ -230,6 +235,7 @@ impl Telemetry {
         if let Terminal::Http(hcm) = &conn.chain.terminal {
             let line = crate::access::Line {
                 facts: &conn.facts,
+                chain: &conn.chain.name,
                 head: Some(&head),
                 response: Some(&response),
                 trailers: None,
@@ -609,6 +615,7 @@ impl RequestLog {
         if !hcm.access_log.is_empty() {
             let line = crate::access::Line {
                 facts: &conn.facts,
+                chain: &conn.chain.name,
                 head: Some(head),
                 response: Some(if status == 0 { &silent } else { response }),
                 trailers,

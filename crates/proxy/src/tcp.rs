@@ -11,7 +11,7 @@ use engine::record::NoRecord;
 use engine::shared::Resource;
 use engine::stream::{NetworkFilter, Stream, StreamAnswer, StreamStart, StreamStep, TcpAttempt};
 use telemetry::metrics::{Counter, Series};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::time::{Duration, Instant};
 use types::Cause;
 
@@ -34,6 +34,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Conn, mut down: Io) {
     // the attempt holds its places in the limits while the bytes flow
     let mut attempt_held: Option<Box<TcpAttempt>> = None;
     let mut allowed = 0;
+    let mut is_denied = false;
     loop {
         let newly = stream.info().allowed.saturating_sub(std::mem::replace(&mut allowed, stream.info().allowed));
         worker.recorder.add(Counter::RbacAllowed, newly.into());
@@ -63,7 +64,8 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Conn, mut down: Io) {
                 break;
             }
             StreamStep::Close(cause) => {
-                if cause == Cause::RbacDeniedConnection {
+                is_denied = cause == Cause::RbacDeniedConnection;
+                if is_denied {
                     worker.recorder.count(Counter::RbacDenied);
                 }
                 let series = worker.telemetry.tcp_series(worker, conn, stream.info());
@@ -82,6 +84,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Conn, mut down: Io) {
     if let engine::chain::Terminal::Tcp(tcp) = &conn.chain.terminal {
         let line = crate::access::Line {
             facts: &conn.facts,
+            chain: &conn.chain.name,
             head: None,
             response: None,
             trailers: None,
@@ -93,6 +96,24 @@ pub(crate) async fn serve(worker: &Rc<Worker>, conn: &Conn, mut down: Io) {
             downstream_failure: "",
         };
         crate::access::write(&worker.telemetry, &tcp.access_log, &line);
+    }
+    if is_denied {
+        Box::pin(end(down)).await;
+    }
+}
+
+/// How long, and for how many bytes, a client is listened to whose connection was denied.
+const LINGER_MAX: (Duration, u64) = (Duration::from_secs(1), 64 * 1024);
+
+/// Ends a connection in order, as Envoy does: what the client had said and nobody read would make a reset of its end.
+async fn end(mut down: Io) {
+    let ending = async {
+        if down.shutdown().await.is_ok() {
+            tokio::io::copy(&mut down.take(LINGER_MAX.1), &mut tokio::io::sink()).await.ok();
+        }
+    };
+    if tokio::time::timeout(LINGER_MAX.0, ending).await.is_err() {
+        tracing::trace!("a denied client did not close in time");
     }
 }
 

@@ -40,7 +40,7 @@ pub(crate) enum NoContext {
 #[derive(Debug)]
 pub(crate) struct Contexts {
     secrets: Secrets,
-    servers: RefCell<HashMap<u64, (Parts, ServerConfigs)>>,
+    servers: RefCell<HashMap<u64, Server>>,
     /// By the settings' fingerprint; few for each.
     clients: RefCell<HashMap<u64, Vec<Client>, NameHasher>>,
 }
@@ -63,6 +63,15 @@ impl Parts {
             && self.certificates.len() == other.certificates.len()
             && self.certificates.iter().zip(&other.certificates).all(|(a, b)| Arc::ptr_eq(a, b))
     }
+}
+
+/// A context of a filter chain.
+#[derive(Clone, Debug)]
+struct Server {
+    parts: Parts,
+    configs: ServerConfigs,
+    /// The first URI of the first certificate.
+    own_uri: Option<Arc<str>>,
 }
 
 /// A context of an upstream's settings.
@@ -108,15 +117,15 @@ impl Contexts {
                 .iter()
                 .enumerate()
                 .map(|(at, source)| {
-                    certificate(&store, source, cached.as_ref().and_then(|(parts, _)| parts.certificates.get(at)))
+                    certificate(&store, source, cached.as_ref().and_then(|server| server.parts.certificates.get(at)))
                 })
                 .collect::<Result<_, _>>()?,
-            roots: roots_of(&store, tls.validation.as_ref(), cached.as_ref().map(|(parts, _)| parts))?,
+            roots: roots_of(&store, tls.validation.as_ref(), cached.as_ref().map(|server| &server.parts))?,
         };
-        if let Some((old, configs)) = cached
-            && old.same(&parts)
+        if let Some(server) = cached
+            && server.parts.same(&parts)
         {
-            return Ok(configs);
+            return Ok(server.configs);
         }
         let client_auth = match (&tls.validation, &parts.roots) {
             (Some(validation), Some(roots)) => {
@@ -140,8 +149,16 @@ impl Contexts {
         if servers.len() >= CACHED_MAX {
             servers.clear();
         }
-        servers.insert(tls.fingerprint, (parts, configs.clone()));
+        let leaf = parts.certificates.first().and_then(|keys| keys.chain().first());
+        let facts = leaf.and_then(|leaf| PeerFacts::read(leaf).ok());
+        let own_uri = facts.and_then(|facts| facts.uris.into_iter().next()).map(Arc::from);
+        servers.insert(tls.fingerprint, Server { parts, configs: configs.clone(), own_uri });
         Ok(configs)
+    }
+
+    /// Who a filter chain with a context says it is: the URI of its certificate.
+    pub(crate) fn own_uri(&self, tls: &DownstreamTls) -> Option<Box<str>> {
+        self.servers.borrow().get(&tls.fingerprint)?.own_uri.as_deref().map(Box::from)
     }
 
     /// The context of an attempt, with the certificates of now. It is the same `Arc` while nothing
@@ -308,7 +325,7 @@ fn bounds(params: &settings::TlsParams) -> Bounds {
 pub(crate) fn facts(
     connection: &rustls::CommonState,
     peer: Option<&[CertificateDer<'static>]>,
-    store: &SecretStore,
+    local_uri_san: Option<Box<str>>,
     chain: bool,
 ) -> TlsFacts {
     let alpn = connection.alpn_protocol().map(|alpn| String::from_utf8_lossy(alpn).into());
@@ -329,6 +346,5 @@ pub(crate) fn facts(
         subject: facts.subject.into(),
         sha256: facts.sha256.into(),
     });
-    let local_uri_san = store.workload.as_ref().map(|identity| identity.id.to_string().into());
     TlsFacts { alpn, version, cipher, local_uri_san, peer }
 }

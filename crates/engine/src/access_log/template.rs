@@ -382,7 +382,7 @@ impl Operator {
             // Never absent, in JSON neither.
             Self::ResponseFlags => flags(info).map_or_else(|| known("-"), text),
             Self::ResponseCodeDetails => known(info.details.as_str()),
-            Self::TerminationDetails => known(record.termination_details),
+            Self::TerminationDetails => known(info.termination.as_str()),
             // One word, as Envoy writes it: lines are split at spaces.
             Self::TransportFailure if info.transport_failure.is_empty() => Found::Nothing,
             Self::TransportFailure => text(info.transport_failure.replace(' ', "_")),
@@ -427,7 +427,7 @@ impl Operator {
             }
             Self::TlsVersion => conn.tls.as_ref().map_or(Found::Nothing, |tls| known(tls.version)),
             Self::TlsCipher => conn.tls.as_ref().map_or(Found::Nothing, |tls| known(tls.cipher)),
-            Self::FilterChainName => Found::Nothing,
+            Self::FilterChainName => known(record.chain),
             Self::Metadata(filter, path) => {
                 info.metadata.at(filter, path).map_or(Found::Nothing, |value| Found::Json(value.clone()))
             }

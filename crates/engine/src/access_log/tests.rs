@@ -31,6 +31,7 @@ impl Sample {
     fn record(&self) -> LogRecord<'_> {
         LogRecord {
             conn: &self.conn,
+            chain: "0.0.0.0_80",
             request: Some(&self.request),
             response: Some(&self.response),
             trailers: None,
@@ -44,7 +45,6 @@ impl Sample {
             upstream_local: None,
             upstream_protocol: None,
             connection_id: 5,
-            termination_details: "",
             downstream_failure: "tlsv1_alert",
         }
     }
@@ -59,6 +59,7 @@ fn check(format: &str, expect: &str) {
 
 #[test]
 fn operators() {
+    check("%FILTER_CHAIN_NAME% %CONNECTION_TERMINATION_DETAILS%", "0.0.0.0_80 -");
     check("[%START_TIME%]", "[2023-11-14T22:13:20.123Z]");
     check("%START_TIME(%Y/%m/%d %T.%6f %s)%", "2023/11/14 22:13:20.123456 1700000000");
     check("%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%", "GET /x?y HTTP/1.1");

@@ -222,7 +222,7 @@ pub(super) fn admit(
         if let Some(details) = denied {
             info.causes.push(Cause::RbacDeniedConnection);
             let details = format!("{}[{details}]", Cause::RbacDeniedConnection.surface().details);
-            info.details = Details::Owned(details.into());
+            info.termination = Details::Owned(details.into());
             return Err(Cause::RbacDeniedConnection);
         }
     }

@@ -95,7 +95,7 @@ fn connects_are_tried_elsewhere() {
 fn policy_and_missing_clusters_close() {
     let (stream, step) = start(&world(&[("a", 1)], Some(1), 1), 1);
     assert!(matches!(step, StreamStep::Close(Cause::RbacDeniedConnection)));
-    assert_eq!(stream.info().details.as_str(), "rbac_access_denied_matched_policy[p]");
+    assert_eq!(stream.info().termination.as_str(), "rbac_access_denied_matched_policy[p]");
     let (_, step) = start(&world(&[("a", 1)], Some(0), 1), 1);
     assert!(matches!(step, StreamStep::Connect(_)));
     let (_, step) = start(&world(&[("gone", 1)], None, 1), 1);
