@@ -47,6 +47,8 @@ pub(crate) enum Next {
     End(End),
 }
 
+/// The secret with a workload's own certificate.
+const WORKLOAD_CERT: &str = "default";
 /// Steps of one request; more is a loop.
 const STEPS_MAX: usize = 32;
 
@@ -144,7 +146,9 @@ fn handshake(proxy: &Proxy, chain: &FilterChain, arrival: &Arrival) -> Result<Co
         return Err("a client certificate is wanted and none comes".to_owned());
     }
     let alpn = tls.alpn.iter().find(|ours| facts.protocols.contains(ours)).cloned();
-    facts.tls = Some(Arc::new(TlsFacts { alpn, version: "TLSv1.3", cipher: "", local_uri_san: None, peer }));
+    let is_own = secrets.iter().any(|name| &**name == WORKLOAD_CERT);
+    let local_uri_san = proxy.identity.as_ref().filter(|_| is_own).map(|identity| identity.to_string().into());
+    facts.tls = Some(Arc::new(TlsFacts { alpn, version: "TLSv1.3", cipher: "", local_uri_san, peer }));
     Ok(facts)
 }
 
@@ -208,7 +212,7 @@ fn exchange(writer: &mut Writer<'_>, facts: &Arc<ConnFacts>, sent: &RequestHead,
         writer.translate(None);
         let mut end =
             End::cause(EndKind::Closed, cause, format!("the proxy of {} closes the connection", proxy.name()));
-        info.details.as_str().clone_into(&mut end.details);
+        info.termination.as_str().clone_into(&mut end.details);
         return writer.finish(Next::End(end), None, false);
     }
     let start = Start { chain: writer.chain, conn: facts, ended: true, seed, recorder: &mut writer.record };

@@ -368,12 +368,7 @@ impl Walk<'_> {
         };
         arrival.facts.listener = Arc::clone(&listener.name);
         arrival.facts.original_destination = Some(address);
-        if arrival.facts.transport == Transport::Raw {
-            let (_, http) = looks(&listener, address.port());
-            if !http {
-                arrival.facts.protocols.clear();
-            }
-        }
+        inspect(&listener, address.port(), &mut arrival);
         let first = [self.mtls(&workload, address.port(), &arrival)];
         self.hop(Side::Inbound, &proxy, &listener, &arrival, &first, depth)
     }
@@ -495,6 +490,20 @@ fn looks(listener: &Listener, port: u16) -> (bool, bool) {
     (runs(&listener.filters.tls_inspector), runs(&listener.filters.http_inspector))
 }
 
+/// Leaves of an arrival what the listener's inspectors see on this port: TLS that nobody looks for is bytes.
+fn inspect(listener: &Listener, port: u16, arrival: &mut Arrival) {
+    let (tls, http) = looks(listener, port);
+    let facts = &mut arrival.facts;
+    if facts.transport == Transport::Tls && !tls {
+        facts.transport = Transport::Raw;
+        facts.server_name = None;
+        facts.protocols.clear();
+        arrival.head = None;
+    } else if facts.transport == Transport::Raw && !http {
+        facts.protocols.clear();
+    }
+}
+
 fn prefixed(hop: &Hop, rest: Vec<Path>, percent: f64, is_exact: bool) -> Vec<Path> {
     rest.into_iter()
         .map(|mut path| {
@@ -513,6 +522,8 @@ fn seen_by_caller(end: &mut End, had_request: bool) {
             Cause::UpstreamClosed
         }
         Some(Cause::DownstreamTlsFailed) => Cause::UpstreamTlsFailed,
+        // A handshake that is answered in plaintext fails, too.
+        Some(Cause::BadRequest) if end.kind == EndKind::Closed => Cause::UpstreamTlsFailed,
         Some(Cause::UpstreamTlsFailed | Cause::ConnectFailed) if end.kind == EndKind::Closed => {
             if had_request {
                 end.text.push_str("; the caller gets 503");
