@@ -59,7 +59,8 @@ pub struct ConnFacts {
     /// The local address: the original destination where it was recovered, else where the
     /// connection was accepted.
     pub local: SocketAddr,
-    /// The original destination, when it was recovered and differs from the accepting address.
+    /// The original destination, when it was recovered (from a redirect or a PROXY preamble) and differs
+    /// from the accepting address.
     pub original_destination: Option<SocketAddr>,
     /// The peer, after PROXY protocol where that is configured.
     pub peer: SocketAddr,

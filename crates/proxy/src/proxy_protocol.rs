@@ -1,6 +1,9 @@
 //! The PROXY protocol from clients, versions 1 and 2.
 //!
-//! *Source*: the PROXY protocol's specification, sections 2.1 and 2.2.
+//! The address that a preamble says the client wanted is the original destination, as a redirect's is.
+//!
+//! *Source*: the PROXY protocol's specification, sections 2.1 and 2.2; Envoy's "original destination"
+//! service discovery, which takes redirects and preambles alike.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -23,6 +26,9 @@ pub(crate) async fn read(socket: &mut Socket, buffer: &mut BytesMut, optional: b
                 buffer.advance(length);
                 if let Some((peer, local)) = addresses {
                     facts.peer = peer;
+                    if facts.local != local {
+                        facts.original_destination = Some(local);
+                    }
                     facts.local = local;
                 }
                 return true;

@@ -73,6 +73,44 @@ async fn a_bad_proxy_preamble_ends_the_connection() {
 }
 
 #[tokio::test]
+async fn a_preamble_names_the_listener_and_the_original_destination() {
+    use envoy_types::pb::envoy::config::cluster::v3::cluster::{ClusterDiscoveryType, DiscoveryType, LbPolicy};
+    use envoy_types::pb::google::protobuf::BoolValue;
+
+    let flag = |value| Some(BoolValue { value });
+    let (up, seen) = bed::recorder("\r\n\r\n", OK).await;
+    let mut captured = bed::listener("captured", bed::tcp_filter("dialled"));
+    captured.listener_filters = vec![filter("p", bed::any(&ProxyProtocol::default()))];
+    captured.use_original_dst = flag(true);
+    // It is handed what is for its address, and looks at it with filters of its own.
+    let mut other = bed::listener("other", bed::http_filter(&bed::manager(vec![bed::to_cluster("/", "up")])));
+    other.address = Some(bed::address(([10, 9, 9, 9], 80).into()));
+    other.bind_to_port = flag(false);
+    other.listener_filters = vec![filter("http", bed::any(&http_inspector::v3::HttpInspector::default()))];
+    other.filter_chains[0].filter_chain_match =
+        Some(listener::FilterChainMatch { application_protocols: vec!["http/1.1".into()], ..Default::default() });
+    let mut dialled = bed::cluster("dialled", up, false);
+    dialled.load_assignment = None;
+    dialled.cluster_discovery_type = Some(ClusterDiscoveryType::Type(DiscoveryType::OriginalDst.into()));
+    dialled.lb_policy = LbPolicy::ClusterProvided.into();
+    let running = Box::pin(bed::start(vec![captured, other], vec![bed::cluster("up", up, false), dialled])).await;
+    let at = running.at("captured");
+    let talk = async |to: &str| {
+        let bytes = format!("PROXY TCP4 10.0.0.1 {to}\r\n{GET}");
+        bed::talk(at, bytes.as_bytes(), |text| text.ends_with("ok")).await
+    };
+    let answer = talk("10.9.9.9 1000 80").await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "a request: {answer}");
+    let port = up.port();
+    assert_eq!(talk(&format!("127.0.0.1 1000 {port}")).await.as_bytes(), OK, "bytes to the address that is named");
+    let itself = talk(&format!("127.0.0.1 1000 {}", at.port())).await;
+    assert_eq!(itself, "", "never back to itself");
+    let seen = seen.text();
+    assert!(seen.len() == 2 && seen[0].contains("x-request-id") && seen[1] == GET, "{seen:?}");
+    running.end().await;
+}
+
+#[tokio::test]
 async fn inspectors_do_not_wait_for_ever() {
     let filters = vec![
         filter("tls", bed::any(&tls_inspector::v3::TlsInspector::default())),
