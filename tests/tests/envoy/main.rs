@@ -9,6 +9,7 @@ mod files;
 mod filters;
 mod grpc;
 mod mesh;
+mod resources;
 mod roots;
 mod sources;
 mod standalone;

@@ -31,7 +31,7 @@ fn manifests() -> String {
                 "includeRequestHeadersInCheck": ["x-judge"],
                 "headersToUpstreamOnAllow": ["x-user"],
                 "headersToDownstreamOnDeny": ["www-authenticate"],
-            }}],
+            }}, {"name": "spans", "zipkin": {"service": "judge.legacy.svc.cluster.local", "port": 8000}}],
         }},
     });
     let mut all = vec![mesh.to_string()];
@@ -54,7 +54,7 @@ fn manifests() -> String {
             "istio-system",
             &format!("gateway-{name}"),
             &format!("gateway-{name}"),
-            "{name: http, port: 80, targetPort: 8080}, {name: https, port: 443, targetPort: 8443}",
+            "{name: http, port: 80, targetPort: 8080}, {name: https, port: 443, targetPort: 8443}, {name: tcp, port: 9001}",
         ));
     }
     all.push(format!(
@@ -153,7 +153,7 @@ pub(crate) fn object(group: &str, kind: &str, name: &str, spec: &str) -> String 
     format!("apiVersion: {group}/v1\nkind: {kind}\nmetadata: {{name: {name}, namespace: foo}}\nspec: {spec}\n")
 }
 
-fn security(kind: &str, spec: &str) -> String {
+pub(crate) fn security(kind: &str, spec: &str) -> String {
     object("security.istio.io", kind, &kind.to_lowercase(), spec)
 }
 
@@ -227,7 +227,7 @@ fn nothing_is_refused(mesh: &Mesh) {
     }
 }
 
-fn admin(mesh: &Mesh, whence: &str, path: &str) -> String {
+pub(crate) fn admin(mesh: &Mesh, whence: &str, path: &str) -> String {
     let (namespace, name) = whence.split_once('/').unwrap();
     let url = format!("http://127.0.0.1:15000{path}");
     let args =
@@ -236,7 +236,7 @@ fn admin(mesh: &Mesh, whence: &str, path: &str) -> String {
 }
 
 /// `GET` from a pod.
-fn get(mesh: &Mesh, from: &str, url: &str, args: &[&str]) -> Response {
+pub(crate) fn get(mesh: &Mesh, from: &str, url: &str, args: &[&str]) -> Response {
     let mut all = args.to_vec();
     all.push(url);
     mesh.curl(&format!("foo/{from}"), &all)
@@ -244,7 +244,7 @@ fn get(mesh: &Mesh, from: &str, url: &str, args: &[&str]) -> Response {
 
 /// The same request from every pod; the answers must be the same.
 #[track_caller]
-fn from_all(mesh: &Mesh, url: &str, args: &[&str]) -> Response {
+pub(crate) fn from_all(mesh: &Mesh, url: &str, args: &[&str]) -> Response {
     let answers = PODS.map(|from| answer(get(mesh, from, url, args)));
     agreed(&format!("{url} {args:?}"), PODS.map(str::to_owned).into_iter().zip(answers).collect())
 }
@@ -455,8 +455,13 @@ fn weights_split_the_same_way() {
 
 /// Says `hi` to the echo of a service and reads a line.
 fn echo(mesh: &Mesh, from: &str, host: &str, port: u16) -> String {
+    echo_from(mesh, &format!("foo/{from}"), host, port)
+}
+
+/// The same from any pod.
+pub(crate) fn echo_from(mesh: &Mesh, whence: &str, host: &str, port: u16) -> String {
     let script = format!("exec 3<>/dev/tcp/{host}/{port}; echo hi >&3; read -r -t 10 line <&3; echo \"$line\"");
-    let output = mesh.exec(&format!("foo/{from}"), &["bash", "-c", &script]);
+    let output = mesh.exec(whence, &["bash", "-c", &script]);
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 

@@ -1,13 +1,14 @@
 //! Where configuration comes from: watched files, and a control plane.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 use testkit::{Client, eventually};
 
 use crate::backend::Backend;
-use crate::filters::{address, cluster, hcm, listener};
+use crate::filters::{address, bootstrap, cluster, hcm, listener, typed};
 use crate::standalone::{Pair, Standalone};
 
 /// Replaces a file as watchers expect: by a rename.
@@ -139,6 +140,218 @@ fn every_kind_of_resource_follows_its_file() {
         });
         assert_eq!(get("/only/x").unwrap().0, 200, "{}", proxy.kind);
     }
+}
+
+/// A control plane over a folder of objects.
+struct Plane {
+    child: Child,
+    dir: tempfile::TempDir,
+    plaintext: SocketAddr,
+    monitoring: SocketAddr,
+}
+
+impl Drop for Plane {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+impl Plane {
+    fn start(objects: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("objects")).unwrap();
+        let out = dir.path().join("addresses");
+        let log = std::fs::File::create(dir.path().join("log")).unwrap();
+        let mut command = Command::new(testkit::mesh::lateen());
+        command.args(["discovery", "-f"]).arg(dir.path().join("objects"));
+        command.arg("--ca-dir").arg(dir.path().join("ca")).arg("--addresses-out").arg(&out);
+        for role in ["--listen", "--plaintext", "--monitoring"] {
+            command.args([role, "127.0.0.1:0"]);
+        }
+        put_text(&dir.path().join("objects"), objects);
+        let child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut plane = Self { child, dir, plaintext: nowhere, monitoring: nowhere };
+        let addresses: Value = eventually("the control plane's addresses", || {
+            let text = std::fs::read_to_string(&out).map_err(|error| format!("{error}: {}", plane.log()))?;
+            serde_json::from_str(&text).map_err(|error| error.to_string())
+        });
+        let of = |role: &str| addresses[role][0].as_str().unwrap().parse().unwrap();
+        (plane.plaintext, plane.monitoring) = (of("plaintext"), of("monitoring"));
+        plane
+    }
+
+    fn put(&self, objects: &str) {
+        put_text(&self.dir.path().join("objects"), objects);
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
+    /// What it knows of each proxy that is connected.
+    fn proxies(&self) -> Value {
+        Client::plain(self.monitoring).unwrap().send("GET", "x", "/debug/syncz", &[]).unwrap().json()
+    }
+}
+
+/// Replaces the objects as watchers expect: by a rename.
+fn put_text(dir: &Path, objects: &str) {
+    std::fs::write(dir.join(".new"), objects).unwrap();
+    std::fs::rename(dir.join(".new"), dir.join("objects.yaml")).unwrap();
+}
+
+/// A gateway that listens on this port, for a service at `backend`.
+fn edge(port: u16, backend: SocketAddr, path: &str) -> String {
+    format!(
+        "
+apiVersion: networking.istio.io/v1
+kind: Gateway
+metadata: {{name: edge, namespace: foo}}
+spec: {{selector: {{app: edge}}, servers: [{{port: {{number: {port}, name: http, protocol: HTTP}}, bind: 127.0.0.1, hosts: ['*']}}]}}
+---
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {{name: back, namespace: foo}}
+spec:
+  hosts: [back.test]
+  ports: [{{number: 80, name: http, protocol: HTTP}}]
+  resolution: STATIC
+  endpoints: [{{address: {}, ports: {{http: {}}}}}]
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {{name: edge, namespace: foo}}
+spec: {{hosts: ['*'], gateways: [edge], http: [{{match: [{{uri: {{prefix: {path}}}}}], route: [{{destination: {{host: back.test}}}}]}}]}}
+",
+        backend.ip(),
+        backend.port(),
+    )
+}
+
+/// Everything comes from a control plane; with TLS, this name must be that of its certificate.
+fn from_plane(api_type: &str, at: SocketAddr, tls: Option<(&str, &str)>) -> String {
+    let mut plane = cluster("plane", &[at]);
+    let http2 = json!({ "explicit_http_config": { "http2_protocol_options": {} } });
+    let options = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+    plane["typed_extension_protocol_options"] = json!({ options: typed("", options, http2)["typed_config"] });
+    if let Some((name, root)) = tls {
+        let kind = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
+        let context = json!({ "sni": name, "common_tls_context": {
+            "alpn_protocols": ["h2"],
+            "validation_context": { "trusted_ca": { "inline_string": root } },
+        } });
+        plane["transport_socket"] = typed("envoy.transport_sockets.tls", kind, context);
+    }
+    let ads = json!({ "ads": {}, "resource_api_version": "V3" });
+    json!({
+        "node": {
+            "id": "router~127.0.0.1~edge.foo~foo.svc.cluster.local", "cluster": "edge.foo",
+            "metadata": { "NAMESPACE": "foo", "LABELS": { "app": "edge" } },
+        },
+        "admin": { "address": address("127.0.0.1:0".parse().unwrap()) },
+        "dynamic_resources": {
+            "ads_config": {
+                "api_type": api_type, "transport_api_version": "V3", "set_node_on_first_message_only": true,
+                "grpc_services": [{ "envoy_grpc": { "cluster_name": "plane" } }],
+            },
+            "lds_config": ads, "cds_config": ads,
+        },
+        "static_resources": { "clusters": [plane] },
+    })
+    .to_string()
+}
+
+/// TLS in front of a control plane that speaks none.
+fn in_tls(plane: SocketAddr, pair: &rcgen::CertifiedKey<rcgen::KeyPair>) -> Standalone {
+    let relay = typed(
+        "envoy.filters.network.tcp_proxy",
+        "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+        json!({ "stat_prefix": "plane", "cluster": "plane" }),
+    );
+    let mut front = listener("front", &[relay]);
+    front["filter_chains"][0]["transport_socket"] = typed(
+        "envoy.transport_sockets.tls",
+        "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+        json!({ "common_tls_context": { "alpn_protocols": ["h2"], "tls_certificates": [{
+            "certificate_chain": { "inline_string": pair.cert.pem() }, "private_key": { "inline_string": pair.signing_key.serialize_pem() },
+        }] } }),
+    );
+    Standalone::start("envoy", &bootstrap(&[front], &[cluster("plane", &[plane])]), |_| {})
+}
+
+#[test]
+fn a_bootstrap_that_names_a_control_plane_follows_it() {
+    const NAME: &str = "plane.test";
+    let (one, two) = (Backend::echo("one"), Backend::echo("two"));
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let plane = Plane::start(&edge(port, one.address, "/"));
+    let pair = rcgen::generate_simple_self_signed([NAME.to_owned()]).unwrap();
+    let root = pair.cert.pem();
+    let front = in_tls(plane.plaintext, &pair);
+    let secure = front.listener("front");
+    for (kind, api_type, is_secure) in [
+        ("envoy", "GRPC", false),
+        ("lateen", "GRPC", false),
+        ("lateen", "DELTA_GRPC", false),
+        ("envoy", "DELTA_GRPC", true),
+        ("lateen", "GRPC", true),
+        ("lateen", "DELTA_GRPC", true),
+    ] {
+        let what = format!("{kind}, {api_type}, {}", if is_secure { "TLS" } else { "plaintext" });
+        plane.put(&edge(port, one.address, "/"));
+        let (at, tls) = if is_secure { (secure, Some((NAME, root.as_str()))) } else { (plane.plaintext, None) };
+        let proxy = Standalone::start(kind, &from_plane(api_type, at, tls), |_| {});
+        let soon = |path: &str, expect: (u16, &str)| {
+            eventually(&format!("{what}: {expect:?}"), || {
+                let ask = || Client::plain(SocketAddr::from(([127, 0, 0, 1], port)))?.send("GET", "a.test", path, &[]);
+                let answer = ask().map_err(|error| format!("{error}\n{}", proxy.log()))?;
+                let by = answer.json()["by"].as_str().unwrap_or_default().to_owned();
+                if (answer.status, by.as_str()) == expect { Ok(()) } else { Err(format!("{answer:?}")) }
+            });
+        };
+        soon("/x", (200, "one"));
+        // Other endpoints, then other routes, then another listener.
+        plane.put(&edge(port, two.address, "/"));
+        soon("/x", (200, "two"));
+        plane.put(&edge(port, two.address, "/only"));
+        soon("/x", (404, ""));
+        soon("/only/x", (200, "two"));
+        let proxies = plane.proxies();
+        let [known] = proxies.as_array().map_or(&[][..], Vec::as_slice) else { panic!("{what}: {proxies:#}") };
+        assert_eq!(known["refused"], json!([]), "{what}: {known:#}");
+        let dump = proxy.page("/config_dump");
+        assert!(dump.contains("dynamic_listeners") && dump.contains("outbound|80||back.test"), "{what}: {dump}");
+        plane.put(&edge(port, two.address, "/").replace("app: edge", "app: other"));
+        eventually(&format!("{what}: no listener is left"), || {
+            let page = proxy.page("/listeners");
+            if page.contains(&format!(":{port}")) { Err(page) } else { Ok(()) }
+        });
+        drop(proxy);
+        eventually(&format!("{what}: it is gone"), || {
+            let proxies = plane.proxies();
+            if proxies == json!([]) { Ok(()) } else { Err(proxies.to_string()) }
+        });
+    }
+    // Whoever is not the plane by its certificate tells nothing.
+    let other = rcgen::generate_simple_self_signed([NAME.to_owned()]).unwrap().cert.pem();
+    for (name, root) in [(NAME, other.as_str()), ("else.test", root.as_str())] {
+        plane.put(&edge(port, one.address, "/"));
+        let before = broken_handshakes(&front);
+        let proxy = Standalone::spawn("lateen", &from_plane("DELTA_GRPC", secure, Some((name, root))), &[], |_| {});
+        eventually("the handshake is given up", || {
+            let now = broken_handshakes(&front);
+            if now > before { Ok(()) } else { Err(format!("{now}, as before\n{}", proxy.log())) }
+        });
+        assert_eq!((plane.proxies(), proxy.ask("GET", "/ready").unwrap().status), (json!([]), 503), "{name}");
+    }
+}
+
+/// How many clients of an Envoy gave a handshake up.
+fn broken_handshakes(front: &Standalone) -> u64 {
+    let page = front.page("/stats?filter=ssl.connection_error");
+    page.lines().filter_map(|line| line.rsplit_once(": ")?.1.parse::<u64>().ok()).sum()
 }
 
 #[test]

@@ -44,13 +44,23 @@ pub(crate) fn command(kind: &str) -> Command {
 }
 
 impl Standalone {
-    /// Starts it with `bootstrap`, in which `@DIR@` is its folder; `fill` may put files there.
+    /// Starts it with `bootstrap`, in which `@DIR@` is its folder; `fill` may put files there. Waits until it is ready.
     pub(crate) fn start(kind: &'static str, bootstrap: &str, fill: impl Fn(&Path)) -> Self {
         Self::with_flags(kind, bootstrap, &[], fill)
     }
 
     /// [`start`](Self::start) with further flags, in which `@DIR@` is its folder, too.
     pub(crate) fn with_flags(kind: &'static str, bootstrap: &str, flags: &[&str], fill: impl Fn(&Path)) -> Self {
+        let made = Self::spawn(kind, bootstrap, flags, fill);
+        eventually(&format!("{kind} to be ready"), || match made.ask("GET", "/ready") {
+            Ok(answer) if answer.status == 200 => Ok(()),
+            other => Err(format!("{other:?}\n{}", made.log())),
+        });
+        made
+    }
+
+    /// [`with_flags`](Self::with_flags) of one that may never be ready.
+    pub(crate) fn spawn(kind: &'static str, bootstrap: &str, flags: &[&str], fill: impl Fn(&Path)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         fill(dir.path());
         let (config, admin) = (dir.path().join("bootstrap.yaml"), dir.path().join("admin"));
@@ -74,10 +84,6 @@ impl Standalone {
                 panic!("{kind} ended: {status}\n{}", made.log());
             }
             text.trim().parse().map_err(|_| made.log())
-        });
-        eventually(&format!("{kind} to be ready"), || match made.ask("GET", "/ready") {
-            Ok(answer) if answer.status == 200 => Ok(()),
-            other => Err(format!("{other:?}\n{}", made.log())),
         });
         made
     }
