@@ -21,7 +21,7 @@ pub use http2::{Client2, Stream2};
 pub use mesh::{Applied, Mesh, Setup, Shared, Turn, lateen, run_lateen};
 pub use puppet::Puppet;
 pub use silent::Silent;
-pub use tls::TlsServer;
+pub use tls::{TlsClient, TlsServer};
 pub use tunnel::Tunnel;
 
 use std::time::{Duration, Instant};

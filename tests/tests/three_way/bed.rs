@@ -438,10 +438,7 @@ spec: {{host: pool-maglev, trafficPolicy: {{loadBalancer: {{consistentHash: {{ht
             ..View::sidecar("istio-system", GATEWAY, gateway.ips[0])
         };
         let packed = compile::compile(&snapshot, &view).packed();
-        let of = |url: &str| -> BTreeMap<String, Value> {
-            let resources = packed.iter().filter(|resource| resource.type_url == url);
-            resources.map(|resource| (resource.name.clone(), plain(&resource.any))).collect()
-        };
+        let of = |url: &str| of_type(&packed, url);
         let (endpoints, routes) = (of(type_urls::ENDPOINT), of(type_urls::ROUTE));
         let mut clusters: Vec<Value> = of(type_urls::CLUSTER).into_values().collect();
         clusters.iter_mut().for_each(|cluster| with_endpoints(cluster, &endpoints));
@@ -462,6 +459,12 @@ pub(crate) fn text(case: &Case, host: &str, name: &str, ports: Ports) -> String 
     text.replace("@PORT@", &ports.first.to_string())
 }
 
+/// The resources of one type by name.
+pub(crate) fn of_type(resources: &[compile::Resource], url: &str) -> BTreeMap<String, Value> {
+    let resources = resources.iter().filter(|resource| resource.type_url == url);
+    resources.map(|resource| (resource.name.clone(), plain(&resource.any))).collect()
+}
+
 fn plain(any: &proto::any::Any) -> Value {
     let mut value = proto::json::to_json(any);
     if let Value::Object(fields) = &mut value {
@@ -471,7 +474,7 @@ fn plain(any: &proto::any::Any) -> Value {
 }
 
 /// EDS made static.
-fn with_endpoints(cluster: &mut Value, endpoints: &BTreeMap<String, Value>) {
+pub(crate) fn with_endpoints(cluster: &mut Value, endpoints: &BTreeMap<String, Value>) {
     let Value::Object(fields) = cluster else { return };
     let Some(eds) = fields.remove("eds_cluster_config") else { return };
     let name = eds["service_name"].as_str().filter(|name| !name.is_empty()).map(str::to_owned);
@@ -482,7 +485,7 @@ fn with_endpoints(cluster: &mut Value, endpoints: &BTreeMap<String, Value>) {
 }
 
 /// RDS made static.
-fn with_routes(value: &mut Value, routes: &BTreeMap<String, Value>) {
+pub(crate) fn with_routes(value: &mut Value, routes: &BTreeMap<String, Value>) {
     match value {
         Value::Object(fields) => {
             if let Some(rds) = fields.remove("rds") {
@@ -573,22 +576,14 @@ fn all_headers(host: &str, request: &Request, more: &[(String, String)]) -> Vec<
 /// A proxy with a configuration.
 pub(crate) struct Live {
     name: &'static str,
-    child: Child,
+    process: Process,
     ports: Ports,
-    log: PathBuf,
     /// Certificates to trust, by how hosts end.
     roots: BTreeMap<String, Vec<u8>>,
     /// By server.
     clients: BTreeMap<u16, Client>,
     /// By server.
     clients2: BTreeMap<u16, Client2>,
-}
-
-impl Drop for Live {
-    fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
 }
 
 /// What came of a request, as its client, its backend and the access log tell.
@@ -683,7 +678,7 @@ impl LogLine {
 }
 
 /// A port that nobody listens on, and that no other test of this process was given.
-fn free_port(address: Ipv4Addr) -> u16 {
+pub(crate) fn free_port(address: Ipv4Addr) -> u16 {
     static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     loop {
         let port = TcpListener::bind((address, 0)).unwrap().local_addr().unwrap().port();
@@ -693,55 +688,78 @@ fn free_port(address: Ipv4Addr) -> u16 {
     }
 }
 
-impl Live {
-    /// Starts a proxy; `program` and the arguments before `-c FILE`.
-    fn start(name: &'static str, program: &Path, args: &[&str], compiled: &Compiled, bed: &Bed) -> Self {
-        let dir = bed.dir.path();
-        let address = address(name);
-        let admin = free_port(address);
+/// A proxy that runs.
+pub(crate) struct Process {
+    child: Child,
+    /// What it writes to standard output: its access log.
+    pub(crate) log: PathBuf,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+impl Process {
+    /// Starts one and waits until it is ready: Lateen, or the Envoy of this path. `name` is that of its files in `dir`.
+    pub(crate) fn start(name: &str, envoy: Option<&Path>, bootstrap: &Value, dir: &Path) -> Self {
         let file = dir.join(format!("{name}.json"));
-        std::fs::write(&file, compiled.bootstrap(address, admin).to_string()).unwrap();
+        std::fs::write(&file, bootstrap.to_string()).unwrap();
         let (log, said) = (dir.join(format!("{name}.log")), dir.join(format!("{name}.err")));
-        let child = Command::new(program)
-            .args(args)
-            .arg("-c")
-            .arg(&file)
-            .stdin(Stdio::null())
-            .stdout(std::fs::File::create(&log).unwrap())
-            .stderr(std::fs::File::create(&said).unwrap())
-            .spawn()
-            .unwrap();
-        let mut live = Self {
-            name,
-            child,
-            ports: compiled.ports,
-            log,
-            roots: bed.roots(),
-            clients: BTreeMap::new(),
-            clients2: BTreeMap::new(),
+        let mut command = match envoy {
+            None => {
+                let mut command = Command::new(testkit::mesh::lateen());
+                command.arg("proxy");
+                command
+            }
+            Some(program) => {
+                let mut command = Command::new(program);
+                command.args(["--disable-hot-restart", "-l", "warning", "--file-flush-interval-msec", "50"]);
+                command
+            }
         };
+        command.args(["--concurrency", "1", "-c"]).arg(&file).stdin(Stdio::null());
+        command.stdout(std::fs::File::create(&log).unwrap()).stderr(std::fs::File::create(&said).unwrap());
+        let mut process = Self { child: command.spawn().unwrap(), log };
+        let admin = &bootstrap["admin"]["address"]["socket_address"];
+        let admin: SocketAddr =
+            format!("{}:{}", admin["address"].as_str().unwrap(), admin["port_value"]).parse().unwrap();
         eventually(name, || {
-            if let Ok(Some(status)) = live.child.try_wait() {
+            if let Ok(Some(status)) = process.child.try_wait() {
                 panic!("{name} ends with {status}:\n{}", std::fs::read_to_string(&said).unwrap());
             }
-            let admin = SocketAddr::from((address, admin));
             let answer = Client::plain(admin).and_then(|mut client| client.send("GET", "x", "/ready", &[]));
             match answer {
                 Ok(answer) if answer.status == 200 => Ok(()),
                 other => Err(format!("{other:?}\n{}", std::fs::read_to_string(&said).unwrap())),
             }
         });
-        live
+        process
+    }
+}
+
+impl Live {
+    fn start(name: &'static str, envoy: Option<&Path>, compiled: &Compiled, bed: &Bed) -> Self {
+        let address = address(name);
+        let bootstrap = compiled.bootstrap(address, free_port(address));
+        Self {
+            name,
+            process: Process::start(name, envoy, &bootstrap, bed.dir.path()),
+            ports: compiled.ports,
+            roots: bed.roots(),
+            clients: BTreeMap::new(),
+            clients2: BTreeMap::new(),
+        }
     }
 
     pub(crate) fn lateen(compiled: &Compiled, bed: &Bed) -> Self {
-        let args = ["proxy", "--concurrency", "1"];
-        Self::start("lateen", testkit::mesh::lateen(), &args, compiled, bed)
+        Self::start("lateen", None, compiled, bed)
     }
 
     pub(crate) fn envoy(program: &Path, compiled: &Compiled, bed: &Bed) -> Self {
-        let args = ["--concurrency", "1", "--disable-hot-restart", "-l", "warning", "--file-flush-interval-msec", "50"];
-        Self::start("envoy", program, &args, compiled, bed)
+        Self::start("envoy", Some(program), compiled, bed)
     }
 
     /// What comes back; a status of 0 is a connection, or a stream, that ends without an answer. Where nobody listens
@@ -825,7 +843,7 @@ impl Live {
             .collect();
         let mut lines: BTreeMap<usize, LogLine> = BTreeMap::new();
         eventually("the access log", || {
-            let text = std::fs::read_to_string(&self.log).map_err(|error| error.to_string())?;
+            let text = std::fs::read_to_string(&self.process.log).map_err(|error| error.to_string())?;
             lines = text.lines().filter_map(log_line).collect();
             let answered = answers.iter().filter(|answer| answer.status != 0).count();
             if lines.len() >= answered {

@@ -1,19 +1,24 @@
 //! Random configurations and requests, three ways: what `explain` says, what a Lateen proxy does, and
 //! what an Envoy does with the very same resources. All agree; a disagreement is shrunk to the
-//! smallest objects and request that still show it, and printed as manifests.
+//! smallest objects and request that still show it, and kept as a golden case ([`golden`]).
+//!
+//! This file asks a gateway, one hop; [`sidecar`] asks the sidecars of callers and of what they call.
 //!
 //! Without Envoy, `explain` and Lateen are compared. With the feature `envoy`, the variable
 //! `LATEEN_ENVOY` names Envoy's program. `LATEEN_SEED` makes one other run, `LATEEN_HOSTS` sets its size.
 
 mod bed;
+mod golden;
 mod random;
 mod shrink;
+mod sidecar;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use bed::{Bed, Live, Outcome};
 use explain::{EndKind, Explanation};
+use golden::{Folder, Golden};
 use random::{ASKED, Case, Random, by_chance, cases};
 
 /// Requests of one host.
@@ -118,7 +123,7 @@ impl Compared<'_> {
                 list.iter().filter(|(have, _)| have == name).map(|(_, value)| value.as_str()).collect();
             (!values.is_empty()).then(|| values.join(","))
         }
-        let names: std::collections::BTreeSet<&String> = one.iter().chain(other).map(|(name, _)| name).collect();
+        let names: BTreeSet<&String> = one.iter().chain(other).map(|(name, _)| name).collect();
         for name in names {
             self.field(&format!("{which} {name}"), &of(one, name), &of(other, name));
         }
@@ -209,25 +214,33 @@ fn foretold(case: &Case, explanation: &Explanation, came: &Outcome, is_drawn: bo
     compared.found
 }
 
+/// In one line.
+fn texts(found: &[Disagreement]) -> String {
+    found.iter().map(|one| format!("{}: {}", one.kind, one.text)).collect::<Vec<_>>().join("; ")
+}
+
 fn run(seed: u64, hosts: usize) {
     let (envoy, bed) = (envoy(), Bed::new(seed));
     println!("LATEEN_SEED={seed} LATEEN_HOSTS={hosts}");
     let mut random = Random::new(seed);
     let tokens = bed.tokens();
-    let mut all = Vec::new();
+    let folder = Folder::of("gateway");
+    let golden = folder.all(|text| tokens.show(text)).into_iter().filter(|golden: &Golden<Case>| golden.seed == seed);
+    let mut all: Vec<Case> = golden.map(|golden| golden.case).collect();
+    let wanted = all.len() + hosts * REQUESTS;
     let mut refused = 0;
-    while all.len() < hosts * REQUESTS {
+    while all.len() < wanted {
         let made = cases(&mut random, &tokens, REQUESTS);
         if Bed::is_valid(&made[0]) { all.extend(made) } else { refused += 1 }
     }
-    assert!(refused < hosts / 3, "{refused} of {hosts} configurations are none");
+    assert!(hosts == 0 || refused < hosts / 3, "{refused} of {hosts} configurations are none");
     let said = ask(&bed, envoy.as_ref(), &all);
     let delivered = said.iter().filter(|said| said.lateen.upstream.is_some()).count();
-    assert!(delivered > all.len() / 6, "only {delivered} of {} requests reach a backend", all.len());
+    assert!(hosts == 0 || delivered > all.len() / 6, "only {delivered} of {} requests reach a backend", all.len());
     // Of what gets no answer there is next to nothing to compare.
     let is_compared = |case: &Case, said: &Said| said.lateen.status != 0 && (said.envoy.is_some() || !is_asked(case));
     let compared = all.iter().zip(&said).filter(|(case, said)| is_compared(case, said)).count();
-    assert!(compared > all.len() * 2 / 3, "only {compared} of {} requests are compared", all.len());
+    assert!(hosts == 0 || compared > all.len() * 2 / 3, "only {compared} of {} requests are compared", all.len());
     println!("{compared} of {} requests are compared", all.len());
     let mut found: BTreeMap<String, (usize, String, &Case)> = BTreeMap::new();
     for (case, said) in all.iter().zip(&said) {
@@ -243,7 +256,17 @@ fn run(seed: u64, hosts: usize) {
     }
     for (kind, (count, _, case)) in found.iter().take(SHRUNK_MAX) {
         println!("\n#### {count} times: {kind}");
-        shrink::report(&bed, envoy.as_ref(), case, kind);
+        let (case, found) = shrink::shrink(*case, kind, |cases| {
+            let said = ask(&bed, envoy.as_ref(), cases);
+            cases.iter().zip(&said).map(|(case, said)| disagreements(case, said)).collect()
+        });
+        let why = texts(&found);
+        println!(
+            "{}\n---\n# {:?}\n# {why}",
+            bed::text(&case, &format!("c1.{}.test", case.class), "c1", bed::SOME_PORTS),
+            case.request
+        );
+        folder.keep(kind, &Golden { why, seed, case }, |text| tokens.hide(text));
     }
     panic!("{} kinds of disagreement, LATEEN_SEED={seed}: {:#?}", found.len(), found.keys());
 }
@@ -252,7 +275,14 @@ fn run(seed: u64, hosts: usize) {
 fn all_agree_on_every_request() {
     let hosts = if cfg!(feature = "envoy") { 150 } else { 20 };
     let hosts = number("LATEEN_HOSTS").map_or(hosts, |hosts| usize::try_from(hosts).unwrap());
-    seeds().into_iter().for_each(|seed| run(seed, hosts));
+    let seeds = seeds();
+    seeds.iter().for_each(|seed| run(*seed, hosts));
+    // Golden cases of other seeds.
+    let golden: Vec<Golden<Case>> = Folder::of("gateway").all(|text| text);
+    let others: BTreeSet<u64> = golden.iter().map(|golden| golden.seed).filter(|seed| !SEEDS.contains(seed)).collect();
+    if number("LATEEN_SEED").is_none() {
+        others.into_iter().for_each(|seed| run(seed, 0));
+    }
 }
 
 /// The chance that `count` of `times` or something rarer on that side comes, twice.

@@ -1,5 +1,6 @@
 //! Random cases: a host, the objects that say what becomes of its requests, and one request each.
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 /// A stream of draws from one seed (SplitMix64).
@@ -18,27 +19,27 @@ impl Random {
         x ^ (x >> 31)
     }
 
-    fn below(&mut self, bound: usize) -> usize {
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
         usize::try_from(self.next() % bound as u64).unwrap()
     }
 
     /// True in so many of a hundred.
-    fn percent(&mut self, percent: u64) -> bool {
+    pub(crate) fn percent(&mut self, percent: u64) -> bool {
         self.next() % 100 < percent
     }
 
-    fn pick<'a, T: ?Sized>(&mut self, of: &[&'a T]) -> &'a T {
+    pub(crate) fn pick<'a, T: ?Sized>(&mut self, of: &[&'a T]) -> &'a T {
         of[self.below(of.len())]
     }
 
-    fn some<T>(&mut self, most: usize, mut make: impl FnMut(&mut Self) -> T) -> Vec<T> {
+    pub(crate) fn some<T>(&mut self, most: usize, mut make: impl FnMut(&mut Self) -> T) -> Vec<T> {
         let count = 1 + self.below(most);
         (0..count).map(|_| make(self)).collect()
     }
 }
 
 /// A request. Its host is the case's, with what `suffix` adds.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Request {
     /// The gateway's port: 80, 81, or 443 for TLS.
     pub(crate) port: u16,
@@ -53,16 +54,30 @@ pub(crate) struct Request {
 }
 
 /// What one host does with one request. `@HOST@` and `@NAME@` in the objects are the case's own.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Case {
     /// `open`; or `allow` where nothing passes that no ALLOW policy lets in.
-    pub(crate) class: &'static str,
+    pub(crate) class: String,
     pub(crate) objects: Vec<Value>,
     pub(crate) request: Request,
 }
 
 /// Tokens that requests may carry, by what is special about them.
 pub(crate) struct Tokens(pub(crate) Vec<(&'static str, String)>);
+
+impl Tokens {
+    /// A text with the tokens' numbers in their place: another run has others.
+    pub(crate) fn hide(&self, text: String) -> String {
+        let numbered = self.0.iter().enumerate();
+        numbered.fold(text, |text, (number, (_, token))| text.replace(token, &format!("@TOKEN{number}@")))
+    }
+
+    /// A text with tokens in place of their numbers.
+    pub(crate) fn show(&self, text: String) -> String {
+        let numbered = self.0.iter().enumerate();
+        numbered.fold(text, |text, (number, (_, token))| text.replace(&format!("@TOKEN{number}@"), token))
+    }
+}
 
 const PATHS: [&str; 26] = [
     "/",
@@ -137,7 +152,7 @@ pub(crate) const POOLS: [&str; 4] = ["pool-header", "pool-query", "pool-source",
 /// A service of two endpoints, one of which takes no connections.
 pub(crate) const HALF: &str = "half-dead";
 
-fn string_match(random: &mut Random, exact: &str) -> Value {
+pub(crate) fn string_match(random: &mut Random, exact: &str) -> Value {
     match random.below(3) {
         0 => json!({ "exact": exact }),
         1 => json!({ "prefix": &exact[..exact.len().min(1 + random.below(3))] }),
@@ -439,7 +454,7 @@ fn virtual_service(rules: Vec<Value>) -> Value {
     })
 }
 
-fn strings(random: &mut Random, from: &[&str]) -> Value {
+pub(crate) fn strings(random: &mut Random, from: &[&str]) -> Value {
     let mut list: Vec<String> = random.some(2, |random| random.pick(from).to_owned());
     list.dedup();
     list.into()
@@ -688,7 +703,7 @@ pub(crate) fn cases(random: &mut Random, tokens: &Tokens, requests: usize) -> Ve
             let said = random.pick(&["200", "200", "403", "401", "302", "500", "break"]);
             request.headers.push((ASKED.to_owned(), said.to_owned()));
         }
-        Case { class, objects: objects.clone(), request }
+        Case { class: class.to_owned(), objects: objects.clone(), request }
     };
     (0..requests).map(|_| made()).collect()
 }
@@ -705,7 +720,7 @@ pub(crate) fn by_chance(random: &mut Random) -> Case {
         rule["fault"] = json!({ "abort": { "httpStatus": 418, "percentage": { "value": percentage } } });
     }
     Case {
-        class: "open",
+        class: "open".to_owned(),
         objects: vec![virtual_service(vec![rule])],
         request: Request {
             port: 80,

@@ -1,33 +1,32 @@
 //! The smallest case that still shows a disagreement. All candidates of a round run in one
-//! configuration, each under a host of its own.
-
-use std::path::PathBuf;
+//! configuration, each apart from the others.
 
 use serde_json::Value;
 
-use crate::bed::{self, Bed};
+use crate::Disagreement;
+use crate::bed::Bed;
 use crate::random::Case;
-use crate::{Disagreement, ask, disagreements};
 
 /// Rounds at most; each takes one thing away.
 const ROUNDS_MAX: usize = 60;
-/// Candidates of a round.
-const CANDIDATES_MAX: usize = 400;
 
-/// Shrinks and prints.
-pub(crate) fn report(bed: &Bed, envoy: Option<&PathBuf>, case: &Case, wanted: &str) {
-    let (smallest, found) = shrink(bed, envoy, case, wanted);
-    let host = format!("c1.{}.test", smallest.class);
-    println!("{}\n---\n# {:?}", bed::text(&smallest, &host, "c1", bed::SOME_PORTS), smallest.request);
-    for found in found {
-        println!("# {}: {}", found.kind, found.text);
-    }
+/// What can be made smaller.
+pub(crate) trait Shrinks: Clone {
+    /// Candidates of a round, at most.
+    const CANDIDATES_MAX: usize;
+
+    /// Every way to take one thing away that leaves a case.
+    fn candidates(&self) -> Vec<Self>;
 }
 
-fn shrink(bed: &Bed, envoy: Option<&PathBuf>, case: &Case, wanted: &str) -> (Case, Vec<Disagreement>) {
-    let shows = |cases: &[Case]| -> Option<(Case, Vec<Disagreement>)> {
-        let said = ask(bed, envoy, cases);
-        let found = cases.iter().zip(&said).map(|(case, said)| (case.clone(), disagreements(case, said)));
+/// The smallest case that shows `wanted`, with all that it shows. `ask` says what each of several cases shows.
+pub(crate) fn shrink<C: Shrinks>(
+    case: &C,
+    wanted: &str,
+    mut ask: impl FnMut(&[C]) -> Vec<Vec<Disagreement>>,
+) -> (C, Vec<Disagreement>) {
+    let mut shows = |cases: &[C]| -> Option<(C, Vec<Disagreement>)> {
+        let found = cases.iter().cloned().zip(ask(cases));
         found.into_iter().find(|(_, found)| found.iter().any(|one| one.kind == wanted))
     };
     let Some(mut smallest) = shows(std::slice::from_ref(case)) else {
@@ -35,8 +34,8 @@ fn shrink(bed: &Bed, envoy: Option<&PathBuf>, case: &Case, wanted: &str) -> (Cas
         return (case.clone(), vec![Disagreement { kind: wanted.to_owned(), text }]);
     };
     for _ in 0..ROUNDS_MAX {
-        let mut smaller: Vec<Case> = candidates(&smallest.0).into_iter().filter(Bed::is_valid).collect();
-        smaller.truncate(CANDIDATES_MAX);
+        let mut smaller = smallest.0.candidates();
+        smaller.truncate(C::CANDIDATES_MAX);
         match shows(&smaller) {
             Some(found) => smallest = found,
             None => break,
@@ -45,23 +44,19 @@ fn shrink(bed: &Bed, envoy: Option<&PathBuf>, case: &Case, wanted: &str) -> (Cas
     smallest
 }
 
-/// Every way to take one thing away.
+impl Shrinks for Case {
+    const CANDIDATES_MAX: usize = 400;
+
+    fn candidates(&self) -> Vec<Self> {
+        candidates(self).into_iter().filter(Bed::is_valid).collect()
+    }
+}
+
 fn candidates(case: &Case) -> Vec<Case> {
     let mut out = Vec::new();
-    for at in 1..case.objects.len() {
-        let mut less = case.clone();
-        less.objects.remove(at);
-        out.push(less);
-    }
-    for at in 0..case.objects.len() {
-        for spec in without_one(&case.objects[at]["spec"]) {
-            let mut less = case.clone();
-            less.objects[at]["spec"] = spec;
-            if is_apart(&less.objects[at]) {
-                out.push(less);
-            }
-        }
-    }
+    // The first object is what gives the host a meaning.
+    let smaller = without_objects(&case.objects, 1).into_iter().chain(with_less(&case.objects, is_apart));
+    out.extend(smaller.map(|objects| Case { objects, ..case.clone() }));
     for at in 0..case.request.headers.len() {
         let mut less = case.clone();
         less.request.headers.remove(at);
@@ -96,6 +91,27 @@ fn candidates(case: &Case) -> Vec<Case> {
         suffix.unwrap_or(&case.request.host_suffix).clone_into(&mut less.request.host_suffix);
         if less != *case {
             out.push(less);
+        }
+    }
+    out
+}
+
+/// The objects without one of those from `first` on.
+pub(crate) fn without_objects(objects: &[Value], first: usize) -> Vec<Vec<Value>> {
+    let without = |at: usize| [&objects[..at], &objects[at + 1..]].concat();
+    (first..objects.len()).map(without).collect()
+}
+
+/// The objects with one of their specs smaller, where that one is still `good`.
+pub(crate) fn with_less(objects: &[Value], good: impl Fn(&Value) -> bool) -> Vec<Vec<Value>> {
+    let mut out = Vec::new();
+    for at in 0..objects.len() {
+        for spec in without_one(&objects[at]["spec"]) {
+            let mut less = objects.to_vec();
+            less[at]["spec"] = spec;
+            if good(&less[at]) {
+                out.push(less);
+            }
         }
     }
     out
@@ -151,4 +167,76 @@ fn without_one(value: &Value) -> Vec<Value> {
         _ => {}
     }
     out
+}
+
+/// A disagreement that is planted: somebody does not know a fault where a header comes.
+#[test]
+fn a_planted_disagreement_shrinks_to_what_it_needs() {
+    let rule = |fault: bool| {
+        let mut rule = serde_json::json!({
+            "match": [{ "uri": { "prefix": "/" }, "headers": { "x-b": { "exact": "1" } } }, { "uri": { "prefix": "/a" } }],
+            "route": [{ "destination": { "host": "echo", "subset": "v1" }, "headers": { "request": { "set": { "x-c": "1" } } } }],
+            "timeout": "5s",
+        });
+        if fault {
+            rule["fault"] = serde_json::json!({ "abort": { "httpStatus": 555, "percentage": { "value": 100 } } });
+        }
+        rule
+    };
+    let object = |kind: &str, spec: Value| {
+        let group = if kind == "VirtualService" { "networking" } else { "security" };
+        serde_json::json!({ "apiVersion": format!("{group}.istio.io/v1"), "kind": kind, "metadata": { "name": "@NAME@", "namespace": "shop" }, "spec": spec })
+    };
+    let hosts = serde_json::json!(["@HOST@"]);
+    let case = Case {
+        class: "open".to_owned(),
+        objects: vec![
+            object(
+                "VirtualService",
+                serde_json::json!({ "hosts": hosts, "gateways": ["gateway"], "http": [rule(false), rule(true)] }),
+            ),
+            object(
+                "AuthorizationPolicy",
+                serde_json::json!({ "selector": { "matchLabels": { "a": "b" } }, "action": "DENY", "rules": [{ "to": [{ "operation": { "hosts": hosts, "paths": ["/b"] } }] }] }),
+            ),
+        ],
+        request: crate::random::Request {
+            port: 81,
+            method: "POST".to_owned(),
+            path: "/a?q=1".to_owned(),
+            host_suffix: ":80".to_owned(),
+            is_shouting: true,
+            headers: [("x-a", "1"), ("x-b", "2")].map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
+            is_http2: true,
+        },
+    };
+    let mut asked = 0;
+    let planted = |cases: &[Case]| -> Vec<Vec<Disagreement>> {
+        asked += 1;
+        let shows = |case: &Case| {
+            let is_faulty = case.objects[0]["spec"]["http"]
+                .as_array()
+                .is_some_and(|rules| rules.iter().any(|rule| !rule["fault"]["abort"]["httpStatus"].is_null()));
+            is_faulty && case.request.headers.iter().any(|(name, _)| name == "x-b")
+        };
+        let found = |case: &Case| {
+            let one = |kind: &str| Disagreement { kind: kind.to_owned(), text: String::new() };
+            if shows(case) { vec![one("other"), one("status")] } else { vec![one("other")] }
+        };
+        cases.iter().map(found).collect()
+    };
+    let (smallest, found) = shrink(&case, "status", planted);
+    assert!(asked < ROUNDS_MAX, "it ends by itself");
+    assert_eq!(found.len(), 2, "with all that it shows");
+    let [object] = &smallest.objects[..] else { panic!("{smallest:#?}") };
+    let bare = |rule: &Value| {
+        rule["fault"]["abort"]["httpStatus"] == 555 && rule.as_object().is_some_and(|fields| fields.len() == 2)
+    };
+    let rules = object["spec"]["http"].as_array().unwrap();
+    assert!(rules.len() == 1 && bare(&rules[0]) && rules[0]["route"].is_array(), "{smallest:#?}");
+    assert_eq!(smallest.request.headers, [("x-b".to_owned(), "2".to_owned())]);
+    let rest =
+        (smallest.request.port, &*smallest.request.method, &*smallest.request.path, &*smallest.request.host_suffix);
+    assert_eq!(rest, (80, "GET", "/", ""));
+    assert!(!smallest.request.is_shouting && !smallest.request.is_http2);
 }
