@@ -117,8 +117,8 @@ pub struct Options {
     pub take_signals: bool,
     /// The process's own log, for `/logging`; `None`: its levels cannot be changed.
     pub log_levels: Option<Arc<dyn LogLevels>>,
-    /// Makes the allocator give free memory back to the system; called when much was freed and little
-    /// is going on. `None`: it does so by itself, or not.
+    /// Gives memory that is not needed now back to the system; called when configuration has settled.
+    /// `None`: nobody does.
     pub trim: Option<fn()>,
 }
 
