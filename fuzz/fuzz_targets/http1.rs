@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    (fuzzing::TARGETS[0].run)(data);
+    fuzzing::run("http1", data);
 });

@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    (fuzzing::TARGETS[1].run)(data);
+    fuzzing::run("lower", data);
 });

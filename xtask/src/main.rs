@@ -1,6 +1,7 @@
-//! Chores of the tree: `cargo xtask <check|tidy|parity|proto|bench|counts>`.
+//! Chores of the tree: `cargo xtask <check|tidy|parity|proto|bench|counts|fuzz>`.
 
 mod bench;
+mod fuzz;
 mod parity;
 mod proto;
 mod tidy;
@@ -44,6 +45,14 @@ enum Chore {
         #[arg(long)]
         write: bool,
     },
+    /// The fuzz targets under libFuzzer, steered by coverage; needs a C++ compiler. What it learns stays in fuzz/corpus.
+    Fuzz {
+        /// How long each target runs.
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+        /// Only these; all without.
+        targets: Vec<String>,
+    },
 }
 
 /// The tree's top folder.
@@ -73,5 +82,6 @@ fn main() -> Result<()> {
         Chore::Proto { check } => proto::run(&root(), check),
         Chore::Bench { args } => bench::speed(&args),
         Chore::Counts { write } => bench::counts(write),
+        Chore::Fuzz { seconds, targets } => fuzz::run(&root(), seconds, &targets),
     }
 }

@@ -35,6 +35,16 @@ pub const TARGETS: [Target; 3] = [
     Target { name: "yaml", run: reader::run, seeds: reader::seeds, mutate: reader::mutated },
 ];
 
+/// Runs one input through the target of this name; for libFuzzer.
+///
+/// # Panics
+///
+/// At a fault, and where there is no such target.
+pub fn run(target: &str, input: &[u8]) {
+    let target = TARGETS.iter().find(|one| one.name == target).expect("the target's name is in the table");
+    (target.run)(input);
+}
+
 /// A number for a way through the code; digits and quoted text in it do not count.
 fn signature(of: impl IntoIterator<Item = impl AsRef<str>>) -> u64 {
     let mut hasher = std::hash::DefaultHasher::new();

@@ -1,4 +1,5 @@
 //! A short run of the fuzz targets, on any toolchain: `fuzz [--seconds N] [--seed N] [TARGET…]`.
+//! `fuzz --write-seeds FOLDER` writes the inputs to begin with to `FOLDER/TARGET/`, for libFuzzer.
 //!
 //! Inputs that show something new are kept and changed further. One that fails is written to
 //! `target/fuzz/` and the run ends with status 1; `fuzz TARGET FILE…` runs files again.
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         match argument.as_str() {
             "--seconds" => seconds = number().unwrap_or(seconds),
             "--seed" => seed = number().unwrap_or(seed),
+            "--write-seeds" => return write_seeds(&arguments.next().unwrap_or_default()),
             name => match TARGETS.iter().find(|target| target.name == name) {
                 Some(target) => chosen.push(*target),
                 None => files.push(name.to_owned()),
@@ -42,6 +44,21 @@ fn main() -> ExitCode {
         well &= if files.is_empty() { fuzz(target, budget, seed) } else { again(target, &files) };
     }
     if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn write_seeds(folder: &str) -> ExitCode {
+    for target in TARGETS {
+        let own = Path::new(folder).join(target.name);
+        let written = std::fs::create_dir_all(&own).and_then(|()| {
+            let mut seeds = (target.seeds)().into_iter().enumerate();
+            seeds.try_for_each(|(number, seed)| std::fs::write(own.join(format!("seed-{number}")), seed))
+        });
+        if let Err(error) = written {
+            say(&format!("{}: {error}", own.display()));
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
 }
 
 fn say(text: &str) {
