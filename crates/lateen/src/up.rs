@@ -154,6 +154,9 @@ fn detach(args: &UpArgs, command: &str) -> Result<()> {
             }
             commands::print_status(&status);
             if status["ready"] == true {
+                if command == "demo" {
+                    invite(args, &status);
+                }
                 return Ok(());
             }
             let wrong: Value = runtime.block_on(client.get("/findings"))?;
@@ -688,17 +691,25 @@ fn announce(args: &UpArgs, mesh: &Mesh, is_ready: bool, is_demo: bool, began: In
     } else {
         output::error("not everything is ready; see STATUS above, what follows, and `lateen logs`");
     }
-    let http = status["addresses"]["ingress-http"].as_str().unwrap_or("-");
     if is_demo {
-        let mails = http.rsplit(':').next().unwrap_or_default();
-        output::line(&format!("\n  Open {} in a browser;", output::bold(&format!("http://{http}/productpage"))));
-        output::line(&format!("  mail arrives at {}.\n", output::bold(&format!("http://maildev.localhost:{mails}/"))));
-        output::line("Try next: (in another terminal)");
-        for command in next_commands(&args.mesh, &program(), http) {
-            output::line(&format!("  {command}"));
-        }
+        invite(args, &status);
     }
     output::line("\nCtrl-C stops everything.");
+}
+
+/// Says where the demo's pages are and what to try.
+fn invite(args: &UpArgs, status: &Value) {
+    let http = status["addresses"]["ingress-http"].as_str().unwrap_or("-");
+    let mails = http.rsplit(':').next().unwrap_or_default();
+    output::line(&format!("\n  Open {} in a browser;", output::bold(&format!("http://{http}/productpage"))));
+    output::line(&format!("  mail arrives at {}.\n", output::bold(&format!("http://maildev.localhost:{mails}/"))));
+    output::line("Try next: (in another terminal)");
+    for command in next_commands(&args.mesh, &program(), http) {
+        output::line(&format!("  {command}"));
+    }
+    if in_path("curl").is_none() {
+        output::line("  (the first and the third need curl, which is not installed here)");
+    }
 }
 
 /// Five commands that show what a mesh does. Each can be pasted as it is.
@@ -719,12 +730,16 @@ fn next_commands(mesh: &MeshArgs, program: &str, http: &str) -> [String; 5] {
     ]
 }
 
+/// Where `PATH` finds a program.
+fn in_path(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).map(|dir| dir.join(program)).find(|found| found.is_file())
+}
+
 /// How this program is called: by its name where `PATH` finds it, else by its path.
 fn program() -> String {
     let Ok(own) = std::env::current_exe() else { return "lateen".to_owned() };
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).map(|dir| dir.join("lateen")).find(|program| program.is_file());
-    if found.and_then(|found| found.canonicalize().ok()) == Some(own.clone()) {
+    if in_path("lateen").and_then(|found| found.canonicalize().ok()) == Some(own.clone()) {
         return "lateen".to_owned();
     }
     let here = std::env::current_dir().unwrap_or_default();

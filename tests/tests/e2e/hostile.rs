@@ -1,11 +1,16 @@
 //! A real `lateen proxy` under hostile clients: it lives, and gives back what they took.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use testkit::eventually;
+
+use crate::apps::{TRAFFIC, virtual_service};
 
 /// A proxy on a bootstrap.
 pub(crate) struct Proxy {
@@ -254,4 +259,104 @@ fn garbage_on_every_listener_of_the_proxy() {
     let stats = ask(proxy.admin, "/stats").expect("the admin interface answers");
     let panics = stats.lines().find(|line| line.contains("panic")).expect("a counter of panics");
     assert!(panics.ends_with(": 0"), "{panics}");
+}
+
+/// Throws bytes at each address of its arguments, all at once: noise, a hello that is none, HTTP/2 that goes mad,
+/// a smuggled request, a head without end, a client that only waits; and datagrams of noise at names' servers.
+const THROW: &str = r#"
+for at in "$@"; do for kind in noise tls h2 smuggled endless silent; do (
+  exec 3<>"/dev/tcp/${at%:*}/${at##*:}" || exit 0
+  echo met
+  case $kind in
+    noise) head -c 30000 /dev/urandom;;
+    tls) printf '\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03'; head -c 600 /dev/urandom;;
+    h2) printf 'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'; head -c 5000 /dev/urandom;;
+    smuggled) printf 'POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\n\r\n';;
+    endless) printf 'GET / HTTP/1.1\r\nHost: a\r\n'; yes 'X-More: of this' | head -c 300000;;
+  esac >&3
+  timeout 3 cat <&3 >/dev/null
+) 2>/dev/null & done; done
+for server in 127.0.0.1/15053 10.96.0.10/53; do (for size in 1 11 12 40 600; do head -c $size /dev/urandom >/dev/udp/$server; done) 2>/dev/null & done
+wait"#;
+
+#[test]
+fn garbage_on_every_listener_of_a_mesh() {
+    let mesh = TRAFFIC.turn();
+    let status = mesh.status();
+    let mut by_pod: BTreeMap<(String, String), BTreeSet<String>> = BTreeMap::new();
+    let mut roles = BTreeSet::new();
+    for row in status["listening"].as_array().expect("the status lists what listens") {
+        let text = |field: &str| row[field].as_str().unwrap_or_default().to_owned();
+        let address: SocketAddr = text("address").parse().expect("an address");
+        // what applications do with garbage is theirs to answer for
+        if ["application", "http", "tcp"].contains(&&*text("role")) {
+            continue;
+        }
+        roles.insert(text("role"));
+        // seen from inside the pod, where what listens everywhere listens on loopback, too
+        let inside =
+            if address.ip().is_unspecified() { SocketAddr::from(([127, 0, 0, 1], address.port())) } else { address };
+        by_pod.entry((text("namespace"), text("pod"))).or_default().insert(inside.to_string());
+    }
+    for role in [
+        "xds",
+        "control-plane-metrics",
+        "inbound",
+        "outbound",
+        "merged-metrics",
+        "readiness",
+        "proxy-metrics",
+        "proxy-admin",
+    ] {
+        assert!(roles.contains(role), "{role} is not among {roles:?}");
+    }
+    let planes = || [mesh.processes(" proxy"), mesh.processes(" discovery")];
+    let before = planes();
+    assert!(before.iter().all(|processes| !processes.is_empty()), "{before:?}");
+    std::thread::scope(|scope| {
+        let mesh = &mesh;
+        for ((namespace, pod), addresses) in &by_pod {
+            scope.spawn(move || {
+                let mut command = vec!["exec", pod, "-n", namespace, "--", "bash", "-c", THROW, "throw"];
+                command.extend(addresses.iter().map(String::as_str));
+                let output = mesh.command(&command, "");
+                let met = String::from_utf8_lossy(&output.stdout).lines().filter(|line| *line == "met").count();
+                assert_eq!(
+                    met,
+                    6 * addresses.len(),
+                    "{pod} {addresses:?}: {}",
+                    String::from_utf8_lossy(&output.stderr)
+                );
+            });
+        }
+        // the machine's own doors: the gateway's ports from outside, and the sockets of the mesh
+        scope.spawn(move || {
+            for at in [mesh.http, mesh.https] {
+                let script = format!("set -- {at}; {THROW}");
+                assert!(
+                    Command::new("bash").args(["-c", &script]).stdout(Stdio::null()).status().expect("bash").success()
+                );
+            }
+        });
+        for entry in std::fs::read_dir(mesh.state_dir()).expect("the state folder").flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_socket()) {
+                let Ok(mut socket) = UnixStream::connect(entry.path()) else { continue };
+                // it may be closed before all is written
+                drop(socket.write_all(&vec![0xff; 30_000]));
+                drop(socket.write_all(b"\r\n\r\n"));
+            }
+        }
+    });
+    assert_eq!(planes(), before, "no process ended and none was started");
+    for whence in ["shop/curl", "shop/httpbin", "istio-system/istio-ingressgateway"] {
+        let stats = mesh.curl(whence, &["http://127.0.0.1:15000/stats"]);
+        let panics = stats.body.lines().find(|line| line.contains("panic")).expect("a counter of panics");
+        assert!(panics.ends_with(": 0"), "{whence}: {panics}");
+    }
+    // and all of it works: the control plane, names, the way between sidecars and through the gateway
+    let _route =
+        mesh.with(&virtual_service("after", "  - route: [{destination: {host: httpbin, port: {number: 8000}}}]"));
+    assert_eq!(mesh.get("after.shop.test", "/get", &[]).status, 200);
+    assert_eq!(mesh.curl("shop/curl", &["http://httpbin:8000/get"]).status, 200);
+    assert_eq!(mesh.curl("plain/curl", &["http://httpbin.shop:8000/get"]).status, 200);
 }

@@ -85,11 +85,16 @@ impl Up {
     }
 
     fn start_in(dir: tempfile::TempDir, user: User, manifests: &str) -> Self {
-        let log = std::fs::File::create(dir.path().join("up.log")).unwrap();
+        Self::start_with(dir, user, "-", manifests)
+    }
+
+    /// With `-f FROM`, a file of the folder or `-`, where `input` comes.
+    fn start_with(dir: tempfile::TempDir, user: User, from: &str, input: &str) -> Self {
+        let log = std::fs::File::options().create(true).append(true).open(dir.path().join("up.log")).unwrap();
         let program = program(dir.path(), user == User::Ordinary);
         let mut child = Command::new(&program[0])
             .args(&program[1..])
-            .args(["up", "--name", "life", "--state-dir", "s", "-f", "-"])
+            .args(["up", "--name", "life", "--state-dir", "s", "-f", from])
             .args(["--ingress-http", "127.0.0.1:0", "--ingress-https", "127.0.0.1:0"])
             .current_dir(&dir)
             .stdin(Stdio::piped())
@@ -97,7 +102,7 @@ impl Up {
             .stderr(log)
             .spawn()
             .unwrap();
-        child.stdin.take().unwrap().write_all(manifests.as_bytes()).unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
         let up = Self { child, dir, program };
         eventually("the mesh is ready", || {
             let status: Value =
@@ -304,6 +309,122 @@ fn killed(user: User) {
         traces.are_gone(&up.dir.path().join("s"));
         up.restart(user, &small());
     }
+}
+
+#[test]
+fn a_file_that_is_broken_when_the_mesh_comes_back_has_its_last_good_version() {
+    let dir = tempfile::Builder::new().prefix("lt-").tempdir().unwrap();
+    let file = dir.path().join("mesh.yaml");
+    let config = |mode: &str| {
+        small()
+            + &format!(
+                "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: default, namespace: plain}}\nspec: {{mtls: {{mode: {mode}}}}}\n"
+            )
+    };
+    std::fs::write(&file, config("STRICT")).unwrap();
+    let mut up = Up::start_with(dir, User::Own, "mesh.yaml", "");
+    let mode = |up: &Up| {
+        let text = up.must(&["get", "peerauthentication", "default", "-n", "plain", "-o", "json"], "");
+        serde_json::from_str::<Value>(&text).unwrap()["spec"]["mtls"]["mode"].clone()
+    };
+    std::fs::write(&file, config("STRICKT")).unwrap();
+    let refused = |up: &Up, times: usize| {
+        eventually("the refusal", || {
+            let said = up.said();
+            let count = said.lines().filter(|line| line.contains("mesh.yaml") && line.contains("STRICKT")).count();
+            if count >= times { Ok(()) } else { Err(format!("{count}: {said}")) }
+        });
+    };
+    refused(&up, 1);
+    assert_eq!(mode(&up), "STRICT");
+    let traces = Traces::of(up.child.id(), links());
+    up.signal("-KILL");
+    up.child.wait().unwrap();
+    traces.are_gone(&up.dir.path().join("s"));
+
+    let before = up.said().lines().filter(|line| line.contains("STRICKT")).count();
+    let dir = std::mem::replace(&mut up.dir, tempfile::tempdir().unwrap());
+    let up = Up::start_with(dir, User::Own, "mesh.yaml", "");
+    refused(&up, before + 1);
+    assert_eq!(mode(&up), "STRICT", "what was good stays, also across a restart");
+    std::fs::write(&file, config("PERMISSIVE")).unwrap();
+    eventually("the mended file", || match mode(&up) {
+        mended if mended == "PERMISSIVE" => Ok(()),
+        other => Err(other.to_string()),
+    });
+}
+
+/// Ends a detached mesh.
+struct Down<'a>(&'a [&'a str]);
+
+impl Drop for Down<'_> {
+    fn drop(&mut self) {
+        run_lateen(&[&["down"][..], self.0].concat(), "");
+    }
+}
+
+#[test]
+fn a_detached_demo_says_what_to_try_and_it_works() {
+    let dir = tempfile::Builder::new().prefix("lt-").tempdir().unwrap();
+    let state = dir.path().join("s");
+    let at = ["--name", "shown", "--state-dir", state.to_str().unwrap()];
+    let before = links();
+    let ports = ["--ingress-http", "127.0.0.1:0", "--ingress-https", "127.0.0.1:0"];
+    let _down = Down(&at);
+    let demo = run_lateen(&[&["demo", "--detach"][..], &at, &ports].concat(), "");
+    let said = text(&demo.stdout) + &text(&demo.stderr);
+    assert!(demo.status.success(), "{said}");
+    let status = run_lateen(&[&["status", "-o", "json"][..], &at].concat(), "");
+    let status: Value = serde_json::from_slice(&status.stdout).unwrap();
+    let traces = Traces::of(u32::try_from(status["pid"].as_u64().unwrap()).unwrap(), before);
+
+    let pods: Vec<Vec<&str>> = said
+        .lines()
+        .skip_while(|line| !line.starts_with("NAMESPACE"))
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    let of = |prefix: &str| pods.iter().filter(|pod| pod[1].starts_with(prefix)).collect::<Vec<_>>();
+    for (name, ready, version) in [
+        ("productpage-v1-", "2/2", "v1"),
+        ("details-v1-", "2/2", "v1"),
+        ("ratings-v1-", "2/2", "v1"),
+        ("reviews-v1-", "2/2", "v1"),
+        ("reviews-v2-", "2/2", "v2"),
+        ("reviews-v3-", "2/2", "v3"),
+        ("maildev-", "2/2", "v1"),
+        ("istiod-", "1/1", "-"),
+        ("istio-ingressgateway-", "1/1", "-"),
+        ("istio-egressgateway-", "1/1", "-"),
+    ] {
+        let found = of(name);
+        assert_eq!(found.len(), 1, "{name}: {said}");
+        assert_eq!((found[0][2], found[0][3], found[0][5]), (ready, "Running", version), "{name}: {said}");
+    }
+    let addresses: BTreeSet<&str> = pods.iter().map(|pod| pod[4]).collect();
+    assert_eq!((pods.len(), addresses.len()), (10, 10), "each pod has an address of its own: {said}");
+
+    let commands: Vec<&str> =
+        said.lines().skip_while(|line| !line.starts_with("Try next")).skip(1).take(5).map(str::trim).collect();
+    let outputs: Vec<String> = commands
+        .iter()
+        .map(|command| {
+            let output = Command::new("sh").args(["-c", command]).output().unwrap();
+            assert!(output.status.success(), "{command}: {}{}", text(&output.stdout), text(&output.stderr));
+            text(&output.stdout)
+        })
+        .collect();
+    for (output, word) in outputs.iter().zip(["served by", "productpage-v1-", "podname", "reviews", "404"]) {
+        assert!(output.contains(word), "{word:?} is not in {output}; of {commands:?}");
+    }
+    // The gateway has a certificate; nobody signed it.
+    let https = status["addresses"]["ingress-https"].as_str().unwrap();
+    let page = Command::new("curl").args(["-sk", &format!("https://{https}/productpage")]).output().unwrap();
+    assert!(text(&page.stdout).contains("served by"), "{page:?}");
+
+    assert!(run_lateen(&[&["down"][..], &at].concat(), "").status.success());
+    traces.are_gone(&state);
 }
 
 #[test]

@@ -43,8 +43,23 @@ fn a_crashed_control_plane_leaves_traffic_flowing_and_comes_back() {
         || Client::plain(mesh.http),
         load,
         || {
+            // An orderly end, then two without a word.
             mesh.must(&["rollout", "restart", "deploy/istiod", "-n", "istio-system"], "");
             mesh.must(&["rollout", "status", "deploy/istiod", "-n", "istio-system", "--timeout", "120"], "");
+            for _ in 0..2 {
+                let killed = mesh.processes(" discovery");
+                assert!(!killed.is_empty(), "{:?}", mesh.processes("lateen"));
+                let ids: Vec<String> = killed.iter().map(ToString::to_string).collect();
+                assert!(std::process::Command::new("kill").arg("-KILL").args(&ids).status().unwrap().success());
+                eventually("another control plane", || {
+                    let now = mesh.processes(" discovery");
+                    if now.is_empty() || now.iter().any(|pid| killed.contains(pid)) {
+                        return Err(format!("{killed:?}, {now:?}"));
+                    }
+                    let status = mesh.status();
+                    if status["ready"] == true { Ok(()) } else { Err(status.to_string()) }
+                });
+            }
         },
     );
     mesh.must(&["apply", "-f", "-"], &httpbin("/status/202"));
@@ -52,6 +67,12 @@ fn a_crashed_control_plane_leaves_traffic_flowing_and_comes_back() {
         202 => Ok(()),
         other => Err(other.to_string()),
     });
+    // Its CA goes on: a pod that starts now is trusted by those that were there.
+    let before = mesh.certificates("shop/httpbin", "ROOTCA");
+    mesh.must(&["rollout", "restart", "deploy/httpbin", "-n", "shop"], "");
+    mesh.must(&["rollout", "status", "deploy/httpbin", "-n", "shop", "--timeout", "120"], "");
+    assert_eq!(mesh.certificates("shop/httpbin", "ROOTCA"), before);
+    assert_eq!(mesh.curl("shop/curl", &["http://httpbin:8000/get"]).status, 200);
 }
 
 #[test]
