@@ -37,7 +37,7 @@ impl Cores {
         let mut all = (0..CpuSet::MAX_CPU).filter(|cpu| self.0.is_set(*cpu));
         let only = match place {
             Place::Proxies => all.next(),
-            Place::Load => all.last(),
+            Place::Load => all.next_back(),
             Place::Anywhere => None,
         };
         let mut set = self.0;

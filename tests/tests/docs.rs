@@ -5,6 +5,8 @@
 //! commands of the same page; a block marked `yaml refused` shows a mistake. A `console` block shows
 //! commands after `$ ` and what each prints; run are those that need no mesh.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -37,7 +37,7 @@ pub(crate) fn check(root: &Path) -> Result<()> {
             match tests.get(name) {
                 None => wrong.push(format!("docs/parity.md:{}: there is no test `{name}`", number + 1)),
                 Some(false) => {
-                    wrong.push(format!("docs/parity.md:{}: `{name}` is ignored, it shows nothing", number + 1))
+                    wrong.push(format!("docs/parity.md:{}: `{name}` is ignored, it shows nothing", number + 1));
                 }
                 Some(true) => {}
             }

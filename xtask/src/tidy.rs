@@ -23,16 +23,20 @@ const EDGES: &[(&str, &[&str])] = &[
     ("explain", &["compile", "engine", "http1", "mesh", "api", "proto", "types"]),
     ("identity", &["proto", "telemetry", "types"]),
     ("xds", &["proto", "telemetry", "types"]),
-    ("proxy", &["engine", "http1", "identity", "xds", "proto", "telemetry", "types"]),
+    ("workers", &["engine", "http1", "identity", "telemetry", "types"]),
+    ("proxy", &["workers", "engine", "identity", "xds", "proto", "telemetry", "types"]),
     ("node", &["api", "capture", "samples", "telemetry", "types"]),
     ("discovery", &["explain", "compile", "mesh", "api", "identity", "xds", "proto", "telemetry", "types"]),
 ];
+
+/// Crates that nothing but programs and tests depends on: they may depend on everything.
+const TOP: &[&str] = &["fuzzing", "lateen", "testkit"];
 
 /// Crates without I/O, clock, randomness and environment.
 const PURE: &[&str] = &["types", "api", "mesh", "compile", "engine", "explain", "http1"];
 
 /// What a pure crate may not depend on, and not name.
-const PURE_BANS: &[&str] = &["tokio", "hyper", "rustix", "socket2", "notify", "hickory-resolver"];
+const PURE_BANS: &[&str] = &["tokio", "hyper", "rustix", "socket2", "notify"];
 const PURE_WORDS: &[&str] = &[
     "std::fs",
     "std::net::TcpStream",
@@ -55,6 +59,7 @@ pub(crate) fn check(root: &Path) -> Result<()> {
     for name in PURE {
         check_words(root, &root.join("crates").join(name).join("src"), &mut wrong)?;
     }
+    check_dependencies(root, &mut wrong)?;
     check_tree(root, &mut wrong)?;
     if wrong.is_empty() {
         return Ok(());
@@ -62,13 +67,20 @@ pub(crate) fn check(root: &Path) -> Result<()> {
     bail!("tidy:\n  {}", wrong.join("\n  "));
 }
 
-/// Names in `[dependencies]` (not the dev ones).
+/// Names in `[dependencies]` and `[build-dependencies]`.
 fn dependencies(manifest: &str) -> BTreeSet<String> {
+    let mut out = in_section(manifest, "dependencies");
+    out.extend(in_section(manifest, "build-dependencies"));
+    out
+}
+
+/// Names in a section of a manifest, whatever the target.
+fn in_section(manifest: &str, section: &str) -> BTreeSet<String> {
     let mut inside = false;
     let mut out = BTreeSet::new();
     for line in manifest.lines().map(str::trim) {
-        if line.starts_with('[') {
-            inside = line == "[dependencies]" || (line.starts_with("[target.") && line.ends_with(".dependencies]"));
+        if let Some(title) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            inside = title == section || (title.starts_with("target.") && title.ends_with(&format!(".{section}")));
         } else if inside && !line.is_empty() && !line.starts_with('#') {
             let end = line.find(['.', ' ', '=']).unwrap_or(line.len());
             out.insert(line[..end].to_owned());
@@ -112,13 +124,71 @@ fn check_words(root: &Path, folder: &Path, wrong: &mut Vec<String>) -> Result<()
             continue;
         }
         let text = fs::read_to_string(&path)?;
-        // Tests stand last in a file and may do what the code may not.
-        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
-        for (number, line) in code.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//")) {
+        for (number, line) in code(&text).filter(|(_, line)| !line.trim_start().starts_with("//")) {
             for word in PURE_WORDS.iter().filter(|word| line.contains(**word)) {
                 let shown = path.strip_prefix(root).unwrap_or(&path).display();
                 wrong.push(format!("{shown}:{}: a pure crate names {word}", number + 1));
             }
+        }
+    }
+    Ok(())
+}
+
+/// The numbered lines of a file, from 0, without its tests, which may do what the code may not: a module of
+/// their own stands last, one in another file anywhere.
+fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let mut lines = text.lines().enumerate().peekable();
+    std::iter::from_fn(move || {
+        while let Some((number, line)) = lines.next() {
+            if line.trim() != "#[cfg(test)]" {
+                return Some((number, line));
+            }
+            if lines.peek().is_some_and(|(_, next)| next.starts_with("mod ") && next.ends_with('{')) {
+                return None;
+            }
+            lines.next();
+        }
+        None
+    })
+}
+
+/// Every crate has its place among the edges, and names what it depends on somewhere.
+fn check_dependencies(root: &Path, wrong: &mut Vec<String>) -> Result<()> {
+    let mut folders = vec![root.join("bench"), root.join("tests"), root.join("xtask")];
+    for entry in fs::read_dir(root.join("crates"))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !TOP.contains(&&*name) && !EDGES.iter().any(|(listed, _)| *listed == name) {
+            wrong.push(format!("crates/{name} is not among the edges (xtask/src/tidy.rs lists them)"));
+        }
+        folders.push(entry.path());
+    }
+    for folder in folders {
+        let manifest = fs::read_to_string(folder.join("Cargo.toml"))?;
+        let mut named = BTreeSet::new();
+        words(&folder, &mut named)?;
+        for section in ["dependencies", "dev-dependencies", "build-dependencies"] {
+            for dependency in in_section(&manifest, section) {
+                if !named.contains(&dependency.replace('-', "_")) {
+                    let shown = folder.strip_prefix(root).unwrap_or(&folder).display();
+                    wrong.push(format!("{shown} depends on {dependency} and does not name it"));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every word of the Rust files in a folder.
+fn words(folder: &Path, found: &mut BTreeSet<String>) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))? {
+        let path = entry?.path();
+        if path.is_dir() {
+            words(&path, found)?;
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = fs::read_to_string(&path)?;
+            let is_word = |c: char| c.is_alphanumeric() || c == '_';
+            found.extend(text.split(|c| !is_word(c)).filter(|word| !word.is_empty()).map(str::to_owned));
         }
     }
     Ok(())
@@ -146,6 +216,12 @@ fn check_tree(root: &Path, wrong: &mut Vec<String>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tests_are_no_code() {
+        let text = "use a;\n#[cfg(test)]\nmod tests;\nfn code() {}\n#[cfg(test)]\nmod more {\n    fn test() {}\n}\n";
+        assert_eq!(code(text).collect::<Vec<_>>(), [(0, "use a;"), (3, "fn code() {}")]);
+    }
 
     #[test]
     fn dev_dependencies_are_free() {

@@ -348,7 +348,7 @@ mod tests {
         };
         let config = settings(Kind::NumberValue(2.0)).unwrap();
         assert_eq!(config.gateway_topology.as_ref().unwrap().num_trusted_proxies, 2);
-        assert_eq!(config.trace_sampling(), 12.5);
+        assert!((config.trace_sampling() - 12.5).abs() < f64::EPSILON);
         assert_eq!(settings(Kind::StringValue("many".into())), None);
     }
 

@@ -1,7 +1,7 @@
 //! A snapshot made from the one before is the one made from nothing; and who is not reached by a
 //! change is told the same as before, but for the clusters that are named.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -462,7 +462,7 @@ impl Writer<'_> {
             let pod = self.pod_at(&at).map(|pod| format!(" ({pod})")).unwrap_or_default();
             why(endpoint).map(|why| Lost { what: format!("{at}{pod}"), why: why.to_owned(), because: Vec::new() })
         };
-        set.localities.iter().flat_map(|locality| &locality.endpoints).filter_map(|endpoint| lost(endpoint)).collect()
+        set.localities.iter().flat_map(|locality| &locality.endpoints).filter_map(lost).collect()
     }
 
     /// What is under way at a cluster, where the proxy was asked and something is; and whether one

@@ -37,6 +37,7 @@ static REGISTERED_NAME: [bool; 256] = alphanumeric_and(b"-._~%!$&'()*+;=");
 
 /// Whether `bytes` may be a field's value: no control byte but tab.
 #[inline]
+#[expect(clippy::needless_bitwise_bool, reason = "without a branch, many bytes are looked at at a time")]
 pub fn is_value(bytes: &[u8]) -> bool {
     !bytes.iter().fold(false, |bad, b| bad | ((*b < 0x20) & (*b != b'\t')) | (*b == 0x7f))
 }

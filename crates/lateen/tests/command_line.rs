@@ -1,6 +1,8 @@
 //! What the binary answers without a mesh. Being this package's integration test, it also makes
 //! `cargo test` build the binary that the end-to-end tests run, with the features of a test build.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
+
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
 

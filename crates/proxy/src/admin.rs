@@ -31,8 +31,9 @@ use tokio::task::{AbortHandle, JoinSet};
 use crate::control::{Inspection, Listening, Request};
 use crate::dns::NameTable;
 use crate::options::{Addresses, LogLevels};
-use crate::proxy::{RunError, Shared, State};
-use crate::worker::DrainScope;
+use crate::proxy::{RunError, State};
+use workers::Shared;
+use workers::worker::DrainScope;
 
 /// What the services answer from.
 #[derive(Clone)]

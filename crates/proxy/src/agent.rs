@@ -47,7 +47,7 @@ use xds::server::Ads;
 use crate::control::Signals;
 use crate::dns::NameTable;
 use crate::options::{Options, Role};
-use crate::proxy::{RunError, Shared};
+use crate::proxy::RunError;
 
 /// Where the agent and its Envoy meet.
 #[derive(Clone, Debug)]
@@ -124,7 +124,7 @@ pub fn run(options: Options, program: &Path) -> Result<(), AgentError> {
 
 async fn supervise(mut options: Options, program: &Path, places: &Places) -> Result<(), AgentError> {
     let Some(plane) = options.xds.take() else { return Err(AgentError::NoPlane) };
-    let shared = Shared::new(&mut options)?;
+    let shared = crate::proxy::shared(&mut options)?;
     // Whatever runs here ends with the set.
     let mut tasks = JoinSet::new();
     // As with our own data plane, the control plane is shown what its CA issued, and nothing that others provide.

@@ -490,9 +490,8 @@ fn plane_tls(
     let server_name = std::mem::take(&mut context.sni);
     let mut common = context.common_tls_context.take().unwrap_or_default();
     common.alpn_protocols.clear();
-    let mut validation = match common.validation_context_type.take() {
-        Some(ValidationContextType::ValidationContext(validation)) => validation,
-        _ => return Err(not_built("common_tls_context without validation_context")),
+    let Some(ValidationContextType::ValidationContext(mut validation)) = common.validation_context_type.take() else {
+        return Err(not_built("common_tls_context without validation_context"));
     };
     let roots = match validation.trusted_ca.take().and_then(|source| source.specifier) {
         Some(Specifier::Filename(file)) => Source::File(file.into()),
@@ -750,7 +749,7 @@ static_resources:
         };
         let plane = secure("").unwrap().xds.unwrap();
         assert_eq!(plane.server_name, "plane.example");
-        assert!(matches!(plane.roots, Some(Source::File(path)) if path == PathBuf::from("/roots.pem")));
+        assert!(matches!(plane.roots, Some(Source::File(path)) if path == std::path::Path::new("/roots.pem")));
         let Err(refused) = secure(", tls_params: { cipher_suites: [x] }") else { panic!("taken") };
         assert!(refused.to_string().contains("clusters[plane].transport_socket"), "{refused}");
         let file = "resources: [{ '@type': type.googleapis.com/envoy.config.cluster.v3.Cluster, name: c, type: EDS, eds_cluster_config: { eds_config: { path_config_source: { path: /e } } } }]";

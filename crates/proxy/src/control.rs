@@ -34,12 +34,13 @@ use xds::client::{Dialed, Event, Handle, Names, Rejected, Update};
 
 use crate::dns::NameTable;
 use crate::file_secrets::{FileSecrets, IdentityFiles};
-use crate::listeners::{Listeners, Workers};
 use crate::options::{Options, Role, StaticResources, Termination};
-use crate::proxy::{Proxy, RunError, Shared, State};
-use crate::worker::{self, Command, DrainScope, WorkerHandle};
+use crate::proxy::{Proxy, RunError, State};
 use lowering::{Lowered, Lowering};
 use warming::Received;
+use workers::Shared;
+use workers::listeners::{Listeners, Workers};
+use workers::worker::{self, DrainScope, WorkerHandle};
 
 /// What others ask of the control side.
 pub(crate) enum Request {
@@ -105,6 +106,8 @@ pub(crate) struct Control {
     /// When listeners of drained connections close.
     stop_at: Option<(Instant, DrainScope)>,
     trim: Option<fn()>,
+    /// When what the last configuration took on its way in can be given back.
+    trim_at: Option<Instant>,
 }
 
 /// Resources in an order in which nothing refers to what is not there yet, with what their type is called.
@@ -151,6 +154,8 @@ enum Input {
 
 /// Warming and ejection sweeps look again so often.
 const TICK: Duration = Duration::from_millis(500);
+/// Configuration that has not changed for so long is taken to stay for now.
+const SETTLED: Duration = Duration::from_secs(5);
 
 impl Control {
     /// Starts everything.
@@ -196,6 +201,7 @@ impl Control {
             identity_files: options.identity_files.map(IdentityFiles::new),
             stop_at: None,
             trim: options.trim,
+            trim_at: Some(Instant::now() + SETTLED),
             shared: Arc::clone(&shared),
         };
         // Here a bad one is the end.
@@ -240,10 +246,7 @@ impl Control {
         } else {
             control.configured();
         }
-        let exporter = shared.spans.take().map(|spans| {
-            let (config, recorder) = (Arc::clone(&shared.published), shared.metrics.recorder());
-            tokio::spawn(crate::tracing_spans::export(spans, Arc::clone(&shared), config, recorder))
-        });
+        let exporter = Some(tokio::spawn(workers::tracing_spans::export(Arc::clone(&shared))));
         let take_signals = options.take_signals;
         let task = tokio::spawn(async move {
             control.run(events, identities, asked, resolutions, take_signals).await;
@@ -384,12 +387,19 @@ impl Control {
         Some(read.map(|identity| self.shared.secrets.set_identity(&Arc::new(identity))))
     }
 
-    async fn tick(&mut self) {
-        if proto::json::rest()
+    /// Gives memory back that configuration took on its way in, once none has come for a while.
+    fn give_back(&mut self) {
+        let rests = proto::json::rest();
+        let settled = self.trim_at.take_if(|at| *at <= Instant::now()).is_some();
+        if (rests || settled)
             && let Some(trim) = self.trim
         {
             trim();
         }
+    }
+
+    async fn tick(&mut self) {
+        self.give_back();
         if !self.files.is_empty() {
             self.look_at_files().await;
         }
@@ -506,10 +516,7 @@ impl Control {
         self.bound.send_replace(Arc::new(self.listeners.addresses()));
         let mut running = Vec::with_capacity(self.workers.len());
         for worker in &self.workers {
-            let (done, waiting) = oneshot::channel();
-            if worker.inbox.send(Command::Config(Arc::clone(&next), done)).is_ok() {
-                running.push(waiting);
-            }
+            running.push(worker.configure(Arc::clone(&next)));
         }
         for waiting in running {
             if waiting.await.is_err() {
@@ -518,6 +525,7 @@ impl Control {
         }
         // the old tables are dropped here, not on a worker
         self.published = next;
+        self.trim_at = Some(Instant::now() + SETTLED);
         if !self.file_secrets.is_empty() {
             self.follow_secrets();
         }
@@ -559,8 +567,7 @@ impl Control {
     fn drain(&self, scope: DrainScope) {
         self.state.send_modify(|state| state.draining = true);
         for worker in &self.workers {
-            // a worker that has ended has nothing to drain
-            drop(worker.inbox.send(Command::Drain(scope)));
+            worker.drain(scope);
         }
     }
 
@@ -586,13 +593,10 @@ impl Control {
     fn end(mut self) {
         self.listeners.close(|_| true);
         for worker in &self.workers {
-            // likewise
-            drop(worker.inbox.send(Command::Stop));
+            worker.stop();
         }
-        for worker in &mut self.workers {
-            if let Some(thread) = worker.thread.take()
-                && thread.join().is_err()
-            {
+        for worker in self.workers {
+            if worker.join().is_err() {
                 tracing::error!("a worker panicked");
             }
         }

@@ -22,8 +22,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use types::wellknown::marks;
 
-use crate::proxy::Shared;
-use crate::upstream::dial::How;
+use workers::Shared;
+use workers::dial::How;
 
 /// Names and their addresses. Keys are lower case, without trailing dot.
 #[derive(Debug, Default)]

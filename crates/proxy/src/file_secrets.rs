@@ -22,7 +22,7 @@ use identity::agent::describe;
 use identity::workload::{InvalidIdentity, KeyAndChain, TrustRoots, WorkloadIdentity};
 use thiserror::Error;
 
-use crate::secrets::Secret;
+use workers::secrets::Secret;
 
 /// Whether a secret of this name is one of files.
 pub(crate) fn is_of_files(name: &str) -> bool {

@@ -1,51 +1,31 @@
-//! The data plane: a control side and workers.
+//! The data plane's control side: what its workers run, and everything about a proxy that is no request.
 //!
 //! ```text
 //!            xDS, files ──► control ──lower (own thread)──► RuntimeConfig ──► workers (one per core)
-//!  agent ─► secrets ─┘        │ owns listening sockets, admin, readiness, DNS       │
-//!  clients ──────────────► accept ──(worker with the fewest)──────────────────────► serve
+//!  agent ─► secrets ─┘        │ owns listening sockets, admin, readiness, DNS
 //! ```
 //!
 //! What flows in: configuration from the control plane or a bootstrap file, certificates from the
-//! CA, connections. What flows out: connections to upstreams, metrics, log lines, spans.
+//! CA. What flows out: configuration for the [`workers`], which serve the connections, and pages of
+//! the admin interface.
 //!
-//! **Invariants.** Decisions are the engine's; this crate performs steps. No lock is taken and no
-//! thread is crossed on the way of a request. A worker's `Rc`s never leave it. What a peer can
-//! fill is bounded. Nothing a peer sends ends the process: each connection's task is its own
-//! panic boundary. `api`, `mesh` and `compile` are not seen here: the planes meet on the wire.
+//! **Invariants.** What is refused changes nothing: the last good version of each resource stays.
+//! Workers never wait for this side. What a peer can fill is bounded. `api`, `mesh` and `compile`
+//! are not seen here: the planes meet on the wire.
 //!
-//! Start reading at [`run`], then `control`, `accept`, `exchange`.
+//! Start reading at [`run`], then `control`.
 
-mod accept;
-mod access;
 mod admin;
 pub mod agent;
-mod alarm;
 pub mod bootstrap;
-mod codec;
 mod control;
-mod detect;
 mod dns;
-mod exchange;
 mod file_secrets;
-mod host_sockets;
-mod io;
-mod listeners;
-mod metadata_exchange;
 mod options;
 mod plane;
 mod proxy;
-mod proxy_protocol;
-mod record;
-mod secrets;
-mod serve;
-mod tcp;
 #[cfg(test)]
 mod tests;
-mod tls;
-mod tracing_spans;
-mod upstream;
-mod worker;
 
 pub use options::{Addresses, InvalidOptions, LogLevels, Options, Role, Termination};
 pub use proxy::{Proxy, RunError, check, run};

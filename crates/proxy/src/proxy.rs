@@ -1,128 +1,32 @@
-//! The proxy as a whole: what everybody shares, start and stop.
+//! The proxy as a whole: start and stop.
 
-use std::collections::HashMap;
-use std::fmt;
-use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::net::SocketAddr;
+use std::sync::Arc;
 
-use engine::shared::SharedTable;
-use telemetry::log::LineSink;
-use telemetry::metrics::Metrics;
-use telemetry::peer::Peer;
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
+use workers::host_sockets::HostSockets;
+use workers::{Settings, Shared};
 
 use crate::control::{Control, Request};
-use crate::host_sockets::HostSockets;
 use crate::options::{Options, Role};
-use crate::secrets::Secrets;
-use crate::upstream::dial::Dialer;
 
-/// What workers and the control side share. Immutable, or atomics.
-pub(crate) struct Shared {
-    pub(crate) secrets: Secrets,
-    pub(crate) metrics: Metrics,
-    pub(crate) hosts: Arc<SharedTable>,
-    pub(crate) dialer: Dialer,
-    pub(crate) own_peer: Arc<Peer>,
-    pub(crate) sinks: Arc<Sinks>,
-    pub(crate) is_gateway: bool,
-    /// Run from a bootstrap: nothing is known of a mesh.
-    pub(crate) is_standalone: bool,
-    pub(crate) drain_time: Duration,
-    pub(crate) log_flush_interval: Duration,
-    pub(crate) connection_ids: AtomicU64,
-    pub(crate) spans: crate::tracing_spans::Spans,
-    pub(crate) service_name: Arc<str>,
-    /// What workers run, for those who are not workers.
-    pub(crate) published: Arc<arc_swap::ArcSwap<engine::RuntimeConfig>>,
-}
-
-impl Shared {
-    /// What is shared from the start; takes the way out of the options.
-    pub(crate) fn new(options: &mut Options) -> Result<Arc<Self>, RunError> {
-        let host = match options.host_sockets.take() {
-            None => None,
-            Some((fd, ranges)) => {
-                let host = HostSockets::new(fd, &ranges).map_err(|error| RunError::Start("the way out", error))?;
-                Some(Arc::new(host))
-            }
-        };
-        let metadata = options.node.metadata.clone().unwrap_or_default();
-        let own_peer = Arc::new(crate::record::own_peer(&metadata));
-        let is_standalone = options.role == Role::Standalone;
-        let service_name = if is_standalone {
-            options.node.cluster.as_str().into()
-        } else {
-            format!("{}.{}", own_peer.canonical_service, own_peer.namespace).into()
-        };
-        Ok(Arc::new(Self {
-            secrets: Secrets::new(),
-            metrics: Metrics::new(),
-            hosts: Arc::new(SharedTable::new(Instant::now())),
-            dialer: Dialer::new(host),
-            own_peer,
-            sinks: Arc::default(),
-            is_gateway: options.role == Role::Router,
-            is_standalone,
-            drain_time: options.drain_time,
-            log_flush_interval: options.log_flush_interval,
-            connection_ids: AtomicU64::new(1),
-            spans: crate::tracing_spans::Spans::default(),
-            service_name,
-            published: Arc::default(),
-        }))
-    }
-
-    /// Addresses of a host, by the system's resolver (which asks the proxy's DNS where captured).
-    pub(crate) async fn resolve(&self, host: &str) -> Option<Vec<IpAddr>> {
-        let found = tokio::net::lookup_host((host, 0)).await.ok()?;
-        let addresses: Vec<IpAddr> = found.map(|address| address.ip()).collect();
-        (!addresses.is_empty()).then_some(addresses)
-    }
-}
-
-/// Files that log lines go to, each opened once.
-#[derive(Default)]
-pub(crate) struct Sinks {
-    open: Mutex<HashMap<String, LineSink>>,
-}
-
-impl Sinks {
-    /// The sink of `path`; `None` if it cannot be opened, which is logged.
-    pub(crate) fn open(&self, path: &str) -> Option<LineSink> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(sink) = open.get(path) {
-            return Some(sink.clone());
+/// What all of the proxy shares; takes the way out of the options.
+pub(crate) fn shared(options: &mut Options) -> Result<Arc<Shared>, RunError> {
+    let host_sockets = match options.host_sockets.take() {
+        None => None,
+        Some((fd, ranges)) => {
+            Some(HostSockets::new(fd, &ranges).map_err(|error| RunError::Start("the way out", error))?)
         }
-        match LineSink::open(Path::new(path)) {
-            Ok(sink) => {
-                open.insert(path.to_owned(), sink.clone());
-                Some(sink)
-            }
-            Err(error) => {
-                tracing::warn!(%error, path, "the access log cannot be opened");
-                None
-            }
-        }
-    }
-
-    /// Lines dropped so far.
-    pub(crate) fn dropped(&self) -> u64 {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        #[expect(clippy::iter_over_hash_type, reason = "a sum")]
-        let sum = {
-            let mut sum = 0;
-            for sink in open.values() {
-                sum += sink.dropped();
-            }
-            sum
-        };
-        sum
-    }
+    };
+    Ok(Shared::new(Settings {
+        node: &options.node,
+        is_gateway: options.role == Role::Router,
+        is_standalone: options.role == Role::Standalone,
+        drain_time: options.drain_time,
+        log_flush_interval: options.log_flush_interval,
+        host_sockets,
+    }))
 }
 
 /// Why a proxy does not run.
@@ -191,7 +95,7 @@ impl Proxy {
     ///
     /// *Errors*: a service cannot listen, or a resource of the bootstrap is refused.
     pub async fn start(mut options: Options) -> Result<Self, RunError> {
-        let shared = Shared::new(&mut options)?;
+        let shared = shared(&mut options)?;
         let told = options.admin_address_path.take();
         let proxy = Box::pin(Control::start(options, shared)).await?;
         if let Some(path) = told
@@ -267,10 +171,4 @@ pub fn run(options: Options) -> Result<(), RunError> {
         proxy.ended().await;
         Ok(())
     })
-}
-
-impl fmt::Debug for Shared {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared").finish_non_exhaustive()
-    }
 }

@@ -5,6 +5,8 @@
 //! ending (`node_life`) run small meshes of their own. They need what `lateen up` needs: Linux namespaces, and `curl` and
 //! `bash` on the machine, which the tests run inside pods.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
+
 mod apps;
 mod authorization;
 mod bad_input;

@@ -134,7 +134,7 @@ fn every_token_of_a_request_must_be_valid_and_issuers_stand_side_by_side() {
     assert_eq!(ask(&[("authorization", bearer.clone())], "/get?access_token=abc"), 401, "a bad one beside a good one");
     let stranger = Issuer::new("one").sign(&claims(|claims| claims["iss"] = json!("https://third.example")));
     assert_eq!(ask(&[("authorization", format!("Bearer {stranger}"))], "/get"), 401);
-    assert_eq!(ask(&[("authorization", bearer.clone()), ("authorization", format!("Bearer {stranger}"))], "/get"), 401);
+    assert_eq!(ask(&[("authorization", bearer), ("authorization", format!("Bearer {stranger}"))], "/get"), 401);
     assert_eq!(ask(&[], "/get"), 200);
 }
 

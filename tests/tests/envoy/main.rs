@@ -3,6 +3,8 @@
 //! `LATEEN_ENVOY` names the Envoy; without it every test fails:
 //! `cargo test -p tests --features envoy --test foreign`.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
+
 mod admin;
 mod backend;
 mod files;

@@ -7,6 +7,8 @@
 //! Without Envoy, `explain` and Lateen are compared. With the feature `envoy`, the variable
 //! `LATEEN_ENVOY` names Envoy's program. `LATEEN_SEED` makes one other run, `LATEEN_HOSTS` sets its size.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
+
 mod bed;
 mod golden;
 mod random;

@@ -22,14 +22,15 @@ pub(super) fn check(check: &mut Check<'_>, spec: &Gateway) {
     for (index, server) in spec.servers.iter().enumerate() {
         let at = format!("spec.servers[{index}]");
         self::server(check, &at, server);
-        if let Some(port) = &server.port {
-            if !port.name.is_empty() && !names.insert(&port.name) {
-                check.error(
-                    &format!("{at}.port.name"),
-                    format!("port name {:?} is used twice", port.name),
-                    "port names must be unique",
-                );
-            }
+        if let Some(port) = &server.port
+            && !port.name.is_empty()
+            && !names.insert(&port.name)
+        {
+            check.error(
+                &format!("{at}.port.name"),
+                format!("port name {:?} is used twice", port.name),
+                "port names must be unique",
+            );
         }
     }
 }

@@ -276,8 +276,8 @@ fn keys_that_cannot_be_used_refuse_tokens() {
 
 #[test]
 fn fetched_keys_are_handed_on_and_failures_told() {
-    let source = mesh::KeySource::Uri("https://id/keys".into());
-    let with = |fetched: mesh::Fetched| {
+    let source = KeySource::Uri("https://id/keys".into());
+    let with = |fetched: Fetched| {
         let mut key_sets = mesh::KeySets::default();
         key_sets.set(source.clone(), fetched);
         let yaml = tokens("t", "{jwtRules: [{issuer: 'https://id', jwksUri: 'https://id/keys'}]}");

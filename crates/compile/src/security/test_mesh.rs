@@ -216,7 +216,7 @@ pub(crate) fn http_filters(filters: &[HttpFilter]) -> Vec<String> {
                 out.push(format!("ask {target} open={}", filter.failure_mode_allow));
             }
             "envoy.filters.http.jwt_authn" | "lateen.filters.http.every_token" => {
-                tokens(&JwtAuthentication::decode(bytes).unwrap(), &mut out)
+                tokens(&JwtAuthentication::decode(bytes).unwrap(), &mut out);
             }
             other => panic!("{other}"),
         }

@@ -187,7 +187,7 @@ fn new_endpoints_may_be_warmed_up() {
 fn keep_alive_is_the_meshs_with_the_rules_fields_over_it() {
     let keepalive = |yaml: &str| {
         let resources = compiled(yaml);
-        let options = found(&resources, REVIEWS).upstream_connection_options.clone();
+        let options = found(&resources, REVIEWS).upstream_connection_options;
         options.and_then(|options| options.tcp_keepalive).map(|of| {
             let TcpKeepalive { keepalive_probes, keepalive_time, keepalive_interval } = of;
             [keepalive_probes, keepalive_time, keepalive_interval].map(|of| of.map(|of| of.value))

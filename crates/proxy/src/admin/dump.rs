@@ -11,7 +11,7 @@ use types::wellknown::type_urls;
 use super::Context;
 use crate::control::Inspection;
 use crate::control::lowering::Kept;
-use crate::secrets::Secret;
+use workers::secrets::Secret;
 
 /// The dump as JSON; `resource` is one of its lists (`dynamic_active_clusters`, …).
 pub(super) fn config(

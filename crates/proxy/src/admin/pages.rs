@@ -14,7 +14,7 @@ use types::wellknown::type_urls;
 
 use super::Context;
 use crate::control::Inspection;
-use crate::secrets::{Secret, SecretStore};
+use workers::secrets::{Secret, SecretStore};
 
 /// Prometheus text.
 pub(super) fn metrics(context: &Context) -> String {

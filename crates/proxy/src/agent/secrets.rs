@@ -22,7 +22,7 @@ use xds::client::Protocol;
 use xds::server::{Admitted, Answered, Authority, Caller, Observer, Outgoing, Progress, Session};
 
 use crate::file_secrets::{FileSecrets, IdentityFiles, is_of_files};
-use crate::secrets::{ROOTS, Secret, WORKLOAD};
+use workers::secrets::{ROOTS, Secret, WORKLOAD};
 
 /// Names of files that the streams ask for, by stream.
 type Asked = BTreeMap<u64, BTreeSet<Name>>;
@@ -126,22 +126,22 @@ fn insert(set: &mut ResourceSet, name: &str, kind: secret::Type) {
     set.insert(name, proto::any::pack(&Message { name: name.to_owned(), r#type: Some(kind) }));
 }
 
-fn inline(text: String) -> Option<DataSource> {
-    Some(DataSource { specifier: Some(Specifier::InlineBytes(text.into_bytes())), ..DataSource::default() })
+fn inline(text: String) -> DataSource {
+    DataSource { specifier: Some(Specifier::InlineBytes(text.into_bytes())), ..DataSource::default() }
 }
 
 fn certificate(keys: &KeyAndChain) -> secret::Type {
     let chain: String = keys.chain().iter().map(identity::pem::encode).collect();
     secret::Type::TlsCertificate(TlsCertificate {
-        certificate_chain: inline(chain),
-        private_key: inline(keys.key_pem()),
+        certificate_chain: Some(inline(chain)),
+        private_key: Some(inline(keys.key_pem())),
         ..TlsCertificate::default()
     })
 }
 
 fn validation(roots: &TrustRoots) -> secret::Type {
     secret::Type::ValidationContext(CertificateValidationContext {
-        trusted_ca: inline(roots.to_pem()),
+        trusted_ca: Some(inline(roots.to_pem())),
         ..CertificateValidationContext::default()
     })
 }

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use crate::admin::{METRICS_TYPE, Page, accept, expiry, page, refusal, scrape, text};
 use crate::options::Role;
-use crate::secrets::{ROOTS, WORKLOAD};
+use workers::secrets::{ROOTS, WORKLOAD};
 
 /// What the pages answer from.
 #[derive(Clone)]

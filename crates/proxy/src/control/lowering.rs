@@ -145,7 +145,7 @@ impl RawTables {
             table.remove(name);
             self.replaced.remove(&(url, Name::clone(name)));
         }
-        let now = crate::worker::wall_nanos();
+        let now = workers::worker::wall_nanos();
         for raw in raws {
             let bad = rejected.iter().find(|bad| *bad.name == *raw.name);
             match bad {

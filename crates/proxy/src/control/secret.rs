@@ -10,7 +10,7 @@ use identity::workload::{KeyAndChain, TrustRoots};
 use prost::Message as _;
 use xds::client::Rejected;
 
-use crate::secrets::{ROOTS, Secret, Secrets, WORKLOAD};
+use workers::secrets::{ROOTS, Secret, Secrets, WORKLOAD};
 
 /// Applies an update; each secret is taken or refused whole, a refused one keeps its last good value.
 pub(crate) fn apply(secrets: &Secrets, raws: &[Raw], removed: &[Name]) -> Vec<Rejected> {

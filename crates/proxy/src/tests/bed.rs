@@ -404,6 +404,7 @@ pub(crate) async fn edited(
 }
 
 /// So many milliseconds.
+#[expect(clippy::unnecessary_wraps, reason = "the field that takes it may be absent")]
 pub(crate) fn milliseconds(n: i32) -> Option<envoy_types::pb::google::protobuf::Duration> {
     Some(envoy_types::pb::google::protobuf::Duration { seconds: (n / 1000).into(), nanos: n % 1000 * 1_000_000 })
 }

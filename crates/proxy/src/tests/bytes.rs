@@ -130,9 +130,9 @@ async fn a_reset_is_passed_on_and_never_looks_like_an_orderly_end() {
         client.write_all(b"x").await.unwrap();
         assert_eq!(client.read_u8().await.unwrap(), b'y');
         if is_reset {
-            reset(client)
+            reset(client);
         } else {
-            drop(client)
+            drop(client);
         }
         let heard = tokio::time::timeout(bed::PATIENCE, heard.recv()).await.expect("the server hears of it");
         assert_eq!(heard, Some(is_reset), "from the client");

@@ -135,7 +135,7 @@ async fn bodies_of_crumbs_for_a_stalled_upstream_end_their_connection() {
     let running = bed::edited(up, true, |_, _| {}).await;
     let crumb = |n: u32| {
         let stream = n / EACH * 2 + 1;
-        let open = if n % EACH == 0 { frame(1, 4, stream, &post()) } else { Vec::new() };
+        let open = if n.is_multiple_of(EACH) { frame(1, 4, stream, &post()) } else { Vec::new() };
         [open, frame(0, 0, stream, b"x")].concat()
     };
     assert!(flood(running.at("in"), 3 * EACH as usize, crumb).await);

@@ -82,6 +82,7 @@ async fn ask(running: &bed::Running) {
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "the field that takes it may be absent")]
 fn so_many(value: u32) -> Option<UInt32Value> {
     Some(UInt32Value { value })
 }
@@ -106,7 +107,7 @@ async fn idle_connections_end_after_their_time_and_old_ones_when_nobody_uses_the
     ];
     for common in settings {
         let (up, connections) = gated(&Arc::new(Semaphore::new(100))).await;
-        let running = gateway(up, common.clone(), Some(core::Http2ProtocolOptions::default())).await;
+        let running = gateway(up, common, Some(core::Http2ProtocolOptions::default())).await;
         ask(&running).await;
         connections.until(1, 0).await;
         ask(&running).await;

@@ -31,7 +31,7 @@ struct Ask {
 }
 
 /// The way to the machine's network.
-pub(crate) struct HostSockets {
+pub struct HostSockets {
     asks: mpsc::SyncSender<Ask>,
     inside: Vec<(IpAddr, u8)>,
 }
@@ -44,7 +44,7 @@ impl fmt::Debug for HostSockets {
 
 impl HostSockets {
     /// Uses an inherited socket; `ranges` (comma-separated CIDRs) are inside the mesh.
-    pub(crate) fn new(service: OwnedFd, ranges: &str) -> io::Result<Self> {
+    pub fn new(service: OwnedFd, ranges: &str) -> io::Result<Self> {
         let service = socket2::Socket::from(service);
         service.set_nonblocking(false)?;
         service.set_read_timeout(Some(ANSWER_MAX))?;

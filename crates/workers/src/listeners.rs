@@ -22,22 +22,23 @@ use crate::accept::Accepted;
 use crate::worker::{Command, DrainScope, WorkerHandle};
 
 /// Where an accepted connection goes.
-#[derive(Clone)]
-pub(crate) struct Workers(Arc<Vec<(mpsc::UnboundedSender<Command>, Arc<AtomicUsize>)>>, Arc<AtomicUsize>);
+#[derive(Clone, Debug)]
+pub struct Workers(Arc<Vec<(mpsc::UnboundedSender<Command>, Arc<AtomicUsize>)>>, Arc<AtomicUsize>);
 
 impl Workers {
-    pub(crate) fn new(handles: &[WorkerHandle]) -> Self {
+    /// Those with these handles.
+    pub fn new(handles: &[WorkerHandle]) -> Self {
         let workers = handles.iter().map(|handle| (handle.inbox.clone(), Arc::clone(&handle.live))).collect();
         Self(Arc::new(workers), Arc::default())
     }
 
     /// Connections handed over so far.
-    pub(crate) fn accepted(&self) -> usize {
+    pub fn accepted(&self) -> usize {
         self.1.load(Relaxed)
     }
 
     /// Connections handed over and not yet ended.
-    pub(crate) fn live(&self) -> usize {
+    pub fn live(&self) -> usize {
         self.0.iter().map(|(_, live)| live.load(Relaxed)).sum()
     }
 
@@ -75,7 +76,7 @@ enum Place {
 }
 
 /// All listening sockets of a proxy.
-pub(crate) struct Listeners {
+pub struct Listeners {
     workers: Workers,
     bound: BTreeMap<Place, Bound>,
     inherited: BTreeMap<u16, TcpListener>,
@@ -85,7 +86,9 @@ pub(crate) struct Listeners {
 }
 
 impl Listeners {
-    pub(crate) fn new(workers: Workers, inherited: Vec<(u16, OwnedFd)>) -> Self {
+    /// None yet; connections will go to `workers`. Sockets that were open before, by port, stand for
+    /// the listeners of their port.
+    pub fn new(workers: Workers, inherited: Vec<(u16, OwnedFd)>) -> Self {
         let adopt = |(port, fd): (u16, OwnedFd)| {
             let socket = Socket::from(fd);
             match socket.set_cloexec(true).and_then(|()| socket.set_nonblocking(true)) {
@@ -107,7 +110,7 @@ impl Listeners {
 
     /// Opens what `config` has and is not open, closes what it no longer has. Says which listeners
     /// cannot listen.
-    pub(crate) fn sync(&mut self, config: &RuntimeConfig) -> Vec<(Name, SocketAddr, io::Error)> {
+    pub fn sync(&mut self, config: &RuntimeConfig) -> Vec<(Name, SocketAddr, io::Error)> {
         let mut failed = Vec::new();
         let mut wanted: BTreeMap<Place, (Name, SocketAddr, bool)> = BTreeMap::new();
         let may_listen = |listener: &Listener| {
@@ -150,19 +153,19 @@ impl Listeners {
     }
 
     /// Names and addresses of what is open.
-    pub(crate) fn addresses(&self) -> Vec<(String, SocketAddr)> {
+    pub fn addresses(&self) -> Vec<(String, SocketAddr)> {
         let name = |bound: &Bound| bound.listener.lock().unwrap_or_else(PoisonError::into_inner).to_string();
         self.bound.values().map(|bound| (name(bound), bound.address)).collect()
     }
 
     /// Closes the sockets of listeners in `scope`, and opens none of them any more.
-    pub(crate) fn stop(&mut self, scope: DrainScope, config: &RuntimeConfig) {
+    pub fn stop(&mut self, scope: DrainScope, config: &RuntimeConfig) {
         self.stopped = Some(scope);
         self.close(|name| config.listeners.get(name).is_none_or(|listener| scope.covers(listener.direction)));
     }
 
     /// Closes the sockets of listeners for which `which` holds: nothing new is taken there.
-    pub(crate) fn close(&mut self, which: impl Fn(&str) -> bool) {
+    pub fn close(&mut self, which: impl Fn(&str) -> bool) {
         self.bound.retain(|_, bound| !which(&bound.listener.lock().unwrap_or_else(PoisonError::into_inner)));
     }
 

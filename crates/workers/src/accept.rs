@@ -91,7 +91,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, accepted: Accepted) {
     let mut facts = ConnFacts::plaintext(&listener.name, original.unwrap_or(local), canonical(peer));
     facts.original_destination = original.filter(|original| *original != local);
     if let Some(keepalive) = listener.keepalive
-        && let Err(error) = crate::upstream::dial::set_keepalive(&stream, keepalive)
+        && let Err(error) = crate::dial::set_keepalive(&stream, keepalive)
     {
         tracing::debug!(%error, "no TCP keep-alive");
     }

@@ -12,13 +12,13 @@ use engine::config::Name;
 use identity::workload::{KeyAndChain, TrustRoots, WorkloadIdentity};
 
 /// The SDS name of the workload's own certificate.
-pub(crate) const WORKLOAD: &str = "default";
+pub const WORKLOAD: &str = "default";
 /// The SDS name of the mesh's roots.
-pub(crate) const ROOTS: &str = "ROOTCA";
+pub const ROOTS: &str = "ROOTCA";
 
 /// One secret.
 #[derive(Clone, Debug)]
-pub(crate) enum Secret {
+pub enum Secret {
     /// A key with its chain.
     Certificate(Arc<KeyAndChain>),
     /// Roots to verify against.
@@ -27,23 +27,25 @@ pub(crate) enum Secret {
 
 /// All secrets of one moment.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct SecretStore {
+pub struct SecretStore {
     by_name: HashMap<Name, Secret>,
     /// Another one after each change.
-    pub(crate) version: u64,
+    pub version: u64,
     /// Trust domain-bearing URI of the workload, for XFCC's `By`.
-    pub(crate) workload: Option<Arc<WorkloadIdentity>>,
+    pub workload: Option<Arc<WorkloadIdentity>>,
 }
 
 impl SecretStore {
-    pub(crate) fn certificate(&self, name: &str) -> Option<&Arc<KeyAndChain>> {
+    /// The key and chain of this name.
+    pub fn certificate(&self, name: &str) -> Option<&Arc<KeyAndChain>> {
         match self.by_name.get(name)? {
             Secret::Certificate(keys) => Some(keys),
             Secret::Roots(_) => None,
         }
     }
 
-    pub(crate) fn roots(&self, name: &str) -> Option<&Arc<TrustRoots>> {
+    /// The roots of this name.
+    pub fn roots(&self, name: &str) -> Option<&Arc<TrustRoots>> {
         match self.by_name.get(name)? {
             Secret::Roots(roots) => Some(roots),
             Secret::Certificate(_) => None,
@@ -51,7 +53,7 @@ impl SecretStore {
     }
 
     /// Names with their secrets, sorted.
-    pub(crate) fn sorted(&self) -> Vec<(&Name, &Secret)> {
+    pub fn sorted(&self) -> Vec<(&Name, &Secret)> {
         #[expect(clippy::iter_over_hash_type, reason = "sorted below")]
         let mut all = {
             let mut all = Vec::with_capacity(self.by_name.len());
@@ -66,8 +68,8 @@ impl SecretStore {
 }
 
 /// The store that everybody shares.
-#[derive(Clone)]
-pub(crate) struct Secrets(Arc<ArcSwap<SecretStore>>);
+#[derive(Clone, Default)]
+pub struct Secrets(Arc<ArcSwap<SecretStore>>);
 
 impl fmt::Debug for Secrets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -76,12 +78,8 @@ impl fmt::Debug for Secrets {
 }
 
 impl Secrets {
-    pub(crate) fn new() -> Self {
-        Self(Arc::new(ArcSwap::from_pointee(SecretStore::default())))
-    }
-
     /// What there is now.
-    pub(crate) fn load(&self) -> arc_swap::Guard<Arc<SecretStore>> {
+    pub fn load(&self) -> arc_swap::Guard<Arc<SecretStore>> {
         self.0.load()
     }
 
@@ -92,14 +90,14 @@ impl Secrets {
     }
 
     /// Adds, replaces and removes. The control thread is the only writer.
-    pub(crate) fn change(&self, edit: impl FnOnce(&mut HashMap<Name, Secret>)) {
+    pub fn change(&self, edit: impl FnOnce(&mut HashMap<Name, Secret>)) {
         let mut next = self.next();
         edit(&mut next.by_name);
         self.0.store(Arc::new(next));
     }
 
     /// Takes a new identity of the workload under its SDS names.
-    pub(crate) fn set_identity(&self, identity: &Arc<WorkloadIdentity>) {
+    pub fn set_identity(&self, identity: &Arc<WorkloadIdentity>) {
         let mut next = self.next();
         next.by_name.insert(WORKLOAD.into(), Secret::Certificate(Arc::new(identity.keys.clone())));
         next.by_name.insert(ROOTS.into(), Secret::Roots(Arc::clone(&identity.roots)));

@@ -52,15 +52,18 @@ fn describe(error: &io::Error) -> String {
 
 /// How a socket is made.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct How {
-    pub(crate) mark: u32,
-    pub(crate) bind: Option<IpAddr>,
-    pub(crate) keepalive: Option<Keepalive>,
+pub struct How {
+    /// The socket's mark, by which redirect rules let it pass.
+    pub mark: u32,
+    /// The source address.
+    pub bind: Option<IpAddr>,
+    /// TCP keep-alive.
+    pub keepalive: Option<Keepalive>,
 }
 
 /// Where sockets come from: this network namespace, or the host's for destinations outside the pods.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Dialer {
+pub struct Dialer {
     host: Option<Arc<crate::host_sockets::HostSockets>>,
 }
 
@@ -70,7 +73,7 @@ impl Dialer {
     }
 
     /// Connects.
-    pub(crate) async fn connect(&self, address: SocketAddr, how: &How) -> io::Result<TcpStream> {
+    pub async fn connect(&self, address: SocketAddr, how: &How) -> io::Result<TcpStream> {
         if let Some(host) = &self.host
             && how.bind.is_none()
             && host.is_outside(address.ip())
@@ -102,7 +105,7 @@ impl Dialer {
 
 impl Dialer {
     /// A datagram socket to ask `server` with.
-    pub(crate) async fn udp(&self, server: SocketAddr, how: &How) -> io::Result<tokio::net::UdpSocket> {
+    pub async fn udp(&self, server: SocketAddr, how: &How) -> io::Result<tokio::net::UdpSocket> {
         if let Some(host) = &self.host
             && host.is_outside(server.ip())
         {

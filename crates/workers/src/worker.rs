@@ -22,7 +22,7 @@ use telemetry::metrics::{Counter, Manager, Recorder};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::accept::Accepted;
-use crate::proxy::Shared;
+use crate::shared::Shared;
 use crate::tls::Contexts;
 use crate::upstream::Pools;
 
@@ -40,7 +40,7 @@ pub(crate) enum Command {
 
 /// Which connections a drain concerns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum DrainScope {
+pub enum DrainScope {
     /// Those of inbound listeners.
     Inbound,
     /// All.
@@ -48,18 +48,48 @@ pub(crate) enum DrainScope {
 }
 
 impl DrainScope {
-    pub(crate) fn covers(self, direction: Direction) -> bool {
+    /// Whether listeners of this direction are concerned.
+    pub fn covers(self, direction: Direction) -> bool {
         self == Self::All || direction == Direction::Inbound
     }
 }
 
 /// The control side's end of a worker.
 #[derive(Debug)]
-pub(crate) struct WorkerHandle {
+pub struct WorkerHandle {
     pub(crate) inbox: mpsc::UnboundedSender<Command>,
     /// Connections handed over and not yet ended.
     pub(crate) live: Arc<AtomicUsize>,
-    pub(crate) thread: Option<std::thread::JoinHandle<()>>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl WorkerHandle {
+    /// Gives it the configuration to run; resolves to its generation once it does. An error: it has ended.
+    pub fn configure(&self, config: Arc<RuntimeConfig>) -> oneshot::Receiver<u64> {
+        let (done, waiting) = oneshot::channel();
+        self.tell(Command::Config(config, done));
+        waiting
+    }
+
+    /// Tells its connections in `scope` to leave; new ones are still taken.
+    pub fn drain(&self, scope: DrainScope) {
+        self.tell(Command::Drain(scope));
+    }
+
+    /// Tells it to end.
+    pub fn stop(&self) {
+        self.tell(Command::Stop);
+    }
+
+    /// Waits for its end. An error is its panic.
+    pub fn join(self) -> std::thread::Result<()> {
+        self.thread.join()
+    }
+
+    fn tell(&self, command: Command) {
+        // a worker that has ended needs no telling
+        drop(self.inbox.send(command));
+    }
 }
 
 /// One worker's state. Never leaves its thread.
@@ -277,7 +307,7 @@ impl Worker {
 }
 
 /// Nanoseconds since the Unix epoch.
-pub(crate) fn wall_nanos() -> u64 {
+pub fn wall_nanos() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -288,7 +318,7 @@ fn first_seed() -> u64 {
 }
 
 /// Starts a worker's thread.
-pub(crate) fn start(index: usize, shared: Arc<Shared>) -> std::io::Result<WorkerHandle> {
+pub fn start(index: usize, shared: Arc<Shared>) -> std::io::Result<WorkerHandle> {
     let (inbox, commands) = mpsc::unbounded_channel();
     let live = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&live);
@@ -301,7 +331,7 @@ pub(crate) fn start(index: usize, shared: Arc<Shared>) -> std::io::Result<Worker
             Err(error) => tracing::error!(%error, "a worker cannot start"),
         }
     })?;
-    Ok(WorkerHandle { inbox, live, thread: Some(thread) })
+    Ok(WorkerHandle { inbox, live, thread })
 }
 
 /// How often pools are swept, and logs written unless they shall wait longer.

@@ -22,7 +22,7 @@ use telemetry::peer::Peer;
 use types::{Cause, Fields, RequestHead, ResponseHead, Version};
 
 use crate::accept::Conn;
-use crate::proxy::Shared;
+use crate::shared::Shared;
 use crate::tracing_spans::{Finishing, RequestTrace};
 use crate::upstream::Endpoints;
 use crate::worker::Worker;
@@ -53,7 +53,7 @@ pub(crate) struct Telemetry {
     services: RefCell<Services>,
     methods: RefCell<Methods>,
     logs: RefCell<HashMap<Box<str>, Batch>>,
-    sinks: Arc<crate::proxy::Sinks>,
+    sinks: Arc<crate::shared::Sinks>,
     secrets: crate::secrets::Secrets,
 }
 

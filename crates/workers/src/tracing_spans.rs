@@ -9,7 +9,6 @@ use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use bytes::Bytes;
 use engine::RuntimeConfig;
 use engine::chain::Direction;
@@ -17,16 +16,16 @@ use engine::exchange::StreamInfo;
 use engine::hcm::{Hcm, TagSource, TraceProvider, Tracing};
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
-use telemetry::metrics::{Counter, Recorder};
+use telemetry::metrics::Counter;
 use telemetry::trace::{Extracted, Propagation, TraceContext, extract, inject};
 use telemetry::zipkin::{Span, SpanKind, encode};
 use tokio::sync::mpsc;
 use types::{RequestHead, Version, wellknown::marks};
 
 use crate::accept::Conn;
-use crate::proxy::Shared;
+use crate::dial::How;
 use crate::record::{Counts, Ended, flags};
-use crate::upstream::dial::How;
+use crate::shared::Shared;
 use crate::worker::Worker;
 
 /// Spans that may wait for the exporter.
@@ -45,7 +44,8 @@ type Tags = Vec<(Cow<'static, str>, Box<str>)>;
 type Finished = (Arc<Tracing>, Span);
 
 /// Finished spans on their way to their collectors.
-pub(crate) struct Spans {
+#[derive(Debug)]
+pub struct Spans {
     to: mpsc::Sender<Finished>,
     from: Mutex<Option<mpsc::Receiver<Finished>>>,
 }
@@ -59,7 +59,7 @@ impl Default for Spans {
 
 impl Spans {
     /// The exporter's end; once.
-    pub(crate) fn take(&self) -> Option<mpsc::Receiver<Finished>> {
+    fn take(&self) -> Option<mpsc::Receiver<Finished>> {
         self.from.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
@@ -311,13 +311,10 @@ impl Finishing<'_> {
     }
 }
 
-/// Sends spans to their collectors until the proxy ends.
-pub(crate) async fn export(
-    mut spans: mpsc::Receiver<Finished>,
-    shared: Arc<Shared>,
-    config: Arc<ArcSwap<RuntimeConfig>>,
-    recorder: Recorder,
-) {
+/// Sends finished spans to their collectors, for ever; the second call of a proxy has nothing to send.
+pub async fn export(shared: Arc<Shared>) {
+    let Some(mut spans) = shared.spans.take() else { return };
+    let (config, recorder) = (Arc::clone(&shared.published), shared.metrics.recorder());
     while let Some((tracing, first)) = spans.recv().await {
         let mut batch = vec![first];
         let until = tokio::time::Instant::now() + PATIENCE;

@@ -4,8 +4,6 @@
 //! server name, protocol, source address, PROXY preamble (`design.md`, decision 7). Counts and
 //! limits are the proxy's ([`engine::shared`]), connections are the worker's.
 
-pub(crate) mod dial;
-
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::poll_fn;
@@ -31,6 +29,7 @@ use crate::codec::flood::Guarded;
 use crate::codec::h1::H1Client;
 use crate::codec::h2::{H2Settings, client_builder};
 use crate::codec::{Broken, Up};
+use crate::dial;
 use crate::worker::Worker;
 
 /// What may share a connection.
@@ -262,7 +261,7 @@ impl Pools {
                 gone.extend(dead);
                 pool.shared.borrow_mut().retain(|conn| {
                     let is_done = stale(conn.used.get()) || worn(http, conn.born, conn.requests.get(), now);
-                    !conn.closed.get() && !(is_done && conn.active.get() == 0)
+                    !conn.closed.get() && (!is_done || conn.active.get() > 0)
                 });
             }
             list.retain(|pool| pool.open.get() > 0 || pool.connecting.borrow().is_some() || Rc::strong_count(pool) > 1);
