@@ -1,8 +1,9 @@
 //! The bootstrap files that both proxies run: what Istio's control plane sends, as static resources.
 //!
-//! The filters are those that `compile` emits for an Envoy without Istio's own ones: authorization
-//! policies, gRPC statistics, fault, CORS, router; Istio's access-log line; the product's retry
-//! policy on every route; sampling of traces at 1 % without a collector.
+//! The filters are those that `compile` emits for an Envoy without Istio's own ones: tokens of an
+//! issuer (asked for, not brought), authorization policies, gRPC statistics, fault, CORS, router;
+//! Istio's access-log line; the product's retry policy on every route; limits of connections and
+//! requests, ejection of failing hosts; sampling of traces at 1 % without a collector.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -65,6 +66,22 @@ fn address(of: SocketAddr) -> Value {
     json!({ "socket_address": { "address": of.ip().to_string(), "port_value": of.port() } })
 }
 
+/// An issuer whose tokens are verified where a request brings one; those of the load bring none.
+fn tokens() -> Value {
+    // the key of the example in RFC 7517, A.1
+    let keys = json!({ "keys": [{ "kty": "EC", "crv": "P-256", "kid": "1", "alg": "ES256", "use": "sig",
+        "x": "MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4", "y": "4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM" }] });
+    let issuer = "https://issuer.bench.test";
+    let requirements = json!([{ "provider_name": "origins-0" }, { "allow_missing": {} }]);
+    let config = json!({
+        "providers": { "origins-0": {
+            "issuer": issuer, "payload_in_metadata": issuer, "local_jwks": { "inline_string": keys.to_string() },
+        } },
+        "rules": [{ "match": { "prefix": "/" }, "requires": { "requires_any": { "requirements": requirements } } }],
+    });
+    typed("envoy.filters.http.jwt_authn", "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication", config)
+}
+
 /// Policies that have to be looked at and let the load pass: a DENY by path, an ALLOW by method and
 /// path; inbound also by principal.
 fn policies(direction: Direction) -> Vec<Value> {
@@ -119,6 +136,9 @@ fn http_filters(direction: Direction, of: Filters) -> Vec<Value> {
     let mut filters = Vec::new();
     if own {
         filters.push(metadata_exchange(direction));
+    }
+    if direction != Direction::Outbound {
+        filters.push(tokens());
     }
     filters.extend(policies(direction));
     filters.push(typed(
@@ -244,16 +264,16 @@ fn cluster(name: &str, upstream: SocketAddr, protocol: Upstream, transport: Opti
         Upstream::Http1 => json!({ "explicit_http_config": { "http_protocol_options": {} } }),
         Upstream::Http2 => json!({ "explicit_http_config": { "http2_protocol_options": {} } }),
     };
-    let unlimited = u32::MAX;
+    let many = 100_000;
     let mut cluster = json!({
         "name": name,
         "type": "STATIC",
         "connect_timeout": "10s",
         "lb_policy": "LEAST_REQUEST",
         "circuit_breakers": { "thresholds": [{
-            "max_connections": unlimited, "max_pending_requests": unlimited,
-            "max_requests": unlimited, "max_retries": unlimited,
+            "max_connections": many, "max_pending_requests": many, "max_requests": many, "max_retries": many,
         }] },
+        "outlier_detection": { "consecutive_5xx": 5, "interval": "10s", "base_ejection_time": "30s" },
         "typed_extension_protocol_options": {
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions":
                 typed("", "envoy.extensions.upstreams.http.v3.HttpProtocolOptions", options)["typed_config"],

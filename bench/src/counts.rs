@@ -46,10 +46,8 @@ fn baseline_file() -> PathBuf {
 
 /// Counts, prints, and holds the figures against the baseline, or writes a new one.
 pub(crate) fn run(write: bool) -> Result<()> {
-    if Command::new("valgrind").arg("--version").stdout(Stdio::null()).status().is_err() {
-        println!("counts: skipped, valgrind is not installed");
-        return Ok(());
-    }
+    let valgrind = Command::new("valgrind").arg("--version").stdout(Stdio::null()).status();
+    valgrind.context("counts need valgrind, which is not installed")?;
     let now = Baseline { rustc: rustc()?, processor: processor(), per_request: measure()? };
     for (name, counts) in &now.per_request {
         println!(
@@ -103,6 +101,8 @@ fn differences(then: &BTreeMap<String, Counts>, now: &BTreeMap<String, Counts>) 
             }
         }
     }
+    let new = now.keys().filter(|name| !then.contains_key(*name));
+    moved.extend(new.map(|name| format!("{name}: not in the baseline")));
     moved
 }
 

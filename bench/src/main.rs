@@ -182,9 +182,9 @@ fn head(programs: &Programs, cores: &Cores, args: &RunArgs, load: &str) -> Strin
          {seconds} s, Lateen and Envoy in turns on the same core, load and backend on another one; ratios are of \
          neighbouring rounds. CPU is user and system time of all threads of the proxies on the path, by the kernel's \
          count.\n\n\
-         Both run the same files (`bench/src/bootstrap.rs`): authorization policies, gRPC statistics, fault, CORS, \
-         router with the product's retry policy, Istio's access-log line to a file, request ids and trace sampling at \
-         1 %. \"With Istio's filters\" is Lateen alone, with metadata exchange, ALPN override and Istio's metrics on \
+         Both run the same files (`bench/src/bootstrap.rs`): tokens of an issuer, authorization policies, gRPC statistics, fault, \
+         CORS, router with the product's retry policy, limits and ejection, Istio's access-log line to a file, request \
+         ids and trace sampling at 1 %. The load brings no tokens. \"With Istio's filters\" is Lateen alone, with metadata exchange, ALPN override and Istio's metrics on \
          top, against the same Envoy. Closed loop, keep-alive, 32 requests at once.\n\n\
          | | |\n|---|---|\n\
          | machine | {processor}, {cores} cores, Linux {kernel} |\n\
