@@ -334,24 +334,24 @@ pub(crate) async fn echo_heads() -> SocketAddr {
 
 /// What a recording server was sent.
 #[derive(Clone, Default)]
-pub(crate) struct Seen(std::sync::Arc<std::sync::Mutex<Vec<Vec<u8>>>>);
+pub(crate) struct Seen(tokio::sync::watch::Sender<Vec<Vec<u8>>>);
+
+fn texts(all: &[Vec<u8>]) -> Vec<String> {
+    all.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect()
+}
 
 impl Seen {
     /// All bytes, connection by connection.
     pub(crate) fn text(&self) -> Vec<String> {
-        let all = self.0.lock().unwrap();
-        all.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect()
+        texts(&self.0.borrow())
     }
 
     /// Returns once what was sent fits.
     pub(crate) async fn until(&self, fits: impl Fn(&[String]) -> bool) {
-        let waiting = async {
-            while !fits(&self.text()) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        let waited = tokio::time::timeout(PATIENCE, waiting).await;
-        assert!(waited.is_ok(), "{:?}", self.text());
+        let mut all = self.0.subscribe();
+        let waited = tokio::time::timeout(PATIENCE, all.wait_for(|all| fits(&texts(all)))).await;
+        let waited = waited.is_ok();
+        assert!(waited, "{:?}", self.text());
     }
 }
 
@@ -362,23 +362,22 @@ pub(crate) async fn recorder(enough: &'static str, answer: &'static [u8]) -> (So
     let at = server(move |mut stream| {
         let notes = notes.clone();
         async move {
-            let mine = {
-                let mut all = notes.0.lock().unwrap();
+            let mut mine = 0;
+            notes.0.send_modify(|all| {
+                mine = all.len();
                 all.push(Vec::new());
-                all.len() - 1
-            };
+            });
             let mut buffer = vec![0; 16 * 1024];
             let mut from = 0;
             while let Ok(n @ 1..) = stream.read(&mut buffer).await {
-                let answers = {
-                    let mut all = notes.0.lock().unwrap();
+                let mut answers = 0;
+                notes.0.send_modify(|all| {
                     all[mine].extend_from_slice(&buffer[..n]);
-                    let found = all[mine][from..].windows(enough.len()).filter(|w| *w == enough.as_bytes()).count();
-                    if found > 0 {
+                    answers = all[mine][from..].windows(enough.len()).filter(|w| *w == enough.as_bytes()).count();
+                    if answers > 0 {
                         from = all[mine].len();
                     }
-                    found
-                };
+                });
                 for _ in 0..answers {
                     if stream.write_all(answer).await.is_err() {
                         return;

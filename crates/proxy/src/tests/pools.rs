@@ -2,38 +2,29 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::route::v3 as route;
 use envoy_types::pb::google::protobuf::UInt32Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use super::bed;
 use super::hostile_h2::{frame, literal};
 
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
 
-/// Connections of a server, counted.
+/// Connections of a server: how many were made, and are open.
 #[derive(Clone, Default)]
-struct Connections {
-    made: Arc<AtomicUsize>,
-    open: Arc<AtomicUsize>,
-}
+struct Connections(watch::Sender<(usize, usize)>);
 
 impl Connections {
     /// Returns once so many were made and so many are open.
     async fn until(&self, made: usize, open: usize) {
-        let seen = || (self.made.load(Ordering::SeqCst), self.open.load(Ordering::SeqCst));
-        let waiting = async {
-            while seen() != (made, open) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        let waited = tokio::time::timeout(Duration::from_secs(60), waiting).await;
-        assert!(waited.is_ok(), "made and open: {:?}, not {:?}", seen(), (made, open));
+        let mut counts = self.0.subscribe();
+        let waited = tokio::time::timeout(bed::PATIENCE, counts.wait_for(|now| *now == (made, open))).await;
+        assert!(waited.is_ok(), "made and open: {:?}, not {:?}", *self.0.borrow(), (made, open));
     }
 }
 
@@ -44,8 +35,7 @@ async fn gated(gate: &Arc<Semaphore>) -> (SocketAddr, Connections) {
     let at = bed::server(move |stream| {
         let (counts, gate) = (counts.clone(), Arc::clone(&gate));
         async move {
-            counts.made.fetch_add(1, Ordering::SeqCst);
-            counts.open.fetch_add(1, Ordering::SeqCst);
+            counts.0.send_modify(|(made, open)| (*made, *open) = (*made + 1, *open + 1));
             if let Ok(mut connection) = h2::server::handshake(stream).await {
                 while let Some(Ok((_, mut respond))) = connection.accept().await {
                     let gate = Arc::clone(&gate);
@@ -55,7 +45,7 @@ async fn gated(gate: &Arc<Semaphore>) -> (SocketAddr, Connections) {
                     });
                 }
             }
-            counts.open.fetch_sub(1, Ordering::SeqCst);
+            counts.0.send_modify(|(_, open)| *open -= 1);
         }
     })
     .await;
@@ -125,7 +115,6 @@ async fn idle_connections_end_after_their_time_and_old_ones_when_nobody_uses_the
                 if text.await.contains("::cx_active::0") {
                     return;
                 }
-                tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
         tokio::time::timeout(Duration::from_secs(60), idle).await.expect("the connection is closed");
