@@ -127,7 +127,7 @@ pub(crate) fn check(resources: &StaticResources) -> Result<(), RunError> {
     for (url, kind, raws) in by_type(resources.clone()) {
         let first = match url {
             type_urls::SECRET => {
-                let bad = secret::apply(&crate::secrets::Secrets::new(), &raws, &[]).into_iter().next();
+                let bad = secret::apply(&workers::secrets::Secrets::default(), &raws, &[]).into_iter().next();
                 bad.map(|bad| (bad.name, bad.reason))
             }
             _ => {
