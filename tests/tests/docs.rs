@@ -117,7 +117,9 @@ fn commands_that_need_no_mesh_print_what_the_pages_show() {
         let blocks = blocks(&fs::read_to_string(&page).unwrap());
         for block in &blocks {
             let name = block.text.lines().next().and_then(|line| line.strip_prefix("# "));
-            if let Some(name) = name.filter(|name| block.info.starts_with("yaml") && name.ends_with(".yaml")) {
+            if let Some(name) = name.filter(|name| {
+                block.info.starts_with("yaml") && Path::new(name).extension().is_some_and(|end| end == "yaml")
+            }) {
                 fs::write(dir.path().join(name), &block.text).unwrap();
                 // One that also lies beside the pages, to be run from there, is the same.
                 if let Ok(file) = fs::read_to_string(root().join("docs").join(name)) {

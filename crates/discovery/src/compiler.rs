@@ -113,10 +113,13 @@ impl fmt::Debug for Verdicts {
     }
 }
 
+/// A resource without a verdict.
+struct Unknown;
+
 impl Verdicts {
     fn of(&self, resource: &compile::Resource) -> Option<Refusal> {
         let key = self.hasher.hash_one((resource.type_url, &resource.name, &resource.any.value));
-        if let Some(known) = self.known(key) {
+        if let Ok(known) = self.known(key) {
             return known;
         }
         // Not under the lock: it takes long, and may panic.
@@ -125,18 +128,17 @@ impl Verdicts {
         verdict
     }
 
-    fn known(&self, key: u64) -> Option<Option<Refusal>> {
+    /// *Errors*: nobody has judged it yet, or long ago.
+    fn known(&self, key: u64) -> Result<Option<Refusal>, Unknown> {
         let found = {
             let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
             match known.young.get(&key) {
-                Some(found) => return Some(found.clone()),
-                None => known.old.get(&key).cloned(),
+                Some(found) => return Ok(found.clone()),
+                None => known.old.get(&key).cloned().ok_or(Unknown)?,
             }
         };
-        if let Some(found) = &found {
-            self.remember(key, found.clone());
-        }
-        found
+        self.remember(key, found.clone());
+        Ok(found)
     }
 
     fn remember(&self, key: u64, verdict: Option<Refusal>) {

@@ -72,7 +72,7 @@ fn dump(snapshot: &MeshSnapshot, pod: &str) -> Value {
         .map(|entry| json!({ "name": entry["name"], "active_state": entry }))
         .collect();
     let labels: serde_json::Map<String, Value> =
-        view.labels.iter().map(|(key, value)| (key.to_string(), value.to_string().into())).collect();
+        view.labels.iter().map(|(key, value)| ((**key).to_owned(), (**value).into())).collect();
     let extensions: Vec<Value> =
         ["istio.alpn", "istio.stats", "istio.metadata_exchange"].iter().map(|name| json!({ "name": name })).collect();
     json!({ "configs": [

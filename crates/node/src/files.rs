@@ -446,7 +446,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("pod.yaml");
         let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec: {containers: [{name: c, image: i}]}\n";
-        std::fs::write(&file, pod).unwrap();
+        fs::write(&file, pod).unwrap();
         let store = Arc::new(Store::in_memory());
         let files = Files::new(vec![Source::Path(file)], Arc::clone(&store));
         assert_eq!(files.sync().unwrap()[0].action, Action::Created);
@@ -462,40 +462,40 @@ mod tests {
     #[test]
     fn files_are_the_truth_and_bad_edits_are_not() {
         let folder = std::env::temp_dir().join(format!("lateen-files-{}", std::process::id()));
-        drop(std::fs::remove_dir_all(&folder));
-        std::fs::create_dir_all(folder.join("sub")).unwrap();
+        drop(fs::remove_dir_all(&folder));
+        fs::create_dir_all(folder.join("sub")).unwrap();
         let (one, two) = (folder.join("one.yaml"), folder.join("sub/two.yml"));
-        std::fs::write(&one, map("a", "1") + &map("b", "1")).unwrap();
-        std::fs::write(&two, map("c", "1")).unwrap();
-        std::fs::write(folder.join("readme.txt"), "not: [a manifest").unwrap();
+        fs::write(&one, map("a", "1") + &map("b", "1")).unwrap();
+        fs::write(&two, map("c", "1")).unwrap();
+        fs::write(folder.join("readme.txt"), "not: [a manifest").unwrap();
         let store = Arc::new(Store::in_memory());
         let files = Files::new(vec![Source::Path(folder.clone())], Arc::clone(&store));
         assert_eq!(files.sync().unwrap().len(), 3);
         assert!(files.findings().is_empty());
 
         // A refused object keeps its last version; its neighbour that is gone, goes.
-        std::fs::write(&one, map("a", "2").replace("\ndata:", "\ndota:")).unwrap();
+        fs::write(&one, map("a", "2").replace("\ndata:", "\ndota:")).unwrap();
         files.sync().unwrap();
         assert_eq!(value(&store, "a").as_deref(), Some("1"));
         assert_eq!(value(&store, "b"), None);
         assert_eq!(files.findings().len(), 1);
 
         // A file that is no YAML any more deletes nothing.
-        std::fs::write(&one, "a: [1").unwrap();
+        fs::write(&one, "a: [1").unwrap();
         files.sync().unwrap();
         assert_eq!(value(&store, "a").as_deref(), Some("1"));
 
         // The same object twice: the first file holds.
-        std::fs::write(&one, map("a", "3") + &map("c", "9")).unwrap();
+        fs::write(&one, map("a", "3") + &map("c", "9")).unwrap();
         files.sync().unwrap();
         assert_eq!((value(&store, "a").as_deref(), value(&store, "c").as_deref()), (Some("3"), Some("9")));
         assert_eq!(files.findings()[0].code.as_ref(), "LAT0005");
 
-        std::fs::remove_file(&one).unwrap();
+        fs::remove_file(&one).unwrap();
         files.sync().unwrap();
         assert_eq!((value(&store, "a"), value(&store, "c").as_deref()), (None, Some("1")));
         assert!(store.objects().find(Kind::ConfigMap, &NamespacedName::new("default", "c")).is_some());
-        std::fs::remove_dir_all(&folder).unwrap();
+        fs::remove_dir_all(&folder).unwrap();
     }
 
     fn folder_with(map: &str) -> (tempfile::TempDir, PathBuf, Arc<Store>) {

@@ -526,7 +526,7 @@ mod tests {
         let own = json!({SCRAPE: "true", SCRAPE_PORT: "9102", SCRAPE_PATH: "/m"});
         let told = json!({"scrape": "true", "port": "9102", "path": "/m"});
         assert_eq!(made(own.clone(), true), (ours.clone(), Some(told.clone())));
-        assert_eq!(made(own.clone(), false), ("true 9102 /m".to_owned(), None));
+        assert_eq!(made(own, false), ("true 9102 /m".to_owned(), None));
         let asks = json!({SCRAPE: "true", SCRAPE_PORT: "9102", SCRAPE_PATH: "/m", MERGE_METRICS: "true"});
         assert_eq!(made(asks, false), (ours, Some(told)));
         assert_eq!(made(json!({SCRAPE: "false"}), true), ("false - -".to_owned(), None));

@@ -451,7 +451,7 @@ mod tests {
         let (mut to, mut reader) = tls(1024).await;
         let (mut writer, from) = tokio::io::duplex(SENT);
         let mut from = Io::Plain(Socket::pipe(from));
-        writer.write_all(&[7; SENT]).await.unwrap();
+        writer.write_all(&vec![7; SENT]).await.unwrap();
         let mut way = OneWay::default();
         let mut got = vec![0; SENT];
         let reading = tokio::time::timeout(Duration::from_secs(60), reader.read_exact(&mut got));

@@ -413,7 +413,7 @@ spec: {{selector: {{app: reviews}}, ports: [{{name: http, port: 9080}}]}}
             "  - retries: {attempts: 0}\n    route: [{destination: {host: opinions.bookinfo.svc.cluster.local, port: {number: 9080}}}]"
         )
     ));
-    let version = |answer: &testkit::Response| {
+    let version = |answer: &Response| {
         let pod = answer.json()["podname"].as_str().unwrap_or_default().to_owned();
         pod.split('-').nth(1).map_or_else(|| answer.status.to_string(), str::to_owned)
     };
