@@ -102,6 +102,7 @@ pub(crate) fn exchange(file: &Path, requests: u64) -> Result<()> {
         line.clear();
         let record = LogRecord {
             conn: &conn,
+            chain: &chain.name,
             request: Some(&head),
             response: Some(&response),
             trailers: None,
@@ -115,7 +116,6 @@ pub(crate) fn exchange(file: &Path, requests: u64) -> Result<()> {
             upstream_local: None,
             upstream_protocol: None,
             connection_id: 1,
-            termination_details: "",
             downstream_failure: "",
         };
         for log in &hcm.access_log {
