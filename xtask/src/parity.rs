@@ -82,6 +82,7 @@ fn collect(folder: &Path, tests: &mut BTreeMap<String, bool>) -> Result<()> {
                 } else if is_test && line.starts_with("#[ignore") {
                     is_run = false;
                 } else if is_test
+                    && let line = line.strip_prefix("pub(crate) ").unwrap_or(line)
                     && let Some(rest) = line.strip_prefix("fn ").or_else(|| line.strip_prefix("async fn "))
                 {
                     let name = rest.split('(').next().unwrap_or_default().to_owned();

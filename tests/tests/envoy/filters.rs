@@ -581,13 +581,13 @@ fn request_ids_tell_of_traces_the_same_way() {
 
 #[test]
 fn request_ids_are_kept_and_made_the_same_way() {
+    const GIVEN: &str = "01234567-89ab-4cde-8f01-23456789abcd";
     let id = |config: Value| {
         json!({ "request_id_extension": { "typed_config": {
         "@type": "type.googleapis.com/envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
         "pack_trace_reason": config["pack_trace_reason"], "use_request_id_for_trace_sampling": config["use_request_id_for_trace_sampling"] } },
         "preserve_external_request_id": config["preserve"], "use_remote_address": config["edge"] })
     };
-    const GIVEN: &str = "01234567-89ab-4cde-8f01-23456789abcd";
     for (preserve, edge) in [(false, false), (false, true), (true, true)] {
         // Of a client on the loopback an edge Envoy tells its own address, we that of the client.
         let backend = Backend::start(|_| (200, vec![], String::new()));

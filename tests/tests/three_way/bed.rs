@@ -957,7 +957,10 @@ impl Outcome {
             let hop = path.hops.first();
             let decided = |stage: &str| {
                 let decisions = hop.into_iter().flat_map(|hop| &hop.decisions);
-                decisions.filter(|decision| decision.stage == stage).map(|decision| decision.outcome.clone()).last()
+                decisions
+                    .filter(|decision| decision.stage == stage)
+                    .map(|decision| decision.outcome.clone())
+                    .next_back()
             };
             let is_delivered = end.kind == EndKind::Delivered;
             let log = LogLine {

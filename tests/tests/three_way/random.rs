@@ -484,13 +484,14 @@ fn policy_rule(random: &mut Random) -> Value {
             0 => _ = source.insert("ipBlocks".into(), strings(random, &["127.0.0.1", "127.0.0.0/8", "10.0.0.0/8"])),
             1 => _ = source.insert("notIpBlocks".into(), strings(random, &["127.0.0.1", "10.0.0.0/8"])),
             2 => {
-                _ = source.insert("remoteIpBlocks".into(), strings(random, &["127.0.0.0/8", "10.0.0.0/8", "192.0.2.1"]))
+                _ = source
+                    .insert("remoteIpBlocks".into(), strings(random, &["127.0.0.0/8", "10.0.0.0/8", "192.0.2.1"]));
             }
             3 => {
                 _ = source.insert(
                     "requestPrincipals".into(),
                     strings(random, &["*", "issuer-a/me", "issuer-a/*", "*/you", "issuer-b/me"]),
-                )
+                );
             }
             _ => _ = source.insert("notRequestPrincipals".into(), strings(random, &["*", "issuer-a/me"])),
         }

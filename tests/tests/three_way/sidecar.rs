@@ -141,7 +141,7 @@ fn request_headers(told: &Value) -> Vec<(String, String)> {
 
 fn decided<'a>(hop: &'a Hop, stage: &str) -> Option<&'a str> {
     let decisions = hop.decisions.iter().filter(|decision| decision.stage == stage);
-    decisions.map(|decision| decision.outcome.as_str()).last()
+    decisions.map(|decision| decision.outcome.as_str()).next_back()
 }
 
 /// In what `explain` did not foretell what came.

@@ -24,7 +24,7 @@ pub(super) async fn call(
     body: RecvStream,
     mut respond: SendResponse<Bytes>,
 ) -> Result<(), Gone> {
-    let opened = async { Some(h2::client::handshake(TcpStream::connect(to).await.ok()?).await.ok()?) };
+    let opened = async { h2::client::handshake(TcpStream::connect(to).await.ok()?).await.ok() };
     let Some((sender, connection)) = opened.await else {
         let mut response = Response::new(());
         response.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));

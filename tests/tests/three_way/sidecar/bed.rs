@@ -416,19 +416,19 @@ fn socket_address(ip: Ipv4Addr, port: u16) -> Value {
     json!({ "socket_address": { "address": ip.to_string(), "port_value": port } })
 }
 
-impl Compiled {
-    fn bootstrap(&self, id: &str, at: Ipv4Addr, parts: (Vec<Value>, Vec<Value>), secrets: Vec<Value>) -> Value {
-        let (listeners, clusters) = parts;
-        json!({
-            "node": { "id": format!("sidecar~{at}~{id}~local"), "cluster": id },
-            "admin": { "address": socket_address(at, free_port(at)) },
-            "layered_runtime": { "layers": [{ "name": "istio", "static_layer": {
-                "envoy.reloadable_features.http_reject_path_with_fragment": false,
-            } }] },
-            "static_resources": { "listeners": listeners, "clusters": clusters, "secrets": secrets },
-        })
-    }
+fn bootstrap(id: &str, at: Ipv4Addr, parts: (Vec<Value>, Vec<Value>), secrets: Vec<Value>) -> Value {
+    let (listeners, clusters) = parts;
+    json!({
+        "node": { "id": format!("sidecar~{at}~{id}~local"), "cluster": id },
+        "admin": { "address": socket_address(at, free_port(at)) },
+        "layered_runtime": { "layers": [{ "name": "istio", "static_layer": {
+            "envoy.reloadable_features.http_reject_path_with_fragment": false,
+        } }] },
+        "static_resources": { "listeners": listeners, "clusters": clusters, "secrets": secrets },
+    })
+}
 
+impl Compiled {
     /// A caller's sidecar; it takes calls on this port.
     fn of_caller(&self, (name, namespace, _): (&str, &str, &str), port: u16, secrets: Vec<Value>) -> Value {
         let own = &self.proxies[&format!("{namespace}/{name}")];
@@ -448,7 +448,7 @@ impl Compiled {
             with_static_secrets(&mut cluster, "default");
             cluster
         });
-        self.bootstrap(&format!("{name}.{namespace}"), at, (listeners.collect(), clusters.collect()), secrets)
+        bootstrap(&format!("{name}.{namespace}"), at, (listeners.collect(), clusters.collect()), secrets)
     }
 
     /// The sidecar of all called pods.
@@ -486,7 +486,7 @@ impl Compiled {
             listeners.push(listener);
         }
         let at = address("lateen", 0, 100);
-        self.bootstrap("called.c", at, (listeners, clusters.into_values().collect()), secrets)
+        bootstrap("called.c", at, (listeners, clusters.into_values().collect()), secrets)
     }
 
     /// What `explain` says, for each case it can know.
@@ -636,7 +636,7 @@ impl<'a> Live<'a> {
             let port = free_port(caller_address(kind, name));
             (start(name, &compiled.of_caller(caller, port, secrets)), port)
         });
-        let mut secrets = vec![ca.clone()];
+        let mut secrets = vec![ca];
         secrets.extend(compiled.identities.iter().map(|(key, identity)| secret(key, identity)));
         let called = start("called", &compiled.of_called(secrets));
         Self { kind, compiled, callers: callers.into(), called }
