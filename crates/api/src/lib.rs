@@ -8,7 +8,7 @@
 //! panics, and what it may cost is bounded ([`yaml::Limits`]). Nothing that was written is dropped
 //! silently: it is decoded, refused, or named in a finding.
 //!
-//! Start reading at [`object::Object`], [`kind`], [`decode`], [`validate`].
+//! Start reading at [`object::Object`], [`kind`], [`decode`], [`mod@validate`].
 
 #[macro_use]
 mod macros;

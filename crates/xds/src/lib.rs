@@ -2,7 +2,7 @@
 //!
 //! [`client`] keeps an aggregated stream (ADS) to a control plane open, delta or state of the
 //! world, and hands resources over; the consumer answers ack or nack once its workers run them.
-//! [`server`] keeps one [`Session`] a stream: it compares what a proxy should
+//! [`server`] keeps one [`server::Session`] a stream: it compares what a proxy should
 //! have ([`ResourceSet`]) with what it was sent, and says what to send next. [`relay`] passes a
 //! foreign proxy's stream on.
 //!
