@@ -66,6 +66,13 @@ impl Worker {
         made
     }
 
+    /// The counters of the cluster of this name, whatever version of it is at hand; of the table (a lock) only
+    /// where this worker keeps none.
+    pub fn counters(&self, name: &Name) -> Arc<SharedCluster> {
+        let kept = self.live.borrow().get(name).map(|live| Arc::clone(&live.shared));
+        kept.unwrap_or_else(|| self.shared.cluster(name))
+    }
+
     /// Forgets clusters that `config` no longer has; for the worker, when it takes a new generation.
     pub fn reconcile(&self, config: &RuntimeConfig) {
         self.live.borrow_mut().retain(|name, _| config.clusters.get(name).is_some());

@@ -14,15 +14,17 @@ mod sys {
 }
 
 /// Gives memory back to the system: what this thread has freed, what no thread owns, and the pages of
-/// the program's file that are mapped. Those of code that only starts things are not needed again; the
+/// the program's own file that are mapped. Those of code that only starts things are not needed again; the
 /// others come back from the page cache, many at a touch.
 pub(crate) fn trim() {
     sys::mi_collect(true);
     let Ok(maps) = std::fs::read_to_string("/proc/self/smaps") else { return };
-    for (start, length) in clean_file_pages(&maps) {
+    let Ok(program) = std::fs::read_link("/proc/self/exe") else { return };
+    for (start, length) in clean_pages(&maps, &program.to_string_lossy()) {
         #[expect(unsafe_code, reason = "there is no safe way to unmap a page")]
-        // SAFETY: the range is a private mapping of a file that cannot be written to and has no page of its
-        // own: what is read from it after this is what was read before.
+        // SAFETY: the range is a private mapping of the program's file, which stands where the kernel put it for as
+        // long as the process lives. It cannot be written to and has no page of its own: what is read from it after
+        // this is what was read before. Libraries are left alone: they may be mapped and unmapped meanwhile.
         let advised = unsafe { madvise(start as *mut _, length, Advice::LinuxDontNeed) };
         if let Err(error) = advised {
             tracing::debug!(%error, "pages of the program stay mapped");
@@ -30,20 +32,20 @@ pub(crate) fn trim() {
     }
 }
 
-/// Address and length of each mapping that holds a file's pages as the file has them, in the text of
+/// Address and length of each mapping that holds the program's pages as its file has them, in the text of
 /// `/proc/PID/smaps` (proc(5)). Pages with relocations are a process's own, and so is a breakpoint;
 /// what is its own may have been swapped out.
-fn clean_file_pages(smaps: &str) -> Vec<(usize, usize)> {
+fn clean_pages(smaps: &str, program: &str) -> Vec<(usize, usize)> {
     let mut found = Vec::new();
     let mut current: Option<(usize, usize)> = None;
     for line in smaps.lines() {
         let mut words = line.split_ascii_whitespace();
         let (Some(first), Some(second)) = (words.next(), words.next()) else { continue };
         if let Some((start, end)) = first.split_once('-') {
-            let is_file = words.nth(3).is_some_and(|path| path.starts_with('/'));
+            let is_own = words.nth(3) == Some(program);
             let range = (usize::from_str_radix(start, 16), usize::from_str_radix(end, 16));
             current = match range {
-                (Ok(start), Ok(end)) if is_file && matches!(second, "r-xp" | "r--p") => {
+                (Ok(start), Ok(end)) if is_own && matches!(second, "r-xp" | "r--p") => {
                     Some((start, end.saturating_sub(start)))
                 }
                 _ => None,
@@ -75,17 +77,19 @@ mod tests {
             mapping("8000-9000", "r--p", "/bin/lateen", 4, 0),
             mapping("9000-a000", "r--p", "/bin/lateen", 0, 4),
             mapping("a000-b000", "rw-p", "/bin/lateen", 0, 0),
-            mapping("b000-c000", "r--s", "/some/shared", 0, 0),
+            mapping("b000-c000", "r--s", "/bin/lateen", 0, 0),
+            mapping("f000-10000", "r-xp", "/lib/libc.so.6", 0, 0),
             mapping("c000-d000", "r--p", "", 0, 0),
             mapping("d000-e000", "r-xp", "[vdso]", 0, 0),
         ];
-        assert_eq!(clean_file_pages(&smaps.concat()), [(0x1000, 0x2000), (0x3000, 0x5000)]);
+        assert_eq!(clean_pages(&smaps.concat(), "/bin/lateen"), [(0x1000, 0x2000), (0x3000, 0x5000)]);
     }
 
     #[test]
     fn a_program_goes_on_without_its_pages() {
         trim();
         let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        assert!(!clean_file_pages(&text).is_empty());
+        let program = std::env::current_exe().unwrap();
+        assert!(!clean_pages(&text, program.to_str().unwrap()).is_empty());
     }
 }

@@ -453,8 +453,13 @@ impl PodRuntime {
         }
         let mut reader = tokio::net::unix::pipe::Receiver::from_owned_fd(output)?;
         let mut collected = Vec::new();
+        let mut exited = exited;
         let finished = tokio::time::timeout(limit, async {
-            let code = exited.await.ok();
+            // read while it runs, or one that says much would wait for a reader
+            let code = tokio::select! {
+                code = &mut exited => code.ok(),
+                _ = collect(&mut reader, &mut collected) => (&mut exited).await.ok(),
+            };
             // What it left behind may hold the pipe open; what it wrote itself is there already.
             drop(tokio::time::timeout(Duration::from_millis(50), collect(&mut reader, &mut collected)).await);
             code

@@ -552,7 +552,8 @@ impl Metrics {
         let mut managers: BTreeMap<Box<str>, ManagerTotals> = BTreeMap::new();
         for shard in &shards {
             for one in &*shard.managers.lock().unwrap_or_else(PoisonError::into_inner) {
-                managers.entry(one.prefix.clone()).or_default().add(one);
+                // Istio's names end so for its own tags, which take the end away
+                managers.entry(one.prefix.trim_end_matches(';').into()).or_default().add(one);
             }
             let series = shard.series.lock().unwrap_or_else(PoisonError::into_inner).clone();
             for one in series {

@@ -660,8 +660,7 @@ impl Driver<'_, '_> {
             // there was nobody to attempt it with
             Cause::NoHealthyUpstream if !self.is_counted => {
                 if let Some(cluster) = &self.exchange.info().cluster {
-                    let live = self.worker.engine.live(&self.config, cluster, self.worker.now().mono);
-                    live.shared.tallies.answered(reply.head.status);
+                    self.worker.engine.counters(&cluster.name).tallies.answered(reply.head.status);
                 }
             }
             _ => {}

@@ -6,7 +6,7 @@ mod peers;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use engine::access_log::AccessLog;
@@ -64,7 +64,8 @@ struct Methods {
 }
 
 struct ClusterMethods {
-    shared: Arc<SharedCluster>,
+    /// Not kept alive: a cluster that is gone is forgotten.
+    shared: Weak<SharedCluster>,
     by_path: HashMap<Box<str>, Arc<GrpcTally>>,
     /// No more are told apart: nobody needs to ask again.
     is_full: bool,
@@ -76,10 +77,14 @@ const METHOD_PATH_MAX: usize = 256;
 impl Methods {
     fn of(&mut self, shared: &Arc<SharedCluster>, dots: bool, call: (&str, &str, &str)) -> Option<Arc<GrpcTally>> {
         let (path, service, method) = call;
-        if !self.by_cluster.get(&shared.name).is_some_and(|known| Arc::ptr_eq(&known.shared, shared)) {
+        if !self
+            .by_cluster
+            .get(&shared.name)
+            .is_some_and(|known| std::ptr::eq(known.shared.as_ptr(), Arc::as_ptr(shared)))
+        {
             // those of clusters that are gone go with them
-            self.by_cluster.retain(|_, known| Arc::strong_count(&known.shared) > 1);
-            let new = ClusterMethods { shared: Arc::clone(shared), by_path: HashMap::new(), is_full: false };
+            self.by_cluster.retain(|_, known| known.shared.strong_count() > 0);
+            let new = ClusterMethods { shared: Arc::downgrade(shared), by_path: HashMap::new(), is_full: false };
             self.by_cluster.insert(Name::clone(&shared.name), new);
         }
         let known = self.by_cluster.get_mut(&shared.name)?;
@@ -350,20 +355,19 @@ impl Telemetry {
         if service.is_empty() || method.is_empty() || method.contains('/') {
             return;
         }
-        let config = worker.config();
-        let live = worker.engine.live(&config, cluster, worker.now().mono);
+        let shared = worker.engine.counters(&cluster.name);
         let ended = |tally: &GrpcTally| {
             tally.ended(counts.grpc_status, counts.request_messages, counts.response_messages);
         };
         if !stats.tells_apart(service, method) {
-            return ended(live.shared.grpc.all());
+            return ended(shared.grpc.all());
         }
         let mut methods = self.methods.borrow_mut();
-        match methods.of(&live.shared, stats.replaces_dots, (path, service, method)) {
+        match methods.of(&shared, stats.replaces_dots, (path, service, method)) {
             Some(tally) => ended(&tally),
             None => {
                 worker.recorder.count(Counter::GrpcMethodsOverflow);
-                ended(live.shared.grpc.all());
+                ended(shared.grpc.all());
             }
         }
     }
@@ -584,8 +588,12 @@ impl RequestLog {
         if info.is_grpc {
             self.count_messages(worker, conn, head, info, (counts.request_messages, counts.response_messages));
         }
-        let Terminal::Http(hcm) = &self.chain.terminal else { return };
         let status = if self.status == 0 { 0 } else { response.status };
+        // begun by its connection, whatever its chain has become
+        if let Some(manager) = &conn.state.manager {
+            manager.ended(status);
+        }
+        let Terminal::Http(hcm) = &self.chain.terminal else { return };
         if hcm.stats().is_some() {
             let protocol = if info.is_grpc { Protocol::Grpc } else { Protocol::Http };
             let key = SeriesKey {
@@ -601,9 +609,6 @@ impl RequestLog {
                     + (head.path().len() + head.authority().len() + 16) as u64,
                 response_bytes: counts.response_bytes + head_bytes(&response.fields) + 16,
             });
-        }
-        if let Some(manager) = &conn.state.manager {
-            manager.ended(status);
         }
         if info.is_grpc
             && let Some(stats) = hcm.grpc_stats()

@@ -372,7 +372,7 @@ async fn run(shared: Arc<Shared>, live: Arc<AtomicUsize>, mut commands: mpsc::Un
             _ = tick.tick() => {
                 let now = tokio::time::Instant::now();
                 worker.pools.sweep(&worker.config(), now);
-                if now.duration_since(flushed) >= flush_interval {
+                if now.duration_since(flushed) + TICK_MIN / 2 >= flush_interval {
                     flushed = now;
                     worker.telemetry.flush();
                 }

@@ -540,8 +540,7 @@ fn a_check_that_waits_leaves_the_worker_to_others() {
     let puppet = Puppet::new(&mesh, PUPPET);
     let single = crate::apps::workload("foo", "single", "v1", "docker.io/kong/httpbin", Some(80), "")
         .replace("version: v1}", "version: v1}, annotations: {proxy.istio.io/config: \"{concurrency: 1}\"}");
-    let waits =
-        "  action: CUSTOM\n  provider: {name: ask-body}\n  rules: [{to: [{operation: {paths: [/anything/waits]}}]}]";
+    let waits = "  action: CUSTOM\n  provider: {name: ask-body}\n  rules: [{to: [{operation: {paths: [\"/anything/waits*\"]}}]}]";
     let objects = [
         single,
         crate::apps::service("foo", "single", "{name: http, port: 8000, targetPort: 80}"),
@@ -556,19 +555,19 @@ fn a_check_that_waits_leaves_the_worker_to_others() {
     // The authorizer has thirty seconds, after which a slow machine has shown nothing.
     for round in 1.. {
         let mut waiting = mesh.dial("bar/curl", "single.foo", 8000);
-        let request = b"GET /anything/waits HTTP/1.1\r\nhost: single.foo\r\nconnection: close\r\n\r\n";
-        waiting.write_all(request).unwrap();
+        let request = format!("GET /anything/waits{round} HTTP/1.1\r\nhost: single.foo\r\nconnection: close\r\n\r\n");
+        waiting.write_all(request.as_bytes()).unwrap();
         eventually("the question", || match checks(&puppet).len() {
             asked if asked >= round => Ok(()),
             asked => Err(format!("{asked} of {round}")),
         });
-        let served = mesh.curl("bar/curl", &["http://single.foo:8000/anything/other?[1-20]"]);
+        let served = mesh.curl("bar/curl", &[&format!("http://single.foo:8000/anything/other{round}?[1-20]")]);
         assert_eq!(served.body.matches("\"method\"").count(), 20, "{served:?}");
         let log = eventually("the log of what was served", || {
             let log = mesh.logs("foo/single", "istio-proxy");
-            if log.contains("/anything/other?20 ") { Ok(log) } else { Err(log) }
+            if log.contains(&format!("/anything/other{round}?20 ")) { Ok(log) } else { Err(log) }
         });
-        if !log.contains("/anything/waits ") {
+        if !log.contains(&format!("/anything/waits{round} ")) {
             return;
         }
         assert!(round < 3, "others were served only after the authorizer's time: {log}");

@@ -282,6 +282,10 @@ wait"#;
 #[test]
 fn garbage_on_every_listener_of_a_mesh() {
     let mesh = TRAFFIC.turn();
+    eventually("no pod of another test is ending", || {
+        let pods = mesh.must(&["get", "pods", "-A", "-o", "json"], "");
+        if pods.contains("deletionTimestamp") { Err(pods) } else { Ok(()) }
+    });
     let status = mesh.status();
     let mut by_pod: BTreeMap<(String, String), BTreeSet<String>> = BTreeMap::new();
     let mut roles = BTreeSet::new();

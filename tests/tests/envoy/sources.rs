@@ -209,7 +209,7 @@ fn edge(port: u16, backend: SocketAddr, path: &str) -> String {
 apiVersion: networking.istio.io/v1
 kind: Gateway
 metadata: {{name: edge, namespace: foo}}
-spec: {{selector: {{app: edge}}, servers: [{{port: {{number: {port}, name: http, protocol: HTTP}}, bind: 127.0.0.1, hosts: ['*']}}]}}
+spec: {{selector: {{app: edge}}, servers: [{{port: {{number: {port}, name: http, protocol: HTTP}}, bind: 127.78.0.1, hosts: ['*']}}]}}
 ---
 apiVersion: networking.istio.io/v1
 kind: ServiceEntry
@@ -285,7 +285,7 @@ fn in_tls(plane: SocketAddr, pair: &rcgen::CertifiedKey<rcgen::KeyPair>) -> Stan
 fn a_bootstrap_that_names_a_control_plane_follows_it() {
     const NAME: &str = "plane.test";
     let (one, two) = (Backend::echo("one"), Backend::echo("two"));
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = TcpListener::bind("127.78.0.1:0").unwrap().local_addr().unwrap().port();
     let plane = Plane::start(&edge(port, one.address, "/"));
     let pair = rcgen::generate_simple_self_signed([NAME.to_owned()]).unwrap();
     let root = pair.cert.pem();
@@ -305,7 +305,7 @@ fn a_bootstrap_that_names_a_control_plane_follows_it() {
         let proxy = Standalone::start(kind, &from_plane(api_type, at, tls), |_| {});
         let soon = |path: &str, expect: (u16, &str)| {
             eventually(&format!("{what}: {expect:?}"), || {
-                let ask = || Client::plain(SocketAddr::from(([127, 0, 0, 1], port)))?.send("GET", "a.test", path, &[]);
+                let ask = || Client::plain(SocketAddr::from(([127, 78, 0, 1], port)))?.send("GET", "a.test", path, &[]);
                 let answer = ask().map_err(|error| format!("{error}\n{}", proxy.log()))?;
                 let by = answer.json()["by"].as_str().unwrap_or_default().to_owned();
                 if (answer.status, by.as_str()) == expect { Ok(()) } else { Err(format!("{answer:?}")) }

@@ -655,7 +655,7 @@ fn actions(check: &mut Check<'_>, at: &str, container: &Container, (http, tcp, e
             Some(IntOrString::Int(_)) => {}
             Some(IntOrString::Name(name)) if container.ports.iter().any(|port| port.name == *name) => {}
             Some(IntOrString::Name(name)) => {
-                check.error(&field, format!("the container has no port {name:?}"), "name one of its ports");
+                check.warn(&field, format!("the container has no port {name:?}"), "name one of its ports");
             }
         }
     }

@@ -39,7 +39,7 @@ fn values(check: &mut Check<'_>, at: &str, values: &Value) {
             let at = format!("{at}.{name}");
             if name != "enableNamespacesByDefault" {
                 check.unbuilt(&at);
-            } else if !value.is_boolean() {
+            } else if !value.is_boolean() && !value.is_null() {
                 check.error(&at, format!("expected true or false, found {value}"), "write it without quotes");
             }
         }

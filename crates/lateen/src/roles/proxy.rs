@@ -268,6 +268,9 @@ pub(crate) fn run(args: ProxyArgs, levels: Arc<Levels>) -> Result<()> {
     if args.config_path.is_some() || args.config_yaml.is_some() {
         return run_bootstrap(args, levels);
     }
+    if args.mode == Mode::Validate {
+        bail!("--mode validate needs a bootstrap to look at: --config-path or --config-yaml");
+    }
     let mut variables: BTreeMap<String, String> = std::env::vars().collect();
     if let Some(concurrency) = args.concurrency {
         variables.insert("ISTIO_META_CONCURRENCY".into(), concurrency.to_string());

@@ -716,7 +716,9 @@ impl Worker {
             let Ok(ip) = self.ip.parse() else { continue };
             let left = deadline.saturating_duration_since(Instant::now());
             let target = Target { pod: id, ip, container: &slot.container, from_switch: false };
-            if let Err(message) = run_hook(hook, target, left, &self.shared.options.runtime).await {
+            let run = run_hook(hook, target, left, &self.shared.options.runtime);
+            let run = tokio::time::timeout_at(deadline, run).await;
+            if let Err(message) = run.unwrap_or_else(|_| Err("the grace period is over".to_owned())) {
                 // As on Kubernetes, the container ends all the same.
                 tracing::warn!(pod = %self.key, container = slot.container.name, message, "preStop failed");
             }
@@ -906,7 +908,8 @@ fn blame(objects: &ConfigSet, pod: &Object, container: &Container, trouble: &Tro
     })
 }
 
-/// Runs a container's `postStart` or `preStop`, for no longer than `limit`.
+/// Runs a container's `postStart` or `preStop`. What it asks or runs takes no longer than `limit`; a time that it
+/// says itself is its own.
 async fn run_hook(
     hook: &LifecycleHandler,
     target: Target<'_>,
@@ -914,7 +917,7 @@ async fn run_hook(
     runtime: &PodRuntime,
 ) -> Result<(), String> {
     if let Some(sleep) = &hook.sleep {
-        tokio::time::sleep(Duration::from_secs(sleep.seconds).min(limit)).await;
+        tokio::time::sleep(Duration::from_secs(sleep.seconds)).await;
         return Ok(());
     }
     let question = Probe {

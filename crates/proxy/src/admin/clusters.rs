@@ -26,8 +26,8 @@ struct Row {
 
 impl Row {
     fn new(config: &RuntimeConfig, cluster: &Arc<Cluster>, shared: Option<Arc<SharedCluster>>) -> Self {
-        // Envoy's separators are not part of names
-        let name = cluster.shown_name.replace(':', "_");
+        // Envoy's separators are not part of names, nor is the end that Istio gives them for its own tags
+        let name = cluster.shown_name.trim_end_matches(';').replace(':', "_");
         let hosts = shared.as_ref().map(|shared| shared.hosts()).unwrap_or_default();
         let ejected: Vec<_> = hosts.iter().filter(|host| host.is_ejected()).map(|host| &host.address).collect();
         let (mut members, mut healthy) = (0, 0);
@@ -77,14 +77,24 @@ pub(super) fn render(out: &mut String, context: &Context) {
     for (name, kind, read) in families {
         let name = format!("envoy_cluster_{name}");
         text::type_line(out, &name, kind);
+        // clusters may share a name, as those of passed-through connections do: then they are one
+        let mut sums = BTreeMap::<&str, u64>::new();
         for row in &rows {
-            text::sample(out, &name, &row.labels, read(row));
+            *sums.entry(&row.labels).or_default() += read(row);
+        }
+        for (labels, sum) in sums {
+            text::sample(out, &name, labels, sum);
         }
     }
-    let classes = rows.iter().filter_map(|row| {
-        let shared = row.shared.as_ref()?;
-        Some(((LABEL, row.name.as_str()), shared.tallies.classes.each_ref().map(Tally::get)))
-    });
+    let mut classes = BTreeMap::<&str, [u64; 5]>::new();
+    for row in &rows {
+        let Some(shared) = &row.shared else { continue };
+        let sums = classes.entry(&row.name).or_default();
+        for (sum, tally) in sums.iter_mut().zip(&shared.tallies.classes) {
+            *sum += tally.get();
+        }
+    }
+    let classes = classes.into_iter().map(|(name, counts)| ((LABEL, name), counts));
     text::classes(out, "envoy_cluster_upstream_rq_xx", classes);
     grpc(out, &rows);
 }
