@@ -458,7 +458,7 @@ impl PodRuntime {
             // read while it runs, or one that says much would wait for a reader
             let code = tokio::select! {
                 code = &mut exited => code.ok(),
-                _ = collect(&mut reader, &mut collected) => (&mut exited).await.ok(),
+                () = collect(&mut reader, &mut collected) => (&mut exited).await.ok(),
             };
             // What it left behind may hold the pipe open; what it wrote itself is there already.
             drop(tokio::time::timeout(Duration::from_millis(50), collect(&mut reader, &mut collected)).await);
