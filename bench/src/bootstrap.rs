@@ -273,7 +273,7 @@ fn cluster(name: &str, upstream: SocketAddr, protocol: Upstream, transport: Opti
         "circuit_breakers": { "thresholds": [{
             "max_connections": many, "max_pending_requests": many, "max_requests": many, "max_retries": many,
         }] },
-        "outlier_detection": { "consecutive_5xx": 5, "interval": "10s", "base_ejection_time": "30s" },
+        "outlier_detection": { "consecutive_5xx": 5, "enforcing_success_rate": 0, "interval": "10s", "base_ejection_time": "30s" },
         "typed_extension_protocol_options": {
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions":
                 typed("", "envoy.extensions.upstreams.http.v3.HttpProtocolOptions", options)["typed_config"],

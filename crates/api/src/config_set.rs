@@ -72,21 +72,6 @@ impl ConfigSet {
         }
     }
 
-    /// The changes that lead from `self` to `next`, in the order of kinds and names; deletions first.
-    pub fn changes_to(&self, next: &Self) -> Vec<Change> {
-        let gone = self.iter().filter(|object| next.find(object.kind, &object.key()).is_none());
-        let mut changes: Vec<Change> = gone.map(|object| Change::Delete(object.reference())).collect();
-        for object in next.iter() {
-            let same = self
-                .find(object.kind, &object.key())
-                .is_some_and(|before| Arc::ptr_eq(before, object) || before == object);
-            if !same {
-                changes.push(Change::Upsert(Arc::clone(object)));
-            }
-        }
-        changes
-    }
-
     /// The object of that kind and name.
     pub fn find(&self, kind: Kind, key: &NamespacedName) -> Option<&Arc<Object>> {
         self.kinds.get(&kind)?.get(key)

@@ -131,12 +131,6 @@ impl<'a> Context<'a> {
         self.findings.into_inner()
     }
 
-    /// Refused destinations (`REGISTRY_ONLY`) are logged; the proxy's loop guards are not.
-    #[expect(clippy::unused_self, reason = "it becomes a setting")]
-    pub(crate) fn logs_black_hole(&self) -> bool {
-        true
-    }
-
     /// `gatewayTopology.numTrustedProxies`
     pub(crate) fn trusted_proxies(&self) -> u32 {
         self.topology().map_or(0, |topology| topology.num_trusted_proxies)

@@ -3,7 +3,9 @@
 //! *Source*: xDS digest 4; `traffic.md` 8.3 ("order of work in one proxy").
 
 use envoy_types::pb::envoy::config::accesslog::v3::AccessLog;
-use envoy_types::pb::envoy::config::listener::v3::{Filter, filter};
+use envoy_types::pb::envoy::config::listener::v3::{
+    Filter, ListenerFilter, ListenerFilterChainMatchPredicate, filter, listener_filter,
+};
 use envoy_types::pb::envoy::config::route::v3::RouteConfiguration;
 use envoy_types::pb::envoy::extensions::filters::http::cors::v3::Cors;
 use envoy_types::pb::envoy::extensions::filters::http::fault::v3::HttpFault;
@@ -12,6 +14,7 @@ use envoy_types::pb::envoy::extensions::filters::http::grpc_stats::v3::{
 };
 use envoy_types::pb::envoy::extensions::filters::http::grpc_web::v3::GrpcWeb;
 use envoy_types::pb::envoy::extensions::filters::http::router::v3::Router;
+use envoy_types::pb::envoy::extensions::filters::listener::tls_inspector::v3::TlsInspector;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::{
     HttpConnectionManager, HttpFilter, Rds, RequestIdExtension, http_connection_manager as hcm, http_filter,
 };
@@ -21,7 +24,7 @@ use envoy_types::pb::google::protobuf::Any;
 
 use crate::context::Context;
 use crate::telemetry;
-use crate::wire::{self, boolean, fields, list, object, pack, text, zero};
+use crate::wire::{self, boolean, fields, list, object, pack, text, uint, zero};
 
 /// How long a client of a gateway may take for the head of a request.
 const GATEWAY_HEADERS_SECONDS: u64 = 60;
@@ -120,6 +123,25 @@ pub(crate) enum TcpTarget {
     Weighted(Vec<(String, u32)>),
 }
 
+/// Sees TLS and the name asked for.
+pub(crate) fn tls_inspector(filter_disabled: Option<ListenerFilterChainMatchPredicate>) -> ListenerFilter {
+    let config = pack(&TlsInspector { initial_read_buffer_size: uint(512), ..TlsInspector::default() });
+    listener_filter("envoy.filters.listener.tls_inspector", config, filter_disabled)
+}
+
+/// A listener filter by its full name.
+pub(crate) fn listener_filter(
+    name: &str,
+    config: Any,
+    filter_disabled: Option<ListenerFilterChainMatchPredicate>,
+) -> ListenerFilter {
+    ListenerFilter {
+        name: name.to_owned(),
+        filter_disabled,
+        config_type: Some(listener_filter::ConfigType::TypedConfig(config)),
+    }
+}
+
 /// What a TCP proxy takes from a DestinationRule.
 #[derive(Default)]
 pub(crate) struct TcpOptions {
@@ -136,15 +158,7 @@ pub(crate) fn tcp(
     target: TcpTarget,
     options: &TcpOptions,
 ) -> Vec<Filter> {
-    let logs = match &target {
-        TcpTarget::Cluster(name)
-            if name == "BlackHoleCluster" && stat_prefix == "BlackHoleCluster" && !context.logs_black_hole() =>
-        {
-            Vec::new()
-        }
-        _ => context.telemetry.access_logs(),
-    };
-    let proxy = tcp_proxy(stat_prefix, target, options, logs);
+    let proxy = tcp_proxy(stat_prefix, target, options, context.telemetry.access_logs());
     stats_filter(context, direction)
         .into_iter()
         .chain([network("envoy.filters.network.tcp_proxy", pack(&proxy))])

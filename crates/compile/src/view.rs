@@ -8,7 +8,7 @@ use api::mesh_config::ProxyConfig;
 use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::google::protobuf::{Struct, Value, value::Kind};
 use thiserror::Error;
-use types::{Labels, Locality};
+use types::{Labels, Locality, labels};
 
 /// What a proxy is for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -223,15 +223,12 @@ impl View {
 
     /// The name that traces and metrics show.
     pub fn canonical_name(&self) -> &str {
-        mesh::canonical_name(&self.labels, &self.workload_name)
+        labels::canonical_name(&self.labels, &self.workload_name)
     }
 
     /// The revision that traces and metrics show.
     pub fn canonical_revision(&self) -> &str {
-        match mesh::canonical_revision(&self.labels) {
-            "" => "latest",
-            revision => revision,
-        }
+        labels::canonical_revision(&self.labels)
     }
 }
 

@@ -16,12 +16,8 @@ use envoy_types::pb::envoy::config::core::v3::{
 use envoy_types::pb::google::protobuf::{Any, BoolValue, Duration, ListValue, Struct, UInt32Value, Value, value::Kind};
 use mesh::Provenance;
 use prost::{Message, Name};
+pub(crate) use proto::any::pack;
 use types::ObjectRef;
-
-/// Packs a message with its type URL.
-pub(crate) fn pack<M: Name>(message: &M) -> Any {
-    Any { type_url: M::type_url(), value: message.encode_to_vec() }
-}
 
 /// `google.protobuf.BoolValue`
 pub(crate) fn boolean(value: bool) -> Option<BoolValue> {

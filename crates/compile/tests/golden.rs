@@ -64,7 +64,7 @@ status: {phase: Running, podIP: 10.1.0.9, conditions: [{type: Ready, status: 'Tr
 fn snapshot(yaml: &str) -> MeshSnapshot {
     let documents = api::parse_documents("case.yaml", &format!("{MESH}\n---\n{yaml}"));
     assert!(documents.refused.is_empty(), "{:?}", documents.findings);
-    MeshSnapshot::next(None, &api::ConfigSet::new(documents.one_after_another()), &[]).0
+    MeshSnapshot::next(None, &api::ConfigSet::new(documents.one_after_another())).0
 }
 
 fn client() -> View {

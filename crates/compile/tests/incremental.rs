@@ -88,7 +88,7 @@ proptest! {
         for (word, _) in words.iter().zip(at_first).filter(|(_, is_there)| *is_there) {
             set.apply(&Change::Upsert(Arc::clone(word)));
         }
-        let (mut snapshot, _) = MeshSnapshot::next(None, &set, &[]);
+        let (mut snapshot, _) = MeshSnapshot::next(None, &set);
         let mut before: Vec<Told> = views.iter().map(|view| Told::of(&snapshot, view)).collect();
         for (index, comes) in steps {
             let word = index.get(&words);
@@ -97,8 +97,8 @@ proptest! {
             } else {
                 set.apply(&Change::Delete(word.reference()));
             }
-            let (next, findings) = MeshSnapshot::next(Some(&snapshot), &set, &[]);
-            let (fresh, fresh_findings) = MeshSnapshot::next(None, &set, &[]);
+            let (next, findings) = MeshSnapshot::next(Some(&snapshot), &set);
+            let (fresh, fresh_findings) = MeshSnapshot::next(None, &set);
             prop_assert_eq!(findings, fresh_findings);
             prop_assert_eq!(next.effects(), fresh.effects());
             let reach = next.reach_since(&snapshot);
@@ -124,7 +124,7 @@ fn mesh_of(words: &[Arc<Object>], choose: impl Fn(&Object) -> bool) -> (ConfigSe
     for word in words.iter().filter(|word| choose(word)) {
         set.apply(&Change::Upsert(Arc::clone(word)));
     }
-    let snapshot = MeshSnapshot::next(None, &set, &[]).0;
+    let snapshot = MeshSnapshot::next(None, &set).0;
     (set, snapshot)
 }
 
@@ -132,7 +132,7 @@ fn mesh_of(words: &[Arc<Object>], choose: impl Fn(&Object) -> bool) -> (ConfigSe
 fn reached_by(word: &Arc<Object>, set: &ConfigSet, before: &MeshSnapshot) -> (Vec<String>, Vec<String>) {
     let mut set = set.clone();
     set.apply(&Change::Upsert(Arc::clone(word)));
-    let (after, _) = MeshSnapshot::next(Some(before), &set, &[]);
+    let (after, _) = MeshSnapshot::next(Some(before), &set);
     let reach = after.reach_since(before);
     let names = views().into_iter().filter(|view| reaches(&reach, view)).map(|view| view.name.to_string());
     (names.collect(), reach.clusters_of().iter().map(|key| key.host.to_string()).collect())

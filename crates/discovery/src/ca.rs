@@ -15,6 +15,7 @@
 //! A signer that all know already, because its key is the old one's or an older root vouches for it, does not wait.
 //! What was issued before a restart is not known after it: the folder's signer then signs at once.
 
+pub(crate) mod renewal;
 pub mod service;
 pub mod store;
 

@@ -43,6 +43,14 @@ pub struct Pages {
     pub metrics: Registry,
 }
 
+/// Gives back, now and then, what writing a dump took.
+pub(crate) async fn rest() {
+    loop {
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        proto::json::rest();
+    }
+}
+
 /// All pages.
 pub fn router(pages: Pages) -> axum::Router {
     let debug = axum::Router::new()

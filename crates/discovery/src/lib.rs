@@ -189,7 +189,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let (newest_ca, cas) = watch::channel(Arc::clone(&ca));
     let authn = Arc::new(Authn::new(options.trust_domain.clone(), &options.cluster_id, options.tokens));
     let metrics = options.metrics;
-    count_roots(&metrics, &ca);
+    ca::renewal::count_roots(&metrics, &ca);
     let fleet = Arc::new(fleet::Fleet::new(metrics.clone()));
     let (publisher, admitted) = watch::channel(None);
     let (mesh_sender, meshes) = watch::channel(None);
@@ -208,7 +208,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     tasks.spawn(named("key fetcher", Box::pin(fetching)));
     tasks.spawn(named("compiler", Box::pin(fleet::run(Arc::clone(&fleet), meshes.clone(), options.compiler))));
     tasks.spawn(named("certificate renewal", Box::pin(renew_serving(cas.clone(), names, serving))));
-    let renewal = CaRenewal {
+    let renewal = ca::renewal::CaRenewal {
         dir: options.ca_dir,
         root_cert_out: options.root_cert_out,
         every: options.root_check,
@@ -217,6 +217,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         metrics: metrics.clone(),
     };
     tasks.spawn(named("root renewal", Box::pin(renewal.run())));
+    tasks.spawn(named("config dumps", Box::pin(debug::rest())));
 
     let admission = Arc::new(ads::Admission::new(Arc::clone(&authn), Arc::clone(&fleet)));
     let ads = || {
@@ -290,78 +291,6 @@ async fn renew_serving(
     }
 }
 
-/// Takes over what the CA's directory holds, as far as nobody is cut off by it.
-struct CaRenewal {
-    dir: PathBuf,
-    root_cert_out: Option<PathBuf>,
-    every: Duration,
-    clock: Clock,
-    newest: watch::Sender<Arc<Ca>>,
-    metrics: Registry,
-}
-
-impl CaRenewal {
-    async fn run(self) {
-        // What cannot be used is told once, not at each look.
-        let mut told = None;
-        loop {
-            tokio::time::sleep(self.every).await;
-            let followed = match self.look().await {
-                Ok(Some(next)) => self.take_over(next),
-                Ok(None) => Ok(()),
-                Err(error) => Err(error),
-            };
-            match followed {
-                Ok(()) => told = None,
-                Err(error) if told.as_ref() != Some(&error) => {
-                    tracing::error!(error, "the CA stays as it was");
-                    told = Some(error);
-                }
-                Err(_) => {}
-            }
-            count_roots(&self.metrics, &self.newest.borrow());
-            // What a config dump read.
-            _ = proto::json::rest();
-        }
-    }
-
-    async fn look(&self) -> Result<Option<Ca>, String> {
-        let (current, dir, now) = (Arc::clone(&self.newest.borrow()), self.dir.clone(), (self.clock)());
-        let looked = tokio::task::spawn_blocking(move || ca::store::successor(&current, &dir, now)).await;
-        looked.map_err(|error| error.to_string())?.map_err(|error| identity::agent::describe(&error))
-    }
-
-    /// Puts `next` in place, once its roots are where those who start find them. The next look makes another
-    /// one if they cannot be written.
-    fn take_over(&self, next: Ca) -> Result<(), String> {
-        if let Some(path) = &self.root_cert_out {
-            let written = ca::store::write_atomically(path, next.roots().to_pem().as_bytes(), 0o644);
-            written.map_err(|error| identity::agent::describe(&error))?;
-        }
-        let has_signer = next.has_signer_of(&self.newest.borrow());
-        tracing::info!(
-            roots = next.roots().certificates().len(),
-            signer = if has_signer { "as before" } else { "new" },
-            "the CA follows its directory"
-        );
-        count_roots(&self.metrics, &next);
-        self.newest.send_replace(Arc::new(next));
-        Ok(())
-    }
-}
-
-fn count_roots(metrics: &Registry, ca: &Ca) {
-    let at = |until: SystemTime| until.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-    let left = |until: SystemTime| until.duration_since(SystemTime::now()).unwrap_or_default().as_secs_f64();
-    if let Some(until) = ca.roots().not_after() {
-        metrics.set("citadel_server_root_cert_expiry_timestamp", &[], at(until));
-        metrics.set("citadel_server_root_cert_expiry_seconds", &[], left(until));
-    }
-    metrics.set("citadel_server_cert_chain_expiry_timestamp", &[], at(ca.not_after()));
-    metrics.set("citadel_server_cert_chain_expiry_seconds", &[], left(ca.not_after()));
-    metrics.set("istio_build", &[("component", "pilot"), ("tag", env!("CARGO_PKG_VERSION"))], 1.0);
-}
-
 /// Binds a socket that only its owner may open, replacing one that a dead process left.
 fn bind_unix(path: &PathBuf) -> io::Result<tokio::net::UnixListener> {
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
@@ -374,39 +303,4 @@ fn bind_unix(path: &PathBuf) -> io::Result<tokio::net::UnixListener> {
     let listener = tokio::net::UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_ca_takes_over_once_its_roots_are_written() {
-        let dir = tempfile::tempdir().unwrap();
-        let (ca_dir, out) = (dir.path().join("ca"), dir.path().join("out"));
-        let (now, day) = (SystemTime::now(), Duration::from_hours(24));
-        // Nine tenths of its ten years are over.
-        let made = now - 3285 * day;
-        let first = ca::store::load_or_create(&ca_dir, &TrustDomain::default(), Lifetimes::default(), made).unwrap();
-        let renewal = CaRenewal {
-            dir: ca_dir,
-            root_cert_out: Some(out.join("root-cert.pem")),
-            every: day,
-            clock: Arc::new(move || now),
-            newest: watch::Sender::new(Arc::new(first)),
-            metrics: Registry::new(),
-        };
-        let roots = || renewal.newest.borrow().roots().certificates().len();
-        let next = renewal.look().await.unwrap().expect("it is due");
-        let error = renewal.take_over(next).unwrap_err();
-        assert!(error.contains("root-cert.pem"), "{error}");
-        assert_eq!(roots(), 1);
-        std::fs::create_dir(&out).unwrap();
-        let next = renewal.look().await.unwrap().expect("it is due still");
-        renewal.take_over(next).unwrap();
-        assert_eq!(roots(), 2);
-        let written = std::fs::read_to_string(out.join("root-cert.pem")).unwrap();
-        assert_eq!(written, renewal.newest.borrow().roots().to_pem());
-        assert!(renewal.look().await.unwrap().is_none());
-    }
 }

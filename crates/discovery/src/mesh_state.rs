@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::ConfigSet;
 use mesh::{KeySets, MeshSnapshot, Reach};
 use telemetry::registry::Registry;
 use tokio::sync::watch;
@@ -71,7 +70,6 @@ pub async fn run(
     debounce: Debounce,
     metrics: Registry,
 ) {
-    let mut configs = ConfigSet::default();
     let mut push = 0;
     while let Some(trigger) = inputs.changed().await {
         let begun = Instant::now();
@@ -87,13 +85,11 @@ pub async fn run(
         push += 1;
         let previous = meshes.borrow().clone();
         let before_mesh = previous.clone();
-        let before = std::mem::replace(&mut configs, admitted.configs.clone());
-        let after = configs.clone();
+        let configs = admitted.configs.clone();
         let started = Instant::now();
         let built = tokio::task::spawn_blocking(move || {
-            let changes = before.changes_to(&after);
             let previous = before_mesh.as_deref().map(|mesh| &mesh.snapshot);
-            let (snapshot, findings) = MeshSnapshot::next(previous, &after, &changes);
+            let (snapshot, findings) = MeshSnapshot::next(previous, &configs);
             (snapshot.with_key_sets(key_sets), findings)
         });
         let Ok((snapshot, together)) = built.await else {

@@ -69,7 +69,7 @@ impl Plane {
     /// Publishes what `set` gives; the fleet may be given more before it comes to it.
     fn publish(&self, set: &ConfigSet) {
         let previous = self.meshes.borrow().clone();
-        let (snapshot, _) = MeshSnapshot::next(previous.as_deref().map(|mesh| &mesh.snapshot), set, &[]);
+        let (snapshot, _) = MeshSnapshot::next(previous.as_deref().map(|mesh| &mesh.snapshot), set);
         let reach =
             previous.as_deref().map_or_else(Reach::everyone, |previous| snapshot.reach_since(&previous.snapshot));
         let push = previous.map_or(0, |previous| previous.push) + 1;

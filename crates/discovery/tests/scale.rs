@@ -75,7 +75,7 @@ async fn a_push_of_a_thousand_services_to_fifty_proxies() {
     for (push, (what, extra)) in cases.into_iter().enumerate() {
         let set = objects(&extra);
         let started = Instant::now();
-        let (snapshot, _) = MeshSnapshot::next(previous.as_ref().map(|mesh| &mesh.snapshot), &set, &[]);
+        let (snapshot, _) = MeshSnapshot::next(previous.as_ref().map(|mesh| &mesh.snapshot), &set);
         let indexed = started.elapsed();
         let started = Instant::now();
         let push = u64::try_from(push).unwrap() + 1;

@@ -333,7 +333,7 @@ impl Outcome {
                 set.apply(&api::Change::Upsert(Arc::new(object)));
             }
         }
-        let (snapshot, together) = MeshSnapshot::next(None, &set, &[]);
+        let (snapshot, together) = MeshSnapshot::next(None, &set);
         findings.extend(together);
         let mut told = Vec::new();
         for view in views() {

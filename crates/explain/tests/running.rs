@@ -50,7 +50,7 @@ fn snapshot(yaml: &str) -> MeshSnapshot {
     let documents = api::parse_documents("mesh.yaml", yaml);
     assert!(!documents.has_errors(), "{:#?}", documents.findings);
     let objects = documents.objects.into_iter().map(|parsed| parsed.object);
-    MeshSnapshot::next(None, &api::ConfigSet::new(objects), &[]).0
+    MeshSnapshot::next(None, &api::ConfigSet::new(objects)).0
 }
 
 /// What the admin interface of a pod's proxy says when it runs what `snapshot` gives.

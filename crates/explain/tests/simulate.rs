@@ -94,7 +94,7 @@ fn check(yaml: &str, call: &str, expect: Expect) {
     let documents = api::parse_documents("mesh.yaml", yaml);
     assert!(!documents.has_errors(), "{:#?}", documents.findings);
     let assumed = assume(&api::ConfigSet::new(documents.objects.iter().map(|parsed| parsed.object.clone())));
-    let (snapshot, _) = MeshSnapshot::next(None, &assumed.configs, &[]);
+    let (snapshot, _) = MeshSnapshot::next(None, &assumed.configs);
     let mut parts = call.split('|').map(str::trim);
     let words: Vec<&str> = parts.next().unwrap().split_whitespace().collect();
     let [from, namespace, method, url] = words[..] else { panic!("caller namespace method url: {call}") };

@@ -44,7 +44,7 @@ fn views() -> [View; 2] {
 fn mesh_with(younger: impl IntoIterator<Item = api::ParsedObject>) -> (MeshSnapshot, Vec<types::Finding>) {
     let mut documents = api::parse_documents("base.yaml", BASE);
     documents.objects.extend(younger);
-    MeshSnapshot::next(None, &api::ConfigSet::new(documents.one_after_another()), &[])
+    MeshSnapshot::next(None, &api::ConfigSet::new(documents.one_after_another()))
 }
 
 const BASE: &str = r"

@@ -605,7 +605,7 @@ mod tests {
     fn codes(yaml: &str) -> Vec<String> {
         let documents = api::parse_documents("test.yaml", yaml);
         let objects: Vec<_> = documents.objects.into_iter().map(|parsed| parsed.object).collect();
-        let (_, findings) = MeshSnapshot::next(None, &api::ConfigSet::new(objects), &[]);
+        let (_, findings) = MeshSnapshot::next(None, &api::ConfigSet::new(objects));
         findings.iter().map(|finding| format!("{} {}", finding.code, finding.object.as_ref().unwrap())).collect()
     }
 

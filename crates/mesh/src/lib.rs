@@ -46,4 +46,4 @@ pub use service::{
 pub use snapshot::{MeshSnapshot, Namespace, Reach, Reached};
 pub use virtual_service::{HttpEntry, MESH_GATEWAY, VirtualService, VirtualServiceIndex, gateway_key};
 pub use visibility::Visibility;
-pub use workload::{canonical_name, canonical_revision, locality_of};
+pub use workload::locality_of;

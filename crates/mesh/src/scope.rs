@@ -101,12 +101,9 @@ pub(crate) fn sidecar_scope(
             destination
         });
     let egress = match sidecar {
-        Some(config) if !config.spec.egress.is_empty() => config
-            .spec
-            .egress
-            .iter()
-            .map(|listener| cut(listener, config.namespace(), namespace, &visible, &virtual_services))
-            .collect(),
+        Some(config) if !config.spec.egress.is_empty() => {
+            config.spec.egress.iter().map(|listener| cut(listener, namespace, &visible, &virtual_services)).collect()
+        }
         _ => vec![EgressScope {
             port: None,
             bind: "".into(),
@@ -159,7 +156,6 @@ impl<'a> HostFilter<'a> {
 
 fn cut(
     listener: &net::IstioEgressListener,
-    _sidecar_namespace: &str,
     namespace: &str,
     visible: &[Arc<Service>],
     virtual_services: &[Arc<VirtualService>],

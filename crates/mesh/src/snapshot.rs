@@ -66,7 +66,7 @@ impl MeshSnapshot {
     ///
     /// Returns the snapshot and what is odd about the objects together; single objects were
     /// checked at admission.
-    pub fn next(prev: Option<&Self>, configs: &api::ConfigSet, _changes: &[api::Change]) -> (Self, Vec<Finding>) {
+    pub fn next(prev: Option<&Self>, configs: &api::ConfigSet) -> (Self, Vec<Finding>) {
         let mut findings = Vec::new();
         let collected = Collected::of(configs, &mut findings);
         let mesh_config = Arc::new(collected.mesh_config);
@@ -363,7 +363,7 @@ mod tests {
         let documents = api::parse_documents("case.yaml", yaml);
         assert!(documents.refused.is_empty(), "{:?}", documents.findings);
         let set = api::ConfigSet::new(documents.one_after_another());
-        let (next, findings) = MeshSnapshot::next(prev, &set, &[]);
+        let (next, findings) = MeshSnapshot::next(prev, &set);
         (next, findings.iter().map(|found| format!("{} {}", found.code, found.field)).collect())
     }
 

@@ -35,8 +35,6 @@ pub struct VirtualService {
     pub age: Age,
     /// Fully qualified, lower case; may be wildcards or addresses. In the order written.
     pub hosts: Vec<Box<str>>,
-    /// The hosts as written, in the same order.
-    pub hosts_written: Vec<Box<str>>,
     /// `mesh`, or `namespace/name`. Never empty.
     pub gateways: Vec<Box<str>>,
     /// Who sees it.
@@ -191,7 +189,6 @@ impl VirtualServiceIndex {
             object: config.object.clone(),
             age: config.age.clone(),
             hosts: spec.hosts.iter().map(|host| host::expand(host, namespace, settings.domain)).collect(),
-            hosts_written: spec.hosts.iter().map(|host| Box::from(host.as_str())).collect(),
             gateways: if spec.gateways.is_empty() {
                 vec![MESH_GATEWAY.into()]
             } else {

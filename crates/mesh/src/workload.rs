@@ -5,24 +5,11 @@ use std::net::IpAddr;
 
 use api::k8s;
 use api::networking as net;
+use types::labels::{canonical_name, canonical_revision};
 use types::wellknown::labels;
 use types::{Labels, Locality};
 
 use crate::service::Workload;
-
-/// The canonical name of a workload: its label, `app.kubernetes.io/name`, `app`, or its own name.
-pub fn canonical_name<'a>(of: &'a Labels, workload_name: &'a str) -> &'a str {
-    first(of, &[labels::CANONICAL_NAME, labels::APP_KUBERNETES, labels::APP]).unwrap_or(workload_name)
-}
-
-/// The canonical revision of a workload, empty when no label says one.
-pub fn canonical_revision(of: &Labels) -> &str {
-    first(of, &[labels::CANONICAL_REVISION, labels::VERSION_KUBERNETES, labels::VERSION]).unwrap_or_default()
-}
-
-fn first<'a>(of: &'a Labels, keys: &[&str]) -> Option<&'a str> {
-    keys.iter().find_map(|key| of.get(*key)).map(String::as_str).filter(|value| !value.is_empty())
-}
 
 /// `istio-locality` (parts joined by `.` or `/`), else the topology labels.
 pub fn locality_of(of: &Labels) -> Locality {

@@ -167,11 +167,6 @@ impl Client {
         self.decoded(Method::POST, uri, body).await
     }
 
-    /// `DELETE`.
-    pub async fn delete(&self, uri: &str) -> Result<Value, ClientError> {
-        self.decoded(Method::DELETE, uri, Vec::new()).await
-    }
-
     /// `GET`, a line at a time.
     pub async fn lines(&self, uri: &str) -> Result<Lines, ClientError> {
         let response = self.send(Method::GET, uri, Vec::new()).await?;

@@ -5,8 +5,8 @@
 //! | `GET /status` | [`Machine::status`] |
 //! | `GET /objects/KIND[?namespace=N]` | `{"kind":…,"items":[…]}` |
 //! | `GET /objects/KIND/NAMESPACE/NAME` | the object; `_` stands for no namespace |
-//! | `DELETE /objects/KIND/NAMESPACE/NAME` | a [`Report`] |
 //! | `POST /objects[?dryRun=true][&file=NAME][&namespace=N]` | body YAML or JSON; a [`Report`]; `namespace` is for objects that name none |
+//! | `POST /objects/delete` | body a list of [`Named`]; for each, `null` or why it is [`Kept`] |
 //! | `POST /objects/KIND/NAMESPACE/NAME/merge` | body a JSON merge patch; the object |
 //! | `GET /watch` | [`api::watch`] events, a line each |
 //! | `GET /files` | `{"objects":[{"object":…,"file":…}]}`: objects that follow a file |
@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use api::watch::{Event, EventKind};
-use api::{Kind, Object, ReadOptions, parse_documents_with};
+use api::{ConfigSet, Kind, Object, ReadOptions, parse_documents_with};
 use base64::Engine as _;
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
@@ -78,6 +78,27 @@ impl Report {
     pub fn has_errors(&self) -> bool {
         self.findings.iter().any(|finding| finding.severity == Severity::Error)
     }
+}
+
+/// An object that is to go, by a word for its kind.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Named {
+    /// Name, plural, or short name of a kind.
+    pub kind: String,
+    /// Without meaning for kinds that are in none.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+/// Why an object that was to go did not.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Kept {
+    /// For a person.
+    pub message: String,
+    /// It was not there.
+    pub is_missing: bool,
 }
 
 fn word(action: Action) -> String {
@@ -228,10 +249,8 @@ async fn answer(api: &Api, request: Request<Incoming>) -> Answer {
             let objects = api.store.objects();
             objects.find(kind, key).map_or_else(|| not_found(kind, key), |object| whole(StatusCode::OK, &shown(object)))
         }),
-        (&Method::DELETE, ["objects", kind, namespace, name]) => {
-            with_key(kind, namespace, name, |kind, key| delete(api, kind, key))
-        }
         (&Method::POST, ["objects"]) => apply(api, request).await,
+        (&Method::POST, ["objects", "delete"]) => delete(api, request).await,
         (&Method::POST, ["objects", kind, namespace, name, "merge"]) => {
             merge(api, (kind, namespace, name), request).await
         }
@@ -258,10 +277,14 @@ async fn answer(api: &Api, request: Request<Incoming>) -> Answer {
 
 fn with_key(kind: &str, namespace: &str, name: &str, then: impl FnOnce(Kind, &NamespacedName) -> Answer) -> Answer {
     let Some(kind) = Kind::parse(kind) else {
-        return failed(StatusCode::NOT_FOUND, format!("the mesh has no kind {kind:?}"));
+        return failed(StatusCode::NOT_FOUND, no_kind(kind));
     };
     let namespace = if namespace == "_" { "" } else { namespace };
     then(kind, &NamespacedName::new(namespace, name))
+}
+
+fn no_kind(kind: &str) -> String {
+    format!("the mesh has no kind {kind:?}")
 }
 
 fn not_found(kind: Kind, key: &NamespacedName) -> Answer {
@@ -270,7 +293,7 @@ fn not_found(kind: Kind, key: &NamespacedName) -> Answer {
 
 fn list(api: &Api, kind: &str, namespace: Option<&str>) -> Answer {
     let Some(kind) = Kind::parse(kind) else {
-        return failed(StatusCode::NOT_FOUND, format!("the mesh has no kind {kind:?}"));
+        return failed(StatusCode::NOT_FOUND, no_kind(kind));
     };
     let objects = api.store.objects();
     let wanted = |object: &&Arc<Object>| namespace.is_none_or(|namespace| &*object.meta.namespace == namespace);
@@ -313,21 +336,40 @@ fn files(api: &Api) -> Answer {
     whole(StatusCode::OK, &json!({ "objects": objects }))
 }
 
-fn delete(api: &Api, kind: Kind, key: &NamespacedName) -> Answer {
-    let Some(object) = api.store.objects().find(kind, key).map(|object| object.reference()) else {
-        return not_found(kind, key);
+/// All that are named go as one change, whatever becomes of the others.
+async fn delete(api: &Api, request: Request<Incoming>) -> Answer {
+    let bytes = match body(request).await {
+        Ok(bytes) => bytes,
+        Err(answer) => return answer,
     };
-    if is_permanent(kind, &key.name) {
-        return failed(StatusCode::FORBIDDEN, format!("namespace {:?} may not be deleted", key.name));
-    }
-    match api.store.delete(kind, key) {
-        Ok(action) => {
+    let named: Vec<Named> = match serde_json::from_slice(&bytes) {
+        Ok(named) => named,
+        Err(error) => return failed(StatusCode::BAD_REQUEST, format!("the body: {error}")),
+    };
+    let objects = api.store.objects();
+    let found: Vec<Result<(Kind, NamespacedName), Kept>> = named.iter().map(|named| found(&objects, named)).collect();
+    let wanted: Vec<(Kind, NamespacedName)> = found.iter().flatten().cloned().collect();
+    match api.store.delete_all(&wanted) {
+        Ok(()) => {
             api.machine.changed();
-            let outcomes = vec![ObjectOutcome { object, action: word(action) }];
-            whole(StatusCode::OK, &Report { outcomes, findings: Vec::new() })
+            let kept: Vec<Option<Kept>> = found.into_iter().map(Result::err).collect();
+            whole(StatusCode::OK, &kept)
         }
         Err(error) => failed(StatusCode::INSUFFICIENT_STORAGE, error),
     }
+}
+
+fn found(objects: &ConfigSet, named: &Named) -> Result<(Kind, NamespacedName), Kept> {
+    let missing = |message: String| Kept { message, is_missing: true };
+    let kind = Kind::parse(&named.kind).ok_or_else(|| missing(no_kind(&named.kind)))?;
+    let key = NamespacedName::new(if kind.is_namespaced() { &named.namespace } else { "" }, &named.name);
+    if objects.find(kind, &key).is_none() {
+        return Err(missing(format!("{} {key} is not found", kind.name())));
+    }
+    if is_permanent(kind, &key.name) {
+        return Err(Kept { message: format!("namespace {:?} may not be deleted", key.name), is_missing: false });
+    }
+    Ok((kind, key))
 }
 
 async fn body(request: Request<Incoming>) -> Result<Bytes, Answer> {
@@ -553,7 +595,10 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(patched["metadata"]["labels"], json!({ "c": "d" }));
-        client.delete("/objects/namespace/_/shop").await.unwrap();
+        let namespace = Named { kind: "namespace".to_owned(), namespace: String::new(), name: "shop".to_owned() };
+        let kept: Vec<Option<Kept>> =
+            client.post("/objects/delete", serde_json::to_vec(&[namespace]).unwrap()).await.unwrap();
+        assert_eq!(kept, [None]);
         let error = client.get::<Value>("/objects/ns/_/shop").await.unwrap_err();
         assert!(error.to_string().contains("Namespace shop is not found"), "{error}");
         assert!(client.get::<Value>("/objects/nonsense").await.unwrap_err().to_string().contains("no kind"));
@@ -585,8 +630,16 @@ mod tests {
         let error = client.get::<Value>(&odd).await.unwrap_err().to_string();
         assert!(error.contains("Pod no such/a/b?c is not found"), "{error}");
         client.post::<Report>("/objects", TEXT.replace("shop", "default").into_bytes()).await.unwrap();
-        let error = client.delete("/objects/ns/_/default").await.unwrap_err().to_string();
-        assert!(error.contains("may not be deleted"), "{error}");
+        let named = ["default", "shop"].map(|name| Named {
+            kind: "ns".to_owned(),
+            namespace: String::new(),
+            name: name.to_owned(),
+        });
+        let kept: Vec<Option<Kept>> =
+            client.post("/objects/delete", serde_json::to_vec(&named).unwrap()).await.unwrap();
+        let [Some(default), Some(shop)] = &kept[..] else { panic!("{kept:?}") };
+        assert!(default.message.contains("may not be deleted") && !default.is_missing, "{default:?}");
+        assert!(shop.message.contains("Namespace shop is not found") && shop.is_missing, "{shop:?}");
     }
 
     #[tokio::test]

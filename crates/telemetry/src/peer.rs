@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use types::Labels;
+use types::labels::{canonical_name, canonical_revision};
 use types::wellknown::labels;
 
 /// One end of a request: a workload as metrics name it.
@@ -85,40 +86,9 @@ impl Peer {
     }
 }
 
-/// Canonical service name of a workload.
-///
-/// *Source*: `service.istio.io/canonical-name` > `app.kubernetes.io/name` > `app` > owner.
-pub fn canonical_name<'a>(of: &'a Labels, owner: &'a str) -> &'a str {
-    [labels::CANONICAL_NAME, labels::APP_KUBERNETES, labels::APP]
-        .iter()
-        .find_map(|name| of.get(*name).map(String::as_str).filter(|value| !value.is_empty()))
-        .unwrap_or(owner)
-}
-
-/// Canonical revision of a workload, `latest` by default.
-pub fn canonical_revision(of: &Labels) -> &str {
-    [labels::CANONICAL_REVISION, labels::VERSION_KUBERNETES, labels::VERSION]
-        .iter()
-        .find_map(|name| of.get(*name).map(String::as_str).filter(|value| !value.is_empty()))
-        .unwrap_or("latest")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn canonical_names_have_an_order() {
-        let mut of = Labels::new();
-        assert_eq!(canonical_name(&of, "owner"), "owner");
-        of.insert("app".into(), "a".into());
-        assert_eq!(canonical_name(&of, "owner"), "a");
-        of.insert("app.kubernetes.io/name".into(), "k".into());
-        assert_eq!(canonical_name(&of, "owner"), "k");
-        of.insert("service.istio.io/canonical-name".into(), "c".into());
-        assert_eq!(canonical_name(&of, "owner"), "c");
-        assert_eq!(canonical_revision(&of), "latest");
-    }
 
     #[test]
     fn endpoint_metadata() {

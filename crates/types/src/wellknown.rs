@@ -27,8 +27,6 @@ pub mod ports {
     pub const XDS: u16 = 15012;
     /// Control-plane metrics and debug endpoints.
     pub const CONTROL_METRICS: u16 = 15014;
-    /// Webhooks.
-    pub const WEBHOOK: u16 = 15017;
     /// Merged metrics and health of a pod.
     pub const MERGED_METRICS: u16 = 15020;
     /// Readiness of a proxy.
@@ -37,8 +35,6 @@ pub mod ports {
     pub const DNS: u16 = 15053;
     /// Metrics of a proxy.
     pub const PROXY_METRICS: u16 = 15090;
-    /// Console.
-    pub const CONSOLE: u16 = 20001;
 }
 
 /// Socket marks that tell the proxy's own connections from the application's.
@@ -93,10 +89,6 @@ pub mod annotations {
     pub const PROXY_CONFIG: &str = "proxy.istio.io/config";
     /// What an injected pod got, as JSON.
     pub const STATUS: &str = "sidecar.istio.io/status";
-    /// Outbound ports that are not captured, comma-separated.
-    pub const EXCLUDE_OUTBOUND_PORTS: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
-    /// Inbound ports that are not captured, comma-separated.
-    pub const EXCLUDE_INBOUND_PORTS: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
     /// Local program that plays the pod's only container. `.NAME` appended: one container.
     pub const COMMAND: &str = "lateen.dev/command";
     /// What `kubectl rollout restart` stamps into a pod template.

@@ -429,7 +429,7 @@ spec: {{host: pool-maglev, trafficPolicy: {{loadBalancer: {{consistentHash: {{ht
         let documents = api::parse_documents("cases.yaml", &yaml);
         assert!(!documents.has_errors(), "{:#?}", documents.findings);
         let objects = api::ConfigSet::new(documents.objects.into_iter().map(|parsed| parsed.object));
-        let (snapshot, _) = MeshSnapshot::next(None, &objects, &[]);
+        let (snapshot, _) = MeshSnapshot::next(None, &objects);
         let gateway = snapshot.workload("istio-system", GATEWAY).expect("it is in the base");
         let view = View {
             kind: ProxyKind::Router,

@@ -12,16 +12,18 @@
 mod bed;
 mod golden;
 mod random;
+mod round;
 mod shrink;
 mod sidecar;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::path::PathBuf;
 
 use bed::{Bed, Live, Outcome};
 use explain::{EndKind, Explanation};
-use golden::{Folder, Golden};
-use random::{ASKED, Case, Random, by_chance, cases};
+use random::{ASKED, Case, Random, Tokens, by_chance, cases};
+use round::{Compared, Disagreement, Round};
 
 /// Requests of one host.
 const REQUESTS: usize = 5;
@@ -29,8 +31,6 @@ const REQUESTS: usize = 5;
 const DRAWS: u32 = 500;
 /// Chances below this are no chance.
 const P_MIN: f64 = 1e-6;
-/// Different disagreements that one run shrinks.
-const SHRUNK_MAX: usize = 5;
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{variable}={text}: no number")))
@@ -39,10 +39,6 @@ fn number(variable: &str) -> Option<u64> {
 /// Always the same, so that a run that passes passes again; other seeds look for more. Four of them
 /// have every setting of the mesh.
 const SEEDS: [u64; 4] = [1, 2, 3, 4];
-
-fn seeds() -> Vec<u64> {
-    number("LATEEN_SEED").map_or_else(|| SEEDS.to_vec(), |seed| vec![seed])
-}
 
 /// The program of Envoy, where these tests are built to need one.
 fn envoy() -> Option<PathBuf> {
@@ -93,52 +89,6 @@ fn ask(bed: &Bed, envoy: Option<&PathBuf>, cases: &[Case]) -> Vec<Said> {
         .collect()
 }
 
-/// Two who say different things.
-#[derive(Clone, Debug)]
-struct Disagreement {
-    /// About what, and who, without values.
-    kind: String,
-    /// Who says what.
-    text: String,
-}
-
-/// Collects the disagreements of two.
-struct Compared<'a> {
-    names: [&'a str; 2],
-    found: Vec<Disagreement>,
-}
-
-impl Compared<'_> {
-    fn field<T: std::fmt::Debug + PartialEq>(&mut self, field: &str, one: &T, other: &T) {
-        if one != other {
-            let [a, b] = self.names;
-            let text = format!("{a} {one:?}, {b} {other:?}");
-            self.found.push(Disagreement { kind: format!("{field}, {a} and {b}"), text });
-        }
-    }
-
-    /// Each name that has other values.
-    fn headers(&mut self, which: &str, one: &[(String, String)], other: &[(String, String)]) {
-        // A list in one line or in several is the same list.
-        fn of(list: &[(String, String)], name: &str) -> Option<String> {
-            let values: Vec<&str> =
-                list.iter().filter(|(have, _)| have == name).map(|(_, value)| value.as_str()).collect();
-            (!values.is_empty()).then(|| values.join(","))
-        }
-        let names: BTreeSet<&String> = one.iter().chain(other).map(|(name, _)| name).collect();
-        for name in names {
-            self.field(&format!("{which} {name}"), &of(one, name), &of(other, name));
-        }
-    }
-
-    fn requests(&mut self, one: &bed::Upstream, other: &bed::Upstream) {
-        self.field("method of the request", &one.method, &other.method);
-        self.field("authority of the request", &one.authority, &other.authority);
-        self.field("path of the request", &one.path, &other.path);
-        self.headers("header of the request", &one.headers, &other.headers);
-    }
-}
-
 /// In what they disagree; if in the status, then only this.
 fn disagreements(case: &Case, said: &Said) -> Vec<Disagreement> {
     let mut all = Vec::new();
@@ -146,14 +96,14 @@ fn disagreements(case: &Case, said: &Said) -> Vec<Disagreement> {
     let known = |outcome: &Outcome| if is_drawn { outcome.clone().somewhere() } else { outcome.clone() };
     let lateen = &known(&said.lateen);
     if let Some(envoy) = &said.envoy.as_ref().map(known) {
-        let mut compared = Compared { names: ["lateen", "envoy"], found: Vec::new() };
+        let mut compared = Compared::between("lateen", "envoy");
         compared.field("status", &lateen.status, &envoy.status);
         if compared.found.is_empty() {
             compared.headers("header of the answer", &lateen.headers, &envoy.headers);
             compared.field("body", &lateen.body, &envoy.body);
             compared.field("whether a backend is asked", &lateen.upstream.is_some(), &envoy.upstream.is_some());
             if let (Some(ours), Some(theirs)) = (&lateen.upstream, &envoy.upstream) {
-                compared.requests(ours, theirs);
+                requests(&mut compared, ours, theirs);
             }
             for ((column, ours), (_, theirs)) in lateen.log.columns().into_iter().zip(envoy.log.columns()) {
                 compared.field(&format!("{column} in the log"), &ours, &theirs);
@@ -163,6 +113,13 @@ fn disagreements(case: &Case, said: &Said) -> Vec<Disagreement> {
     }
     all.extend(foretold(case, &said.explain, lateen, is_drawn));
     all
+}
+
+fn requests(compared: &mut Compared<'_>, one: &bed::Upstream, other: &bed::Upstream) {
+    compared.field("method of the request", &one.method, &other.method);
+    compared.field("authority of the request", &one.authority, &other.authority);
+    compared.field("path of the request", &one.path, &other.path);
+    compared.headers("header of the request", &one.headers, &other.headers);
 }
 
 /// Whether a request says what the authorizer is to answer, which `explain` cannot know.
@@ -177,7 +134,7 @@ fn foretold(case: &Case, explanation: &Explanation, came: &Outcome, is_drawn: bo
     }
     let told = Outcome::explained(explanation).into_iter();
     let told: Vec<Outcome> = told.map(|told| if is_drawn { told.somewhere() } else { told }).collect();
-    let mut compared = Compared { names: ["explain", "lateen"], found: Vec::new() };
+    let mut compared = Compared::between("explain", "lateen");
     let ([told], [path]) = (&told[..], &explanation.paths[..]) else {
         compared.field("number of ways", &told.len(), &1);
         return compared.found;
@@ -208,7 +165,7 @@ fn foretold(case: &Case, explanation: &Explanation, came: &Outcome, is_drawn: bo
         })
     };
     match (fixed(told), fixed(came)) {
-        (Some(told), Some(came)) => compared.requests(&told, &came),
+        (Some(told), Some(came)) => requests(&mut compared, &told, &came),
         // An answer without a body does not tell what its backend got.
         (_, None) => {}
         (None, Some(_)) => compared.field("whether a backend is asked", &false, &true),
@@ -216,27 +173,64 @@ fn foretold(case: &Case, explanation: &Explanation, came: &Outcome, is_drawn: bo
     compared.found
 }
 
-/// In one line.
-fn texts(found: &[Disagreement]) -> String {
-    found.iter().map(|one| format!("{}: {}", one.kind, one.text)).collect::<Vec<_>>().join("; ")
+/// A gateway with its backends, asked about one host's requests.
+struct Gateway {
+    seed: u64,
+    bed: Bed,
+    envoy: Option<PathBuf>,
+    random: Random,
+    tokens: Tokens,
+}
+
+impl Round for Gateway {
+    type Case = Case;
+    type Said = Said;
+    const FOLDER: &'static str = "gateway";
+
+    fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    fn draw(&mut self) -> Vec<Case> {
+        cases(&mut self.random, &self.tokens, REQUESTS)
+    }
+
+    fn is_valid(case: &Case) -> bool {
+        Bed::is_valid(case)
+    }
+
+    fn ask(&self, cases: &[Case]) -> Vec<Said> {
+        ask(&self.bed, self.envoy.as_ref(), cases)
+    }
+
+    fn disagreements(case: &Case, said: &Said) -> Vec<Disagreement> {
+        disagreements(case, said)
+    }
+
+    fn request(case: &Case) -> &dyn Debug {
+        &case.request
+    }
+
+    fn objects(case: &Case) -> String {
+        bed::text(case, &format!("c1.{}.test", case.class), "c1", bed::SOME_PORTS)
+    }
+
+    fn show(&self, text: String) -> String {
+        self.tokens.show(text)
+    }
+
+    fn hide(&self, text: String) -> String {
+        self.tokens.hide(text)
+    }
 }
 
 fn run(seed: u64, hosts: usize) {
-    let (envoy, bed) = (envoy(), Bed::new(seed));
     println!("LATEEN_SEED={seed} LATEEN_HOSTS={hosts}");
-    let mut random = Random::new(seed);
+    let bed = Bed::new(seed);
     let tokens = bed.tokens();
-    let folder = Folder::of("gateway");
-    let golden = folder.all(|text| tokens.show(text)).into_iter().filter(|golden: &Golden<Case>| golden.seed == seed);
-    let mut all: Vec<Case> = golden.map(|golden| golden.case).collect();
-    let wanted = all.len() + hosts * REQUESTS;
-    let mut refused = 0;
-    while all.len() < wanted {
-        let made = cases(&mut random, &tokens, REQUESTS);
-        if Bed::is_valid(&made[0]) { all.extend(made) } else { refused += 1 }
-    }
-    assert!(hosts == 0 || refused < hosts / 3, "{refused} of {hosts} configurations are none");
-    let said = ask(&bed, envoy.as_ref(), &all);
+    let mut gateway = Gateway { seed, bed, envoy: envoy(), random: Random::new(seed), tokens };
+    let all = round::cases(&mut gateway, hosts);
+    let said = gateway.ask(&all);
     let delivered = said.iter().filter(|said| said.lateen.upstream.is_some()).count();
     assert!(hosts == 0 || delivered > all.len() / 6, "only {delivered} of {} requests reach a backend", all.len());
     // Of what gets no answer there is next to nothing to compare.
@@ -244,47 +238,14 @@ fn run(seed: u64, hosts: usize) {
     let compared = all.iter().zip(&said).filter(|(case, said)| is_compared(case, said)).count();
     assert!(hosts == 0 || compared > all.len() * 2 / 3, "only {compared} of {} requests are compared", all.len());
     println!("{compared} of {} requests are compared", all.len());
-    let mut found: BTreeMap<String, (usize, String, &Case)> = BTreeMap::new();
-    for (case, said) in all.iter().zip(&said) {
-        for Disagreement { kind, text } in disagreements(case, said) {
-            found.entry(kind).or_insert((0, text, case)).0 += 1;
-        }
-    }
-    if found.is_empty() {
-        return;
-    }
-    for (kind, (count, text, case)) in &found {
-        println!("{count} times: {kind}: {text}\n    {:?}", case.request);
-    }
-    for (kind, (count, _, case)) in found.iter().take(SHRUNK_MAX) {
-        println!("\n#### {count} times: {kind}");
-        let (case, found) = shrink::shrink(*case, kind, |cases| {
-            let said = ask(&bed, envoy.as_ref(), cases);
-            cases.iter().zip(&said).map(|(case, said)| disagreements(case, said)).collect()
-        });
-        let why = texts(&found);
-        println!(
-            "{}\n---\n# {:?}\n# {why}",
-            bed::text(&case, &format!("c1.{}.test", case.class), "c1", bed::SOME_PORTS),
-            case.request
-        );
-        folder.keep(kind, &Golden { why, seed, case }, |text| tokens.hide(text));
-    }
-    panic!("{} kinds of disagreement, LATEEN_SEED={seed}: {:#?}", found.len(), found.keys());
+    round::settle(&gateway, &all, &said);
 }
 
 #[test]
 fn all_agree_on_every_request() {
     let hosts = if cfg!(feature = "envoy") { 150 } else { 20 };
     let hosts = number("LATEEN_HOSTS").map_or(hosts, |hosts| usize::try_from(hosts).unwrap());
-    let seeds = seeds();
-    seeds.iter().for_each(|seed| run(*seed, hosts));
-    // Golden cases of other seeds.
-    let golden: Vec<Golden<Case>> = Folder::of("gateway").all(|text| text);
-    let others: BTreeSet<u64> = golden.iter().map(|golden| golden.seed).filter(|seed| !SEEDS.contains(seed)).collect();
-    if number("LATEEN_SEED").is_none() {
-        others.into_iter().for_each(|seed| run(seed, 0));
-    }
+    round::each_seed::<Gateway>(&SEEDS, hosts, run);
 }
 
 /// The chance that `count` of `times` or something rarer on that side comes, twice.
@@ -311,7 +272,7 @@ fn p_value(times: u32, count: u32, share: f64) -> f64 {
 
 #[test]
 fn chances_are_as_explained() {
-    let seed = seeds()[0];
+    let seed = number("LATEEN_SEED").unwrap_or(SEEDS[0]);
     let (envoy, bed) = (envoy(), Bed::new(seed));
     println!("LATEEN_SEED={seed}");
     let mut random = Random::new(seed);

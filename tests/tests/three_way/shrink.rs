@@ -3,9 +3,9 @@
 
 use serde_json::Value;
 
-use crate::Disagreement;
 use crate::bed::Bed;
 use crate::random::Case;
+use crate::round::Disagreement;
 
 /// Rounds at most; each takes one thing away.
 const ROUNDS_MAX: usize = 60;

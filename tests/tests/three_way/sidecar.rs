@@ -4,15 +4,15 @@
 mod bed;
 mod random;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
 use std::path::PathBuf;
 
 use explain::{EndKind, Explanation, Hop, Side};
 use serde_json::Value;
 
-use crate::golden::{Folder, Golden};
 use crate::random::Random;
-use crate::{Compared, Disagreement, SHRUNK_MAX, envoy, number, shrink, texts};
+use crate::round::{self, Compared, Disagreement, Round};
+use crate::{envoy, number};
 
 use bed::{Answer, Bed, Live, Outcome};
 use random::{Case, cases};
@@ -70,7 +70,7 @@ fn ask(bed: &Bed, envoy: Option<&PathBuf>, cases: &[Case]) -> Vec<Said> {
 fn disagreements(case: &Case, said: &Said) -> Vec<Disagreement> {
     let mut all = Vec::new();
     if let Some(envoy) = &said.envoy {
-        let mut compared = Compared { names: ["lateen", "envoy"], found: Vec::new() };
+        let mut compared = Compared::between("lateen", "envoy");
         answers(&mut compared, &said.lateen.answer, &envoy.answer);
         let is_nothing = said.lateen.answer == Answer::Nothing;
         for (side, ours, theirs) in
@@ -146,7 +146,7 @@ fn decided<'a>(hop: &'a Hop, stage: &str) -> Option<&'a str> {
 
 /// In what `explain` did not foretell what came.
 fn foretold(case: &Case, namespace: usize, explanation: &Explanation, came: &Outcome) -> Vec<Disagreement> {
-    let mut compared = Compared { names: ["explain", "lateen"], found: Vec::new() };
+    let mut compared = Compared::between("explain", "lateen");
     let [path] = &explanation.paths[..] else {
         compared.field("number of ways", &explanation.paths.len(), &1);
         return compared.found;
@@ -219,21 +219,53 @@ fn without_hash(headers: Vec<(String, String)>) -> Vec<(String, String)> {
     headers.into_iter().map(without).collect()
 }
 
-fn run(seed: u64, namespaces: usize) {
-    let (envoy, bed) = (envoy(), Bed::new(seed));
-    println!("LATEEN_SEED={seed} LATEEN_NAMESPACES={namespaces}");
-    let mut random = Random::new(seed);
-    let folder = Folder::of("sidecar");
-    let golden = folder.all(|text| text).into_iter().filter(|golden: &Golden<Case>| golden.seed == seed);
-    let mut all: Vec<Case> = golden.map(|golden| golden.case).collect();
-    let wanted = all.len() + namespaces * CALLS;
-    let mut refused = 0;
-    while all.len() < wanted {
-        let made = cases(&mut random, CALLS);
-        if Bed::is_valid(&made[0]) { all.extend(made) } else { refused += 1 }
+/// Callers and called workloads, asked about calls to one namespace.
+struct Sidecars {
+    seed: u64,
+    bed: Bed,
+    envoy: Option<PathBuf>,
+    random: Random,
+}
+
+impl Round for Sidecars {
+    type Case = Case;
+    type Said = Said;
+    const FOLDER: &'static str = "sidecar";
+
+    fn seed(&self) -> u64 {
+        self.seed
     }
-    assert!(namespaces == 0 || refused < namespaces / 3, "{refused} of {namespaces} configurations are none");
-    let said = ask(&bed, envoy.as_ref(), &all);
+
+    fn draw(&mut self) -> Vec<Case> {
+        cases(&mut self.random, CALLS)
+    }
+
+    fn is_valid(case: &Case) -> bool {
+        Bed::is_valid(case)
+    }
+
+    fn ask(&self, cases: &[Case]) -> Vec<Said> {
+        ask(&self.bed, self.envoy.as_ref(), cases)
+    }
+
+    fn disagreements(case: &Case, said: &Said) -> Vec<Disagreement> {
+        disagreements(case, said)
+    }
+
+    fn request(case: &Case) -> &dyn Debug {
+        &case.request
+    }
+
+    fn objects(case: &Case) -> String {
+        bed::shown(case)
+    }
+}
+
+fn run(seed: u64, namespaces: usize) {
+    println!("LATEEN_SEED={seed} LATEEN_NAMESPACES={namespaces}");
+    let mut sidecars = Sidecars { seed, bed: Bed::new(seed), envoy: envoy(), random: Random::new(seed) };
+    let all = round::cases(&mut sidecars, namespaces);
+    let said = sidecars.ask(&all);
     let is_delivered = |said: &&Said| matches!(said.lateen.answer, Answer::Application(_));
     let (delivered, explained) =
         (said.iter().filter(is_delivered).count(), said.iter().filter(|said| said.explain.is_some()).count());
@@ -243,41 +275,12 @@ fn run(seed: u64, namespaces: usize) {
         "{delivered} of {} are delivered",
         all.len()
     );
-    let mut found: BTreeMap<String, (usize, String, &Case)> = BTreeMap::new();
-    for (case, said) in all.iter().zip(&said) {
-        for Disagreement { kind, text } in disagreements(case, said) {
-            found.entry(kind).or_insert((0, text, case)).0 += 1;
-        }
-    }
-    if found.is_empty() {
-        return;
-    }
-    for (kind, (count, text, case)) in &found {
-        println!("{count} times: {kind}: {text}\n    {:?}", case.request);
-    }
-    for (kind, (count, _, case)) in found.iter().take(SHRUNK_MAX) {
-        println!("\n#### {count} times: {kind}");
-        let (case, found) = shrink::shrink(*case, kind, |cases| {
-            let said = ask(&bed, envoy.as_ref(), cases);
-            cases.iter().zip(&said).map(|(case, said)| disagreements(case, said)).collect()
-        });
-        let why = texts(&found);
-        println!("{}\n# {why}", bed::shown(&case));
-        folder.keep(kind, &Golden { why, seed, case }, |text| text);
-    }
-    panic!("{} kinds of disagreement, LATEEN_SEED={seed}: {:#?}", found.len(), found.keys());
+    round::settle(&sidecars, &all, &said);
 }
 
 #[test]
 fn all_agree_on_every_call_between_sidecars() {
     let namespaces = if cfg!(feature = "envoy") { 14 } else { 8 };
     let namespaces = number("LATEEN_NAMESPACES").map_or(namespaces, |count| usize::try_from(count).unwrap());
-    if let Some(seed) = number("LATEEN_SEED") {
-        return run(seed, namespaces);
-    }
-    SEEDS.into_iter().for_each(|seed| run(seed, namespaces));
-    // Golden cases of other seeds.
-    let golden: Vec<Golden<Case>> = Folder::of("sidecar").all(|text| text);
-    let others: BTreeSet<u64> = golden.iter().map(|golden| golden.seed).filter(|seed| !SEEDS.contains(seed)).collect();
-    others.into_iter().for_each(|seed| run(seed, 0));
+    round::each_seed::<Sidecars>(&SEEDS, namespaces, run);
 }

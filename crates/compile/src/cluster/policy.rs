@@ -69,7 +69,7 @@ pub(super) fn apply(context: &Context<'_>, of: &Outbound<'_>, cluster: &mut Clus
     if policy.connection_pool.is_some() || policy.retry_budget.is_some() {
         let empty = net::ConnectionPoolSettings::default();
         let pool = policy.connection_pool.as_ref().unwrap_or(&empty);
-        apply_pool(context, pool, policy.retry_budget.as_ref(), cluster);
+        apply_pool(pool, policy.retry_budget.as_ref(), cluster);
     }
     if let Some(settings) = &policy.outlier_detection {
         cluster.outlier_detection = Some(outliers(settings));
@@ -93,12 +93,7 @@ pub(super) fn apply(context: &Context<'_>, of: &Outbound<'_>, cluster: &mut Clus
 }
 
 /// Limits and the connect timeout.
-pub(super) fn apply_pool(
-    _context: &Context<'_>,
-    pool: &net::ConnectionPoolSettings,
-    budget: Option<&net::RetryBudget>,
-    cluster: &mut Cluster,
-) {
+pub(super) fn apply_pool(pool: &net::ConnectionPoolSettings, budget: Option<&net::RetryBudget>, cluster: &mut Cluster) {
     cluster.circuit_breakers = Some(circuit_breakers(Some(pool), budget));
     let Some(tcp) = &pool.tcp else {
         return;

@@ -13,7 +13,7 @@ use super::servers::{OpenPort, OpenServer, Serving, finding, is_server_name};
 use super::tls;
 use crate::context::Context;
 use crate::filter::{self, Direction, Http, Routes, TcpOptions, TcpTarget};
-use crate::security::{PolicyFilters, inbound, tls as mesh_tls};
+use crate::security::{PolicyFilters, tls as mesh_tls};
 use crate::wire;
 
 /// A client that opens a connection and says nothing, or stalls in a handshake, is let go.
@@ -62,12 +62,11 @@ pub(crate) fn build(context: &Context<'_>, port: &OpenPort, policies: &PolicyFil
     if chains.is_empty() {
         return None;
     }
-    let inspector = inbound::listener_filter("envoy.filters.listener.tls_inspector", inbound::tls_inspector(), None);
     Some(Listener {
         name: port.name(),
         address: Some(wire::socket_address(&port.bind, port.number)),
         filter_chains: chains,
-        listener_filters: has_tls.then_some(inspector).into_iter().collect(),
+        listener_filters: has_tls.then(|| filter::tls_inspector(None)).into_iter().collect(),
         traffic_direction: TrafficDirection::Outbound.into(),
         access_log: context.telemetry.listener_logs(),
         max_connections_to_accept_per_socket_event: wire::uint(1),

@@ -11,7 +11,7 @@ use api::security::MtlsMode;
 use envoy_types::pb::envoy::config::core::v3::{Metadata, TrafficDirection};
 use envoy_types::pb::envoy::config::listener::v3::{
     Filter, FilterChain, FilterChainMatch, Listener, ListenerFilter, ListenerFilterChainMatchPredicate,
-    listener_filter, listener_filter_chain_match_predicate as predicate,
+    listener_filter_chain_match_predicate as predicate,
 };
 use envoy_types::pb::envoy::config::route::v3::{
     Decorator, RetryPolicy, Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost, route, route_action,
@@ -19,7 +19,6 @@ use envoy_types::pb::envoy::config::route::v3::{
 };
 use envoy_types::pb::envoy::extensions::filters::listener::http_inspector::v3::HttpInspector;
 use envoy_types::pb::envoy::extensions::filters::listener::original_dst::v3::OriginalDst;
-use envoy_types::pb::envoy::extensions::filters::listener::tls_inspector::v3::TlsInspector;
 use envoy_types::pb::envoy::r#type::v3::Int32Range;
 use mesh::{EndpointAddress, Protocol, Provenance, Service};
 
@@ -29,7 +28,6 @@ use crate::filter::{self, Direction, Http, Routes, TcpOptions, TcpTarget};
 use crate::wire;
 
 const HTTP_INSPECTOR: &str = "envoy.filters.listener.http_inspector";
-const TLS_INSPECTOR: &str = "envoy.filters.listener.tls_inspector";
 const ORIGINAL_DST: &str = "envoy.filters.listener.original_dst";
 
 /// Mesh TLS of any kind.
@@ -439,36 +437,18 @@ impl Needs {
     }
 
     fn filters(&self) -> Vec<ListenerFilter> {
-        let mut filters = vec![listener_filter(ORIGINAL_DST, wire::pack(&OriginalDst::default()), None)];
+        let mut filters = vec![filter::listener_filter(ORIGINAL_DST, wire::pack(&OriginalDst::default()), None)];
         if self.has_tls {
-            filters.push(listener_filter(TLS_INSPECTOR, tls_inspector(), off_for(&self.without_tls)));
+            filters.push(filter::tls_inspector(off_for(&self.without_tls)));
         }
         if self.has_http {
-            filters.push(listener_filter(
+            filters.push(filter::listener_filter(
                 HTTP_INSPECTOR,
                 wire::pack(&HttpInspector::default()),
                 off_for(&self.without_http),
             ));
         }
         filters
-    }
-}
-
-/// Settings of the TLS inspector.
-pub(crate) fn tls_inspector() -> envoy_types::pb::google::protobuf::Any {
-    wire::pack(&TlsInspector { initial_read_buffer_size: wire::uint(512), ..TlsInspector::default() })
-}
-
-/// A listener filter by its full name.
-pub(crate) fn listener_filter(
-    name: &str,
-    config: envoy_types::pb::google::protobuf::Any,
-    filter_disabled: Option<ListenerFilterChainMatchPredicate>,
-) -> ListenerFilter {
-    ListenerFilter {
-        name: name.to_owned(),
-        filter_disabled,
-        config_type: Some(listener_filter::ConfigType::TypedConfig(config)),
     }
 }
 

@@ -41,7 +41,7 @@ pub(crate) fn snapshot(yaml: &str) -> MeshSnapshot {
             views.push(sidecar);
         }
     }
-    let snapshot = MeshSnapshot::next(None, &api::ConfigSet::new(objects), &[]).0;
+    let snapshot = MeshSnapshot::next(None, &api::ConfigSet::new(objects)).0;
     for view in views {
         let resources = crate::compile(&snapshot, &view);
         assert_eq!(refused(&resources), Vec::<String>::new(), "{:?} of {}", view.kind, view.namespace);

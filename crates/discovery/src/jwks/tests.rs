@@ -63,7 +63,7 @@ fn mesh(rules: &[String]) -> Arc<Mesh> {
         "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{name: t, namespace: shop}}\nspec: {{jwtRules: [{rules}]}}\n"
     );
     let objects = api::parse_documents("test.yaml", &yaml).objects.into_iter().map(|parsed| parsed.object);
-    let (snapshot, findings) = mesh::MeshSnapshot::next(None, &api::ConfigSet::new(objects), &[]);
+    let (snapshot, findings) = mesh::MeshSnapshot::next(None, &api::ConfigSet::new(objects));
     Arc::new(Mesh { snapshot, push: 1, label: "1".into(), version: 1, findings })
 }
 

@@ -79,7 +79,7 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<()> {
     } else {
         explain::Assumed { configs: objects.configs.clone(), notes: Vec::new() }
     };
-    let (snapshot, _) = MeshSnapshot::next(None, &assumed.configs, &[]);
+    let (snapshot, _) = MeshSnapshot::next(None, &assumed.configs);
     let usage = |error: explain::InvalidCall| ExitWith { code: exit::USAGE, message: error.to_string() };
     let from = Caller::find(&snapshot, &args.namespace, &args.from).map_err(usage)?;
     let mut headers = args.headers.clone();

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use api::{Positions, ReadOptions};
 use clap::Args;
-use node::client::{ClientError, uri};
+use node::client::uri;
 use node::files::{Manifests, read_text};
-use node::server::Report;
+use node::server::{Kept, Named, Report};
 use serde_json::Value;
 use types::{Finding, ObjectRef, Severity};
 
@@ -140,14 +140,23 @@ pub(crate) struct DeleteArgs {
 }
 
 pub(crate) fn delete(args: &DeleteArgs) -> Result<()> {
-    let mut wanted: Vec<(String, String, String)> = Vec::new();
+    let mut wanted: Vec<Named> = Vec::new();
     for (name, text) in read_inputs(&args.files)? {
         for parsed in parse(&name, &text, &args.namespace).objects.into_iter().rev() {
             let object = parsed.object;
             // Two groups have a kind `Gateway`; plurals are of one kind each.
-            wanted.push((object.kind.info().plural.to_owned(), object.meta.namespace.into(), object.meta.name.into()));
+            wanted.push(Named {
+                kind: object.kind.info().plural.to_owned(),
+                namespace: object.meta.namespace.into(),
+                name: object.meta.name.into(),
+            });
         }
     }
+    let named = |kind: &str, name: &str| Named {
+        kind: kind.to_owned(),
+        namespace: args.namespace.clone(),
+        name: name.to_owned(),
+    };
     match args.objects.as_slice() {
         [] => {}
         [kind, names @ ..] if !kind.contains('/') => {
@@ -155,12 +164,12 @@ pub(crate) fn delete(args: &DeleteArgs) -> Result<()> {
                 let message = format!("delete {kind}: which one? give KIND/NAME");
                 return Err(ExitWith { code: exit::USAGE, message }.into());
             }
-            wanted.extend(names.iter().map(|name| (kind.clone(), args.namespace.clone(), name.clone())));
+            wanted.extend(names.iter().map(|name| named(kind, name)));
         }
         pairs => {
             for pair in pairs {
                 let (kind, name) = target(pair)?;
-                wanted.push((kind.to_owned(), args.namespace.clone(), name.to_owned()));
+                wanted.push(named(kind, name));
             }
         }
     }
@@ -168,27 +177,21 @@ pub(crate) fn delete(args: &DeleteArgs) -> Result<()> {
         let message = "nothing to delete: give KIND/NAME or -f PATH".to_owned();
         return Err(ExitWith { code: exit::USAGE, message }.into());
     }
+    let body = serde_json::to_vec(&wanted)?;
     let client = client(&args.mesh)?;
-    let mut missing = 0;
-    for (kind, namespace, name) in wanted {
-        let is_namespaced = api::Kind::parse(&kind).is_none_or(api::Kind::is_namespaced);
-        let namespace = if is_namespaced { namespace.as_str() } else { "_" };
-        let deleted = block_on(async { Ok(client.delete(&uri(&["objects", &kind, namespace, &name], &[])).await) })?;
-        match deleted {
-            Ok(_) => {}
-            // The others go all the same.
-            Err(ClientError::Refused { status: 404, message, .. }) => {
-                missing += 1;
-                if !args.ignore_not_found {
-                    output::error(&message);
-                }
-                continue;
+    let kept: Vec<Option<Kept>> = block_on(async { Ok(client.post("/objects/delete", body).await?) })?;
+    let mut has_failed = false;
+    for (named, kept) in wanted.iter().zip(kept) {
+        match kept {
+            None => output::line(&format!("{} {:?} deleted", super::resource_named(&named.kind), named.name)),
+            Some(kept) if kept.is_missing && args.ignore_not_found => {}
+            Some(kept) => {
+                output::error(&kept.message);
+                has_failed = true;
             }
-            Err(error) => return Err(error.into()),
         }
-        output::line(&format!("{} {name:?} deleted", super::resource_named(&kind)));
     }
-    if missing > 0 && !args.ignore_not_found {
+    if has_failed {
         return Err(ExitWith { code: exit::ERROR, message: String::new() }.into());
     }
     Ok(())

@@ -147,9 +147,9 @@ fn text(case: &Case, namespace: usize, ports: &Ports) -> String {
     ports.show(&documents.join("\n---\n").replace("@NS@", &format!("c{namespace}")))
 }
 
-/// A case as a person reads it.
+/// The objects of a case as a person reads them.
 pub(crate) fn shown(case: &Case) -> String {
-    format!("{}\n---\n# {:?}", text(case, 1, &Ports::some()), case.request)
+    text(case, 1, &Ports::some())
 }
 
 fn pod(namespace: &str, name: &str, labels: &str, ip: Ipv4Addr, has_sidecar: bool) -> String {
@@ -253,7 +253,7 @@ spec: {{mtls: {{mode: PERMISSIVE}}}}
         let documents = api::parse_documents("cases.yaml", &self.ports.show(&yaml));
         assert!(!documents.has_errors(), "{:#?}", documents.findings);
         let objects = api::ConfigSet::new(documents.objects.into_iter().map(|parsed| parsed.object));
-        let (snapshot, _) = MeshSnapshot::next(None, &objects, &[]);
+        let (snapshot, _) = MeshSnapshot::next(None, &objects);
         let with_sidecar = || snapshot.workloads().values().filter(|workload| &*workload.namespace != "legacy");
         let proxies = with_sidecar().map(|workload| (workload.key().to_string(), Resources::of(&snapshot, workload)));
         let proxies = proxies.collect();

@@ -94,3 +94,101 @@ fn a_denial_carries_the_headers_of_its_route() {
     let reply = world.start(get("a", "/")).reply();
     assert_eq!((reply.head.status, reply.head.fields.get_str("x-route")), (403, Some("1")));
 }
+
+fn all_of(action: i32) -> rbac_pb::Rbac {
+    let policy = rbac_pb::Policy {
+        permissions: vec![rbac_pb::Permission { rule: Some(rbac_pb::permission::Rule::Any(true)) }],
+        principals: vec![rbac_pb::Principal { identifier: Some(rbac_pb::principal::Identifier::Any(true)) }],
+        ..Default::default()
+    };
+    rbac_pb::Rbac { action, policies: [("ns[a]-policy[p]-rule[0]".to_owned(), policy)].into(), ..Default::default() }
+}
+
+#[test]
+fn policy_denies_before_faults() {
+    let fault = fault_pb::HttpFault {
+        abort: Some(fault_pb::FaultAbort {
+            percentage: Some(FractionalPercent { numerator: 100, denominator: 0 }),
+            error_type: Some(fault_pb::fault_abort::ErrorType::HttpStatus(418)),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let deny = rbac_http::Rbac { rules: Some(all_of(1)), ..Default::default() };
+    let with_fault = || {
+        let mut one = to("/", "a");
+        one.typed_per_filter_config.insert("fault".to_owned(), pack(&fault));
+        Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1])])
+    };
+    let world = with_fault().filter("rbac", pack(&deny)).filter("fault", pack(&fault_pb::HttpFault::default())).build();
+    let mut call = world.start(get("a", "/"));
+    let reply = call.reply();
+    assert_eq!((reply.head.status, &*reply.body), (403, &b"RBAC: access denied"[..]));
+    assert_eq!(call.exchange.info().details.as_str(), "rbac_access_denied_matched_policy[ns[a]-policy[p]-rule[0]]");
+    assert_eq!(call.flags(), "-");
+    let world = with_fault().filter("fault", pack(&fault_pb::HttpFault::default())).build();
+    let mut call = world.start(get("a", "/"));
+    let reply = call.reply();
+    assert_eq!((reply.head.status, &*reply.body, reply.cause), (418, &b"fault filter abort"[..], Cause::FaultAbort));
+    assert_eq!((call.flags().as_str(), call.exchange.info().details.as_str()), ("FI", "fault_filter_abort"));
+}
+
+#[test]
+fn a_delay_comes_before_the_time_out() {
+    let fault = fault_pb::HttpFault {
+        delay: Some(envoy_types::pb::envoy::extensions::filters::common::fault::v3::FaultDelay {
+            percentage: Some(FractionalPercent { numerator: 100, denominator: 0 }),
+            fault_delay_secifier: Some(
+                envoy_types::pb::envoy::extensions::filters::common::fault::v3::fault_delay::FaultDelaySecifier::FixedDelay(
+                    secs(7).unwrap(),
+                ),
+            ),
+        }),
+        ..Default::default()
+    };
+    let mut one = with(to("/", "a"), |action| action.timeout = secs(1));
+    one.typed_per_filter_config.insert("fault".to_owned(), pack(&fault));
+    let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1])])
+        .filter("fault", pack(&fault_pb::HttpFault::default()))
+        .build();
+    let mut call = world.start(get("a", "/"));
+    assert_eq!(call.wait(), Duration::from_secs(7));
+    call.pass(Duration::from_secs(7));
+    call.elapsed();
+    drop(call.attempt());
+    assert_eq!(call.flags(), "DI");
+}
+
+#[test]
+fn preflights_and_origins() {
+    let policy = cors_pb::CorsPolicy {
+        allow_origin_string_match: vec![StringMatcher {
+            match_pattern: Some(MatchPattern::Exact("https://good".to_owned())),
+            ..Default::default()
+        }],
+        allow_methods: "GET".to_owned(),
+        forward_not_matching_preflights: yes(),
+        ..Default::default()
+    };
+    let mut one = to("/", "a");
+    one.typed_per_filter_config.insert("cors".to_owned(), pack(&policy));
+    let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1])])
+        .filter("cors", pack(&cors_pb::Cors::default()))
+        .build();
+    let request = |method: &str, origin: &str| {
+        let mut head = RequestHead::new(method, "a", "/");
+        head.fields.push("origin", origin.as_bytes());
+        head.fields.push("access-control-request-method", b"GET");
+        head
+    };
+    let mut call = world.start(request("OPTIONS", "https://good"));
+    let reply = call.reply();
+    assert_eq!((reply.head.status, reply.cause), (200, Cause::CorsPreflight));
+    assert_eq!(reply.head.fields.get("access-control-allow-origin"), Some(&b"https://good"[..]));
+    let mut call = world.start(request("OPTIONS", "https://evil"));
+    drop(call.attempt());
+    let mut call = world.start(request("GET", "https://good"));
+    drop(call.attempt());
+    let response = call.upstream(ResponseHead::new(200));
+    assert_eq!(response.fields.get("access-control-allow-origin"), Some(&b"https://good"[..]));
+}

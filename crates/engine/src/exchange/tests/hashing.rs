@@ -78,3 +78,88 @@ fn the_clients_address_and_a_query_parameter_stick() {
     assert!(users.len() > 2, "{users:?}");
     assert!(picks(&world, "/?other=1").len() > 2, "without it, chance decides");
 }
+
+#[test]
+fn hashes_stick() {
+    let one = with(to("/", "a"), |action| {
+        use route::route_action::hash_policy as hash;
+        action.hash_policy = vec![route::route_action::HashPolicy {
+            policy_specifier: Some(hash::PolicySpecifier::Header(hash::Header {
+                header_name: "x-user".to_owned(),
+                ..Default::default()
+            })),
+            ..Default::default()
+        }];
+    });
+    let mut ring = cluster("a", &[1, 2, 3, 4, 5]);
+    ring.lb_policy = 2;
+    let world = Http::new(vec![host(&["*"], vec![one])], vec![ring]).build();
+    let pick = |user: &str, seed: u64| {
+        let mut head = get("a", "/");
+        head.fields.push("x-user", user.as_bytes());
+        world.start_seeded(head, seed, true).attempt().picked.host.address.to_string()
+    };
+    for user in ["a", "b", "c", "d"] {
+        let first = pick(user, 1);
+        assert!((2..50).all(|seed| pick(user, seed) == first));
+    }
+    let hosts: BTreeSet<_> = (0..40).map(|user| pick(&user.to_string(), 1)).collect();
+    assert!(hosts.len() > 2, "{hosts:?}");
+}
+
+#[test]
+fn the_key_of_a_hash_is_what_goes_upstream() {
+    use route::route_action::hash_policy as hash;
+    let by = |specifier: hash::PolicySpecifier| {
+        let mut one = with(to("/", "a"), |action| {
+            action.hash_policy =
+                vec![route::route_action::HashPolicy { policy_specifier: Some(specifier), ..Default::default() }];
+        });
+        one.request_headers_to_add = vec![header("x-user", "everybody", false)];
+        let mut ring = cluster("a", &[1, 2, 3, 4, 5]);
+        ring.lb_policy = 2;
+        Http::new(vec![host(&["*"], vec![one])], vec![ring]).build()
+    };
+    let picks = |world: &World, name: &str| -> BTreeSet<String> {
+        let pick = |number: u32| {
+            let mut head = get("a", "/");
+            head.fields.push(name, format!("10.0.0.{number}").as_bytes());
+            world.start(head).attempt().picked.host.address.to_string()
+        };
+        (1..40).map(pick).collect()
+    };
+    let header = hash::PolicySpecifier::Header(hash::Header { header_name: "x-user".to_owned(), ..Default::default() });
+    assert_eq!(picks(&by(header), "x-user").len(), 1, "the route writes the key");
+    let properties = hash::ConnectionProperties { source_ip: true };
+    let source = by(hash::PolicySpecifier::ConnectionProperties(properties));
+    assert!(picks(&source, "x-forwarded-for").len() > 2, "the trusted address is the client's");
+}
+
+#[test]
+fn a_cookie_is_made_for_the_hash() {
+    let one = with(to("/", "a"), |action| {
+        use route::route_action::hash_policy as hash;
+        action.hash_policy = vec![route::route_action::HashPolicy {
+            policy_specifier: Some(hash::PolicySpecifier::Cookie(hash::Cookie {
+                name: "user".to_owned(),
+                ttl: secs(0),
+                path: "/p".to_owned(),
+                ..Default::default()
+            })),
+            ..Default::default()
+        }];
+    });
+    let mut ring = cluster("a", &[1, 2, 3, 4, 5]);
+    ring.lb_policy = 5;
+    let world = Http::new(vec![host(&["*"], vec![one])], vec![ring]).build();
+    let mut call = world.start(get("a", "/"));
+    let first = call.attempt().picked.host.address.clone();
+    let response = call.upstream(ResponseHead::new(200));
+    let cookie = response.fields.get_str("set-cookie").unwrap().to_owned();
+    assert!(cookie.starts_with("user=\"") && cookie.ends_with("; Path=/p; HttpOnly"), "{cookie}");
+    let mut head = get("a", "/");
+    head.fields.push("cookie", cookie.split(';').next().unwrap().as_bytes());
+    let mut again = world.start_seeded(head, 99, true);
+    assert_eq!(again.attempt().picked.host.address, first);
+    assert!(!again.upstream(ResponseHead::new(200)).fields.contains("set-cookie"));
+}

@@ -18,7 +18,6 @@ use crate::context::Context;
 use crate::filter::{self, Direction, Http, Routes, TcpOptions, TcpTarget};
 use crate::names;
 use crate::route::table::{self, Sources, Table, unknown_cluster};
-use crate::security::inbound::{listener_filter, tls_inspector};
 use crate::view::Interception;
 use crate::wire::{self, boolean, seconds, uint, zero};
 
@@ -61,7 +60,6 @@ pub(crate) fn outbound(context: &Context<'_>) -> Outbound {
 /// destination; what none of them takes stays here.
 fn virtual_outbound(context: &Context<'_>) -> Listener {
     let port = context.snapshot.mesh_config().proxy_listen_port();
-    let cluster = unknown_cluster(context);
     Listener {
         name: "virtualOutbound".into(),
         address: Some(wire::socket_address("0.0.0.0", port)),
@@ -75,17 +73,7 @@ fn virtual_outbound(context: &Context<'_>) -> Listener {
                 filters: filter::black_hole(context, Direction::Outbound),
                 ..FilterChain::default()
             },
-            FilterChain {
-                name: "virtualOutbound-catchall-tcp".into(),
-                filters: filter::tcp(
-                    context,
-                    Direction::Outbound,
-                    &cluster,
-                    TcpTarget::Cluster(cluster.clone()),
-                    &TcpOptions::default(),
-                ),
-                ..FilterChain::default()
-            },
+            to_the_unknown(context, "virtualOutbound-catchall-tcp"),
         ],
         use_original_dst: boolean(true),
         traffic_direction: TrafficDirection::Outbound.into(),
@@ -137,7 +125,7 @@ fn write(context: &Context<'_>, of: &Planned) -> Listener {
             ..FilterChain::default()
         });
         if sniffs {
-            listener.listener_filters.push(listener_filter(
+            listener.listener_filters.push(filter::listener_filter(
                 "envoy.filters.listener.http_inspector",
                 wire::pack(&HttpInspector::default()),
                 None,
@@ -154,9 +142,7 @@ fn write(context: &Context<'_>, of: &Planned) -> Listener {
         }
     }
     if needs_tls {
-        listener
-            .listener_filters
-            .insert(0, listener_filter("envoy.filters.listener.tls_inspector", tls_inspector(), None));
+        listener.listener_filters.insert(0, filter::tls_inspector(None));
     }
     // A listener without any other chain needs no second way out.
     if of.is_wildcard && listener.filter_chains.is_empty() {
@@ -174,17 +160,19 @@ fn has_matches(listener: &Listener) -> bool {
 
 /// What a shared listener does with connections that are for none of its services.
 fn pass_through(context: &Context<'_>) -> FilterChain {
-    let cluster = unknown_cluster(context);
     FilterChain {
-        name: "PassthroughFilterChain".into(),
         filter_chain_match: Some(FilterChainMatch::default()),
-        filters: filter::tcp(
-            context,
-            Direction::Outbound,
-            &cluster,
-            TcpTarget::Cluster(cluster.clone()),
-            &TcpOptions::default(),
-        ),
+        ..to_the_unknown(context, "PassthroughFilterChain")
+    }
+}
+
+/// Bytes to whatever the mesh does not know, or to nowhere, as the outbound policy has it.
+fn to_the_unknown(context: &Context<'_>, name: &str) -> FilterChain {
+    let cluster = unknown_cluster(context);
+    let target = TcpTarget::Cluster(cluster.clone());
+    FilterChain {
+        name: name.into(),
+        filters: filter::tcp(context, Direction::Outbound, &cluster, target, &TcpOptions::default()),
         ..FilterChain::default()
     }
 }

@@ -376,7 +376,7 @@ fn inbound_cluster(context: &Context<'_>, port: &InboundPort) -> Cluster {
     };
     let pool = listener.and_then(|listener| listener.connection_pool.clone()).or(of_sidecar).or_else(of_rule);
     if let Some(pool) = &pool {
-        policy::apply_pool(context, pool, None, &mut cluster);
+        policy::apply_pool(pool, None, &mut cluster);
     }
     if let Some(options) = policy::inbound_http_options(port.protocol, pool.as_ref()) {
         cluster.typed_extension_protocol_options = wire::stable_map(vec![(HTTP_OPTIONS.to_owned(), pack(&options))]);
