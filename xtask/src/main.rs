@@ -21,7 +21,7 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Chore {
-    /// What CI asks before the tests: format, clippy, tidy, parity, docs.
+    /// What CI asks beside the tests: format, tidy, parity, clippy, documentation.
     Check,
     /// Who may depend on whom, and what pure crates may name.
     Tidy,
@@ -69,13 +69,26 @@ fn run(program: &str, args: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Every link of the documentation leads somewhere, private items' too.
+fn documentation() -> Result<()> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["doc", "--workspace", "--no-deps", "--document-private-items"]).current_dir(root());
+    cargo.env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links");
+    if !cargo.status().context("running cargo doc")?.success() {
+        bail!("cargo doc failed");
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
     match Args::parse().chore {
         Chore::Check => {
             run("cargo", &["fmt", "--all", "--check"])?;
             tidy::check(&root())?;
             parity::check(&root())?;
-            run("cargo", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])
+            let all = ["--workspace", "--all-targets", "--all-features"];
+            run("cargo", &[&["clippy"][..], &all, &["--", "-D", "warnings"]].concat())?;
+            documentation()
         }
         Chore::Tidy => tidy::check(&root()),
         Chore::Parity => parity::check(&root()),

@@ -245,6 +245,33 @@ records! {
     }
 }
 
+impl HttpRoute {
+    /// Whether it takes every request of every proxy, so that no route behind it is reached.
+    pub fn matches_everything(&self) -> bool {
+        self.matches.is_empty() || self.matches.iter().any(HttpMatchRequest::matches_everything)
+    }
+}
+
+impl HttpMatchRequest {
+    fn matches_everything(&self) -> bool {
+        let any_path = match &self.uri {
+            None | Some(StringMatch::Present) => true,
+            Some(StringMatch::Prefix(prefix)) => prefix.is_empty() || prefix == "/",
+            Some(StringMatch::Regex(regex)) => regex == ".*",
+            Some(StringMatch::Exact(_)) => false,
+        };
+        any_path
+            && [&self.scheme, &self.method, &self.authority].iter().all(|other| other.is_none())
+            && self.headers.is_empty()
+            && self.without_headers.is_empty()
+            && self.query_params.is_empty()
+            && self.port == 0
+            && self.source_labels.is_empty()
+            && self.gateways.is_empty()
+            && self.source_namespace.is_empty()
+    }
+}
+
 words! {
     /// `redirect.derivePort`
     pub enum RedirectPort {

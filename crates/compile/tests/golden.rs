@@ -93,6 +93,10 @@ fn compiled(yaml: &str) -> Resources {
         // A type that is not described: alone, or inside of another message.
         let hides = shown["value"].is_string() || shown.to_string().contains("\"base64\":");
         assert!(!hides, "a dump hides a part of {shown}");
+        let back = proto::json::any_from_json(shown.clone()).unwrap_or_else(|error| panic!("{error}: {shown}"));
+        // Byte for byte but for the order of maps.
+        let is_whole = back.value.len() == resource.any.value.len() && proto::json::to_json(&back) == shown;
+        assert!(is_whole, "JSON and back is not the same: {shown}");
     }
     resources
 }

@@ -120,7 +120,7 @@ fn shadowed_entries(vs: &VirtualService, findings: &mut Vec<Finding>) {
                 "remove one of the two",
             ));
         }
-        if matches_everything(&entry.route) {
+        if entry.route.matches_everything() {
             catch_all = Some(index);
         }
     }
@@ -129,29 +129,6 @@ fn shadowed_entries(vs: &VirtualService, findings: &mut Vec<Finding>) {
 /// A match without what does not decide: its names.
 fn conditions(of: &net::HttpMatchRequest) -> net::HttpMatchRequest {
     net::HttpMatchRequest { name: String::new(), stat_prefix: String::new(), ..of.clone() }
-}
-
-/// Whether an entry matches every request of every proxy.
-fn matches_everything(route: &net::HttpRoute) -> bool {
-    route.matches.is_empty()
-        || route.matches.iter().any(|m| {
-            let any_path = match &m.uri {
-                None | Some(api::scalar::StringMatch::Present) => true,
-                Some(api::scalar::StringMatch::Prefix(prefix)) => prefix == "/" || prefix.is_empty(),
-                Some(_) => false,
-            };
-            any_path
-                && m.scheme.is_none()
-                && m.method.is_none()
-                && m.authority.is_none()
-                && m.headers.is_empty()
-                && m.without_headers.is_empty()
-                && m.query_params.is_empty()
-                && m.port == 0
-                && m.source_labels.is_empty()
-                && m.source_namespace.is_empty()
-                && m.gateways.is_empty()
-        })
 }
 
 fn destinations_exist(snapshot: &MeshSnapshot, vs: &VirtualService, findings: &mut Vec<Finding>) {

@@ -243,12 +243,12 @@ impl Options {
     }
 
     /// A sidecar or gateway by Istio's environment: `POD_NAME`, `POD_NAMESPACE`, `INSTANCE_IP`,
-    /// `SERVICE_ACCOUNT`, `TRUST_DOMAIN`, `CA_ADDR`, `PROXY_CONFIG_XDS_ADDRESS` (both default to
+    /// `SERVICE_ACCOUNT`, `CA_ADDR`, `PROXY_CONFIG_XDS_ADDRESS` (both default to
     /// `istiod.istio-system.svc:15012`), `ISTIO_META_*`, `ISTIO_METAJSON_*`, and files at Istio's
     /// places: token `/var/run/secrets/tokens/istio-token`, roots
     /// `/var/run/secrets/istio/root-cert.pem`, pod labels and annotations in `/etc/istio/pod`.
     ///
-    /// `get` reads the environment, `read` a file; descriptors are the caller's to add
+    /// `read` reads a file; descriptors are the caller's to add
     /// ([`Self::inherited`], [`Self::host_sockets`]).
     pub fn from_environment(
         role: Role,

@@ -1,4 +1,4 @@
-//! Every metric, span and log field the mesh emits, declared once; recorders and encoders for them.
+//! Every metric, span and log field of the data plane, declared once; recorders and encoders for them.
 //!
 //! Workers record into their own shard (single-writer atomics, no lock on the request path); a
 //! scrape reads all shards and writes Prometheus' classic text format. Log lines and spans leave a

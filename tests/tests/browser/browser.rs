@@ -32,7 +32,7 @@ impl Browser {
         let port = loop {
             line.clear();
             assert!(said.read_line(&mut line).unwrap() > 0, "the driver ends before it says its port");
-            if let Some((_, port)) = line.trim_end().trim_end_matches('.').rsplit_once("on port ")
+            if let Some((_, port)) = line.trim_end().trim_end_matches('.').rsplit_once("successfully on port ")
                 && let Ok(port) = port.parse::<u16>()
             {
                 break port;

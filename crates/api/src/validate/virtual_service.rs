@@ -556,27 +556,7 @@ fn headers(check: &mut Check<'_>, at: &str, headers: &Headers) {
 
 /// Routes behind a route that matches everything are never reached.
 fn shadowed(check: &mut Check<'_>, routes: &[HttpRoute]) {
-    let is_catch_all = |m: &HttpMatchRequest| {
-        let uri = match &m.uri {
-            None => true,
-            Some(StringMatch::Prefix(prefix)) => prefix.is_empty() || prefix == "/",
-            Some(StringMatch::Regex(regex)) => regex == ".*",
-            Some(_) => false,
-        };
-        uri && m.scheme.is_none()
-            && m.method.is_none()
-            && m.authority.is_none()
-            && m.headers.is_empty()
-            && m.without_headers.is_empty()
-            && m.query_params.is_empty()
-            && m.port == 0
-            && m.source_labels.is_empty()
-            && m.gateways.is_empty()
-            && m.source_namespace.is_empty()
-    };
-    let Some(first) =
-        routes.iter().position(|route| route.matches.is_empty() || route.matches.iter().any(is_catch_all))
-    else {
+    let Some(first) = routes.iter().position(HttpRoute::matches_everything) else {
         return;
     };
     for index in first + 1..routes.len() {
