@@ -98,7 +98,7 @@ pub(crate) fn exchange(file: &Path, requests: u64) -> Result<()> {
         let answer = Answer::Upstream { head: &mut response, ended: false };
         let step = exchange.resume(&env, answer, &mut head, &mut NoRecord);
         ensure!(matches!(step, Step::Respond), "no response: {step:?}");
-        exchange.response_ended(&env, None);
+        exchange.response_ended();
         line.clear();
         let record = LogRecord {
             conn: &conn,

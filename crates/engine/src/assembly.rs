@@ -4,7 +4,6 @@
 //! and publishes from it. A new version of a cluster serves once its endpoints and secrets are in,
 //! a listener once its route tables and secrets are in; until then its last version stays.
 
-use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::chain::Listener;
@@ -97,24 +96,6 @@ impl Assembly {
         self.endpoints.insert(Name::clone(cluster), Arc::new(endpoints));
     }
 
-    /// Takes the key sets that the proxy has fetched; those no longer fresh are left out.
-    pub fn apply_remote_keys(&mut self, keys: crate::jwt::RemoteKeys) {
-        self.serving.remote_keys = Arc::new(keys);
-    }
-
-    /// Key sets that the proxy must fetch for the token filters of its listeners.
-    pub fn keys_to_fetch(&self) -> impl Iterator<Item = &crate::jwt::RemoteJwks> {
-        let chains = self.listeners.iter().flat_map(|(_, listener)| listener.all_chains());
-        let hcms = chains.filter_map(|chain| match &chain.terminal {
-            crate::chain::Terminal::Http(hcm) => Some(hcm),
-            crate::chain::Terminal::Tcp(_) => None,
-        });
-        hcms.flat_map(|hcm| &hcm.filters).flat_map(|filter| match &filter.kind {
-            crate::hcm::FilterKind::Jwt(jwt) => jwt.remote_keys().collect::<Vec<_>>(),
-            _ => Vec::new(),
-        })
-    }
-
     /// Clusters whose names the proxy must resolve.
     pub fn names_to_resolve(&self) -> impl Iterator<Item = (&Name, &Arc<DnsSpec>)> {
         self.clusters.iter().filter_map(|(name, cluster)| match &cluster.discovery {
@@ -187,7 +168,6 @@ impl Assembly {
             routes: Arc::new(self.routes.clone()),
             clusters: Arc::new(clusters),
             endpoints: Arc::new(self.endpoints.clone()),
-            remote_keys: Arc::clone(&self.serving.remote_keys),
             node: Arc::clone(&self.serving.node),
         };
         self.serving.clone()
@@ -196,11 +176,6 @@ impl Assembly {
     /// What serves now.
     pub fn serving(&self) -> &RuntimeConfig {
         &self.serving
-    }
-
-    /// What serves now, for a single thread.
-    pub fn serving_rc(&self) -> Rc<RuntimeConfig> {
-        Rc::new(self.serving.clone())
     }
 }
 

@@ -381,8 +381,6 @@ pub struct Rbac {
     shadow: Option<Rules>,
     stat_prefix: Box<str>,
     shadow_prefix: Box<str>,
-    /// A connection is judged again on every read, not on the first byte only.
-    pub continuous: bool,
 }
 
 /// What an RBAC filter says.
@@ -420,7 +418,6 @@ impl Rbac {
             shadow: proto.shadow_rules.as_ref().map(Rules::lower).transpose().within("shadow_rules")?,
             stat_prefix: proto.rules_stat_prefix.as_str().into(),
             shadow_prefix: proto.shadow_rules_stat_prefix.as_str().into(),
-            continuous: false,
         })
     }
 
@@ -440,17 +437,19 @@ impl Rbac {
         if proto.delay_deny.is_some() {
             return Err(Unsupported::not_built("delay_deny"));
         }
-        let continuous = match network::rbac::EnforcementType::try_from(proto.enforcement_type) {
-            Ok(network::rbac::EnforcementType::OneTimeOnFirstByte) => false,
-            Ok(network::rbac::EnforcementType::Continuous) => true,
+        match network::rbac::EnforcementType::try_from(proto.enforcement_type) {
+            Ok(network::rbac::EnforcementType::OneTimeOnFirstByte) => {}
+            // A connection is judged once, when it is there.
+            Ok(network::rbac::EnforcementType::Continuous) => {
+                return Err(Unsupported::not_built("enforcement_type CONTINUOUS"));
+            }
             Err(_) => return Err(Unsupported::new("enforcement_type", "is unknown")),
-        };
+        }
         Ok(Self {
             rules: proto.rules.as_ref().map(Rules::lower).transpose().within("rules")?,
             shadow: proto.shadow_rules.as_ref().map(Rules::lower).transpose().within("shadow_rules")?,
             stat_prefix: proto.stat_prefix.as_str().into(),
             shadow_prefix: proto.shadow_rules_stat_prefix.as_str().into(),
-            continuous,
         })
     }
 

@@ -30,8 +30,8 @@ pub enum Discovery {
     },
     /// The request's host, resolved when it comes.
     DynamicForward {
-        /// Which cache of answers.
-        cache: Name,
+        /// Which of its addresses count.
+        family: DnsFamily,
     },
 }
 
@@ -42,10 +42,6 @@ pub struct DnsSpec {
     pub logical: bool,
     /// How often.
     pub refresh: Duration,
-    /// Random lateness of it.
-    pub jitter: Duration,
-    /// Time to live of answers wins over `refresh`.
-    pub respect_ttl: bool,
     /// Which families.
     pub family: DnsFamily,
     /// Where names stand in place of addresses: the endpoints as configured.
@@ -65,6 +61,21 @@ pub enum DnsFamily {
     V4Preferred,
     /// Both.
     All,
+}
+
+impl DnsFamily {
+    /// What of a name's addresses counts, in order.
+    pub fn choose(self, addresses: &[IpAddr]) -> Vec<IpAddr> {
+        let of = |v4: bool| addresses.iter().copied().filter(|ip| ip.is_ipv4() == v4).collect::<Vec<_>>();
+        let first_of = |one: Vec<IpAddr>, other: bool| if one.is_empty() { of(other) } else { one };
+        match self {
+            Self::V4Only => of(true),
+            Self::V6Only => of(false),
+            Self::V4Preferred => first_of(of(true), false),
+            Self::V6Preferred => first_of(of(false), true),
+            Self::All => addresses.to_vec(),
+        }
+    }
 }
 
 /// A locality of names.
@@ -446,4 +457,25 @@ pub struct ClusterNeeds {
     pub dns: bool,
     /// Names of secrets.
     pub secrets: Vec<Name>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_of_the_families_asked_for() {
+        let [four, six] = ["127.0.0.1", "::1"].map(|text| text.parse::<IpAddr>().unwrap());
+        let check = |family: DnsFamily, found: &[IpAddr], chosen: &[IpAddr]| {
+            assert_eq!(family.choose(found), chosen, "{family:?} of {found:?}");
+        };
+        check(DnsFamily::V4Only, &[six, four], &[four]);
+        check(DnsFamily::V4Only, &[six], &[]);
+        check(DnsFamily::V6Only, &[four, six], &[six]);
+        check(DnsFamily::V4Preferred, &[six, four], &[four]);
+        check(DnsFamily::V4Preferred, &[six], &[six]);
+        check(DnsFamily::V6Preferred, &[four, six], &[six]);
+        check(DnsFamily::V6Preferred, &[four], &[four]);
+        check(DnsFamily::All, &[six, four], &[six, four]);
+    }
 }

@@ -1,7 +1,7 @@
 //! The runtime configuration of a proxy: immutable tables, swapped whole.
 //!
 //! A control thread lowers resources into [`Table`]s of shared parts and publishes a new
-//! [`RuntimeConfig`]; each worker keeps one clone of it behind an `Rc` (a clone costs six
+//! [`RuntimeConfig`]; each worker keeps one clone of it behind an `Rc` (a clone costs five
 //! reference counts, nothing is copied).
 
 use std::hash::{BuildHasher, Hasher};
@@ -126,7 +126,7 @@ pub struct NodeFacts {
 
 /// Everything the proxy decides with, of one generation.
 ///
-/// *Cost*: a clone is six reference counts.
+/// *Cost*: a clone is five reference counts.
 #[derive(Clone, Debug, Default)]
 pub struct RuntimeConfig {
     /// Counts up with every publication.
@@ -139,8 +139,6 @@ pub struct RuntimeConfig {
     pub clusters: Arc<Table<Cluster>>,
     /// Endpoints by the key that [`Cluster::endpoints_key`] gives.
     pub endpoints: Arc<Table<EndpointSet>>,
-    /// Key sets that the proxy fetched for its token filters.
-    pub remote_keys: Arc<crate::jwt::RemoteKeys>,
     /// About this proxy.
     pub node: Arc<NodeFacts>,
 }

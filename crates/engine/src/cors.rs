@@ -9,7 +9,8 @@ use envoy_types::pb::envoy::extensions::filters::http::cors::v3 as pb;
 use types::{Fields, RequestHead};
 
 use crate::matcher::StringMatcher;
-use crate::unsupported::{Unsupported, each};
+use crate::route::Fraction;
+use crate::unsupported::{Unsupported, Within as _, each};
 
 /// Settings of a route.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,19 +61,11 @@ impl CorsPolicy {
     pub fn lower(proto: &pb::CorsPolicy) -> Result<Self, Unsupported> {
         let enabled = match proto.filter_enabled.as_ref().and_then(|enabled| enabled.default_value.as_ref()) {
             None => true,
-            Some(share) => {
-                let whole = match share.denominator {
-                    0 => 100,
-                    1 => 10_000,
-                    2 => 1_000_000,
-                    _ => return Err(Unsupported::new("filter_enabled.default_value.denominator", "is unknown")),
-                };
-                match share.numerator {
-                    0 => false,
-                    part if part >= whole => true,
-                    _ => return Err(Unsupported::new("filter_enabled", "must be all or nothing")),
-                }
-            }
+            Some(share) => match Fraction::lower(share).within("filter_enabled.default_value")? {
+                none if none.numerator == 0 => false,
+                all if all.is_whole() => true,
+                _ => return Err(Unsupported::new("filter_enabled", "must be all or nothing")),
+            },
         };
         let flag = |value: Option<&envoy_types::pb::google::protobuf::BoolValue>, default: bool| {
             value.map_or(default, |value| value.value)

@@ -87,10 +87,6 @@ pub enum Question {
     Resolve {
         /// Name without port.
         host: Box<str>,
-        /// Port to dial.
-        port: u16,
-        /// Which cache of answers.
-        cache: Name,
     },
 }
 
@@ -107,8 +103,6 @@ pub struct AuthorizeQuestion {
     pub timeout: Option<Duration>,
     /// gRPC (then body and answer are length-prefixed messages) or plain HTTP.
     pub grpc: bool,
-    /// Always `None`: a body is asked for with [`Question::Body`] before.
-    pub body_wanted: Option<BodyWanted>,
 }
 
 /// How much of the request's body somebody needs.
@@ -240,7 +234,6 @@ pub struct Attempt {
 #[expect(dead_code, reason = "held for their drop")]
 pub(crate) struct HeldPlaces {
     pub(crate) request: Option<ClusterHeld>,
-    pub(crate) retry: Option<ClusterHeld>,
     pub(crate) host: Option<Held<SharedHost>>,
 }
 

@@ -11,6 +11,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::extensions::filters::http::ext_authz::v3 as pb;
 use envoy_types::pb::envoy::service::auth::v3 as auth;
+use envoy_types::pb::google::protobuf::Struct;
 use prost::Message as _;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
@@ -18,7 +19,9 @@ use std::time::Duration;
 use types::{Fields, RequestHead, ResponseHead};
 
 use crate::headers::{Context, HeaderEdits};
+use crate::lower::{json_struct, nothing_left};
 use crate::matcher::{AnyOf, Metadata, MetadataMatcher};
+use crate::route::Fraction;
 use crate::unsupported::{Unsupported, Within as _, duration};
 
 /// Envoy's time-out of a call without one.
@@ -216,40 +219,23 @@ fn is_ours(name: &str) -> bool {
 impl ExtAuthz {
     /// Lowers Envoy's message.
     pub fn lower(proto: &pb::ExtAuthz) -> Result<Self, Unsupported> {
-        for (path, used) in [
-            ("metadata_context_namespaces", !proto.metadata_context_namespaces.is_empty()),
-            ("typed_metadata_context_namespaces", !proto.typed_metadata_context_namespaces.is_empty()),
-            ("route_metadata_context_namespaces", !proto.route_metadata_context_namespaces.is_empty()),
-            ("route_typed_metadata_context_namespaces", !proto.route_typed_metadata_context_namespaces.is_empty()),
-            ("deny_at_disable", proto.deny_at_disable.is_some()),
-            ("bootstrap_metadata_labels_key", !proto.bootstrap_metadata_labels_key.is_empty()),
-            ("encode_raw_headers", proto.encode_raw_headers),
-            ("decoder_header_mutation_rules", proto.decoder_header_mutation_rules.is_some()),
-            ("shadow_mode", proto.shadow_mode),
-        ] {
-            if used {
-                return Err(Unsupported::not_built(path));
-            }
+        let mut proto = proto.clone();
+        if let Some(enabled) = proto.filter_enabled.take() {
+            must_be_whole(&enabled).within("filter_enabled")?;
         }
-        if let Some(enabled) = &proto.filter_enabled
-            && !is_whole(enabled)
-        {
-            return Err(Unsupported::new("filter_enabled", "must be 100 %: a share of requests is not supported"));
-        }
-        let list = |list: Option<&_>, path: &str| list.map(AnyOf::lower).transpose().within(path);
-        let status_on_error = match proto.status_on_error.as_ref().map_or(0, |status| status.code) {
+        let list = |list: Option<_>, path: &str| list.as_ref().map(AnyOf::lower).transpose().within(path);
+        let status_on_error = match proto.status_on_error.take().map_or(0, |status| status.code) {
             0 => 403,
             code => u16::try_from(code)
                 .ok()
                 .filter(|code| (200..600).contains(code))
                 .ok_or_else(|| Unsupported::new("status_on_error", format!("{code} is not a status")))?,
         };
-        let (service, cluster, timeout) =
-            match proto.services.as_ref().ok_or_else(|| Unsupported::missing("services"))? {
-                pb::ext_authz::Services::HttpService(http) => http_service(http).within("http_service")?,
-                pb::ext_authz::Services::GrpcService(grpc) => grpc_service(grpc).within("grpc_service")?,
-            };
-        let body = match &proto.with_request_body {
+        let (service, cluster, timeout) = match proto.services.take().ok_or_else(|| Unsupported::missing("services"))? {
+            pb::ext_authz::Services::HttpService(http) => http_service(&http).within("http_service")?,
+            pb::ext_authz::Services::GrpcService(grpc) => grpc_service(&grpc).within("grpc_service")?,
+        };
+        let body = match proto.with_request_body.take() {
             None => None,
             Some(settings) if settings.max_request_bytes == 0 => {
                 return Err(Unsupported::new("with_request_body.max_request_bytes", "must be above 0"));
@@ -260,29 +246,35 @@ impl ExtAuthz {
                 as_bytes: settings.pack_as_bytes,
             }),
         };
-        let denied_body_max = proto.max_denied_response_body_bytes;
-        Ok(Self {
+        let enabled = proto.filter_enabled_metadata.take();
+        let denied_body_max = std::mem::take(&mut proto.max_denied_response_body_bytes);
+        let lowered = Self {
             cluster,
             timeout,
             body,
-            stat_prefix: proto.stat_prefix.as_str().into(),
+            stat_prefix: std::mem::take(&mut proto.stat_prefix).into(),
             service,
-            enabled: proto
-                .filter_enabled_metadata
-                .as_ref()
-                .map(MetadataMatcher::lower)
-                .transpose()
-                .within("filter_enabled_metadata")?,
-            allowed: list(proto.allowed_headers.as_ref(), "allowed_headers")?,
-            disallowed: list(proto.disallowed_headers.as_ref(), "disallowed_headers")?.unwrap_or_default(),
-            failure_allows: proto.failure_mode_allow,
-            failure_header: proto.failure_mode_allow_header_add,
+            enabled: enabled.as_ref().map(MetadataMatcher::lower).transpose().within("filter_enabled_metadata")?,
+            allowed: list(proto.allowed_headers.take(), "allowed_headers")?,
+            disallowed: list(proto.disallowed_headers.take(), "disallowed_headers")?.unwrap_or_default(),
+            failure_allows: std::mem::take(&mut proto.failure_mode_allow),
+            failure_header: std::mem::take(&mut proto.failure_mode_allow_header_add),
             status_on_error,
-            clear_route_cache: proto.clear_route_cache,
-            include_certificate: proto.include_peer_certificate,
-            include_server_name: proto.include_tls_session,
+            clear_route_cache: std::mem::take(&mut proto.clear_route_cache),
+            include_certificate: std::mem::take(&mut proto.include_peer_certificate),
+            include_server_name: std::mem::take(&mut proto.include_tls_session),
             denied_body_max: if denied_body_max == 0 { usize::MAX } else { denied_body_max as usize },
-        })
+        };
+        // There is no other version.
+        proto.transport_api_version = 0;
+        // What the authorizer tells of the request is always taken, which is the default.
+        proto.enable_dynamic_metadata_ingestion.take_if(|taken| taken.value);
+        // Statistics and spans of the call.
+        proto.charge_cluster_response_stats = None;
+        proto.emit_filter_state_stats = false;
+        proto.emit_client_span = None;
+        nothing_left(&proto)?;
+        Ok(lowered)
     }
 
     /// Whether this request is asked about at all.
@@ -488,7 +480,7 @@ impl ExtAuthz {
         }
         let response = auth::CheckResponse::decode(message).ok()?;
         let allowed = response.status.as_ref().is_some_and(|status| status.code == 0);
-        let metadata = response.dynamic_metadata.as_ref().map(json_struct).unwrap_or_default();
+        let metadata = facts(response.dynamic_metadata.as_ref());
         let verdict = match (allowed, response.http_response) {
             (true, Some(auth::check_response::HttpResponse::OkResponse(ok))) => {
                 Verdict::Allow(Box::new(self.allowance(&ok, metadata)?))
@@ -552,7 +544,7 @@ impl ExtAuthz {
 
 #[expect(deprecated, reason = "authorizers in the field still fill it")]
 fn older_metadata(ok: &auth::OkHttpResponse) -> BTreeMap<String, Value> {
-    ok.dynamic_metadata.as_ref().map(json_struct).unwrap_or_default()
+    facts(ok.dynamic_metadata.as_ref())
 }
 
 impl Allowance {
@@ -641,20 +633,11 @@ fn edits(options: &[core::HeaderValueOption]) -> Option<Vec<Edited>> {
     Some(list)
 }
 
-fn json_struct(proto: &envoy_types::pb::google::protobuf::Struct) -> BTreeMap<String, Value> {
-    let sorted: BTreeMap<_, _> = proto.fields.iter().collect();
-    sorted.into_iter().map(|(name, value)| (name.clone(), json(value))).collect()
-}
-
-fn json(proto: &envoy_types::pb::google::protobuf::Value) -> Value {
-    use envoy_types::pb::google::protobuf::value::Kind;
-    match &proto.kind {
-        None | Some(Kind::NullValue(_)) => Value::Null,
-        Some(Kind::NumberValue(number)) => Value::from(*number),
-        Some(Kind::StringValue(text)) => Value::from(text.as_str()),
-        Some(Kind::BoolValue(value)) => Value::from(*value),
-        Some(Kind::StructValue(inner)) => Value::Object(json_struct(inner).into_iter().collect()),
-        Some(Kind::ListValue(list)) => list.values.iter().map(json).collect(),
+/// Facts by name.
+fn facts(metadata: Option<&Struct>) -> BTreeMap<String, Value> {
+    match metadata.map(json_struct) {
+        Some(Value::Object(facts)) => facts.into_iter().collect(),
+        _ => BTreeMap::new(),
     }
 }
 
@@ -668,15 +651,13 @@ fn address(at: std::net::SocketAddr) -> core::Address {
     }
 }
 
-fn is_whole(share: &core::RuntimeFractionalPercent) -> bool {
-    share.default_value.as_ref().is_some_and(|value| {
-        let whole = match value.denominator {
-            0 => 100,
-            1 => 10_000,
-            _ => 1_000_000,
-        };
-        value.numerator >= whole
-    })
+/// A share of requests would let the others pass unasked.
+fn must_be_whole(enabled: &core::RuntimeFractionalPercent) -> Result<(), Unsupported> {
+    let share = enabled.default_value.as_ref().map(Fraction::lower).transpose().within("default_value")?;
+    if share.is_some_and(Fraction::is_whole) {
+        return Ok(());
+    }
+    Err(Unsupported::new("", "must be 100 %: a share of requests is not supported"))
 }
 
 type Lowered = (Service, Box<str>, Option<Duration>);

@@ -93,12 +93,7 @@ impl ConnFacts {
         }
     }
 
-    /// The authenticated peer, if it is a mesh identity.
-    pub fn peer_identity(&self) -> Option<&SpiffeId> {
-        self.tls.as_ref()?.peer.as_ref()?.identity.as_ref()
-    }
-
-    /// The same as text. *Cost*: none where the certificate has one URI, as mesh certificates do.
+    /// The authenticated peer as text, if it is a mesh identity. *Cost*: none where the certificate has one URI, as mesh certificates do.
     pub fn peer_identity_text(&self) -> Option<Cow<'_, str>> {
         let peer = self.peer_certificate()?;
         let identity = peer.identity.as_ref()?;

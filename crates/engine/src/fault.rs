@@ -10,7 +10,6 @@ use std::time::Duration;
 use envoy_types::pb::envoy::extensions::filters::common::fault::v3 as common;
 use envoy_types::pb::envoy::extensions::filters::http::fault::v3 as pb;
 use envoy_types::pb::envoy::r#type::v3::FractionalPercent;
-use envoy_types::pb::envoy::r#type::v3::fractional_percent::DenominatorType;
 use types::{GrpcCode, RequestHead};
 
 use crate::draw::Draw;
@@ -118,14 +117,10 @@ impl Fault {
 
 /// A missing percentage is none at all.
 fn share(proto: Option<&FractionalPercent>) -> Result<Fraction, Unsupported> {
-    let Some(proto) = proto else { return Ok(Fraction { numerator: 0, denominator: 100 }) };
-    let denominator = match DenominatorType::try_from(proto.denominator) {
-        Ok(DenominatorType::Hundred) => 100,
-        Ok(DenominatorType::TenThousand) => 10_000,
-        Ok(DenominatorType::Million) => 1_000_000,
-        Err(_) => return Err(Unsupported::new("percentage.denominator", "is unknown")),
-    };
-    Ok(Fraction { numerator: proto.numerator, denominator })
+    match proto {
+        None => Ok(Fraction { numerator: 0, denominator: 100 }),
+        Some(proto) => Fraction::lower(proto).within("percentage"),
+    }
 }
 
 fn delay(proto: &common::FaultDelay) -> Result<(Duration, Fraction), Unsupported> {
@@ -162,6 +157,7 @@ fn abort(proto: &pb::FaultAbort) -> Result<(Abort, Fraction), Unsupported> {
 #[cfg(test)]
 mod tests {
     use envoy_types::pb::envoy::config::route::v3 as route;
+    use envoy_types::pb::envoy::r#type::v3::fractional_percent::DenominatorType;
     use envoy_types::pb::google::protobuf::Duration as ProtoDuration;
 
     use super::*;

@@ -258,8 +258,6 @@ pub struct Hcm {
     pub client_cert_parts: ClientCertParts,
     /// `x-forwarded-port` is set.
     pub append_x_forwarded_port: bool,
-    /// 1xx responses are passed on.
-    pub proxy_100_continue: bool,
     /// Paths are normalised.
     pub normalize_path: bool,
     /// `//` becomes `/`.
@@ -407,25 +405,10 @@ pub struct AlpnOverrides {
 }
 
 /// Settings of Istio's metrics.
-#[derive(Clone, PartialEq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Stats {
     /// `destination_service` is not taken from the Host header.
     pub disable_host_header_fallback: bool,
-    /// Overrides, in order.
-    pub overrides: Vec<MetricOverride>,
-}
-
-/// One override of a metric.
-#[derive(Clone, PartialEq, Debug, Default)]
-pub struct MetricOverride {
-    /// `requests_total`, …; empty: all.
-    pub metric: Box<str>,
-    /// Not recorded.
-    pub drop: bool,
-    /// Labels left out.
-    pub tags_removed: Vec<Box<str>>,
-    /// Labels set, by name: expressions.
-    pub dimensions: Vec<(Box<str>, Box<str>)>,
 }
 
 /// Settings of the router.
@@ -442,6 +425,27 @@ impl Hcm {
             FilterKind::Stats(stats) => Some(stats),
             _ => None,
         })
+    }
+
+    /// The ALPN lists for mesh TLS, if a filter gives any.
+    pub fn alpn(&self) -> Option<&AlpnOverrides> {
+        self.filters.iter().find_map(|filter| match &filter.kind {
+            FilterKind::Alpn(overrides) => Some(overrides),
+            _ => None,
+        })
+    }
+
+    /// The router: the last filter, by lowering.
+    pub fn router(&self) -> Option<&Router> {
+        match &self.filters.last()?.kind {
+            FilterKind::Router(router) => Some(router),
+            _ => None,
+        }
+    }
+
+    /// Whether the router keeps `x-envoy-*` to itself.
+    pub fn suppresses_envoy_headers(&self) -> bool {
+        self.router().is_some_and(|router| router.suppress_envoy_headers)
     }
 
     /// The filter that counts calls of gRPC, if there is one.

@@ -15,7 +15,6 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -86,7 +85,6 @@ refusals! {
     NO_KEY = (JwtNoKey, "Jwks doesn't have key to match kid or alg from Jwt"),
     KEYS_INVALID = (JwksUnavailable, "Jwks is an invalid JSON"),
     KEYS_NONE_VALID = (JwksUnavailable, "Jwks doesn't have any valid public key"),
-    KEYS_NOT_FETCHED = (JwksUnavailable, "Jwks remote fetch is failed"),
     TOO_MANY = (JwtTooMany, "Jwt verification fails"),
 }
 
@@ -104,31 +102,6 @@ impl Refusal {
         if other.rank() > self.rank() { other } else { self }
     }
 }
-
-/// Where a provider's keys come from.
-#[derive(Clone, PartialEq, Debug)]
-pub enum Keys {
-    /// Given with the configuration.
-    Local(Arc<KeySet>),
-    /// To be fetched and kept by the proxy.
-    Remote(RemoteJwks),
-}
-
-/// Keys that somebody must fetch.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct RemoteJwks {
-    /// What to fetch; also the key of [`RemoteKeys`].
-    pub uri: Box<str>,
-    /// Through which cluster.
-    pub cluster: Box<str>,
-    /// Until a fetch is given up.
-    pub timeout: Duration,
-    /// How long keys count (property 15).
-    pub cache: Duration,
-}
-
-/// Fetched key sets by URI. A set that is not there, or no longer fresh, is left out.
-pub type RemoteKeys = BTreeMap<Box<str>, Arc<KeySet>>;
 
 /// One issuer's rules.
 #[derive(Clone, PartialEq, Debug)]
@@ -148,7 +121,7 @@ struct Provider {
     skew: u64,
     claim_headers: Vec<(Box<str>, Vec<Box<str>>)>,
     clear_route_cache: bool,
-    keys: Keys,
+    keys: Arc<KeySet>,
 }
 
 /// What a request must show.
@@ -217,8 +190,6 @@ impl PerRoute {
 pub struct Env<'a> {
     /// Seconds since the epoch.
     pub now: u64,
-    /// Keys that were fetched.
-    pub remote: &'a RemoteKeys,
     /// The worker's memory of good signatures.
     pub cache: &'a RefCell<TokenCache>,
 }
@@ -283,14 +254,6 @@ impl JwtFilter {
             bypass_preflight: proto.bypass_cors_preflight,
             strip_failure: proto.strip_failure_response,
             stat_prefix: proto.stat_prefix.as_str().into(),
-        })
-    }
-
-    /// What the proxy must fetch.
-    pub fn remote_keys(&self) -> impl Iterator<Item = &RemoteJwks> {
-        self.providers.iter().filter_map(|provider| match &provider.keys {
-            Keys::Remote(remote) => Some(remote),
-            Keys::Local(_) => None,
         })
     }
 
@@ -409,20 +372,32 @@ impl JwtFilter {
         metadata: &mut Metadata,
     ) -> Passed {
         let mut passed = Passed::default();
-        let mut done: Vec<&Found> = Vec::new();
-        for token in found {
-            let Ok(verified) = &token.judged else { continue };
-            // The first provider that accepts a token speaks for it.
-            if done.iter().any(|other| other.text == token.text) || self.accepts(token, asked).is_err() {
+        let accepted: Vec<_> = found.iter().filter(|token| self.accepts(token, asked).is_ok()).collect();
+        // The first provider that accepts a token at a place says whether it stays there. All go before anything is
+        // written: a claim may be written where a token came from.
+        let mut settled: Vec<(&str, &Location)> = Vec::new();
+        for token in &accepted {
+            let provider = &self.providers[token.provider];
+            let place = &provider.locations[token.location];
+            if settled.contains(&(token.text.as_str(), place)) {
                 continue;
             }
-            done.push(token);
-            passed.tokens += 1;
-            let provider = &self.providers[token.provider];
-            passed.clear_route_cache |= provider.clear_route_cache;
+            settled.push((&token.text, place));
             if !provider.forward {
-                provider.locations[token.location].clear(head);
+                place.clear(head);
             }
+        }
+        // The first provider that accepts a token speaks for it.
+        let mut spoken_for: Vec<&str> = Vec::new();
+        for token in accepted {
+            let Ok(verified) = &token.judged else { continue };
+            if spoken_for.contains(&token.text.as_str()) {
+                continue;
+            }
+            spoken_for.push(&token.text);
+            let provider = &self.providers[token.provider];
+            passed.tokens += 1;
+            passed.clear_route_cache |= provider.clear_route_cache;
             provider.write(verified, head, metadata);
         }
         passed
@@ -496,9 +471,10 @@ impl Provider {
                     Some(Specifier::InlineBytes(bytes)) => bytes.as_slice(),
                     _ => return Err(Unsupported::new("local_jwks", "must be inline")),
                 };
-                Keys::Local(Arc::new(KeySet::parse(document)))
+                Arc::new(KeySet::parse(document))
             }
-            Some(JwksSourceSpecifier::RemoteJwks(remote)) => Keys::Remote(remote_jwks(remote).within("remote_jwks")?),
+            // The control plane fetches what `jwksUri` names, and sends it.
+            Some(JwksSourceSpecifier::RemoteJwks(_)) => return Err(Unsupported::not_built("remote_jwks")),
         };
         let claim_headers = each(&proto.claim_to_headers, "claim_to_headers", |claim| {
             let mut path: Vec<Box<str>> = claim.claim_path.iter().map(|segment| segment.key.as_str().into()).collect();
@@ -562,11 +538,7 @@ impl Provider {
                 return Err(Refusal::EXPIRED);
             }
         }
-        let keys = match &self.keys {
-            Keys::Local(keys) => keys,
-            Keys::Remote(remote) => env.remote.get(&remote.uri).ok_or(Refusal::KEYS_NOT_FETCHED)?,
-        };
-        env.cache.borrow_mut().verified(token, text, keys)
+        env.cache.borrow_mut().verified(token, text, &self.keys)
     }
 
     /// Claims and payload, where they were asked for.
@@ -625,21 +597,6 @@ fn header_value(claim: &Value) -> Option<String> {
     };
     let legal = !text.bytes().any(|b| matches!(b, b'\r' | b'\n' | 0));
     legal.then(|| text.trim_matches([' ', '\t']).to_owned())
-}
-
-fn remote_jwks(proto: &pb::RemoteJwks) -> Result<RemoteJwks, Unsupported> {
-    let uri = proto.http_uri.as_ref().ok_or_else(|| Unsupported::missing("http_uri"))?;
-    let Some(core::http_uri::HttpUpstreamType::Cluster(cluster)) = &uri.http_upstream_type else {
-        return Err(Unsupported::missing("http_uri.cluster"));
-    };
-    let timeout = uri.timeout.as_ref().ok_or_else(|| Unsupported::missing("http_uri.timeout"))?;
-    let cache = proto.cache_duration.as_ref().map(|value| duration(value, "cache_duration")).transpose()?;
-    Ok(RemoteJwks {
-        uri: uri.uri.as_str().into(),
-        cluster: cluster.as_str().into(),
-        timeout: duration(timeout, "http_uri.timeout")?,
-        cache: cache.unwrap_or(Duration::from_mins(10)),
-    })
 }
 
 impl Requirement {

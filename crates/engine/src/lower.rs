@@ -6,7 +6,9 @@
 //! **Harmless**, hence taken without effect: statistics settings (`stats_matcher`,
 //! `track_cluster_stats`), socket tuning (`tcp_backlog_size`, `enable_reuse_port`,
 //! `max_connections_to_accept_per_socket_event`, `connection_balance_config`), `decorator.propagate`,
-//! resolver tuning (`typed_dns_resolver_config`), `cleanup_interval`, `drain_type`,
+//! resolver tuning (`typed_dns_resolver_config`, and `dns_jitter` and `respect_dns_ttl`: the system's resolver tells no
+//! time to live), `cleanup_interval`, `drain_type`, `proxy_100_continue` (a 100 of the application is passed on anyhow),
+//! overrides of Istio's metrics (`stats.PluginConfig.metrics`),
 //! `ignore_health_on_host_removal`, `delayed_close_timeout` and `drain_timeout_jitter` (how a connection that has
 //! ended is let go), and `validate_clusters` (a missing cluster is found per request).
 
@@ -33,6 +35,7 @@ mod tls;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use common::json_struct;
 pub use common::{config_source, nothing_left, socket_address};
 pub use endpoint::resolved_endpoints;
 

@@ -34,8 +34,10 @@ pub struct Policy {
     pub base: Duration,
     /// At most so long.
     pub time_max: Duration,
-    /// At most this share of the hosts, but always one.
+    /// At most this share of the hosts.
     pub percent_max: u32,
+    /// One may be ejected whatever the share.
+    pub always_one: bool,
     /// The answers that are failures, instead of all 5xx.
     pub failures: Option<Box<[u16]>>,
 }
@@ -136,6 +138,7 @@ impl Policy {
             base,
             time_max: time(&proto.max_ejection_time, 300, "max_ejection_time")?.max(base),
             percent_max,
+            always_one: proto.always_eject_one_host.as_ref().is_some_and(|value| value.value),
             failures: None,
         })
     }
@@ -222,7 +225,7 @@ fn reached(counter: &AtomicU32, threshold: Option<u32>) -> bool {
 fn eject(policy: &Policy, cluster: &SharedCluster, host: &SharedHost, hosts: usize, now: Instant) {
     let out = u64::from(cluster.ejected.get());
     let within = (out + 1) * 100 <= u64::from(policy.percent_max) * hosts as u64;
-    if !(within || out == 0) || host.ejected.swap(true, Relaxed) {
+    if !(within || (policy.always_one && out == 0)) || host.ejected.swap(true, Relaxed) {
         return;
     }
     cluster.ejected.enter();
@@ -265,12 +268,18 @@ pub fn sweep(policy: &Policy, cluster: &SharedCluster, now: Instant) -> Duration
 
 #[cfg(test)]
 mod tests {
+    use envoy_types::pb::google::protobuf::BoolValue;
+
     use super::*;
     use crate::cluster::Address;
 
+    /// What `outlierDetection: {}` is compiled to.
     fn istio() -> OutlierDetection {
-        let value = |value| Some(UInt32Value { value });
-        OutlierDetection { enforcing_success_rate: value(0), ..OutlierDetection::default() }
+        OutlierDetection {
+            enforcing_success_rate: number(0),
+            always_eject_one_host: Some(BoolValue { value: true }),
+            ..OutlierDetection::default()
+        }
     }
 
     #[expect(clippy::unnecessary_wraps, reason = "as the messages hold it")]
@@ -374,19 +383,29 @@ mod tests {
     }
 
     #[test]
-    fn not_more_than_the_share_but_always_one() {
-        let check = |percent: u32, hosts: u8, expect: usize| {
-            let bed = bed(&OutlierDetection { max_ejection_percent: number(percent), ..istio() }, hosts);
+    fn not_more_than_the_share_but_one_where_that_is_asked() {
+        let check = |percent: u32, hosts: u8, always_one: bool, expect: usize| {
+            let proto = OutlierDetection {
+                max_ejection_percent: number(percent),
+                always_eject_one_host: Some(BoolValue { value: always_one }),
+                ..istio()
+            };
+            let bed = bed(&proto, hosts);
             for host in 0..usize::from(hosts) {
                 bed.mark(host, &[BAD; 5], 0);
             }
-            assert_eq!(bed.ejected().len(), expect, "{percent} % of {hosts}");
+            assert_eq!(bed.ejected().len(), expect, "{percent} % of {hosts}, always one: {always_one}");
         };
-        check(10, 3, 1);
-        check(10, 20, 2);
-        check(50, 4, 2);
-        check(100, 3, 3);
-        check(0, 3, 1);
+        for always_one in [false, true] {
+            let at_least = usize::from(always_one);
+            check(10, 3, always_one, at_least);
+            check(0, 3, always_one, at_least);
+            check(10, 20, always_one, 2);
+            check(50, 4, always_one, 2);
+            check(100, 3, always_one, 3);
+        }
+        let unsaid = OutlierDetection { always_eject_one_host: None, ..istio() };
+        assert!(!Policy::lower(&unsaid).unwrap().always_one, "as in Envoy since 1.28");
     }
 
     #[test]

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use envoy_types::pb::envoy::r#type::v3::FractionalPercent;
+use envoy_types::pb::envoy::r#type::v3::fractional_percent::DenominatorType;
 use types::RequestHead;
 
 use crate::config::Name;
@@ -18,6 +20,7 @@ use crate::matcher::{HeaderMatcher, Metadata, MetadataMatcher, QueryMatcher, Uri
 use crate::record::Provenance;
 use crate::regex::{Regex, Rewrite};
 use crate::retry::RetryPolicy;
+use crate::unsupported::Unsupported;
 
 mod hosts;
 
@@ -168,6 +171,22 @@ pub struct Fraction {
 }
 
 impl Fraction {
+    /// Lowers Envoy's message.
+    pub fn lower(proto: &FractionalPercent) -> Result<Self, Unsupported> {
+        let denominator = match DenominatorType::try_from(proto.denominator) {
+            Ok(DenominatorType::Hundred) => 100,
+            Ok(DenominatorType::TenThousand) => 10_000,
+            Ok(DenominatorType::Million) => 1_000_000,
+            Err(_) => return Err(Unsupported::new("denominator", "is not known")),
+        };
+        Ok(Self { numerator: proto.numerator, denominator })
+    }
+
+    /// It is everything.
+    pub fn is_whole(self) -> bool {
+        self.numerator >= self.denominator
+    }
+
     /// Whether this draw is among them.
     pub fn holds(self, draw: u64) -> bool {
         scale(draw, self.denominator.into()) < u64::from(self.numerator)

@@ -72,6 +72,8 @@ pub struct ClusterTallies {
     pub requests: Tally,
     /// Tries after the first.
     pub retries: Tally,
+    /// Tries that the limit of retries did not allow.
+    pub retry_overflows: Tally,
     /// Requests that were answered by their time-out.
     pub timeouts: Tally,
     /// Requests that found no place to wait in.

@@ -12,12 +12,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use types::{Cause, Fields};
+use types::Cause;
 
 use crate::access_log::AccessLog;
 use crate::chain::FilterChain;
 use crate::config::Name;
-use crate::exchange::{Attempt, AuthorizeAnswer, AuthorizeQuestion, Env, StreamInfo};
+use crate::exchange::{Attempt, AuthorizeAnswer, AuthorizeQuestion, StreamInfo};
 use crate::facts::ConnFacts;
 use crate::record::Recorder;
 
@@ -59,23 +59,8 @@ pub struct TcpProxy {
     pub connection_duration_max: Option<Duration>,
     /// The peer's address is the hash key.
     pub hash_source_ip: bool,
-    /// Wrap the bytes in HTTP.
-    pub tunneling: Option<Arc<Tunneling>>,
     /// Logs.
     pub access_log: Vec<Arc<AccessLog>>,
-}
-
-/// Bytes inside HTTP CONNECT or POST.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Tunneling {
-    /// `:authority`, host and port.
-    pub hostname: Box<str>,
-    /// POST in place of CONNECT.
-    pub use_post: bool,
-    /// Path of a POST.
-    pub post_path: Box<str>,
-    /// Headers to send.
-    pub headers: Fields,
 }
 
 /// What is to be done next.
@@ -101,8 +86,6 @@ pub enum StreamStep {
 pub struct TcpAttempt {
     /// Where to, with its counters, transport and ALPN.
     pub attempt: Attempt,
-    /// Bytes travel inside HTTP.
-    pub tunneling: Option<Arc<Tunneling>>,
     /// Peers exchange metadata on this connection when ALPN agrees on `istio-peer-exchange`.
     pub metadata_exchange: bool,
 }
@@ -135,11 +118,10 @@ pub struct StreamStart<'a> {
 /// Network filters of an HTTP chain decide before the first request: whether the connection may go
 /// on. `Err` closes it.
 pub fn admit(
-    env: &Env<'_>,
     chain: &FilterChain,
     conn: &ConnFacts,
     info: &mut StreamInfo,
     recorder: &mut dyn Recorder,
 ) -> Result<(), Cause> {
-    machine::admit(env, chain, conn, info, recorder)
+    machine::admit(chain, conn, info, recorder)
 }

@@ -250,10 +250,6 @@ pub(crate) struct Call<'a> {
 }
 
 impl Call<'_> {
-    fn env(&self) -> Env<'_> {
-        Env { now: self.now, ..self.world.env() }
-    }
-
     pub(crate) fn step(&mut self) -> Step {
         self.step.take().expect("a step is taken once")
     }
@@ -305,7 +301,6 @@ impl Call<'_> {
     }
 
     pub(crate) fn flags(&self) -> String {
-        let _ = self.env();
         crate::access_log::flags(self.exchange.info()).unwrap_or_else(|| "-".to_owned())
     }
 }

@@ -91,9 +91,14 @@ pub fn duration(value: &ProtoDuration, path: &str) -> Result<Duration, Unsupport
     Ok(Duration::new(seconds, nanos))
 }
 
+/// The full name of the type that a URL ends in.
+pub fn type_name(url: &str) -> &str {
+    url.rsplit('/').next().unwrap_or(url)
+}
+
 /// The message inside `any`, which must be of exactly this type.
 pub fn unpack<M: prost::Message + prost::Name + Default>(any: &Any, path: &str) -> Result<M, Unsupported> {
-    if any.type_url.rsplit('/').next() != Some(M::full_name().as_str()) {
+    if type_name(&any.type_url) != M::full_name() {
         return Err(Unsupported::new(path, format!("holds {}, where {} is needed", any.type_url, M::full_name())));
     }
     M::decode(any.value.as_slice()).map_err(|error| Unsupported::new(path, format!("cannot be decoded: {error}")))

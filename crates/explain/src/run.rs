@@ -208,7 +208,7 @@ fn exchange(writer: &mut Writer<'_>, facts: &Arc<ConnFacts>, sent: &RequestHead,
     let mut now = writer.now;
     let mut head = sent.clone();
     let mut info = engine::exchange::StreamInfo::default();
-    if let Err(cause) = engine::stream::admit(&proxy.env(now), writer.chain, facts, &mut info, &mut writer.record) {
+    if let Err(cause) = engine::stream::admit(writer.chain, facts, &mut info, &mut writer.record) {
         writer.translate(None);
         let mut end =
             End::cause(EndKind::Closed, cause, format!("the proxy of {} closes the connection", proxy.name()));
@@ -230,7 +230,7 @@ fn exchange(writer: &mut Writer<'_>, facts: &Arc<ConnFacts>, sent: &RequestHead,
                 Answer::Authorized(Ok(AuthorizeAnswer { head: ResponseHead::new(200), body, trailers: None }))
             }
             Step::Ask(Question::Body(_)) => Answer::Body { bytes: Vec::new().into(), complete: true },
-            Step::Ask(Question::Resolve { host, .. }) => {
+            Step::Ask(Question::Resolve { host }) => {
                 world.note(format!("{host} is outside of the mesh: {OUTSIDE} stands for its address"));
                 Answer::Resolved(Ok(vec![OUTSIDE]))
             }

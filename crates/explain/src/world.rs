@@ -172,13 +172,13 @@ impl<'a> World<'a> {
             parts.entry(resource.type_url).or_default().push(raw);
         }
         self.findings.borrow_mut().extend(resources.findings);
-        let config = self.assemble(workload, &view, |url| parts.remove(url).unwrap_or_default());
+        let config = self.assemble(&view, |url| parts.remove(url).unwrap_or_default());
         self.proxy_with(workload, config, None, now)
     }
 
     fn running(&self, workload: &Arc<Workload>, running: Running, now: Now) -> Proxy {
         let view = running.view.clone().unwrap_or_else(|| self.view(workload));
-        let config = self.assemble(workload, &view, |url| running.raws(url));
+        let config = self.assemble(&view, |url| running.raws(url));
         let proxy = self.proxy_with(workload, config, Some(running), now);
         let shared = proxy.worker.shared();
         for (name, state) in proxy.running.iter().flat_map(|running| &running.clusters) {
@@ -214,7 +214,7 @@ impl<'a> World<'a> {
     }
 
     /// Lowers what `part` gives of each type.
-    fn assemble(&self, workload: &Workload, view: &View, mut part: impl FnMut(&str) -> Vec<Raw>) -> RuntimeConfig {
+    fn assemble(&self, view: &View, mut part: impl FnMut(&str) -> Vec<Raw>) -> RuntimeConfig {
         let mut assembly = Assembly::new(NodeFacts::default());
         let rejected = [
             ("cluster", assembly.apply_clusters(&part(type_urls::CLUSTER), &[])),
@@ -228,12 +228,6 @@ impl<'a> World<'a> {
         }
         findings.dedup();
         drop(findings);
-        if assembly.keys_to_fetch().next().is_some() {
-            self.note(format!(
-                "{} would fetch key sets (jwksUri), which is not done here: tokens of those issuers are refused",
-                workload.key()
-            ));
-        }
         let resolved: Vec<_> = assembly
             .names_to_resolve()
             .map(|(name, spec)| (Name::clone(name), lower::resolved_endpoints(spec, |_| vec![OUTSIDE])))

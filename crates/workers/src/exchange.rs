@@ -315,8 +315,8 @@ impl Driver<'_, '_> {
                 bytes.truncate(max);
                 Ok(self.resume(Answer::Body { bytes, complete }))
             }
-            Question::Resolve { host, port, .. } => {
-                let answer = ask::resolve(self.worker, &host, port).await;
+            Question::Resolve { host } => {
+                let answer = ask::resolve(self.worker, &host).await;
                 Ok(self.resume(Answer::Resolved(answer)))
             }
         }
@@ -368,7 +368,7 @@ impl Driver<'_, '_> {
             Err(interrupt) => return self.interrupted(interrupt),
         };
         if attempt.upgrade && !leased.takes_upgrades() {
-            return Some(self.failed(Failure::unsent(Cause::UpstreamProtocolError)));
+            return Some(self.failed(Failure::unsent(Cause::LocalReset)));
         }
         let endpoints = leased.endpoints.clone();
         let over_http2 = leased.is_http2();
@@ -553,9 +553,7 @@ impl Driver<'_, '_> {
         }
         match self.relay(&mut running, &mut download, tunnel).await {
             Ok(()) => {
-                let grpc_trailers = self.traffic.trailers.as_mut();
-                let env = self.worker.env(&self.config);
-                self.exchange.response_ended(&env, grpc_trailers);
+                self.exchange.response_ended();
                 self.log.ended(Ending::Complete);
                 if !self.upload.ended {
                     // the answer is complete, the request is not: what follows it is not read

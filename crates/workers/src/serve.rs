@@ -29,10 +29,8 @@ use crate::worker::Worker;
 /// Serves a connection of a chain that ends in HTTP.
 pub(crate) async fn http(worker: &Rc<Worker>, conn: Rc<Conn>, hcm: &Hcm, mut io: Io) {
     let _connected = Connected::new(&conn);
-    let config = worker.config();
     let mut info = StreamInfo::default();
-    let admitted = engine::stream::admit(&worker.env(&config), &conn.chain, &conn.facts, &mut info, &mut NoRecord);
-    drop(config);
+    let admitted = engine::stream::admit(&conn.chain, &conn.facts, &mut info, &mut NoRecord);
     worker.recorder.add(Counter::RbacAllowed, info.allowed.into());
     if let Err(cause) = admitted {
         worker.recorder.count(Counter::RbacDenied);

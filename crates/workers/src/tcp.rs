@@ -118,13 +118,6 @@ async fn end(mut down: Io) {
 }
 
 async fn connect(worker: &Rc<Worker>, conn: &Conn, tcp: &TcpAttempt) -> Result<(Io, Endpoints, Open), Failure> {
-    if tcp.tunneling.is_some() {
-        return Err(Failure {
-            cause: Cause::ConnectFailed,
-            detail: "tunneling over HTTP is not built yet".into(),
-            request_sent: false,
-        });
-    }
     let attempt = &tcp.attempt;
     let held = attempt.shared.try_hold(Resource::Connection, attempt.cluster.limits.connections_max);
     let Some(held) = held else {

@@ -229,6 +229,8 @@ spec:
     );
     let answer = mesh.get("redirect.example", "/a?b=c", &[]);
     assert_eq!((answer.status, answer.header("location")), (301, Some("https://redirect.example/a?b=c")), "{answer:?}");
+    let with_port = mesh.get("redirect.example:8080", "/a", &[]);
+    assert_eq!(with_port.header("location"), Some("https://redirect.example:8080/a"), "{with_port:?}");
     crate::causes::logged(&mesh, "istio-system/istio-ingressgateway", "/a?b=c", " 301 - direct_response ");
 }
 

@@ -144,6 +144,46 @@ spec:
     assert_eq!(Client::over(waiting).raw(b"", false).unwrap().status, 200, "the place is free");
 }
 
+/// `maxRetries: 1`: while one request is being repeated, the failures of others are passed on as they are.
+#[test]
+fn a_retry_over_the_limit_leaves_the_answer_that_was_to_be_repeated() {
+    let mesh = TRAFFIC.turn();
+    let puppet = Puppet::new(&mesh, COLLECTOR);
+    let objects = "
+apiVersion: v1
+kind: Service
+metadata: {name: stubborn, namespace: plain}
+spec: {selector: {app: puppet}, ports: [{name: http, port: 8012, targetPort: 8000}]}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: stubborn, namespace: plain}
+spec: {host: stubborn, trafficPolicy: {connectionPool: {http: {maxRetries: 1}}}}
+";
+    let rule = "  - retries: {attempts: 15, retryOn: 5xx, perTryTimeout: 4s}
+    route: [{destination: {host: stubborn.plain.svc.cluster.local, port: {number: 8012}}}]";
+    let _objects = mesh.with(&format!("{}\n---\n{objects}", virtual_service("stubborn", rule)));
+    puppet.answers(&json!([{"path": "/held", "hangs": true}, {"path": "/boom", "status": 500, "body": "boom"}]));
+    let tries = |path: &str| puppet.seen().iter().filter(|request| request["path"] == path).count();
+    let mut held = std::net::TcpStream::connect(mesh.http).unwrap();
+    held.write_all(b"GET /held HTTP/1.1\r\nhost: stubborn.shop.test\r\n\r\n").unwrap();
+    eventually("the second try", || if tries("/held") >= 2 { Ok(()) } else { Err(format!("{:?}", puppet.seen())) });
+    for _ in 0..3 {
+        let answer = mesh.get("stubborn.shop.test", "/boom", &[]);
+        assert_eq!((answer.status, answer.body.as_str(), answer.header("x-envoy-overloaded")), (500, "boom", None));
+    }
+    assert_eq!(tries("/boom"), 3, "each once");
+    line(&mesh, GATEWAY, "/boom", &[" 500 UO ", "via_upstream"]);
+    drop(held);
+    eventually("the place of the client that left", || {
+        let state = mesh.curl(GATEWAY, &["http://127.0.0.1:15000/lateen/state"]).json();
+        let retries = &state["clusters"]["outbound|8012||stubborn.plain.svc.cluster.local"]["retries"];
+        if retries.as_u64().unwrap_or(0) == 0 { Ok(()) } else { Err(state.to_string()) }
+    });
+    assert_eq!(mesh.get("stubborn.shop.test", "/boom", &[]).status, 500);
+    line(&mesh, GATEWAY, "/boom", &[" 500 URX ", "via_upstream"]);
+}
+
 const TO_HTTPBIN: &str = "    route: [{destination: {host: httpbin, port: {number: 8000}}}]";
 
 #[test]

@@ -10,6 +10,7 @@ mod backend;
 mod files;
 mod filters;
 mod grpc;
+mod limits;
 mod mesh;
 mod resources;
 mod roots;

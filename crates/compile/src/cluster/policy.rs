@@ -21,7 +21,7 @@ use super::{Outbound, client_protocol, keep_alive};
 use crate::context::Context;
 use crate::locality;
 use crate::security::matchers;
-use crate::wire::{self, uint};
+use crate::wire::{self, boolean, uint};
 
 /// A limit that nothing reaches.
 const UNLIMITED: u32 = u32::MAX;
@@ -129,6 +129,8 @@ fn outliers(settings: &net::OutlierDetection) -> OutlierDetection {
             .and_then(|percent| u32::try_from(percent).ok())
             .filter(|percent| *percent > 0)
             .and_then(uint),
+        // The share alone would keep the only bad one of a few pods in.
+        always_eject_one_host: boolean(true),
         ..OutlierDetection::default()
     };
     let count_5xx =

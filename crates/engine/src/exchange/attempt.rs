@@ -33,8 +33,6 @@ pub(crate) struct Plan<'a> {
     /// Resolved addresses (dynamic forwarding).
     pub(crate) resolved: Option<SocketAddr>,
     pub(crate) alpn: Option<&'a AlpnOverrides>,
-    /// The place in the retry limit, if this is a retry.
-    pub(crate) retry: Option<crate::shared::ClusterHeld>,
     pub(crate) upgrade: bool,
 }
 
@@ -78,7 +76,7 @@ pub(crate) fn make(
         number: plan.number,
         cluster: Arc::clone(cluster),
         shared: Arc::clone(&live.shared),
-        held: HeldPlaces { request: Some(request), retry: plan.retry, host: Some(Held::enter(&picked.host)) },
+        held: HeldPlaces { request: Some(request), host: Some(Held::enter(&picked.host)) },
         picked,
         transport,
         protocol,

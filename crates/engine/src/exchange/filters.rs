@@ -290,8 +290,7 @@ impl Exchange {
                 repicks_max: 0,
                 avoid_priorities: &[],
                 resolved: None,
-                alpn: super::machine::alpn_overrides(hcm),
-                retry: None,
+                alpn: hcm.alpn(),
                 upgrade: false,
             };
             attempt::make(env, &live, plan, &mut crate::record::NoRecord).map(|(attempt, _)| attempt)
@@ -307,7 +306,6 @@ impl Exchange {
                 body: check.body,
                 timeout: authz.timeout,
                 grpc: check.grpc,
-                body_wanted: None,
             }))),
             Err(cause) => self.authorized(env, (hcm, index), &Err(cause), head, recorder),
         }
@@ -382,14 +380,12 @@ impl Exchange {
         head: &mut RequestHead,
         recorder: &mut dyn Recorder,
     ) -> Verdict {
-        let config = std::rc::Rc::clone(&self.config);
         let mut metadata = std::mem::take(&mut self.info.metadata);
         let by_route = match self.setting(name) {
             Some(Override::Jwt(by_route)) => Some(by_route),
             _ => None,
         };
-        let with =
-            crate::jwt::Env { now: env.now.wall_seconds(), remote: &config.remote_keys, cache: &env.worker.tokens };
+        let with = crate::jwt::Env { now: env.now.wall_seconds(), cache: &env.worker.tokens };
         let outcome = jwt.authenticate(head, &mut metadata, by_route, &with);
         self.info.metadata = metadata;
         note(recorder, Stage::Filter, None, || match &outcome {

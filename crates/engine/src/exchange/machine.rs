@@ -6,26 +6,26 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
-use types::{Cause, Fields, RequestHead, ResponseHead, Scheme};
+use types::{Cause, RequestHead, ResponseHead, Scheme};
 
 use super::attempt::{self, Plan};
 use super::reply::{self, Edits, Spec};
 use super::{Answer, Attempt, Details, Env, Failure, LocalReply, Mirror, Question, Start, Step, StreamInfo};
 use super::{normalize, route_edits};
 use crate::chain::{Direction, FilterChain, Terminal};
-use crate::cluster::Discovery;
+use crate::cluster::{Discovery, DnsFamily};
 use crate::config::{Name, RuntimeConfig};
 use crate::digits::{millis, set_number};
 use crate::draw::Draw;
 use crate::facts::ConnFacts;
-use crate::hcm::{AlpnOverrides, FilterKind, Hcm, RouteSource};
+use crate::hcm::{Hcm, RouteSource};
 use crate::record::{Recorder, Stage, note};
 use crate::retry::RetryPolicy;
 use crate::route::{
     Action, Choice, Forward, HostRewrite, MirrorPolicy, RequireTls, Route, RouteTable, Target, VirtualHost,
     WeightedCluster,
 };
-use crate::shared::{Resource, SharedHost};
+use crate::shared::{ClusterHeld, Resource, SharedHost};
 
 /// One request.
 #[derive(Debug)]
@@ -93,6 +93,8 @@ struct AttemptState {
     hash: Option<u64>,
     tried: SmallVec<[Arc<SharedHost>; 4]>,
     tried_priorities: Vec<u32>,
+    /// The place in the retry limit, from the decision to try again until something came of the try.
+    retrying: Option<ClusterHeld>,
     cluster: Option<Name>,
     shared: Option<Arc<crate::shared::SharedCluster>>,
     resolved: Option<std::net::SocketAddr>,
@@ -397,22 +399,16 @@ impl Exchange {
             self.set_timeouts(forward, head);
         }
         self.attempt.retries_left = self.attempt.policy.as_ref().map_or(0, |policy| policy.retries_max);
-        if let Discovery::DynamicForward { cache } = &cluster.discovery
-            && self.attempt.resolved.is_none()
-        {
-            let host = crate::route::without_port(head.authority());
-            let port = head.authority().get(host.len() + 1..).and_then(|port| std::str::from_utf8(port).ok());
-            let default = if self.conn.tls.is_some() || head.scheme == Scheme::Https { 443 } else { 80 };
-            let port = port.and_then(|port| port.parse().ok()).unwrap_or(default);
+        if matches!(cluster.discovery, Discovery::DynamicForward { .. }) && self.attempt.resolved.is_none() {
             self.phase = Phase::Resolving;
-            let host = String::from_utf8_lossy(host).into_owned().into_boxed_str();
-            return Step::Ask(Question::Resolve { host, port, cache: cache.clone() });
+            let host = crate::route::without_port(head.authority());
+            return Step::Ask(Question::Resolve { host: String::from_utf8_lossy(host).into() });
         }
         if !self.attempt.edited {
             self.attempt.edited = true;
             // Edits may tell of the attempt they are made for.
             self.info.attempts = 1;
-            let mirrors = self.mirror_heads(forward, host, head);
+            let mirrors = self.mirror_heads(forward, host);
             self.edit_request(forward, route, head, env.now);
             self.upstream_headers(env, host, head);
             // The key is read where the request goes on: headers that the route wrote count.
@@ -476,11 +472,7 @@ impl Exchange {
         let spent = completed.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         let left = self.timing.route.map(|route| route.saturating_sub(spent).max(Duration::from_millis(1)));
         let expected = left.map_or(limit, |left| limit.min(left));
-        let suppressed = hcm.filters.iter().any(|filter| match &filter.kind {
-            FilterKind::Router(router) => router.suppress_envoy_headers,
-            _ => false,
-        });
-        if !suppressed {
+        if !hcm.suppresses_envoy_headers() {
             set_number(&mut head.fields, "x-envoy-expected-rq-timeout-ms", millis(expected));
         }
         // A gRPC server learns what is left for it; where streams have a limit of their own, the
@@ -500,8 +492,7 @@ impl Exchange {
         self.exchange_metadata_upstream(env, &hcm, head);
     }
 
-    fn mirror_heads(&self, forward: &Forward, host: &VirtualHost, head: &RequestHead) -> Vec<(Name, bool)> {
-        let _ = head;
+    fn mirror_heads(&self, forward: &Forward, host: &VirtualHost) -> Vec<(Name, bool)> {
         let policies: &[MirrorPolicy] = match (&forward.mirrors[..], &host.mirrors[..], self.table.as_deref()) {
             ([], [], Some(table)) => &table.mirrors,
             ([], by_host, _) => by_host,
@@ -533,14 +524,6 @@ impl Exchange {
         self.attempt.number += 1;
         self.info.attempts = self.attempt.number;
         self.attempt.shared = Some(Arc::clone(&live.shared));
-        let retry = if self.attempt.number > 1 {
-            let Some(held) = crate::limit::take(&cluster.limits, &live.shared, Resource::Retry) else {
-                return self.retry_overflow(env, head, recorder);
-            };
-            Some(held)
-        } else {
-            None
-        };
         if self.attempt.number > 1 {
             if self.table_and_host().is_some_and(|(_, host)| host.attempt_count) {
                 set_number(&mut head.fields, "x-envoy-attempt-count", self.attempt.number.into());
@@ -564,8 +547,7 @@ impl Exchange {
             repicks_max: policy.as_ref().map_or(0, |policy| policy.repicks_max),
             avoid_priorities: avoided_priorities(policy.as_deref(), &self.attempt),
             resolved: self.attempt.resolved,
-            alpn: hcm.as_deref().and_then(alpn_overrides),
-            retry,
+            alpn: hcm.as_deref().and_then(Hcm::alpn),
             upgrade: self.upgrade,
         };
         let (mut attempt, priority) = match attempt::make(env, &live, plan, recorder) {
@@ -636,8 +618,7 @@ impl Exchange {
                 repicks_max: 0,
                 avoid_priorities: &[],
                 resolved: None,
-                alpn: hcm.as_deref().and_then(alpn_overrides),
-                retry: None,
+                alpn: hcm.as_deref().and_then(Hcm::alpn),
                 upgrade: false,
             };
             // A copy that cannot be sent is dropped: it never affects the client. Where it goes is no
@@ -708,7 +689,11 @@ impl Exchange {
         head: &mut RequestHead,
         recorder: &mut dyn Recorder,
     ) -> Step {
-        let Some(ip) = answer.ok().and_then(|all| all.into_iter().next()) else {
+        let family = match self.info.cluster.as_ref().map(|cluster| &cluster.discovery) {
+            Some(Discovery::DynamicForward { family }) => *family,
+            _ => DnsFamily::All,
+        };
+        let Some(ip) = answer.ok().and_then(|all| family.choose(&all).first().copied()) else {
             return self.reply(env, Cause::DnsFailed, Spec::default(), head, recorder);
         };
         let host = crate::route::without_port(head.authority());
@@ -731,20 +716,13 @@ impl Exchange {
         self.mark_host(env, crate::outlier::Event::Status(seen));
         let retriable =
             self.attempt.policy.as_ref().is_some_and(|policy| policy.applies_to(head) && policy.on_response(response));
-        if retriable && let Some(step) = self.again(env, None, head, recorder) {
+        if let Some(step) = self.again(env, retriable, None, recorder) {
             return step;
-        }
-        if retriable && self.attempt.number > 1 && self.attempt.retries_left == 0 {
-            self.info.causes.push(Cause::RetryLimitExceeded);
         }
         self.info.details = Details::Static("via_upstream");
         self.phase = if ended { Phase::Done } else { Phase::Responding };
         if let (Some(completed), Some(hcm)) = (self.completed, self.hcm()) {
-            let suppressed = hcm.filters.iter().any(|filter| match &filter.kind {
-                FilterKind::Router(router) => router.suppress_envoy_headers,
-                _ => false,
-            });
-            if !suppressed {
+            if !hcm.suppresses_envoy_headers() {
                 let waited = env.now.mono.saturating_duration_since(completed);
                 set_number(&mut response.fields, "x-envoy-upstream-service-time", millis(waited));
             }
@@ -784,8 +762,8 @@ impl Exchange {
         head: &mut RequestHead,
         recorder: &mut dyn Recorder,
     ) -> Step {
-        // A limit of our own says nothing of the host.
-        if failure.cause != Cause::UpstreamOverflow {
+        // A limit of our own, or a request that cannot be sent as it is, says nothing of the host.
+        if !matches!(failure.cause, Cause::UpstreamOverflow | Cause::LocalReset) {
             self.mark_host(env, crate::outlier::Event::Local);
         }
         self.info.transport_failure.clone_from(&failure.detail);
@@ -796,31 +774,26 @@ impl Exchange {
         note(recorder, Stage::Retry, None, || {
             (failure.cause.name().to_owned(), if retriable { "may be tried again" } else { "is final" }.to_owned())
         });
-        if retriable && let Some(step) = self.again(env, Some(failure), head, recorder) {
+        if let Some(step) = self.again(env, retriable, Some(failure), recorder) {
             return step;
         }
-        self.final_failure(env, failure, retriable, head, recorder)
+        self.final_failure(env, failure, head, recorder)
     }
 
     fn final_failure(
         &mut self,
         env: &Env<'_>,
         failure: &Failure,
-        retriable: bool,
         head: &mut RequestHead,
         recorder: &mut dyn Recorder,
     ) -> Step {
-        let retried = self.attempt.number > 1;
-        if retriable && self.attempt.retries_left == 0 && retried {
-            self.info.causes.push(Cause::RetryLimitExceeded);
-        }
         let reason = failure.cause.reset_reason().unwrap_or_default().replace(' ', "_");
         let mut details = format!("{}{{{reason}}}", failure.cause.surface().details);
         if !failure.detail.is_empty() {
             details = details.replace('}', &format!("|{}}}", failure.detail.replace(' ', "_")));
         }
         self.info.details = Details::Owned(details.into());
-        let body = reply::reset_body(failure.cause, retried);
+        let body = reply::reset_body(failure.cause, self.attempt.number > 1);
         let headers = match failure.cause {
             Cause::UpstreamOverflow => vec![("x-envoy-overloaded", b"true".to_vec())],
             _ => Vec::new(),
@@ -832,40 +805,46 @@ impl Exchange {
     /// No attempt could be made at all.
     fn no_attempt(&mut self, env: &Env<'_>, cause: Cause, head: &mut RequestHead, recorder: &mut dyn Recorder) -> Step {
         if cause == Cause::UpstreamOverflow {
-            return self.final_failure(env, &Failure::unsent(cause), false, head, recorder);
+            return self.final_failure(env, &Failure::unsent(cause), head, recorder);
         }
         self.reply(env, cause, Spec::default(), head, recorder)
     }
 
-    /// The retry limit is reached: the failure before it stands.
-    fn retry_overflow(&mut self, env: &Env<'_>, head: &mut RequestHead, recorder: &mut dyn Recorder) -> Step {
-        self.attempt.number -= 1;
-        self.info.attempts = self.attempt.number;
-        self.final_failure(env, &Failure::unsent(Cause::UpstreamOverflow), false, head, recorder)
-    }
-
-    /// Plans another attempt, if anything allows it.
+    /// Plans another attempt where the last one is worth repeating and anything allows it; else what came of the last
+    /// one stands.
+    ///
+    /// *Source*: Envoy's `RetryStateImpl::shouldRetry`.
     fn again(
         &mut self,
         env: &Env<'_>,
+        retriable: bool,
         failure: Option<&Failure>,
-        head: &mut RequestHead,
         recorder: &mut dyn Recorder,
     ) -> Option<Step> {
+        // A retry that has ended leaves its place to the next one.
+        self.attempt.retrying = None;
         let unsent = failure.is_some_and(|failure| !failure.request_sent);
-        if self.attempt.retries_left == 0 || !(self.replayable || unsent) || self.upgrade_started() {
+        if !retriable || !(self.replayable || unsent) || self.upgrade_started() {
             return None;
         }
-        // The limit is checked before the response is dropped: over it, the original failure stands.
-        let (shared, limits) = (self.attempt.shared.as_ref()?, self.info.cluster.as_ref()?.limits);
-        if shared.retries.get() >= crate::limit::places(&limits, shared, Resource::Retry) {
-            note(recorder, Stage::Retry, None, || ("no".to_owned(), "the retry limit is reached".to_owned()));
+        if self.attempt.retries_left == 0 {
+            if self.attempt.number > 1 {
+                self.info.causes.push(Cause::RetryLimitExceeded);
+            }
             return None;
         }
-        self.attempt.retries_left -= 1;
         let policy = self.attempt.policy.clone()?;
+        // The place is taken while the answer is still there to be passed on.
+        let (shared, limits) = (self.attempt.shared.as_ref()?, self.info.cluster.as_ref()?.limits);
+        let Some(place) = crate::limit::take(&limits, shared, Resource::Retry) else {
+            note(recorder, Stage::Retry, None, || ("no".to_owned(), "the retry limit is reached".to_owned()));
+            shared.tallies.retry_overflows.count();
+            self.info.causes.push(Cause::UpstreamOverflow);
+            return None;
+        };
+        self.attempt.retrying = Some(place);
+        self.attempt.retries_left -= 1;
         let wait = policy.back_off(self.attempt.number, self.draw.numbered("backoff", u64::from(self.attempt.number)));
-        let _ = head;
         note(recorder, Stage::Retry, None, || ("yes".to_owned(), format!("after {} ms", wait.as_millis())));
         self.timing.try_started = None;
         self.phase = Phase::BackingOff;
@@ -878,17 +857,14 @@ impl Exchange {
     }
 
     fn timed_out(&mut self, env: &Env<'_>, cause: Cause, head: &mut RequestHead, recorder: &mut dyn Recorder) -> Step {
-        if cause != Cause::RequestReceiveTimeout {
+        let is_trying = self.phase == Phase::Attempting;
+        if is_trying && matches!(cause, Cause::RequestTimeout | Cause::PerTryTimeout) {
             self.mark_host(env, crate::outlier::Event::Timeout);
         }
-        if cause == Cause::PerTryTimeout {
-            let retriable = self.attempt.policy.as_ref().is_some_and(|policy| policy.on_per_try_timeout());
-            if retriable && let Some(step) = self.again(env, None, head, recorder) {
-                return step;
-            }
-            if retriable && self.attempt.number > 1 {
-                self.info.causes.push(Cause::RetryLimitExceeded);
-            }
+        let retriable = cause == Cause::PerTryTimeout
+            && self.attempt.policy.as_ref().is_some_and(|policy| policy.on_per_try_timeout());
+        if let Some(step) = self.again(env, retriable, None, recorder) {
+            return step;
         }
         self.too_late(env, cause, head, recorder)
     }
@@ -976,9 +952,8 @@ impl Exchange {
         if trying { self.timing.per_try_idle } else { self.timing.idle }
     }
 
-    /// The response's body has ended well, with these trailers.
-    pub fn response_ended(&mut self, env: &Env<'_>, trailers: Option<&mut Fields>) {
-        let _ = (env, trailers);
+    /// The response has ended well.
+    pub fn response_ended(&mut self) {
         self.phase = Phase::Done;
     }
 
@@ -1048,13 +1023,6 @@ impl Exchange {
         self.phase = Phase::Done;
         Step::Reply(Box::new(LocalReply { cause, head, body, close }))
     }
-}
-
-pub(super) fn alpn_overrides(hcm: &Hcm) -> Option<&AlpnOverrides> {
-    hcm.filters.iter().find_map(|filter| match &filter.kind {
-        FilterKind::Alpn(overrides) => Some(overrides),
-        _ => None,
-    })
 }
 
 fn avoided_priorities<'a>(policy: Option<&RetryPolicy>, attempt: &'a AttemptState) -> &'a [u32] {

@@ -318,7 +318,18 @@ fn only_matched_requests_are_asked_about() {
 fn refused() {
     let refused = |proto: pb::ExtAuthz| ExtAuthz::lower(&proto).unwrap_err().path;
     assert_eq!(refused(pb::ExtAuthz::default()), "services");
-    assert_eq!(refused(pb::ExtAuthz { shadow_mode: true, ..http() }), "shadow_mode");
+    let no = envoy_types::pb::google::protobuf::BoolValue { value: false };
+    for (field, proto) in [
+        ("shadow_mode", pb::ExtAuthz { shadow_mode: true, ..http() }),
+        ("validate_mutations", pb::ExtAuthz { validate_mutations: true, ..http() }),
+        ("filter_metadata", pb::ExtAuthz { filter_metadata: Some(Struct::default()), ..http() }),
+        ("enforce_response_header_limits", pb::ExtAuthz { enforce_response_header_limits: true, ..grpc() }),
+        ("enable_dynamic_metadata_ingestion", pb::ExtAuthz { enable_dynamic_metadata_ingestion: Some(no), ..grpc() }),
+    ] {
+        assert_eq!(refused(proto), field);
+    }
+    let taken = Some(envoy_types::pb::google::protobuf::BoolValue { value: true });
+    assert!(ExtAuthz::lower(&pb::ExtAuthz { enable_dynamic_metadata_ingestion: taken, ..grpc() }).is_ok());
     let none = pb::BufferSettings::default();
     assert_eq!(
         refused(pb::ExtAuthz { with_request_body: Some(none), ..http() }),

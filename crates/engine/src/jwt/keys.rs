@@ -230,11 +230,6 @@ impl KeySet {
         Self { id, keys }
     }
 
-    /// Whether no token can be verified with it.
-    pub fn is_broken(&self) -> bool {
-        self.keys.is_err()
-    }
-
     /// Tells one document from another.
     pub(super) fn id(&self) -> &[u8; 32] {
         &self.id

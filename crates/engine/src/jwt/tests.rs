@@ -107,17 +107,11 @@ fn istio(providers: Vec<pb::JwtProvider>) -> pb::JwtAuthentication {
 struct Bed {
     filter: JwtFilter,
     cache: RefCell<TokenCache>,
-    remote: RemoteKeys,
     metadata: Metadata,
 }
 
 fn bed(proto: &pb::JwtAuthentication) -> Bed {
-    Bed {
-        filter: JwtFilter::lower(proto).unwrap(),
-        cache: RefCell::default(),
-        remote: RemoteKeys::new(),
-        metadata: Metadata::new(),
-    }
+    Bed { filter: JwtFilter::lower(proto).unwrap(), cache: RefCell::default(), metadata: Metadata::new() }
 }
 
 /// The same under another name, where a bed stands already.
@@ -128,7 +122,7 @@ fn new_bed(proto: &pb::JwtAuthentication) -> Bed {
 impl Bed {
     fn ask(&mut self, head: &mut RequestHead) -> Result<Passed, Box<Denied>> {
         self.metadata = Metadata::new();
-        let env = Env { now: NOW, remote: &self.remote, cache: &self.cache };
+        let env = Env { now: NOW, cache: &self.cache };
         self.filter.authenticate(head, &mut self.metadata, None, &env)
     }
 
@@ -318,6 +312,32 @@ fn places_and_forwarding() {
     head.fields.push("x-t", token.as_bytes());
     assert_eq!(bed.ask(&mut head).unwrap().tokens, 1);
     assert!(!head.fields.contains("x-t"));
+    let everywhere = || {
+        let mut head = RequestHead::new("GET", "h", &format!("/x?t={token}&a=1&t={token}"));
+        head.fields.push("x-t", token.as_bytes());
+        head.fields.push("cookie", format!("s={token}").as_bytes());
+        head
+    };
+    let mut head = everywhere();
+    assert_eq!(bed.ask(&mut head).unwrap().tokens, 1, "one token in several places");
+    assert_eq!((head.path(), head.fields.get("x-t"), head.fields.get("cookie")), (&b"/x?a=1"[..], None, None));
+    let mut defaults = new_bed(&istio(vec![provider("me", &me.jwks)]));
+    let mut head = RequestHead::new("GET", "h", &format!("/x?access_token={token}"));
+    head.fields.push("authorization", format!("Bearer {token}").as_bytes());
+    assert_eq!(defaults.ask(&mut head).unwrap().tokens, 1);
+    assert_eq!((head.path(), head.fields.get("authorization")), (&b"/x"[..], None), "Istio's own two places");
+    // Who reads a place says what becomes of the token there.
+    let by_header = pb::JwtProvider { from_params: vec![], from_cookies: vec![], forward: true, ..proto.clone() };
+    let mut apart = new_bed(&istio(vec![by_header, pb::JwtProvider { from_headers: vec![], ..proto.clone() }]));
+    let mut head = everywhere();
+    assert_eq!(apart.ask(&mut head).unwrap().tokens, 1);
+    assert_eq!((head.path(), head.fields.get("x-t")), (&b"/x?a=1"[..], Some(token.as_bytes())));
+    // What is written where a token came from stays.
+    let mut head = everywhere();
+    let payload = pb::JwtProvider { forward_payload_header: "x-t".into(), ..proto.clone() };
+    assert_eq!(new_bed(&istio(vec![payload])).ask(&mut head).unwrap().tokens, 1);
+    assert_eq!(head.fields.get("x-t"), token.split('.').nth(1).map(str::as_bytes));
+    let mut head = RequestHead::new("GET", "h", "/x");
     let mut forwards = new_bed(&istio(vec![pb::JwtProvider { forward: true, ..proto }]));
     head.fields.push("x-t", token.as_bytes());
     assert_eq!(forwards.ask(&mut head).unwrap().tokens, 1);
@@ -392,33 +412,6 @@ fn broken_keys_refuse_tokens_and_nothing_else() {
     let encryption = me.jwks.replace("\"kid\"", "\"use\":\"enc\",\"kid\"");
     bed(&istio(vec![provider("me", &encryption)]))
         .bearer(&me.token(&claims("me")), Err("Jwks doesn't have any valid public key"));
-}
-
-#[test]
-fn fetched_keys() {
-    let me = issuer("k");
-    let remote = pb::RemoteJwks {
-        http_uri: Some(core::HttpUri {
-            uri: "https://id/keys".into(),
-            timeout: Some(envoy_types::pb::google::protobuf::Duration { seconds: 5, nanos: 0 }),
-            http_upstream_type: Some(core::http_uri::HttpUpstreamType::Cluster("c".into())),
-        }),
-        ..Default::default()
-    };
-    let proto = pb::JwtProvider {
-        jwks_source_specifier: Some(pb::jwt_provider::JwksSourceSpecifier::RemoteJwks(remote)),
-        ..provider("me", "")
-    };
-    let mut bed = bed(&istio(vec![proto]));
-    assert_eq!(bed.filter.remote_keys().map(|remote| &*remote.uri).collect::<Vec<_>>(), ["https://id/keys"]);
-    let token = me.token(&claims("me"));
-    bed.check(&[], Ok(0));
-    bed.bearer(&token, Err("Jwks remote fetch is failed"));
-    bed.remote.insert("https://id/keys".into(), Arc::new(KeySet::parse(me.jwks.as_bytes())));
-    bed.bearer(&token, Ok(1));
-    // A key that is withdrawn no longer counts, whatever was remembered.
-    bed.remote.insert("https://id/keys".into(), Arc::new(KeySet::parse(issuer("k").jwks.as_bytes())));
-    bed.bearer(&token, Err("Jwt verification fails"));
 }
 
 #[test]

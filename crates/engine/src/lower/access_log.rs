@@ -11,10 +11,9 @@ use envoy_types::pb::google::protobuf::Any;
 use envoy_types::pb::google::protobuf::{Struct, value::Kind};
 
 use super::common::{json, nothing_left};
-use super::network::type_name;
 use crate::access_log::{AccessLog, Comparison, DEFAULT_TEXT, Format, JsonFormat, JsonValue, LogFilter, Template};
 use crate::matcher::HeaderMatcher;
-use crate::unsupported::{Unsupported, Within, each, unpack};
+use crate::unsupported::{Unsupported, Within, each, type_name, unpack};
 
 pub(super) fn lower(list: &[pb::AccessLog]) -> Result<Vec<Arc<AccessLog>>, Unsupported> {
     each(list, "", |log| one(log).map(Arc::new))

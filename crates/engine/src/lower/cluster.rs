@@ -143,8 +143,6 @@ fn discovery(proto: &mut pb::Cluster, name: &Name) -> Result<Found, Unsupported>
             let spec = DnsSpec {
                 logical,
                 refresh: refresh.unwrap_or(Duration::from_secs(5)),
-                jitter: optional_duration(proto.dns_jitter.take(), "dns_jitter")?.unwrap_or_default(),
-                respect_ttl: std::mem::take(&mut proto.respect_dns_ttl),
                 family: family(std::mem::take(&mut proto.dns_lookup_family))?,
                 template,
             };
@@ -172,7 +170,8 @@ fn custom_discovery(custom: &pb::cluster::CustomClusterType) -> Result<Found, Un
     let config: dynamic::ClusterConfig = unpack(any, "typed_config")?;
     match config.cluster_implementation_specifier {
         Some(dynamic::cluster_config::ClusterImplementationSpecifier::DnsCacheConfig(cache)) => {
-            Ok((Discovery::DynamicForward { cache: cache.name.into() }, None))
+            let family = family(cache.dns_lookup_family).within("typed_config.dns_cache_config")?;
+            Ok((Discovery::DynamicForward { family }, None))
         }
         _ => Err(Unsupported::not_built("typed_config.sub_clusters_config")),
     }

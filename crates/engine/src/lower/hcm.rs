@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::cluster::optional_duration;
 use super::common::{config_source, nothing_left};
-use super::network::{Typed, stats, type_name, unwrap};
+use super::network::{Typed, stats, unwrap};
 use crate::authz::Rbac;
 use crate::chain::Direction;
 use crate::hcm::{
@@ -27,7 +27,7 @@ use crate::hcm::{
 };
 use crate::header_mutation::HeaderMutation;
 use crate::matcher::Cidr;
-use crate::unsupported::{Unsupported, Within, each, unpack};
+use crate::unsupported::{Unsupported, Within, each, type_name, unpack};
 
 fn flag(value: Option<BoolValue>) -> Option<bool> {
     value.map(|value| value.value)
@@ -74,41 +74,11 @@ pub(super) fn lower(mut proto: pb::HttpConnectionManager, direction: Direction) 
         _ => return Err(Unsupported::new("http_filters", "must hold the router once, as the last one")),
     }
     let (settings, timeouts) = settings(&mut proto)?;
-    let escaped_slashes = match std::mem::take(&mut proto.path_with_escaped_slashes_action) {
-        0 | 1 => EscapedSlashes::Keep,
-        2 => EscapedSlashes::Reject,
-        3 => EscapedSlashes::UnescapeAndRedirect,
-        4 => EscapedSlashes::UnescapeAndForward,
-        _ => return Err(Unsupported::new("path_with_escaped_slashes_action", "is not known")),
-    };
-    let server_header = match std::mem::take(&mut proto.server_header_transformation) {
-        0 => ServerHeader::Overwrite,
-        1 => ServerHeader::AppendIfAbsent,
-        2 => ServerHeader::PassThrough,
-        _ => return Err(Unsupported::new("server_header_transformation", "is not known")),
-    };
-    let forward_client_cert = match std::mem::take(&mut proto.forward_client_cert_details) {
-        0 => ForwardClientCert::Sanitize,
-        1 => ForwardClientCert::ForwardOnly,
-        2 => ForwardClientCert::AppendForward,
-        3 => ForwardClientCert::SanitizeSet,
-        4 => ForwardClientCert::AlwaysForwardOnly,
-        _ => return Err(Unsupported::new("forward_client_cert_details", "is not known")),
-    };
-    let client_cert_parts = match proto.set_current_client_cert_details.take() {
-        None => ClientCertParts::default(),
-        Some(mut parts) => {
-            let lowered = ClientCertParts {
-                subject: flag(parts.subject.take()).unwrap_or(false),
-                cert: std::mem::take(&mut parts.cert),
-                chain: std::mem::take(&mut parts.chain),
-                dns: std::mem::take(&mut parts.dns),
-                uri: std::mem::take(&mut parts.uri),
-            };
-            nothing_left(&parts).within("set_current_client_cert_details")?;
-            lowered
-        }
-    };
+    let escaped_slashes = escaped_slashes(std::mem::take(&mut proto.path_with_escaped_slashes_action))?;
+    let server_header = server_header(std::mem::take(&mut proto.server_header_transformation))?;
+    let forward_client_cert = forward_client_cert(std::mem::take(&mut proto.forward_client_cert_details))?;
+    let client_cert_parts = proto.set_current_client_cert_details.take().map(client_cert_parts).transpose();
+    let client_cert_parts = client_cert_parts.within("set_current_client_cert_details")?.unwrap_or_default();
     let strip_port = match (std::mem::take(&mut proto.strip_matching_host_port), proto.strip_port_mode.take()) {
         (_, Some(hcm::StripPortMode::StripAnyHostPort(true))) => StripPort::Any,
         (true, _) => StripPort::Matching,
@@ -160,7 +130,6 @@ pub(super) fn lower(mut proto: pb::HttpConnectionManager, direction: Direction) 
         forward_client_cert,
         client_cert_parts,
         append_x_forwarded_port: std::mem::take(&mut proto.append_x_forwarded_port),
-        proxy_100_continue: std::mem::take(&mut proto.proxy_100_continue),
         normalize_path: flag(proto.normalize_path.take()).unwrap_or(false),
         merge_slashes: std::mem::take(&mut proto.merge_slashes),
         escaped_slashes,
@@ -170,10 +139,69 @@ pub(super) fn lower(mut proto: pb::HttpConnectionManager, direction: Direction) 
         access_log: super::access_log::lower(&std::mem::take(&mut proto.access_log)).within("access_log")?,
         tracing: tracing.map(Arc::new),
     };
+    // A 100 of the application is passed on anyhow: whoever sent `expect` waits for it.
+    proto.proxy_100_continue = false;
     proto.delayed_close_timeout = None;
     proto.drain_timeout_jitter = None;
     nothing_left(&proto)?;
     Ok(lowered)
+}
+
+fn escaped_slashes(action: i32) -> Result<EscapedSlashes, Unsupported> {
+    use pb::http_connection_manager::PathWithEscapedSlashesAction as Action;
+    Ok(match Action::try_from(action) {
+        Ok(Action::ImplementationSpecificDefault | Action::KeepUnchanged) => EscapedSlashes::Keep,
+        Ok(Action::RejectRequest) => EscapedSlashes::Reject,
+        Ok(Action::UnescapeAndRedirect) => EscapedSlashes::UnescapeAndRedirect,
+        Ok(Action::UnescapeAndForward) => EscapedSlashes::UnescapeAndForward,
+        Err(_) => return Err(Unsupported::new("path_with_escaped_slashes_action", "is not known")),
+    })
+}
+
+fn server_header(transformation: i32) -> Result<ServerHeader, Unsupported> {
+    use pb::http_connection_manager::ServerHeaderTransformation as Transformation;
+    Ok(match Transformation::try_from(transformation) {
+        Ok(Transformation::Overwrite) => ServerHeader::Overwrite,
+        Ok(Transformation::AppendIfAbsent) => ServerHeader::AppendIfAbsent,
+        Ok(Transformation::PassThrough) => ServerHeader::PassThrough,
+        Err(_) => return Err(Unsupported::new("server_header_transformation", "is not known")),
+    })
+}
+
+fn forward_client_cert(details: i32) -> Result<ForwardClientCert, Unsupported> {
+    use pb::http_connection_manager::ForwardClientCertDetails as Details;
+    Ok(match Details::try_from(details) {
+        Ok(Details::Sanitize) => ForwardClientCert::Sanitize,
+        Ok(Details::ForwardOnly) => ForwardClientCert::ForwardOnly,
+        Ok(Details::AppendForward) => ForwardClientCert::AppendForward,
+        Ok(Details::SanitizeSet) => ForwardClientCert::SanitizeSet,
+        Ok(Details::AlwaysForwardOnly) => ForwardClientCert::AlwaysForwardOnly,
+        Err(_) => return Err(Unsupported::new("forward_client_cert_details", "is not known")),
+    })
+}
+
+fn client_cert_parts(
+    mut parts: pb::http_connection_manager::SetCurrentClientCertDetails,
+) -> Result<ClientCertParts, Unsupported> {
+    let lowered = ClientCertParts {
+        subject: flag(parts.subject.take()).unwrap_or(false),
+        cert: std::mem::take(&mut parts.cert),
+        chain: std::mem::take(&mut parts.chain),
+        dns: std::mem::take(&mut parts.dns),
+        uri: std::mem::take(&mut parts.uri),
+    };
+    nothing_left(&parts)?;
+    Ok(lowered)
+}
+
+fn underscores(action: i32) -> Result<Underscores, Unsupported> {
+    use core::http_protocol_options::HeadersWithUnderscoresAction as Action;
+    Ok(match Action::try_from(action) {
+        Ok(Action::Allow) => Underscores::Allow,
+        Ok(Action::RejectRequest) => Underscores::Reject,
+        Ok(Action::DropHeader) => Underscores::Drop,
+        Err(_) => return Err(Unsupported::new("headers_with_underscores_action", "is not known")),
+    })
 }
 
 fn request_ids(extension: pb::RequestIdExtension) -> Result<RequestIds, Unsupported> {
@@ -216,12 +244,7 @@ fn settings(proto: &mut pb::HttpConnectionManager) -> Result<(CodecSettings, Htt
             settings.headers_max = count;
         }
         settings.requests_per_connection_max = number(common.max_requests_per_connection.take()).filter(|n| *n > 0);
-        settings.underscores = match std::mem::take(&mut common.headers_with_underscores_action) {
-            0 => Underscores::Allow,
-            1 => Underscores::Reject,
-            2 => Underscores::Drop,
-            _ => return Err(Unsupported::new("headers_with_underscores_action", "is not known")),
-        };
+        settings.underscores = underscores(std::mem::take(&mut common.headers_with_underscores_action))?;
         nothing_left(&common).within("common_http_protocol_options")?;
     }
     if let Some(mut http1) = proto.http_protocol_options.take() {

@@ -13,7 +13,6 @@ use prost::Message;
 
 use super::cluster::{keepalive_of, optional_duration};
 use super::common::{fingerprint, nothing_left, provenance, socket_address};
-use super::network::type_name;
 use super::{access_log, network, tls};
 use crate::chain::{
     ChainMatch, Direction, FilterChain, Inspector, Listener, ListenerFilters, PortPredicate, ProxyProtocolIn,
@@ -22,7 +21,7 @@ use crate::chain::{
 use crate::config::Name;
 use crate::facts::Transport;
 use crate::matcher::Cidr;
-use crate::unsupported::{Unsupported, Within, each, unpack};
+use crate::unsupported::{Unsupported, Within, each, type_name, unpack};
 
 /// Envoy's wait of listener filters where none is set.
 const DEFAULT_FILTERS_TIMEOUT: Duration = Duration::from_secs(15);

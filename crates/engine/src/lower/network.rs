@@ -10,15 +10,14 @@ use envoy_types::pb::google::protobuf::{Any, Struct};
 use prost::Message;
 use proto::filters::metadata_exchange::MetadataExchange;
 use serde_json::Value;
-use types::Fields;
 
 use super::cluster::optional_duration;
 use super::common::{json_struct, nothing_left};
 use crate::authz::Rbac;
 use crate::chain::{Direction, Terminal};
-use crate::hcm::{MetricOverride, Stats};
-use crate::stream::{NetworkFilter, TcpProxy, Tunneling};
-use crate::unsupported::{Unsupported, Within, unpack};
+use crate::hcm::Stats;
+use crate::stream::{NetworkFilter, TcpProxy};
+use crate::unsupported::{Unsupported, Within, type_name, unpack};
 
 /// A message that may come wrapped in a `TypedStruct` (Istio writes its own filters so).
 pub(super) enum Typed<'a> {
@@ -26,11 +25,6 @@ pub(super) enum Typed<'a> {
     Message(&'a Any),
     /// Type and JSON.
     Json(String, Value),
-}
-
-/// The type's full name.
-pub(super) fn type_name(url: &str) -> &str {
-    url.rsplit('/').next().unwrap_or(url)
 }
 
 /// Unwraps a `TypedStruct` if it is one.
@@ -136,56 +130,29 @@ fn one(any: &Any, direction: Direction) -> Result<Lowered, Unsupported> {
     })
 }
 
-/// `istio.stats`, as message or JSON.
+/// `istio.stats`, as message or JSON. Overrides of metrics are taken without effect.
 pub(super) fn stats(typed: &Typed<'_>) -> Result<Stats, Unsupported> {
-    match typed {
+    let disable_host_header_fallback = match typed {
         Typed::Message(any) => {
-            let config: proto::filters::stats::PluginConfig = unpack(any, "")?;
-            let overrides = config.metrics.into_iter().map(|metric| {
-                let mut dimensions: Vec<(Box<str>, Box<str>)> =
-                    metric.dimensions.into_iter().map(|(name, text)| (name.into(), text.into())).collect();
-                dimensions.sort();
-                MetricOverride {
-                    metric: metric.name.into(),
-                    drop: metric.drop,
-                    tags_removed: metric.tags_to_remove.into_iter().map(Into::into).collect(),
-                    dimensions,
-                }
-            });
-            Ok(Stats {
-                disable_host_header_fallback: config.disable_host_header_fallback,
-                overrides: overrides.collect(),
-            })
+            let mut config: proto::filters::stats::PluginConfig = unpack(any, "")?;
+            config.metrics.clear();
+            let disabled = std::mem::take(&mut config.disable_host_header_fallback);
+            // How often open connections are reported, and how long series are kept that nobody feeds.
+            config.tcp_reporting_duration = None;
+            config.rotation_interval = None;
+            config.graceful_deletion_interval = None;
+            nothing_left(&config)?;
+            disabled
         }
         Typed::Json(_, value) => {
             let known = |key: &str| matches!(key, "disable_host_header_fallback" | "metrics");
             if let Some(unknown) = value.as_object().and_then(|fields| fields.keys().find(|key| !known(key))) {
                 return Err(Unsupported::not_built(unknown));
             }
-            let texts = |value: Option<&Value>| -> Vec<Box<str>> {
-                value
-                    .and_then(Value::as_array)
-                    .into_iter()
-                    .flatten()
-                    .filter_map(Value::as_str)
-                    .map(Into::into)
-                    .collect()
-            };
-            let overrides = value.get("metrics").and_then(Value::as_array).into_iter().flatten().map(|metric| {
-                let dimensions = metric.get("dimensions").and_then(Value::as_object).into_iter().flatten();
-                MetricOverride {
-                    metric: metric.get("name").and_then(Value::as_str).unwrap_or_default().into(),
-                    drop: metric.get("drop").and_then(Value::as_bool).unwrap_or_default(),
-                    tags_removed: texts(metric.get("tags_to_remove")),
-                    dimensions: dimensions
-                        .map(|(name, text)| (name.as_str().into(), text.as_str().unwrap_or_default().into()))
-                        .collect(),
-                }
-            });
-            let fallback = value.get("disable_host_header_fallback").and_then(Value::as_bool);
-            Ok(Stats { disable_host_header_fallback: fallback.unwrap_or_default(), overrides: overrides.collect() })
+            value.get("disable_host_header_fallback").and_then(Value::as_bool).unwrap_or_default()
         }
-    }
+    };
+    Ok(Stats { disable_host_header_fallback })
 }
 
 fn tcp_proxy(mut proto: tcp::TcpProxy) -> Result<TcpProxy, Unsupported> {
@@ -218,7 +185,6 @@ fn tcp_proxy(mut proto: tcp::TcpProxy) -> Result<TcpProxy, Unsupported> {
     let idle = optional_duration(proto.idle_timeout.take(), "idle_timeout")?.unwrap_or(Duration::from_hours(1));
     let duration_max =
         optional_duration(proto.max_downstream_connection_duration.take(), "max_downstream_connection_duration")?;
-    let tunneling = proto.tunneling_config.take().map(tunneling).transpose().within("tunneling_config")?;
     let lowered = TcpProxy {
         stat_prefix: std::mem::take(&mut proto.stat_prefix).into(),
         clusters,
@@ -226,32 +192,8 @@ fn tcp_proxy(mut proto: tcp::TcpProxy) -> Result<TcpProxy, Unsupported> {
         connect_attempts_max: proto.max_connect_attempts.take().map_or(1, |value| value.value.max(1)),
         connection_duration_max: duration_max,
         hash_source_ip,
-        tunneling: tunneling.map(Arc::new),
         access_log: super::access_log::lower(&std::mem::take(&mut proto.access_log)).within("access_log")?,
     };
-    nothing_left(&proto)?;
-    Ok(lowered)
-}
-
-fn tunneling(mut proto: tcp::tcp_proxy::TunnelingConfig) -> Result<Tunneling, Unsupported> {
-    let mut headers = Fields::new();
-    for option in std::mem::take(&mut proto.headers_to_add) {
-        if let Some(header) = option.header {
-            if header.value.contains('%') || header.key.starts_with(':') {
-                return Err(Unsupported::not_built("headers_to_add"));
-            }
-            headers.push_any_case(&header.key, header.value.as_bytes());
-        }
-    }
-    let lowered = Tunneling {
-        hostname: std::mem::take(&mut proto.hostname).into(),
-        use_post: std::mem::take(&mut proto.use_post),
-        post_path: std::mem::take(&mut proto.post_path).into(),
-        headers,
-    };
-    if lowered.hostname.contains('%') {
-        return Err(Unsupported::not_built("hostname with a formatter"));
-    }
     nothing_left(&proto)?;
     Ok(lowered)
 }

@@ -8,12 +8,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::route::v3 as pb;
-use envoy_types::pb::envoy::r#type::v3 as percent;
 use envoy_types::pb::google::protobuf::Any;
 
 use super::cluster::optional_duration;
 use super::common::{fingerprint, nothing_left, provenance};
-use super::network::type_name;
 use crate::authz::Rbac;
 use crate::config::Name;
 use crate::cors::CorsPolicy;
@@ -28,7 +26,7 @@ use crate::route::{
     Overrides, PathMatch, PathRewrite, Redirect, RedirectPath, RequireTls, Route, RouteMatch, RouteTable,
     StreamDuration, Target, VirtualHost, WeightedCluster,
 };
-use crate::unsupported::{Unsupported, Within, each, unpack};
+use crate::unsupported::{Unsupported, Within, each, type_name, unpack};
 
 /// Envoy's route time-out where none is set.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -228,18 +226,8 @@ fn route_match(mut proto: pb::RouteMatch) -> Result<RouteMatch, Unsupported> {
 
 /// Runtime keys have no layer here: the default counts.
 fn runtime_fraction(proto: &core::RuntimeFractionalPercent) -> Result<Fraction, Unsupported> {
-    fraction(proto.default_value.ok_or_else(|| Unsupported::missing("default_value"))?)
-}
-
-fn fraction(proto: percent::FractionalPercent) -> Result<Fraction, Unsupported> {
-    use percent::fractional_percent::DenominatorType;
-    let denominator = match DenominatorType::try_from(proto.denominator) {
-        Ok(DenominatorType::Hundred) => 100,
-        Ok(DenominatorType::TenThousand) => 10_000,
-        Ok(DenominatorType::Million) => 1_000_000,
-        Err(_) => return Err(Unsupported::new("denominator", "is not known")),
-    };
-    Ok(Fraction { numerator: proto.numerator, denominator })
+    let share = proto.default_value.as_ref().ok_or_else(|| Unsupported::missing("default_value"))?;
+    Fraction::lower(share).within("default_value")
 }
 
 fn forward(mut proto: pb::RouteAction) -> Result<Forward, Unsupported> {

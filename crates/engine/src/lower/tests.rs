@@ -74,12 +74,44 @@ fn zipkin(more: &Value) -> Value {
     manager(&json!({ "tracing": { "provider": typed(ZIPKIN, &with(base, more)) } }))
 }
 
-fn mongo(more: &Value) -> Value {
-    let filter =
-        typed("envoy.extensions.filters.network.mongo_proxy.v3.MongoProxy", &with(json!({ "stat_prefix": "x" }), more));
+/// A listener of a TCP proxy and this network filter.
+fn network(kind: &str, config: &Value) -> Value {
+    let filter = typed(kind, &with(json!({ "stat_prefix": "x" }), config));
     let mut listener = listener(&json!({}));
     listener["filter_chains"][0]["filters"].as_array_mut().unwrap().insert(0, filter);
     listener
+}
+
+fn mongo(more: &Value) -> Value {
+    network("envoy.extensions.filters.network.mongo_proxy.v3.MongoProxy", more)
+}
+
+fn network_policy(more: &Value) -> Value {
+    network("envoy.extensions.filters.network.rbac.v3.RBAC", more)
+}
+
+/// A listener of one HTTP filter before the router.
+fn http_filter(kind: &str, config: &Value) -> Value {
+    manager(&json!({ "http_filters": [typed(kind, config), typed(ROUTER, &json!({}))] }))
+}
+
+/// Tokens of an issuer whose keys `source` gives.
+fn tokens(source: Value) -> Value {
+    let issuer = with(json!({ "issuer": "me" }), &source);
+    http_filter(
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
+        &json!({ "providers": { "origins-0": issuer } }),
+    )
+}
+
+/// Istio's metrics, the settings written as `google.protobuf.Struct` or as themselves.
+fn metrics(config: &Value, as_struct: bool) -> Value {
+    let kind = "stats.PluginConfig";
+    if !as_struct {
+        return http_filter(kind, config);
+    }
+    let typed = json!({ "type_url": format!("type.googleapis.com/{kind}"), "value": config });
+    http_filter("udpa.type.v1.TypedStruct", &typed)
 }
 
 fn inspector(kind: &str, more: &Value) -> Value {
@@ -186,9 +218,7 @@ fn what_is_not_built_is_refused_by_its_path() {
             "listener_filters[0].typed_config.close_connection_on_client_hello_parsing_errors",
         ),
         (
-            manager(
-                &json!({ "http_filters": [typed(GRPC_STATS, &json!({ "enable_upstream_stats": true })), typed(ROUTER, &json!({}))] }),
-            ),
+            http_filter(GRPC_STATS, &json!({ "enable_upstream_stats": true })),
             "http_filters[0] \"x\".enable_upstream_stats",
         ),
         (mongo(&json!({ "emit_dynamic_metadata": true })), "filters[0].typed_config.emit_dynamic_metadata"),
@@ -197,6 +227,35 @@ fn what_is_not_built_is_refused_by_its_path() {
             mongo(&json!({ "delay": { "fixed_delay": "1s", "percentage": { "numerator": 100 } } })),
             "filters[0].typed_config.delay",
         ),
+        (
+            listener(&json!({ "filter_chains": [{ "filters": [typed(
+                "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+                &json!({ "stat_prefix": "x", "cluster": "x", "tunneling_config": { "hostname": "a:1" } }),
+            )] }] })),
+            "filters[0].typed_config.tunneling_config",
+        ),
+        (
+            network_policy(&json!({ "enforcement_type": "CONTINUOUS" })),
+            "filters[0].typed_config.enforcement_type CONTINUOUS is not supported",
+        ),
+        (
+            tokens(
+                json!({ "remote_jwks": { "http_uri": { "uri": "https://id/keys", "cluster": "c", "timeout": "1s" } } }),
+            ),
+            "http_filters[0] \"x\".providers[origins-0].remote_jwks is not supported",
+        ),
+        (
+            http_filter(
+                "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz",
+                &json!({
+                    "grpc_service": { "envoy_grpc": { "cluster_name": "c" } },
+                    "enable_dynamic_metadata_ingestion": false,
+                }),
+            ),
+            "http_filters[0] \"x\".enable_dynamic_metadata_ingestion is not supported",
+        ),
+        (metrics(&json!({ "reporter": "SERVER_GATEWAY" }), false), "http_filters[0] \"x\".reporter"),
+        (metrics(&json!({ "reporter": "SERVER_GATEWAY" }), true), "http_filters[0] \"x\".reporter"),
         (
             access_log(&json!({ "formatters": [typed("envoy.extensions.filters.http.router.v3.Router", &json!({}))] })),
             "access_log[0].typed_config.log_format.formatters[0]",
@@ -229,6 +288,12 @@ fn what_istio_sends_is_taken() {
         inspector("http_inspector.v3.HttpInspector", &json!({})),
         inspector("original_dst.v3.OriginalDst", &json!({})),
         mongo(&json!({ "commands": ["find"] })),
+        network_policy(&json!({ "enforcement_type": "ONE_TIME_ON_FIRST_BYTE" })),
+        tokens(json!({ "local_jwks": { "inline_string": "{}" } })),
+        metrics(&json!({ "metrics": [{ "name": "requests_total", "drop": true }] }), false),
+        metrics(&json!({ "metrics": [{ "name": "requests_total", "drop": true }] }), true),
+        manager(&json!({ "proxy_100_continue": true })),
+        json!({ "name": "x", "type": "STRICT_DNS", "dns_jitter": "1s", "respect_dns_ttl": true }),
     ] {
         assert_eq!(refusal(&resource), None, "{resource}");
     }

@@ -15,10 +15,10 @@ use crate::tls::{
     CertificateSource, DownstreamTls, ProxyProtocol, RootSource, SanKind, SanMatcher, Source, TlsParams, TlsVersion,
     UpstreamTls, Validation,
 };
-use crate::unsupported::{Unsupported, Within, each, unpack};
+use crate::unsupported::{Unsupported, Within, each, type_name, unpack};
 
 fn is<M: prost::Name>(any: &Any) -> bool {
-    any.type_url.rsplit('/').next() == Some(M::full_name().as_str())
+    type_name(&any.type_url) == M::full_name()
 }
 
 fn typed(socket: &core::TransportSocket) -> Result<&Any, Unsupported> {

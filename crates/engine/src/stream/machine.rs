@@ -56,7 +56,7 @@ impl Stream {
         let Terminal::Tcp(proxy) = &self.chain.terminal else { return self.close(Cause::Internal, recorder) };
         let proxy = Arc::clone(proxy);
         self.info.provenance = Some(Arc::clone(&self.chain.provenance));
-        if let Err(cause) = admit(env, &self.chain, &self.conn, &mut self.info, recorder) {
+        if let Err(cause) = admit(&self.chain, &self.conn, &mut self.info, recorder) {
             // The reason is in `info` already.
             note(recorder, Stage::Reply, None, || (cause.name().to_owned(), self.info.details.as_str().to_owned()));
             return StreamStep::Close(cause);
@@ -96,7 +96,6 @@ impl Stream {
             avoid_priorities: &[],
             resolved: None,
             alpn: None,
-            retry: None,
             upgrade: false,
         };
         let attempt = match attempt::make(env, &live, plan, recorder) {
@@ -106,11 +105,7 @@ impl Stream {
         self.tried.push(Arc::clone(&attempt.picked.host));
         self.info.picked = Some(attempt.picked.clone());
         self.info.upstream_started = Some(env.now.mono);
-        StreamStep::Connect(Box::new(TcpAttempt {
-            metadata_exchange: cluster.metadata_exchange,
-            tunneling: proxy.tunneling.clone(),
-            attempt,
-        }))
+        StreamStep::Connect(Box::new(TcpAttempt { metadata_exchange: cluster.metadata_exchange, attempt }))
     }
 
     /// Goes on with what came of the last step.
@@ -198,13 +193,11 @@ fn draw_cluster(proxy: &TcpProxy, draw: Draw) -> Name {
 }
 
 pub(super) fn admit(
-    env: &Env<'_>,
     chain: &FilterChain,
     conn: &ConnFacts,
     info: &mut StreamInfo,
     recorder: &mut dyn Recorder,
 ) -> Result<(), Cause> {
-    let _ = env;
     for filter in &chain.filters {
         let NetworkFilter::Rbac(rbac) = filter else { continue };
         let metadata = std::mem::take(&mut info.metadata);

@@ -60,7 +60,7 @@ pub(super) fn render(out: &mut String, context: &Context) {
         .filter(|(_, shared)| shared.is_some() || context.shared.is_standalone)
         .map(|(cluster, shared)| Row::new(&config, cluster, shared))
         .collect();
-    let families: [(&str, &str, Read); 12] = [
+    let families: [(&str, &str, Read); 13] = [
         ("upstream_cx_total", "counter", |row| row.tally(|of| &of.tallies.connections)),
         ("upstream_cx_connect_fail", "counter", |row| row.tally(|of| &of.tallies.connect_failures)),
         ("upstream_cx_active", "gauge", |row| row.now(|of| of.connections.get())),
@@ -69,6 +69,7 @@ pub(super) fn render(out: &mut String, context: &Context) {
         ("upstream_rq_pending_active", "gauge", |row| row.now(|of| of.pending.get())),
         ("upstream_rq_pending_overflow", "counter", |row| row.tally(|of| &of.tallies.overflows)),
         ("upstream_rq_retry", "counter", |row| row.tally(|of| &of.tallies.retries)),
+        ("upstream_rq_retry_overflow", "counter", |row| row.tally(|of| &of.tallies.retry_overflows)),
         ("upstream_rq_timeout", "counter", |row| row.tally(|of| &of.tallies.timeouts)),
         ("outlier_detection_ejections_active", "gauge", |row| row.now(|of| of.ejected.get())),
         ("membership_total", "gauge", |row| row.members),

@@ -175,7 +175,6 @@ impl Received {
             clusters: Arc::new(clusters),
             endpoints: Arc::new(endpoints),
             node: Arc::clone(&published.node),
-            remote_keys: published.remote_keys.clone(),
         })
     }
 
@@ -242,7 +241,7 @@ async fn resolve(cluster: Name, spec: Arc<DnsSpec>, to: mpsc::UnboundedSender<Re
                     let mut addresses: Vec<IpAddr> = found.map(|address| address.ip()).collect();
                     addresses.sort_unstable();
                     addresses.dedup();
-                    known.insert(host.name.clone(), addresses);
+                    known.insert(host.name.clone(), spec.family.choose(&addresses));
                 }
                 // the last answer stays
                 Err(error) => tracing::debug!(%error, host = &*host.name, "a name does not resolve"),

@@ -71,7 +71,7 @@ async fn collect(running: &mut upstream::Running) -> Result<(Bytes, Option<Field
 }
 
 /// Resolves a host for dynamic forwarding.
-pub(crate) async fn resolve(worker: &Rc<Worker>, host: &str, _port: u16) -> Result<Vec<IpAddr>, Cause> {
+pub(crate) async fn resolve(worker: &Rc<Worker>, host: &str) -> Result<Vec<IpAddr>, Cause> {
     if let Ok(address) = host.parse() {
         return Ok(vec![address]);
     }

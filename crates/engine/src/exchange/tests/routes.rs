@@ -128,7 +128,7 @@ fn https_redirect_by_virtual_host() {
     let mut call = world.start(get("a.com:80", "/x?y"));
     let reply = call.reply();
     assert_eq!((reply.cause, reply.head.status), (Cause::HttpsRedirect, 301));
-    assert_eq!(reply.head.fields.get("location"), Some(&b"https://a.com/x?y"[..]));
+    assert_eq!(reply.head.fields.get("location"), Some(&b"https://a.com:80/x?y"[..]));
     let mut behind = get("a.com", "/");
     behind.fields.push("x-forwarded-proto", b"https");
     assert!(matches!(world.start(behind).step(), Step::Forward(_)), "the proxy in front is trusted here");
