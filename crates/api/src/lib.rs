@@ -39,7 +39,8 @@ pub use kind::Kind;
 pub use mesh_config::MeshConfig;
 pub use object::{Metadata, Object, Spec, Typed};
 pub use reader::{
-    Documents, ParsedObject, Positions, ReadOptions, from_json, from_json_in, parse_documents, parse_documents_with,
+    Documents, ParsedObject, Positions, ReadOptions, Refused, from_json, from_json_in, parse_documents,
+    parse_documents_with,
 };
 pub use validate::validate;
 pub use yaml::to_yaml;

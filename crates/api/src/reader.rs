@@ -11,7 +11,10 @@ use crate::k8s::ObjectMeta;
 use crate::kind::{Kind, Support, UnknownKind};
 use crate::object::{DecodeSpec, Metadata, Object, Typed, decode_spec};
 use crate::yaml::{InvalidYaml, Limits, Node, Tree, read};
-use crate::{codes, known, scalar, validate::validate};
+use crate::{
+    codes, known, scalar,
+    validate::{may_be_named, validate},
+};
 
 /// Where an object and its fields were written.
 #[derive(Clone, Debug)]
@@ -42,18 +45,27 @@ pub struct ParsedObject {
     pub positions: Positions,
 }
 
+/// An object that may not be admitted, but is known.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refused {
+    /// Its kind, which a name alone does not always tell.
+    pub kind: Kind,
+    /// Its kind's name, namespace and name.
+    pub object: ObjectRef,
+}
+
 /// What a text holds.
 #[derive(Clone, Debug, Default)]
 pub struct Documents {
     /// Objects that decoded and passed their checks, in the order of the text.
     pub objects: Vec<ParsedObject>,
-    /// Objects that are named but cannot be admitted; `findings` says why. Their last admitted
-    /// version stays.
-    pub refused: Vec<ObjectRef>,
+    /// Objects that cannot be admitted, but are known by kind, namespace and name; `findings` says why.
+    /// Their last admitted version stays.
+    pub refused: Vec<Refused>,
     /// Everything there is to say, in the order of the text.
     pub findings: Vec<Finding>,
-    /// Whether a document could not be read far enough to name its object: what it held is unknown,
-    /// so nothing may be taken as deleted.
+    /// Whether a document does not tell for certain which object it is about (no YAML, an unknown kind, a
+    /// slip in the metadata): what it held is unknown, so nothing may be taken as deleted.
     pub is_incomplete: bool,
 }
 
@@ -120,21 +132,11 @@ pub fn parse_documents_with(file_name: &str, text: &str, options: ReadOptions<'_
 
 /// Takes one document, or the items of a list.
 fn take(node: Node, file: &Arc<str>, options: ReadOptions<'_>, out: &mut Documents) {
-    let is_list = node.get("kind").and_then(Node::as_text) == Some("List") && node.get("items").is_some();
-    if is_list {
-        if let Tree::Map(entries) = node.tree {
-            let items = entries.into_iter().find(|entry| entry.key == "items").map(|entry| entry.value.tree);
-            if let Some(Tree::List(items)) = items {
-                for item in items {
-                    take(item, file, options, out);
-                }
-            }
-        }
-        return;
+    if node.get("kind").and_then(Node::as_text) == Some("List") {
+        return take_list(node, file, options, out);
     }
     let positions = Positions { file: Arc::clone(file), root: Arc::new(node) };
     let read = read_object(&positions.root, options.default_namespace);
-    let refused = read.object.is_none();
     for mut finding in read.findings {
         finding.position = match finding.position {
             Some(Position { line, column, .. }) if line != 0 => Some(Position { file: Arc::clone(file), line, column }),
@@ -142,13 +144,37 @@ fn take(node: Node, file: &Arc<str>, options: ReadOptions<'_>, out: &mut Documen
         };
         out.findings.push(finding);
     }
-    match read.object {
-        Some(object) => out.objects.push(ParsedObject { object, positions }),
-        None if refused => match read.reference {
-            Some(reference) => out.refused.push(reference),
-            None => out.is_incomplete = true,
-        },
-        None => {}
+    match (read.object, read.refused) {
+        (Some(object), _) => out.objects.push(ParsedObject { object, positions }),
+        (None, Some(refused)) => out.refused.push(refused),
+        (None, None) => out.is_incomplete = true,
+    }
+}
+
+/// Takes the items of a `List`; null is none, as in what kubectl writes.
+fn take_list(node: Node, file: &Arc<str>, options: ReadOptions<'_>, out: &mut Documents) {
+    let (line, column) = node.locate("items");
+    let entries = if let Tree::Map(entries) = node.tree { entries } else { Vec::new() };
+    match entries.into_iter().find(|entry| entry.key == "items").map(|entry| entry.value.tree) {
+        Some(Tree::List(items)) => {
+            for item in items {
+                take(item, file, options, out);
+            }
+        }
+        Some(Tree::Null) => {}
+        other => {
+            out.is_incomplete = true;
+            let message = if other.is_some() { "it is not a list" } else { "items is missing" };
+            out.findings.push(Finding {
+                code: codes::SCHEMA.into(),
+                severity: Severity::Error,
+                object: None,
+                field: "items".into(),
+                position: Some(Position { file: Arc::clone(file), line, column }),
+                message: message.into(),
+                hint: "write a list of objects, each with apiVersion, kind and metadata".into(),
+            });
+        }
     }
 }
 
@@ -181,22 +207,28 @@ pub fn from_json_in(value: &Value, default_namespace: &str) -> (Option<Object>, 
 
 struct Read {
     object: Option<Object>,
-    reference: Option<ObjectRef>,
+    /// Without an object: which one the text is about, if it tells for certain.
+    refused: Option<Refused>,
     findings: Vec<Finding>,
 }
 
 fn read_object(node: &Node, default_namespace: &str) -> Read {
-    let mut report = Report { reference: None, is_security: false, findings: Vec::new() };
+    let mut report = Report { reference: None, kind: None, is_certain: true, is_security: false, findings: Vec::new() };
     let object = decode_object(node, default_namespace, &mut report);
     let object = object.filter(|_| !report.has_errors()).and_then(|object| {
         report.findings.extend(validate(&object));
         (!report.has_errors()).then_some(object)
     });
-    Read { object, reference: report.reference, findings: report.findings }
+    let known = report.kind.zip(report.reference).filter(|_| report.is_certain && object.is_none());
+    let refused = known.map(|(kind, object)| Refused { kind, object });
+    Read { object, refused, findings: report.findings }
 }
 
 struct Report {
     reference: Option<ObjectRef>,
+    kind: Option<Kind>,
+    /// Whether metadata hold no slip that could make another object of it.
+    is_certain: bool,
     is_security: bool,
     findings: Vec<Finding>,
 }
@@ -300,6 +332,7 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
     // istioctl takes a file without a name.
     let name = if name.is_empty() && kind == Kind::IstioOperator { NAME_OF_SETTINGS } else { name };
     report.reference = Some(ObjectRef::new(kind.name(), namespace, name));
+    report.kind = Some(kind);
     report.is_security = kind.is_security();
     let info = kind.info();
 
@@ -315,6 +348,8 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
     for field in notes.into_unknown() {
         report.unknown(&field);
     }
+    // What was meant may be `namespace`.
+    report.is_certain = !report.has_errors() && may_be_named(kind, namespace, name);
     if name.is_empty() && meta.is_some() {
         let hint = match meta.as_ref().map(|meta| meta.generate_name.is_empty()) {
             Some(false) => "generateName is not supported: write a fixed name",

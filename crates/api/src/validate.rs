@@ -16,6 +16,7 @@ mod virtual_service;
 use types::{Finding, Severity};
 
 use crate::codes;
+use crate::kind::Kind;
 use crate::object::{Object, Spec};
 
 /// Checks one decoded object. An `Error` means that it may not be admitted.
@@ -46,6 +47,11 @@ pub fn validate(object: &Object) -> Vec<Finding> {
         Spec::Namespace(_) | Spec::Telemetry(_) | Spec::Recognised => {}
     }
     check.findings
+}
+
+/// Whether an object of the kind may have this name in this namespace.
+pub(crate) fn may_be_named(kind: Kind, namespace: &str, name: &str) -> bool {
+    kubernetes::is_name(kind, name) && (!kind.is_namespaced() || rules::is_dns_label(namespace))
 }
 
 /// Findings on one object, as they are made.

@@ -3,7 +3,8 @@
 //! Files act as admission does: what cannot be read or admitted leaves the last good version in
 //! place. An object that is gone from its file is gone from the mesh, once a second look agrees: editors
 //! empty a file, or take it away for a moment, before they write it anew. While a file cannot be read or
-//! parsed nothing is gone at all: what it holds is unknown, and may be what was moved into it.
+//! parsed, or does not tell for certain which objects it holds (a slip in a kind or in metadata), nothing is
+//! gone at all: what it holds is unknown, and may be what was moved into it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -216,9 +217,9 @@ impl Files {
                 incomplete.push(Arc::clone(file));
             }
             findings.extend(read.findings);
-            for reference in read.refused {
-                named.entry(reference.clone()).or_insert_with(|| Arc::clone(file));
-                refused.push(reference);
+            for api::Refused { object, .. } in read.refused {
+                named.entry(object.clone()).or_insert_with(|| Arc::clone(file));
+                refused.push(object);
             }
             for parsed in read.objects {
                 let reference = parsed.object.reference();
@@ -574,6 +575,45 @@ mod tests {
         files.changed().await.unwrap();
         assert_eq!(files.changed().await.unwrap().len(), 2);
         assert_eq!((value(&store, "a"), value(&store, "b")), (None, None));
+    }
+
+    #[tokio::test]
+    async fn a_slip_in_what_names_an_object_deletes_nothing() {
+        let all = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n---\n".to_owned()
+            + &map("a", "1").replace("{name: a}", "{name: a, namespace: shop}");
+        let item = |text: &str| format!("- {}\n", text.trim().replace('\n', "\n  "));
+        let items: String = all.split("---").filter(|text| !text.trim().is_empty()).map(item).collect();
+        let list = format!("apiVersion: v1\nkind: List\nitems:\n{items}");
+        for (good, from, to) in [
+            (&all, "ConfigMap", "ConfigMpa"),
+            (&all, "Namespace", "Namespce"),
+            (&all, "apiVersion: v1\nkind: Namespace", "apiVersion: v2\nkind: Namespace"),
+            (&all, "{name: shop}", "{name: Shop}"),
+            (&all, "{name: a,", "{name: a, labels: [x],"),
+            (&all, "namespace: shop", "namespce: shop"),
+            (&all, "namespace: shop", "namespace: [shop]"),
+            (&list, "items:", "item:"),
+            (&list, "items:", "items: {}\nothers:"),
+        ] {
+            let (_folder, manifests, store) = folder_with(good);
+            let files = Files::new(vec![Source::Path(manifests.clone())], Arc::clone(&store));
+            files.sync().unwrap();
+            let both = |at: &str| {
+                let objects = store.objects();
+                for (kind, namespace, name) in [(Kind::Namespace, "", "shop"), (Kind::ConfigMap, "shop", "a")] {
+                    let live = objects.find(kind, &NamespacedName::new(namespace, name));
+                    assert!(live.is_some_and(|live| !live.meta.deleted), "{to}: {kind} {name} is gone {at}");
+                }
+            };
+            both("before the edit");
+            fs::write(manifests.join("a.yaml"), good.replace(from, to)).unwrap();
+            files.changed().await.unwrap();
+            files.sync().unwrap();
+            both("after it");
+            assert!(files.findings().iter().any(|finding| finding.severity == Severity::Error), "{to}");
+            Files::new(vec![Source::Path(manifests)], Arc::clone(&store)).sync().unwrap();
+            both("after a restart");
+        }
     }
 
     #[test]

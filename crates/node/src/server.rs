@@ -192,6 +192,9 @@ pub fn bind(path: &Path) -> std::io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// A failed accept is tried again after this long.
+const ACCEPT_AGAIN: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// Serves the socket for ever.
 pub async fn serve(listener: UnixListener, api: Api) {
     let owner = rustix::process::geteuid().as_raw();
@@ -199,7 +202,8 @@ pub async fn serve(listener: UnixListener, api: Api) {
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         let Ok((stream, _)) = listener.accept().await else {
-            tokio::task::yield_now().await;
+            // Out of descriptors: let some go.
+            tokio::time::sleep(ACCEPT_AGAIN).await;
             continue;
         };
         // Root may always look; nobody else but the owner may.
@@ -390,9 +394,12 @@ async fn apply(api: &Api, request: Request<Incoming>) -> Answer {
     let options = ReadOptions { default_namespace: &namespace, ..ReadOptions::default() };
     let documents = parse_documents_with(&file, &String::from_utf8_lossy(&bytes), options);
     let mut report = Report { outcomes: Vec::new(), findings: documents.findings };
-    report
-        .outcomes
-        .extend(documents.refused.into_iter().map(|object| ObjectOutcome { object, action: word(Action::Refused) }));
+    report.outcomes.extend(
+        documents
+            .refused
+            .into_iter()
+            .map(|refused| ObjectOutcome { object: refused.object, action: word(Action::Refused) }),
+    );
     let values = documents.objects.iter().map(|parsed| ((*parsed.object.raw).clone(), Origin::Api)).collect();
     match api.store.apply(values, Mode::Apply, dry_run) {
         Ok(outcomes) => {

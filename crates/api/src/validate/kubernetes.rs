@@ -9,22 +9,27 @@ use super::virtual_service::labels;
 use super::{Check, rules};
 use crate::codes;
 use crate::k8s::{
-    ConfigMap, Container, Deployment, EndpointSlice, EnvVar, ExecAction, HttpGetAction, IntOrString, LifecycleHandler,
-    NODE_NAME, PodSpec, Probe, Secret, Service, ServiceAccount, ServiceSpec, TcpSocketAction, Volume,
+    ConfigMap, Container, Deployment, DownwardApiVolume, EndpointSlice, EnvVar, ExecAction, HttpGetAction, IntOrString,
+    KeyToPath, LifecycleHandler, NODE_NAME, PodSpec, Probe, Secret, Service, ServiceAccount, ServiceSpec,
+    TcpSocketAction, Volume,
 };
 use crate::kind::{Kind, Support};
+
+/// Whether an object of the kind may have this name.
+pub(super) fn is_name(kind: Kind, name: &str) -> bool {
+    match kind {
+        Kind::Namespace => rules::is_dns_label(name),
+        Kind::Service => rules::is_dns_label(name) && !name.starts_with(|c: char| c.is_ascii_digit()),
+        // Names of RBAC objects are paths.
+        _ if kind.info().group == "rbac.authorization.k8s.io" => !name.contains('/'),
+        _ => rules::is_dns_subdomain(name),
+    }
+}
 
 pub(super) fn metadata(check: &mut Check<'_>) {
     let object = check.object;
     let name = &*object.meta.name;
-    let fits = match object.kind {
-        Kind::Namespace => rules::is_dns_label(name),
-        Kind::Service => rules::is_dns_label(name) && !name.starts_with(|c: char| c.is_ascii_digit()),
-        // Names of RBAC objects are paths.
-        _ if object.kind.info().group == "rbac.authorization.k8s.io" => !name.contains('/'),
-        _ => rules::is_dns_subdomain(name),
-    };
-    if !fits {
+    if !is_name(object.kind, name) {
         let hint = "use lower-case letters, digits and `-`, beginning and ending with a letter or digit";
         check.error("metadata.name", format!("{name:?} is not a name of a {}", object.kind), hint);
     }
@@ -445,20 +450,50 @@ fn volume(check: &mut Check<'_>, at: &str, volume: &Volume) {
     if volume.secret.as_ref().is_some_and(|source| source.secret_name.is_empty()) {
         check.error(&format!("{at}.secret.secretName"), "secretName is needed", "name the Secret");
     }
-    let items = volume
-        .config_map
-        .iter()
-        .flat_map(|source| &source.items)
-        .chain(volume.secret.iter().flat_map(|source| &source.items));
-    for item in items {
-        if item.path.is_empty() || item.path.starts_with('/') || item.path.split('/').any(|part| part == "..") {
-            check.error(
-                at,
-                format!("{:?} is not a path below the volume", item.path),
-                "write a relative path without `..`",
-            );
+    for (at, path) in paths(at, volume) {
+        if path.is_empty() || path.starts_with('/') || path.split('/').any(|part| part == "..") {
+            let message = format!("{path:?} is not a path below the volume");
+            check.error(&at, message, "write a relative path without `..`");
         }
     }
+}
+
+/// All paths below a volume that its files are to have, with the fields that say so.
+fn paths<'a>(at: &str, volume: &'a Volume) -> Vec<(String, &'a str)> {
+    let mut out = Vec::new();
+    let mut add = |at: String, paths: &mut dyn Iterator<Item = &'a str>| {
+        out.extend(paths.enumerate().map(|(index, path)| (format!("{at}.items[{index}].path"), path)));
+    };
+    let of = |items: &'a [KeyToPath]| items.iter().map(|item| item.path.as_str());
+    let of_pod = |files: &'a DownwardApiVolume| files.items.iter().map(|file| file.path.as_str());
+    if let Some(source) = &volume.config_map {
+        add(format!("{at}.configMap"), &mut of(&source.items));
+    }
+    if let Some(source) = &volume.secret {
+        add(format!("{at}.secret"), &mut of(&source.items));
+    }
+    if let Some(files) = &volume.downward_api {
+        add(format!("{at}.downwardAPI"), &mut of_pod(files));
+    }
+    let mut tokens = Vec::new();
+    for (index, source) in volume.projected.iter().flat_map(|projected| &projected.sources).enumerate() {
+        let at = format!("{at}.projected.sources[{index}]");
+        if let Some(source) = &source.config_map {
+            add(format!("{at}.configMap"), &mut of(&source.items));
+        }
+        if let Some(source) = &source.secret {
+            add(format!("{at}.secret"), &mut of(&source.items));
+        }
+        if let Some(files) = &source.downward_api {
+            add(format!("{at}.downwardAPI"), &mut of_pod(files));
+        }
+        // Without a path it is `token`.
+        if let Some(token) = source.service_account_token.as_ref().filter(|token| !token.path.is_empty()) {
+            tokens.push((format!("{at}.serviceAccountToken.path"), token.path.as_str()));
+        }
+    }
+    out.extend(tokens);
+    out
 }
 
 fn container(check: &mut Check<'_>, at: &str, container: &Container, volumes: &BTreeSet<&str>) {

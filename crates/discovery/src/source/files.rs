@@ -150,7 +150,7 @@ fn read_file(path: &Path, text: &str, before: File) -> File {
         objects.insert(parsed.object.reference(), Arc::new(parsed.object));
     }
     for (reference, object) in before.objects {
-        if read.is_incomplete || read.refused.contains(&reference) {
+        if read.is_incomplete || read.refused.iter().any(|refused| refused.object == reference) {
             objects.entry(reference).or_insert(object);
         }
     }
