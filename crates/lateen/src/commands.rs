@@ -20,7 +20,7 @@ use crate::cli::{ExitWith, Format, MeshArgs, exit};
 use crate::output;
 
 pub(crate) use explain::{ExplainArgs, explain};
-pub(crate) use get::{GetArgs, get, pod_status};
+pub(crate) use get::{GetArgs, get, lasting, pod_status};
 pub(crate) use manifests::{ApplyArgs, DeleteArgs, ValidateArgs, apply, delete, errors, validate};
 pub(crate) use pods::{ExecArgs, LabelArgs, LogsArgs, RolloutCommand, ScaleArgs, exec, label, logs, rollout, scale};
 pub(crate) use proxies::{

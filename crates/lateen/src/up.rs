@@ -307,9 +307,8 @@ fn pods(store: &Store) -> Vec<Value> {
     let objects = store.objects();
     let row = |pod: &Arc<api::Object>| {
         let raw = &pod.raw;
-        let statuses = raw["status"]["containerStatuses"].as_array();
-        let ready = statuses.into_iter().flatten().filter(|status| status["ready"] == true).count();
-        let all = raw["spec"]["containers"].as_array().map_or(0, Vec::len);
+        let (statuses, all) = commands::lasting(raw);
+        let ready = statuses.iter().filter(|status| status["ready"] == true).count();
         json!({
             "namespace": pod.meta.namespace,
             "name": pod.meta.name,
@@ -333,6 +332,7 @@ fn system_manifests(state: &Path, trust_domain: &str) -> String {
 
 fn start(args: &UpArgs, mut sources: Vec<Source>, is_demo: bool) -> Result<()> {
     let began = Instant::now();
+    node::raise_descriptors();
     for path in &args.files {
         if path.as_os_str() == "-" {
             let text = commands::read_stdin()?;

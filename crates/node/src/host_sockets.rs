@@ -7,6 +7,7 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -101,13 +102,17 @@ impl HostSockets {
         Ok(Self { socket: Mutex::new(register(client)?) })
     }
 
-    /// One fresh socket. Not cancel safe: a lost answer would be taken for the next one's, so callers
-    /// run it to its end.
-    pub(crate) async fn one(&self, kind: Kind, v6: bool) -> io::Result<OwnedFd> {
-        let socket = self.socket.lock().await;
-        let request = [VERSION, kind as u8, if v6 { 6 } else { 4 }, 1];
-        socket.async_io(Interest::WRITABLE, |fd| Ok(rustix::net::send(fd, &request, SendFlags::NOSIGNAL)?)).await?;
-        socket.async_io(Interest::READABLE, |fd| take(fd.as_fd())).await
+    /// One fresh socket. Cancel safe.
+    pub(crate) async fn one(self: &Arc<Self>, kind: Kind, v6: bool) -> io::Result<OwnedFd> {
+        let sockets = Arc::clone(self);
+        // On a task of its own, to its end: an answer that nobody takes would be taken for the next one's.
+        let asked = tokio::spawn(async move {
+            let socket = sockets.socket.lock().await;
+            let request = [VERSION, kind as u8, if v6 { 6 } else { 4 }, 1];
+            socket.async_io(Interest::WRITABLE, |fd| Ok(rustix::net::send(fd, &request, SendFlags::NOSIGNAL)?)).await?;
+            socket.async_io(Interest::READABLE, |fd| take(fd.as_fd())).await
+        });
+        asked.await.map_err(io::Error::other)?
     }
 }
 
@@ -149,7 +154,7 @@ mod tests {
     async fn a_client_gets_sockets_and_errors() {
         let (server, client) = pair().unwrap();
         serve(server).unwrap();
-        let client = HostSockets::new(client).unwrap();
+        let client = Arc::new(HostSockets::new(client).unwrap());
         let socket = client.one(Kind::Tcp, false).await.unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let stream = tokio::net::TcpSocket::from_std_stream(socket.into());

@@ -57,8 +57,8 @@ pub use runtime::{
     Output, OutputSink, Pod, PodRuntime, RunResult, RuntimeError, RuntimeEvent, RuntimeOptions, StartError,
 };
 pub use spec::{
-    ContainerRequest, DnsPolicy, HostListener, Mount, PodId, PodNetwork, PodRequest, Rights, SELF_EXE, ServiceAddress,
-    ServicePort, Signal, Stream, Volume, VolumeFile, VolumeSource,
+    ContainerRequest, DnsPolicy, HostListener, Mount, Name, PodId, PodNetwork, PodRequest, Rights, SELF_EXE,
+    ServiceAddress, ServicePort, Signal, Stream, Volume, VolumeFile, VolumeSource,
 };
 pub use wire::Facts;
 
@@ -89,6 +89,27 @@ pub fn internal_main(arguments: impl IntoIterator<Item = OsString>) -> Option<Ex
         starter::MANAGER => manager::manager_main(&argument),
         _ => starter::probe_main(&argument),
     })
+}
+
+/// Most descriptors that a process needs; a limit without end would make programs that close them all slow.
+const DESCRIPTORS_WANTED: u64 = 1 << 20;
+
+/// Lets the process, and those that it starts, have as many descriptors as its hard limit allows, up to a
+/// million: those who start programs leave a low soft limit for the sake of `select`.
+pub fn raise_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let wanted = maximum.unwrap_or(DESCRIPTORS_WANTED).min(DESCRIPTORS_WANTED);
+    if current.is_some_and(|current| current < wanted) {
+        // Up to the hard limit it is anybody's right.
+        tolerate(setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum }));
+    }
+}
+
+/// How many descriptors the process may have.
+fn descriptors_max() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX)
 }
 
 /// For steps whose failure changes nothing for us; each call says why.

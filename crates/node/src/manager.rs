@@ -18,7 +18,7 @@ use crate::builder::Builder;
 use crate::net::{self, Names};
 use crate::spec::PodId;
 use crate::starter::{Config, die_with_parent};
-use crate::wire::{self, Call, Facts, Numbered, Refusal, Report, Sender};
+use crate::wire::{self, Call, Facts, Numbered, Passed, Refusal, Report, Sender};
 use crate::{mounts, spawn};
 
 /// Programs that run, by the pid the manager sees.
@@ -44,6 +44,7 @@ impl Programs {
 /// The manager's process.
 pub(crate) fn manager_main(argument: &str) -> ExitCode {
     die_with_parent();
+    crate::raise_descriptors();
     let Ok(control) = io::stdin().as_fd().try_clone_to_owned() else { return ExitCode::FAILURE };
     let Ok(sockets) = io::stdout().as_fd().try_clone_to_owned() else { return ExitCode::FAILURE };
     let Ok(sending) = control.try_clone() else { return ExitCode::FAILURE };
@@ -100,8 +101,8 @@ fn serve(argument: &str, control: &OwnedFd, sockets: OwnedFd, sender: &Arc<Sende
     if sender.send(&Report::Ready(facts), &[]).is_err() {
         return Ok(());
     }
-    while let Ok(Some((call, fds))) = wire::receive::<Numbered>(control.as_fd()) {
-        if matches!(call.call, Call::Shutdown) || calls_to.send((call, fds)).is_err() {
+    while let Ok(Some((call, passed))) = wire::receive::<Numbered>(control.as_fd()) {
+        if matches!(call.call, Call::Shutdown) || calls_to.send((call, passed)).is_err() {
             break;
         }
     }
@@ -130,9 +131,10 @@ fn bridge_name(mesh: &str) -> String {
     if mesh.is_empty() { "lateen".into() } else { format!("lateen-{mesh}") }
 }
 
-fn build(mut builder: Builder, calls: &mpsc::Receiver<(Numbered, Vec<OwnedFd>)>, sender: &Sender) {
-    for (Numbered { id, call }, fds) in calls {
-        let (result, fds) = match builder.answer(call, &fds) {
+fn build(mut builder: Builder, calls: &mpsc::Receiver<(Numbered, Passed)>, sender: &Sender) {
+    for (Numbered { id, call }, passed) in calls {
+        let answer = passed.map_err(Refusal::step("receiving descriptors")).and_then(|fds| builder.answer(call, &fds));
+        let (result, fds) = match answer {
             Ok(fds) => (Ok(()), fds),
             Err(refusal) => (Err(refusal), Vec::new()),
         };

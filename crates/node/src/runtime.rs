@@ -11,7 +11,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,8 +23,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::exec::ExecTarget;
 use crate::spec::{
-    ContainerPlan, ContainerRequest, HostListener, PassedFd, PodId, PodNetwork, PodPlan, PodRequest, ServiceAddress,
-    Signal, Stream, VolumeFile,
+    ContainerPlan, ContainerRequest, HostListener, Name, PassedFd, PodId, PodNetwork, PodPlan, PodRequest,
+    ServiceAddress, Signal, Stream, VolumeFile,
 };
 use crate::wire::{self, Call, Facts, Numbered, Refusal, Report};
 use crate::{etc, host_sockets, starter};
@@ -384,7 +384,16 @@ impl PodRuntime {
         let answer = self.call(Call::Start(Box::new(plan)), &fds).await;
         drop(fds);
         drop(passed);
-        match answer.and_then(|fds| host_pid(&fds)) {
+        let started = match answer.map(|fds| host_pid(&fds)) {
+            Ok(Err(error)) => {
+                // It runs, but nobody could tell which process it is: it must not stay beside the next try.
+                drop(self.signal(pod, &name, Signal::Kill).await);
+                Err(error)
+            }
+            Ok(pid) => pid,
+            Err(error) => Err(error),
+        };
+        match started {
             Ok(host_pid) => {
                 if let Some(running) = self.state().container(pod, &name, serial) {
                     running.host_pid = host_pid;
@@ -499,18 +508,18 @@ impl PodRuntime {
     /// Connects from the switch to an address of the mesh (a pod, a service).
     pub async fn dial(&self, to: SocketAddr) -> Result<TcpStream, RuntimeError> {
         let fds = self.call(Call::Sockets { v6: to.is_ipv6(), count: 1 }, &[]).await?;
-        let socket = fds.into_iter().next().ok_or(RuntimeError::Down)?;
+        let socket = fds.into_iter().next().ok_or_else(no_room)?;
         Ok(TcpSocket::from_std_stream(socket.into()).connect(to).await?)
     }
 
     /// Binds a listener in the switch, to be served by this process.
     pub async fn switch_listener(&self, address: SocketAddr) -> Result<TcpListener, RuntimeError> {
         let fds = self.call(Call::Listen { address }, &[]).await?;
-        fds.into_iter().next().map(TcpListener::from).ok_or(RuntimeError::Down)
+        fds.into_iter().next().map(TcpListener::from).ok_or_else(no_room)
     }
 
     /// Replaces the names of cluster DNS: full names, lower case, no trailing dot; `*.` as first label matches any.
-    pub async fn set_names(&self, names: BTreeMap<String, Vec<IpAddr>>) -> Result<(), RuntimeError> {
+    pub async fn set_names(&self, names: BTreeMap<String, Name>) -> Result<(), RuntimeError> {
         self.call(Call::SetNames(names), &[]).await.map(drop)
     }
 
@@ -639,8 +648,9 @@ struct Reader {
 
 impl Reader {
     fn run(mut self, control: &OwnedFd) {
-        while let Ok(Some((report, fds))) = wire::receive::<Report>(control.as_fd()) {
-            self.take(report, fds);
+        while let Ok(Some((report, passed))) = wire::receive::<Report>(control.as_fd()) {
+            // Without the descriptors the answer still tells what was done; who needs them finds none.
+            self.take(report, passed.unwrap_or_default());
         }
         let waiting = {
             let mut state = lock(&self.state);
@@ -729,10 +739,15 @@ async fn collect(reader: &mut tokio::net::unix::pipe::Receiver, into: &mut Vec<u
     }
 }
 
+/// What the manager passed found no room in this process.
+fn no_room() -> RuntimeError {
+    io::Error::from_raw_os_error(libc::EMFILE).into()
+}
+
 /// The pid of a process as this namespace sees it, by the descriptor that the manager sent.
 fn host_pid(fds: &[OwnedFd]) -> Result<u32, RuntimeError> {
     use std::os::fd::AsRawFd as _;
-    let pidfd = fds.first().ok_or(RuntimeError::Down)?;
+    let pidfd = fds.first().ok_or_else(no_room)?;
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
     let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<i64>().ok());
     // -1: it ended meanwhile; its exit is on the way.

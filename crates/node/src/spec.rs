@@ -162,6 +162,15 @@ pub struct HostListener {
     pub address: std::net::SocketAddr,
 }
 
+/// What cluster DNS says of a name.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Name {
+    /// Its addresses.
+    Addresses(Vec<IpAddr>),
+    /// Another full name that stands for it, of the mesh or of the world (`ExternalName`).
+    Alias(String),
+}
+
 /// A service address to translate, see [`crate::PodRuntime::set_services`].
 pub use capture::{Protocol, ServiceAddress, ServicePort};
 

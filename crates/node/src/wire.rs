@@ -7,10 +7,11 @@
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags,
@@ -18,7 +19,7 @@ use rustix::net::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{ContainerPlan, PodId, PodPlan, Signal, VolumeFile};
+use crate::spec::{ContainerPlan, Name, PodId, PodPlan, Signal, VolumeFile};
 
 /// A frame larger than this is refused: a ConfigMap or Secret holds at most 1 MiB, base64 adds a third.
 const FRAME_BYTES_MAX: usize = 64 << 20;
@@ -52,7 +53,7 @@ pub(crate) enum Call {
     Listen {
         address: SocketAddr,
     },
-    SetNames(BTreeMap<String, Vec<IpAddr>>),
+    SetNames(BTreeMap<String, Name>),
     SetServices(Vec<capture::ServiceAddress>),
     Shutdown,
 }
@@ -109,7 +110,7 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    pub(crate) fn step(step: impl Into<String>) -> impl FnOnce(rustix::io::Errno) -> Self {
+    pub(crate) fn step(step: impl Into<String>) -> impl FnOnce(Errno) -> Self {
         let step = step.into();
         move |errno| Self::Step { step, errno: errno.raw_os_error() }
     }
@@ -164,34 +165,40 @@ fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8], mut fds: &[BorrowedFd<'_>]
                 bytes = &bytes[sent..];
                 fds = &[];
             }
-            Err(rustix::io::Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
     }
     Ok(())
 }
 
+/// What came beside a frame: all the descriptors that were sent, or why there are none.
+pub(crate) type Passed = Result<Vec<OwnedFd>, Errno>;
+
 /// Reads one frame. `Ok(None)` = the other side closed.
-pub(crate) fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> io::Result<Option<(M, Vec<OwnedFd>)>> {
+///
+/// A frame whose descriptors found no room in this process comes without them: it is for its receiver to
+/// refuse, while the conversation goes on.
+pub(crate) fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> io::Result<Option<(M, Passed)>> {
     let mut head = [0_u8; 8];
-    let mut fds = Vec::new();
-    if !receive_all(socket, &mut head, &mut fds)? {
+    let mut passed = Ok(Vec::new());
+    if !receive_all(socket, &mut head, &mut passed)? {
         return Ok(None);
     }
     let length = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
     let count = u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize;
-    if length > FRAME_BYTES_MAX || count != fds.len() {
+    if length > FRAME_BYTES_MAX || passed.as_ref().is_ok_and(|fds| fds.len() != count) {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let mut body = vec![0; length];
-    if !receive_all(socket, &mut body, &mut Vec::new())? && length > 0 {
+    if !receive_all(socket, &mut body, &mut Ok(Vec::new()))? && length > 0 {
         return Ok(None);
     }
-    Ok(Some((serde_json::from_slice(&body)?, fds)))
+    Ok(Some((serde_json::from_slice(&body)?, passed)))
 }
 
 /// Fills `bytes`; false when the stream ended first.
-fn receive_all(socket: BorrowedFd<'_>, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<bool> {
+fn receive_all(socket: BorrowedFd<'_>, bytes: &mut [u8], passed: &mut Passed) -> io::Result<bool> {
     let mut filled = 0;
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     while filled < bytes.len() {
@@ -200,22 +207,51 @@ fn receive_all(socket: BorrowedFd<'_>, bytes: &mut [u8], fds: &mut Vec<OwnedFd>)
         match rustix::net::recvmsg(socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
             Ok(got) => {
                 for message in ancillary.drain() {
-                    if let RecvAncillaryMessage::ScmRights(passed) = message {
-                        fds.extend(passed);
+                    if let (RecvAncillaryMessage::ScmRights(more), Ok(fds)) = (message, &mut *passed) {
+                        fds.extend(more);
                     }
                 }
                 if got.bytes == 0 {
                     return Ok(false);
                 }
                 if got.flags.contains(ReturnFlags::CTRUNC) {
-                    return Err(io::ErrorKind::InvalidData.into());
+                    // Those that did come are closed.
+                    *passed = Err(Errno::MFILE);
                 }
                 filled += got.bytes;
             }
-            Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::CONNRESET) => return Ok(false),
+            Err(Errno::INTR) => {}
+            Err(Errno::CONNRESET) => return Ok(false),
             Err(errno) => return Err(errno.into()),
         }
     }
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    #[test]
+    fn a_frame_whose_descriptors_find_no_room_comes_without_them() {
+        const MANY: usize = FDS_MAX + 64;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        let many = [ours.as_fd(); MANY];
+        let mut head = [1, 0, 0, 0, 0, 0, 0, 0];
+        head[4..].copy_from_slice(&u32::try_from(MANY).unwrap().to_le_bytes());
+        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MANY))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&many)));
+        rustix::net::sendmsg(&ours, &[IoSlice::new(&head)], &mut ancillary, SendFlags::empty()).unwrap();
+        rustix::io::write(&ours, b"7").unwrap();
+        let sender = Sender::new(ours.try_clone().unwrap());
+        sender.send(&8, &[ours.as_fd()]).unwrap();
+        let next =
+            || receive::<u32>(theirs.as_fd()).unwrap().map(|(message, passed)| (message, passed.map(|fds| fds.len())));
+        assert_eq!(next(), Some((7, Err(Errno::MFILE))));
+        assert_eq!(next(), Some((8, Ok(1))), "the conversation goes on");
+        drop((sender, ours));
+        assert_eq!(next(), None);
+    }
 }

@@ -30,7 +30,7 @@ async fn accept(listener: tokio::net::TcpListener) {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => stream,
                 // Out of descriptors: let others finish first.
-                Err(_) => { tokio::task::yield_now().await; continue }
+                Err(_) => { tokio::time::sleep(crate::ACCEPT_AGAIN).await; continue }
             },
         };
         let (stopping, alive, calls) = (stopping.clone(), alive.clone(), Rc::clone(&calls));

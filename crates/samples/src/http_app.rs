@@ -105,7 +105,7 @@ where
             accepted = listener.accept() => match accepted {
                 Ok(accepted) => accepted,
                 // Out of descriptors: let others finish first.
-                Err(_) => { tokio::task::yield_now().await; continue }
+                Err(_) => { tokio::time::sleep(crate::ACCEPT_AGAIN).await; continue }
             },
         };
         let (app, stopping, alive) = (Rc::clone(&app), stopping.clone(), alive.clone());

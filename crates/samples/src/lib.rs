@@ -65,6 +65,9 @@ pub const NAMES: &[&str] = &[
     "sleep",
 ];
 
+/// A listener that cannot accept, usually for lack of descriptors, is asked again after this long.
+pub(crate) const ACCEPT_AGAIN: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// Options of a sample, as its command line gives them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Options {

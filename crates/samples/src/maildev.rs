@@ -72,7 +72,8 @@ pub(crate) async fn serve(options: &Options) -> Result<(), SampleError> {
                     let mailbox = Rc::clone(&incoming);
                     tokio::task::spawn_local(async move { session(stream, &mailbox).await });
                 }
-                Err(_) => tokio::task::yield_now().await,
+                // Out of descriptors: let some go.
+                Err(_) => tokio::time::sleep(crate::ACCEPT_AGAIN).await,
             }
         }
     });

@@ -62,7 +62,7 @@ pub(crate) async fn tcp_echo(options: &Options) -> Result<(), SampleError> {
                 if let Ok((stream, _)) = listener.accept().await {
                     tokio::task::spawn_local(echo(stream, Rc::clone(&prefix)));
                 } else {
-                    tokio::task::yield_now().await;
+                    tokio::time::sleep(crate::ACCEPT_AGAIN).await;
                 }
             }
         });

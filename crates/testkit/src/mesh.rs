@@ -83,13 +83,21 @@ pub struct Setup {
     manifests: String,
     args: Vec<String>,
     is_ordinary: bool,
+    descriptors_max: Option<u32>,
 }
 
 impl Setup {
     /// `lateen up` of these manifests.
     pub fn up(name: &str, manifests: &str) -> Self {
         let name = format!("{name}-{}", std::process::id());
-        Self { name, command: "up", manifests: manifests.to_owned(), args: Vec::new(), is_ordinary: false }
+        Self {
+            name,
+            command: "up",
+            manifests: manifests.to_owned(),
+            args: Vec::new(),
+            is_ordinary: false,
+            descriptors_max: None,
+        }
     }
 
     /// `lateen demo`.
@@ -108,6 +116,13 @@ impl Setup {
     #[must_use]
     pub fn as_ordinary_user(mut self) -> Self {
         self.is_ordinary = true;
+        self
+    }
+
+    /// None of its processes may have more descriptors than that.
+    #[must_use]
+    pub fn descriptors_max(mut self, most: u32) -> Self {
+        self.descriptors_max = Some(most);
         self
     }
 
@@ -173,7 +188,11 @@ impl Mesh {
         std::fs::write(&file, &setup.manifests).expect("its folder takes files");
         let program = program(&dir, setup.is_ordinary);
         let mut keeper = Command::new("sh");
-        keeper.args(["-c", KEEPER, "sh"]).arg(&dir).args(&program).args([setup.command, "--name", &setup.name]);
+        keeper.args(["-c", KEEPER, "sh"]).arg(&dir);
+        if let Some(most) = setup.descriptors_max {
+            keeper.args(["sh", "-c", r#"ulimit -n "$0" && exec "$@""#, &most.to_string()]);
+        }
+        keeper.args(&program).args([setup.command, "--name", &setup.name]);
         keeper.arg("--state-dir").arg(dir.join("s"));
         keeper.args(["--ingress-http", "127.0.0.1:0", "--ingress-https", "127.0.0.1:0"]);
         if setup.command == "up" {

@@ -1,7 +1,7 @@
 //! How a mesh starts and ends: who may, what is left, what stays.
 
 use std::collections::BTreeSet;
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -543,4 +543,56 @@ fn a_kernel_without_namespaces_is_named_with_its_remedy() {
         format!("echo 0 > /proc/sys/user/max_user_namespaces; setpriv --bounding-set -all --inh-caps -all {up}"),
         &["making a user namespace", "user.max_user_namespaces = 0", "raise the sysctl"],
     );
+}
+
+/// A pod without proxy holds all connections to the DNS of the mesh that it can have: the mesh is made of the
+/// same descriptors, and lives on.
+#[test]
+fn a_pod_that_takes_all_descriptors_it_can_get_ends_nothing() {
+    let prober = "
+apiVersion: v1
+kind: Pod
+metadata: {name: prober, namespace: plain, labels: {app: prober}}
+spec:
+  containers:
+  - name: main
+    image: local/shell
+    command: [sleep, infinity]
+    livenessProbe: {exec: {command: [sh, -c, 'echo >> /out/probes']}, periodSeconds: 1, timeoutSeconds: 60}
+    volumeMounts: [{name: out, mountPath: /out}]
+  volumes: [{name: out, emptyDir: {}}]
+";
+    let manifests = [
+        namespace("plain", false),
+        workload("plain", "curl", "v1", "curlimages/curl", None, ""),
+        workload("plain", "httpbin", "v1", "docker.io/kong/httpbin", Some(80), ""),
+        service("plain", "httpbin", "{name: http, port: 8000, targetPort: 80}"),
+        prober.to_owned(),
+    ];
+    let mesh = Setup::up("descriptors", &manifests.join("\n---\n")).descriptors_max(256).start();
+    let script = "for i in $(seq 300); do exec {held}<>/dev/tcp/10.96.0.10/53; done; echo held; read -r _";
+    let mut holder = mesh
+        .prepared(&["exec", "prober", "-n", "plain", "--", "bash", "-c", script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    BufReader::new(holder.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    assert_eq!(said, "held\n");
+    let probes = || {
+        let lines = mesh.must(&["exec", "prober", "-n", "plain", "--", "wc", "-l", "/out/probes"], "");
+        lines.split_whitespace().next().and_then(|count| count.parse::<u32>().ok()).unwrap_or_default()
+    };
+    let before = probes();
+    eventually("probes go on", || if probes() >= before + 3 { Ok(()) } else { Err(before.to_string()) });
+    assert_eq!(mesh.curl("plain/curl", &["http://httpbin:8000/get"]).status, 200);
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    let pods: Value = serde_json::from_str(&mesh.must(&["get", "pods", "-A", "-o", "json"], "")).unwrap();
+    for pod in pods["items"].as_array().unwrap() {
+        for status in pod["status"]["containerStatuses"].as_array().unwrap() {
+            assert_eq!(status["restartCount"], 0, "{pod}");
+        }
+    }
 }

@@ -204,11 +204,20 @@ fn or_none(value: String) -> String {
     if value.is_empty() { "<none>".to_owned() } else { value }
 }
 
+/// Statuses of the containers that run as long as their pod: the main ones, and init containers with
+/// `restartPolicy: Always`; and how many of these there are to be.
+pub(crate) fn lasting(pod: &Value) -> (Vec<&Value>, usize) {
+    let list = |of: &str, name: &str| pod[of][name].as_array().map_or(&[][..], Vec::as_slice);
+    let sidecars = list("spec", "initContainers").iter().filter(|container| container["restartPolicy"] == "Always");
+    let sidecars: Vec<&Value> = sidecars.map(|container| &container["name"]).collect();
+    let of_init = list("status", "initContainerStatuses").iter().filter(|status| sidecars.contains(&&status["name"]));
+    let statuses = list("status", "containerStatuses").iter().chain(of_init).collect();
+    (statuses, list("spec", "containers").len() + sidecars.len())
+}
+
 fn pod_ready(pod: &Value) -> String {
-    let statuses = pod["status"]["containerStatuses"].as_array();
-    let ready = statuses.into_iter().flatten().filter(|status| status["ready"] == true).count();
-    let all = pod["spec"]["containers"].as_array().map_or(0, Vec::len);
-    format!("{ready}/{all}")
+    let (statuses, all) = lasting(pod);
+    format!("{}/{all}", statuses.iter().filter(|status| status["ready"] == true).count())
 }
 
 /// One word for where a pod is, as kubectl finds it.
@@ -218,8 +227,18 @@ pub(crate) fn pod_status(pod: &Value) -> String {
     }
     let statuses = |list: &str| pod["status"][list].as_array().map_or(&[][..], Vec::as_slice);
     let init = statuses("initContainerStatuses");
-    let is_done = |status: &&Value| status["state"]["terminated"]["exitCode"] == 0;
-    let done = init.iter().filter(is_done).count();
+    let ended = |status: &Value| status["state"]["terminated"]["exitCode"].as_i64();
+    if let Some(failed) = init.iter().find(|status| ended(status).is_some_and(|code| code != 0))
+        && pod["status"]["phase"] == "Failed"
+    {
+        return format!("Init:{}", failed["state"]["terminated"]["reason"].as_str().unwrap_or("Error"));
+    }
+    let (lasting, _) = lasting(pod);
+    let is_through = |status: &&Value| {
+        let has_started = status["started"] == true && lasting.iter().any(|one| one["name"] == status["name"]);
+        ended(status) == Some(0) || has_started
+    };
+    let done = init.iter().filter(is_through).count();
     if done < init.len() && pod["status"]["phase"] == "Pending" {
         let reason = init[done]["state"]["waiting"]["reason"].as_str().filter(|reason| *reason != "ContainerCreating");
         return reason.map_or_else(|| format!("Init:{done}/{}", init.len()), |reason| format!("Init:{reason}"));
@@ -232,8 +251,8 @@ pub(crate) fn pod_status(pod: &Value) -> String {
 }
 
 fn restarts(pod: &Value) -> String {
-    let statuses = pod["status"]["containerStatuses"].as_array().into_iter().flatten();
-    statuses.filter_map(|status| status["restartCount"].as_u64()).sum::<u64>().to_string()
+    let (statuses, _) = lasting(pod);
+    statuses.iter().filter_map(|status| status["restartCount"].as_u64()).sum::<u64>().to_string()
 }
 
 fn ports(service: &Value) -> String {

@@ -12,7 +12,7 @@ use types::{NamespacedName, Selector};
 
 use super::{NODE_NAME, report};
 use crate::runtime::PodRuntime;
-use crate::spec::{ServiceAddress, ServicePort};
+use crate::spec::{Name, ServiceAddress, ServicePort};
 use crate::store::Store;
 
 /// Marks slices of ours, as Kubernetes marks its own.
@@ -22,7 +22,7 @@ const MANAGER: &str = "endpointslice-controller.k8s.io";
 /// What the machine was told last.
 #[derive(Debug, Default)]
 pub(super) struct Published {
-    names: BTreeMap<String, Vec<IpAddr>>,
+    names: BTreeMap<String, Name>,
     services: Vec<ServiceAddress>,
 }
 
@@ -159,12 +159,18 @@ fn is_ready(endpoint: &k8s::Endpoint) -> bool {
 }
 
 /// Full names of services, of pods of headless services, and of the machine.
-fn names(objects: &ConfigSet) -> BTreeMap<String, Vec<IpAddr>> {
+fn names(objects: &ConfigSet) -> BTreeMap<String, Name> {
     let mut out: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
+    let mut aliases: Vec<(String, Name)> = Vec::new();
     out.insert(HOST_NAME.to_owned(), vec![capture::Network::LOCAL.host.into()]);
     for (object, service) in objects.all::<k8s::Service>() {
         let key = object.key();
         let full = format!("{}.{}.svc.{DEFAULT_DOMAIN_SUFFIX}", key.name, key.namespace);
+        if service.spec.kind == "ExternalName" {
+            let target = service.spec.external_name.trim_end_matches('.').to_ascii_lowercase();
+            aliases.push((full, Name::Alias(target)));
+            continue;
+        }
         if !service.spec.is_headless() {
             let addresses = service.spec.addresses().into_iter().filter_map(|ip| ip.parse().ok()).collect();
             out.insert(full, addresses);
@@ -182,7 +188,7 @@ fn names(objects: &ConfigSet) -> BTreeMap<String, Vec<IpAddr>> {
         }
         out.insert(full, all);
     }
-    out
+    out.into_iter().map(|(name, addresses)| (name, Name::Addresses(addresses))).chain(aliases).collect()
 }
 
 /// Service addresses with the ready endpoints behind each port.
@@ -241,6 +247,8 @@ mod tests {
         let mut list = vec![
             service("web", "10.96.1.1"),
             service("pods", "None"),
+            json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "far", "namespace": "shop"},
+                "spec": {"type": "ExternalName", "externalName": "API.example.org"}}),
             pod("a", "10.77.0.10", true, "web", 8080),
             pod("b", "10.77.0.11", false, "web", 8080),
             pod("c", "10.77.0.12", true, "web", 9090),
@@ -258,9 +266,11 @@ mod tests {
             ["10.77.0.10:8080".parse().unwrap(), "10.77.0.12:9090".parse().unwrap()]
         );
         let names = names(&objects);
-        assert_eq!(names["web.shop.svc.cluster.local"], ["10.96.1.1".parse::<IpAddr>().unwrap()]);
-        assert_eq!(names["pods.shop.svc.cluster.local"].len(), 2);
+        let addresses = |of: &[&str]| Name::Addresses(of.iter().map(|ip| ip.parse().unwrap()).collect());
+        assert_eq!(names["web.shop.svc.cluster.local"], addresses(&["10.96.1.1"]));
+        assert_eq!(names["pods.shop.svc.cluster.local"], addresses(&["10.77.0.10", "10.77.0.12"]));
         assert!(names.contains_key("a.pods.shop.svc.cluster.local"));
-        assert_eq!(names["host.lateen.internal"], ["10.77.0.2".parse::<IpAddr>().unwrap()]);
+        assert_eq!(names["host.lateen.internal"], addresses(&["10.77.0.2"]));
+        assert_eq!(names["far.shop.svc.cluster.local"], Name::Alias("api.example.org".into()));
     }
 }

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use capture::{Protocol, Redirect};
 use node::{
-    ContainerRequest, DnsPolicy, HostListener, Mount, Output, Pod, PodId, PodRequest, PodRuntime, Rights, RuntimeError,
-    RuntimeEvent, RuntimeOptions, SELF_EXE, ServiceAddress, ServicePort, Signal, Volume, VolumeFile, VolumeSource,
+    ContainerRequest, DnsPolicy, HostListener, Mount, Name, Output, Pod, PodId, PodRequest, PodRuntime, Rights,
+    RuntimeError, RuntimeEvent, RuntimeOptions, SELF_EXE, ServiceAddress, ServicePort, Signal, Volume, VolumeFile,
+    VolumeSource,
 };
 use tokio::sync::mpsc;
 
@@ -293,8 +294,8 @@ async fn names() {
     let a = mesh.pod("a", None).await;
     mesh.run(&a, "app", &["wait"]).await;
     let names = BTreeMap::from([
-        ("reviews.shop.svc.cluster.local".to_owned(), vec!["10.96.3.3".parse().unwrap()]),
-        ("ratings.other.svc.cluster.local".to_owned(), vec!["10.96.3.4".parse().unwrap()]),
+        ("reviews.shop.svc.cluster.local".to_owned(), Name::Addresses(vec!["10.96.3.3".parse().unwrap()])),
+        ("ratings.other.svc.cluster.local".to_owned(), Name::Addresses(vec!["10.96.3.4".parse().unwrap()])),
     ]);
     mesh.runtime.set_names(names).await.unwrap();
     for name in ["reviews", "reviews.shop", "reviews.shop.svc", "reviews.shop.svc.cluster.local", "REVIEWS"] {
@@ -306,7 +307,10 @@ async fn names() {
     // Its own name, from /etc/hosts.
     assert!(mesh.ask(&a, "app", &["resolve", "a"]).await.contains(&a.ip.to_string()));
     mesh.runtime
-        .set_names(BTreeMap::from([("reviews.shop.svc.cluster.local".to_owned(), vec!["10.96.3.9".parse().unwrap()])]))
+        .set_names(BTreeMap::from([(
+            "reviews.shop.svc.cluster.local".to_owned(),
+            Name::Addresses(vec!["10.96.3.9".parse().unwrap()]),
+        )]))
         .await
         .unwrap();
     assert_eq!(mesh.ask(&a, "app", &["resolve", "reviews"]).await, "10.96.3.9\n");
