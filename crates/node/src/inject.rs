@@ -59,7 +59,7 @@ impl<'a> Workload<'a> {
 }
 
 /// The deployment behind a pod's ReplicaSet: its name without the template's hash.
-pub(crate) fn deployment_of(pod: &Object) -> Option<&str> {
+pub fn deployment_of(pod: &Object) -> Option<&str> {
     let replica_set = pod.meta.owners.iter().find(|owner| owner.kind == "ReplicaSet")?;
     let hash = pod.meta.labels.get(labels::POD_TEMPLATE_HASH)?;
     replica_set.name.strip_suffix(hash.as_str())?.strip_suffix('-')

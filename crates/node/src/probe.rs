@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::runtime::PodRuntime;
+use crate::runtime::{PodRuntime, RuntimeError};
 use crate::spec::{PodId, SELF_EXE};
 
 /// The hidden role.
@@ -63,8 +63,30 @@ pub(crate) struct Target<'a> {
     pub(crate) from_switch: bool,
 }
 
-/// Asks once; the error says why the container is not well.
-pub(crate) async fn ask(probe: &Probe, target: Target<'_>, runtime: &PodRuntime) -> Result<(), String> {
+/// Why there is no good answer.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// The container is not well.
+    #[error("{0}")]
+    Unwell(String),
+    /// It could not be asked, which says nothing about it.
+    #[error("{0}")]
+    Unasked(String),
+}
+
+/// What it means that no program could be run in a container.
+///
+/// *Source*: Kubernetes' kubelet throws the result away when the prober itself fails; a program that is not
+/// there is the container's fault.
+fn not_run(error: &RuntimeError) -> Failure {
+    match error {
+        RuntimeError::Program { .. } => Failure::Unwell(error.to_string()),
+        _ => Failure::Unasked(error.to_string()),
+    }
+}
+
+/// Asks once.
+pub(crate) async fn ask(probe: &Probe, target: Target<'_>, runtime: &PodRuntime) -> Result<(), Failure> {
     let limit = Duration::from_secs(u64::from(probe.timeout_seconds.max(1)));
     if let Some(exec) = &probe.exec {
         let run = runtime.run_in_container(target.pod, &target.container.name, exec.command.clone(), limit).await;
@@ -72,28 +94,32 @@ pub(crate) async fn ask(probe: &Probe, target: Target<'_>, runtime: &PodRuntime)
             Ok(result) => match result.code {
                 Some(0) => Ok(()),
                 Some(code) => {
-                    Err(format!("command ended with {code}: {}", String::from_utf8_lossy(&result.output).trim()))
+                    let said = String::from_utf8_lossy(&result.output);
+                    Err(Failure::Unwell(format!("command ended with {code}: {}", said.trim())))
                 }
-                None => Err("command ran out of time".to_owned()),
+                None => Err(Failure::Unwell("command ran out of time".to_owned())),
             },
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(not_run(&error)),
         };
     }
-    let Some(question) = question(probe, &target, limit) else { return Err("the probe's port is unknown".to_owned()) };
+    let Some(question) = question(probe, &target, limit) else {
+        return Err(Failure::Unwell("the probe's port is unknown".to_owned()));
+    };
     if target.from_switch {
         let to = SocketAddr::new(target.ip, question.port);
         let asking = async {
             let stream = runtime.dial(to).await.map_err(|error| error.to_string())?;
             talk(stream, &question).await
         };
-        return tokio::time::timeout(limit, asking).await.unwrap_or_else(|_| Err(LATE.to_owned()));
+        let asked = tokio::time::timeout(limit, asking).await.unwrap_or_else(|_| Err(LATE.to_owned()));
+        return asked.map_err(Failure::Unwell);
     }
-    let text = serde_json::to_string(&question).map_err(|error| error.to_string())?;
+    let text = serde_json::to_string(&question).map_err(|error| Failure::Unasked(error.to_string()))?;
     let argv = vec![SELF_EXE.to_owned(), ASK.to_owned(), text];
     match runtime.run_in_container(target.pod, &target.container.name, argv, limit + Duration::from_secs(1)).await {
         Ok(result) if result.code == Some(0) => Ok(()),
-        Ok(result) => Err(String::from_utf8_lossy(&result.output).trim().to_owned()),
-        Err(error) => Err(error.to_string()),
+        Ok(result) => Err(Failure::Unwell(String::from_utf8_lossy(&result.output).trim().to_owned())),
+        Err(error) => Err(not_run(&error)),
     }
 }
 

@@ -1,6 +1,7 @@
 //! What is in a pod's volumes, and where its containers see them.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use api::k8s::{Container, DownwardApiVolume, KeyToPath};
 use api::{ConfigSet, k8s};
@@ -38,19 +39,40 @@ pub struct UnfilledVolume {
 
 /// All volumes of a pod, with the one of its service account.
 pub fn volumes(facts: &PodFacts<'_>, from: &Contents<'_>) -> Result<Vec<Volume>, UnfilledVolume> {
-    let mut out = Vec::new();
-    for volume in &facts.pod.spec.volumes {
-        let unfilled = |missing| UnfilledVolume { volume: volume.name.clone(), missing };
-        out.push(Volume { name: volume.name.clone(), source: source(volume, facts, from).map_err(unfilled)? });
-    }
-    if has_account(facts) {
-        out.push(Volume { name: ACCOUNT_VOLUME.to_owned(), source: VolumeSource::Files(account(facts, from)) });
-    }
-    Ok(out)
+    each_volume(facts, from).collect()
 }
 
-fn has_account(facts: &PodFacts<'_>) -> bool {
-    let spec = &facts.pod.spec;
+/// [`volumes`] one by one: what lacks something keeps no other from being filled.
+pub(crate) fn each_volume(
+    facts: &PodFacts<'_>,
+    from: &Contents<'_>,
+) -> impl Iterator<Item = Result<Volume, UnfilledVolume>> {
+    let of_spec = facts.pod.spec.volumes.iter().map(|volume| {
+        let unfilled = |missing| UnfilledVolume { volume: volume.name.clone(), missing };
+        Ok(Volume { name: volume.name.clone(), source: source(volume, facts, from).map_err(unfilled)? })
+    });
+    let of_account = has_account(facts.pod)
+        .then(|| Ok(Volume { name: ACCOUNT_VOLUME.to_owned(), source: VolumeSource::Files(account(facts, from)) }));
+    of_spec.chain(of_account)
+}
+
+/// After how long the tokens in a pod's volumes are to be renewed.
+///
+/// *Source*: Kubernetes' kubelet: when four fifths of the time are over for which they are good.
+pub(crate) fn token_renewal(pod: &k8s::Pod) -> Duration {
+    let of_volumes = pod.spec.volumes.iter().filter_map(|volume| volume.projected.as_ref());
+    let tokens = of_volumes.flat_map(|projected| &projected.sources);
+    let shortest = tokens.filter_map(|part| part.service_account_token.as_ref()).map(good_for).min();
+    Duration::from_secs(shortest.unwrap_or(TOKEN_SECONDS).min(TOKEN_SECONDS) / 5 * 4)
+}
+
+/// Seconds that a token is good for. Kubernetes makes none for less than ten minutes.
+fn good_for(token: &k8s::ServiceAccountTokenProjection) -> u64 {
+    token.expiration_seconds.unwrap_or(3600).max(600)
+}
+
+fn has_account(pod: &k8s::Pod) -> bool {
+    let spec = &pod.spec;
     spec.automount_service_account_token != Some(false)
         && !spec.volumes.iter().any(|volume| volume.name == ACCOUNT_VOLUME)
 }
@@ -101,7 +123,7 @@ fn source(volume: &k8s::Volume, facts: &PodFacts<'_>, from: &Contents<'_>) -> Re
             }
             if let Some(part) = &part.service_account_token {
                 let path = if part.path.is_empty() { "token" } else { &part.path };
-                let token = mint(facts, from, &part.audience, part.expiration_seconds.unwrap_or(3600).max(600));
+                let token = mint(facts, from, &part.audience, good_for(part));
                 files.push(file(path, token.into_bytes(), of.default_mode.unwrap_or(0o600)));
             }
         }
@@ -191,7 +213,7 @@ pub fn mounts(container: &Container, facts: &PodFacts<'_>) -> Vec<Mount> {
         })
         .collect();
     let is_taken = out.iter().any(|mount| mount.path.starts_with(ACCOUNT_PATH));
-    if has_account(facts) && !is_taken {
+    if has_account(facts.pod) && !is_taken {
         out.push(Mount {
             volume: ACCOUNT_VOLUME.to_owned(),
             path: PathBuf::from(ACCOUNT_PATH),
@@ -246,5 +268,42 @@ mod tests {
         let mounts = mounts(&typed.spec.containers[0], &facts);
         assert_eq!(mounts.len(), 2);
         assert_eq!(made[5].name, mounts[1].volume);
+    }
+
+    #[test]
+    fn a_token_is_renewed_while_it_is_good() {
+        let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "namespace": "shop", "uid": "u"},
+        "spec": {"containers": [{"name": "c", "image": "i"}], "volumes": [
+            {"name": "gone", "secret": {"secretName": "s"}},
+            {"name": "token", "projected": {"sources": [{"serviceAccountToken": {"audience": "vault", "expirationSeconds": 600, "path": "t"}}]}},
+        ]}});
+        let object = api::from_json(&pod).0.unwrap();
+        let typed = object.typed::<k8s::Pod>().unwrap().clone();
+        let facts = PodFacts { object: &object, pod: &typed, ip: "", host_ip: "", node_name: "" };
+        let objects = ConfigSet::new([object.clone()]);
+        let tokens = Tokens::new();
+        let token_at = |now: i64| {
+            let from = Contents { objects: &objects, tokens: &tokens, now };
+            let made: Vec<Volume> = each_volume(&facts, &from).flatten().collect();
+            let volume = made.into_iter().find(|volume| volume.name == "token").unwrap();
+            let VolumeSource::Files(files) = volume.source else { panic!("no files") };
+            String::from_utf8(files[0].contents.clone()).unwrap()
+        };
+        let is_good = |token: &str, now: i64| {
+            let review = crate::token::TokenReview { token: token.to_owned(), audience: "vault".to_owned() };
+            tokens.review(&review, &objects, now).authenticated
+        };
+        let renewal = token_renewal(&typed);
+        assert_eq!(renewal, Duration::from_secs(480));
+        let (mut now, mut token) = (1_000, token_at(1_000));
+        for _ in 0..20 {
+            now += i64::try_from(renewal.as_secs()).unwrap();
+            assert!(is_good(&token, now), "it is in use until it is renewed");
+            assert!(!is_good(&token, now + 120));
+            token = token_at(now);
+        }
+        let mut plain = (*typed).clone();
+        plain.spec.volumes.clear();
+        assert_eq!(token_renewal(&plain), Duration::from_secs(TOKEN_SECONDS) * 4 / 5);
     }
 }

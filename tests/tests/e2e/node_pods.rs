@@ -302,6 +302,42 @@ fn a_container_that_fails_starts_again_and_backs_off() {
 }
 
 #[test]
+fn a_container_that_its_probe_ends_hears_of_it_as_at_the_end_of_its_pod() {
+    let mesh = NODE.turn();
+    let out = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(out.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    // Well until it is told otherwise; well again once it has started anew.
+    let script = "trap 'echo TERM >> /out/heard; rm -f /out/unwell; exit 4' TERM; echo start >> /out/heard; while :; do sleep 0.1; done";
+    let more = format!(
+        "    volumeMounts: [{{name: out, mountPath: /out}}]
+    livenessProbe: {{exec: {{command: [sh, -c, '! test -e /out/unwell']}}, periodSeconds: 1, failureThreshold: 1, timeoutSeconds: 60}}
+    lifecycle: {{preStop: {{exec: {{command: [sh, -c, 'echo preStop >> /out/heard']}}}}}}
+  terminationGracePeriodSeconds: 9223372036854775807
+  volumes: [{{name: out, hostPath: {{path: {}}}}}]",
+        out.path().display()
+    );
+    let _unwell = mesh.with(&pod("unwell", script, &more));
+    until_row(&mesh, "unwell", &["1/1", "Running"]);
+    let heard = || std::fs::read_to_string(out.path().join("heard")).unwrap_or_default();
+    eventually("its handler", || if heard() == "start\n" { Ok(()) } else { Err(heard()) });
+    std::fs::write(out.path().join("unwell"), "").unwrap();
+    eventually("it starts again", || match heard() {
+        all if all.ends_with("start\n") && all.len() > "start\n".len() => Ok(()),
+        other => Err(other),
+    });
+    assert_eq!(heard(), "start\npreStop\nTERM\nstart\n");
+    let status = get(&mesh, "unwell");
+    assert_eq!(status["status"]["containerStatuses"][0]["lastState"]["terminated"]["exitCode"], 4);
+    std::fs::remove_file(out.path().join("heard")).unwrap();
+    mesh.must(&["delete", "pod", "unwell", "-n", "plain"], "");
+    eventually("it is gone, though its grace period is not over", || match row(&mesh, "unwell") {
+        row if row.is_empty() => Ok(()),
+        other => Err(other),
+    });
+    assert_eq!(heard(), "preStop\nTERM\n");
+}
+
+#[test]
 fn an_application_hears_of_its_end_and_has_its_grace() {
     let mesh = NODE.turn();
     let out = tempfile::tempdir().unwrap();
@@ -426,6 +462,88 @@ spec:
     let mut seen: Vec<&str> = order.lines().collect();
     seen.dedup();
     assert_eq!(seen, ["first", "second", "main"], "each once, but for the one that failed");
+}
+
+#[test]
+fn an_init_container_that_fails_for_good_fails_its_pod() {
+    let mesh = NODE.turn();
+    let failed = "
+apiVersion: v1
+kind: Pod
+metadata: {name: early, namespace: plain}
+spec:
+  restartPolicy: Never
+  initContainers: [{name: first, image: local/shell, command: [sh, -c, exit 3]}]
+  containers: [{name: main, image: local/shell, command: [sleep, infinity]}]
+";
+    let _early = mesh.with(failed);
+    until_row(&mesh, "early", &["0/1", "Init:Error", " 0 "]);
+    let status = &get(&mesh, "early")["status"];
+    assert_eq!(status["phase"], "Failed");
+    assert_eq!(status["initContainerStatuses"][0]["state"]["terminated"]["exitCode"], 3);
+    assert_eq!(status["containerStatuses"][0]["state"]["waiting"]["reason"], "PodInitializing");
+}
+
+/// *Source*: Kubernetes' sidecar containers: they start in the order of the list, what comes after them may use
+/// them, they count as ready or not, start again whatever the pod's policy, and end after the others.
+#[test]
+fn an_init_container_that_restarts_always_serves_those_after_it_and_ends_after_them() {
+    let mesh = NODE.turn();
+    let out = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(out.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    let container = |name: &str, script: &str, more: &str| {
+        format!(
+            "{{name: {name}, image: local/shell, command: [sh, -c, {script:?}], volumeMounts: [{{name: out, mountPath: /out}}]{more}}}"
+        )
+    };
+    let aside = "trap 'echo aside ends >> /out/order; exit 0' TERM; echo aside >> /out/order; touch /out/serves; while :; do sleep 0.1; done";
+    let beside = |name: &str, policy: &str, main: &str| {
+        format!(
+            "
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: plain}}
+spec:
+  restartPolicy: {policy}
+  terminationGracePeriodSeconds: 600
+  initContainers: [{}, {}]
+  containers: [{}]
+  volumes: [{{name: out, hostPath: {{path: {}}}}}]
+",
+            container(
+                "aside",
+                aside,
+                ", restartPolicy: Always, startupProbe: {exec: {command: [test, -e, /out/serves]}, periodSeconds: 1, timeoutSeconds: 60, failureThreshold: 1000}"
+            ),
+            container("uses", "test -e /out/serves && echo uses >> /out/order", ""),
+            container("main", main, ""),
+            out.path().display(),
+        )
+    };
+    let order = || std::fs::read_to_string(out.path().join("order")).unwrap_or_default();
+    let lasts =
+        "trap 'echo main ends >> /out/order; exit 0' TERM; echo main >> /out/order; while :; do sleep 0.1; done";
+    mesh.must(&["apply", "-f", "-"], &beside("lasting", "Always", lasts));
+    until_row(&mesh, "lasting", &["2/2", "Running"]);
+    eventually("all of them", || if order() == "aside\nuses\nmain\n" { Ok(()) } else { Err(order()) });
+    assert_eq!(get(&mesh, "lasting")["status"]["initContainerStatuses"].as_array().unwrap().len(), 2);
+    mesh.must(&["delete", "pod", "lasting", "-n", "plain"], "");
+    eventually("it is gone", || match row(&mesh, "lasting") {
+        row if row.is_empty() => Ok(()),
+        other => Err(other),
+    });
+    assert_eq!(order(), "aside\nuses\nmain\nmain ends\naside ends\n");
+    // A pod that comes to its own end takes its sidecar along.
+    for file in ["order", "serves"] {
+        std::fs::remove_file(out.path().join(file)).unwrap();
+    }
+    let _ending = mesh.with(&beside("ending", "Never", "echo main >> /out/order"));
+    until_row(&mesh, "ending", &["Completed"]);
+    eventually("its sidecar ends", || match order() {
+        all if all == "aside\nuses\nmain\naside ends\n" => Ok(()),
+        other => Err(other),
+    });
+    assert_eq!(get(&mesh, "ending")["status"]["phase"], "Succeeded");
 }
 
 #[test]
@@ -702,4 +820,31 @@ spec:
     mesh.must(&["apply", "-f", "-"], &young(0, "two"));
     mesh.must(&["rollout", "status", "deploy/young", "-n", "plain", "--timeout", "120"], "");
     becomes(1, 1);
+}
+
+/// *Source*: Kubernetes: cluster DNS answers for an `ExternalName` service with an alias.
+#[test]
+fn a_service_that_stands_for_another_name_is_found_by_dns() {
+    let mesh = NODE.turn();
+    let alias = |name: &str, target: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: plain}}\nspec: {{type: ExternalName, externalName: {target}}}\n---\n"
+        )
+    };
+    let _aliases = mesh.with(
+        &[
+            alias("near", "httpbin.plain.svc.cluster.local"),
+            alias("nearer", "near.plain.svc.cluster.local"),
+            alias("nobody", "no-such.plain.svc.cluster.local"),
+        ]
+        .concat(),
+    );
+    for name in ["near", "nearer"] {
+        eventually("its name", || match mesh.curl("plain/curl", &[&format!("http://{name}:8000/get")]).status {
+            200 => Ok(()),
+            other => Err(other.to_string()),
+        });
+    }
+    let said = mesh.exec("plain/curl", &["getent", "hosts", "nobody"]);
+    assert!(!said.status.success(), "{}", text(&said.stdout));
 }

@@ -164,7 +164,7 @@ fn plan(spec: &DeploymentSpec, members: &[Member], terminating: u32) -> Plan {
     if surge == 0 && unavailable == 0 {
         unavailable = 1;
     }
-    let room = (replicas + surge).saturating_sub(total);
+    let room = replicas.saturating_add(surge).saturating_sub(total);
     let missing = replicas.saturating_sub(current);
     // Without old pods nothing is rolled over, and a deployment just grows.
     let create = if old == 0 { missing } else { missing.min(room) };
@@ -276,6 +276,7 @@ mod tests {
         check(0, rolling, "NN", 0, 0, "N1,N0");
         check(2, r#"{"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 0}}"#, "OO", 0, 0, "O0");
         check(2, r#"{"rollingUpdate": {"maxSurge": "100%", "maxUnavailable": 0}}"#, "OO", 0, 2, "");
+        check(2, r#"{"rollingUpdate": {"maxSurge": 4294967295}}"#, "OO", 0, 2, "");
         check(2, r#"{"type": "Recreate"}"#, "OO", 0, 0, "O1,O0");
         check(2, r#"{"type": "Recreate"}"#, "", 2, 0, "");
         check(2, r#"{"type": "Recreate"}"#, "", 0, 2, "");

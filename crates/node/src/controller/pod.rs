@@ -26,13 +26,14 @@ use types::{Finding, NamespacedName, Severity};
 use super::{NODE_NAME, Shared};
 use crate::env::{PodFacts, environment, program};
 use crate::inject::PROXY;
-use crate::probe::{self, Target};
+use crate::probe::{self, Failure, Target};
 use crate::runtime::{PodRuntime, RuntimeError};
 use crate::spec::{
-    ContainerRequest, DnsPolicy, PodId, PodNetwork, PodRequest, Rights, SELF_EXE, Signal, VolumeFile, VolumeSource,
+    ContainerRequest, DnsPolicy, PodId, PodNetwork, PodRequest, Rights, SELF_EXE, Signal, Volume, VolumeFile,
+    VolumeSource,
 };
 use crate::store::now;
-use crate::volume::{Contents, UnfilledVolume, mounts, volumes};
+use crate::volume::{Contents, UnfilledVolume, each_volume, mounts, token_renewal, volumes};
 
 /// [`crate::SWITCH_IP`] as text.
 const HOST_IP: &str = "10.77.0.1";
@@ -51,8 +52,14 @@ const POST_START_MAX: Duration = Duration::from_mins(2);
 const SETTLED_MAX: Duration = Duration::from_secs(3);
 /// The proxy drains 5 s (`terminationDrainDuration`) and needs a moment more.
 const PROXY_DRAIN: Duration = Duration::from_secs(7);
-/// Tokens are good for twelve hours; they are renewed when half of it is over.
-const TOKEN_RENEWAL: Duration = Duration::from_hours(6);
+/// Tokens that could not be renewed are tried again after this long.
+const RENEWAL_RETRY: Duration = Duration::from_secs(10);
+/// What a pod has that names no grace period.
+const GRACE: Duration = Duration::from_secs(30);
+/// A longer grace period is as good as none that ends.
+const GRACE_MAX: Duration = Duration::from_hours(24 * 365);
+/// What a container has after a `preStop` that took all of its grace period.
+const GRACE_AFTER_HOOK: Duration = Duration::from_secs(2);
 
 /// Runs the pod until it is gone; returns its name.
 pub(super) async fn run(
@@ -102,10 +109,21 @@ struct Worker {
     message: Option<(String, String)>,
 }
 
+/// What a container is to its pod.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Role {
+    /// Runs to its end before those listed after it start.
+    Init,
+    /// An init container with `restartPolicy: Always`: those listed after it wait until it has started. It runs
+    /// as long as the main ones do.
+    Sidecar,
+    Main,
+}
+
 /// One container.
 struct Slot {
     container: Container,
-    is_init: bool,
+    role: Role,
     state: State,
     restarts: u32,
     backoff: Duration,
@@ -113,9 +131,11 @@ struct Slot {
     is_ready: bool,
     /// The startup probe succeeded, or there is none.
     is_started: bool,
+    /// It has been started once, whatever became of it.
+    was_started: bool,
     hook: Hook,
     probes: [Check; 3],
-    /// Asked to end by its liveness probe: killed at this time.
+    /// Asked to end: killed at this time.
     kill_at: Option<Instant>,
 }
 
@@ -166,15 +186,28 @@ const READINESS: usize = 1;
 const LIVENESS: usize = 2;
 /// Not a probe, but answered like one.
 const POST_START: usize = 3;
+/// See [`POST_START`].
+const PRE_STOP: usize = 4;
 /// How Istio's injected proxy says, as its `postStart`, that the application is to wait for it.
 const WAIT_FOR_PROXY: [&str; 2] = ["pilot-agent", "wait"];
 
+/// The answer to a probe, or the end of a hook.
+struct Answer {
+    slot: usize,
+    /// How often the container had started again when it was asked: the next one has nothing to do with it.
+    restarts: u32,
+    which: usize,
+    outcome: Result<(), Failure>,
+}
+
+type Answers = JoinSet<Answer>;
+
 impl Slot {
-    fn new(container: &Container, is_init: bool) -> Self {
+    fn new(container: &Container, role: Role) -> Self {
         let idle = Check { next: None, is_asking: false, successes: 0, failures: 0, counted: None };
         Self {
             container: container.clone(),
-            is_init,
+            role,
             state: State::Waiting {
                 reason: "ContainerCreating".into(),
                 message: String::new(),
@@ -185,6 +218,7 @@ impl Slot {
             last: None,
             is_ready: false,
             is_started: false,
+            was_started: false,
             hook: Hook::Done,
             probes: [idle.clone(), idle.clone(), idle],
             kill_at: None,
@@ -198,6 +232,15 @@ impl Slot {
 
     fn is_running(&self) -> bool {
         matches!(self.state, State::Running { .. })
+    }
+
+    /// Whether those listed after it need not wait for it any more.
+    fn is_through(&self) -> bool {
+        match self.role {
+            Role::Init => matches!(&self.state, State::Ended(ended) if ended.code == 0),
+            Role::Sidecar => self.was_started,
+            Role::Main => true,
+        }
     }
 
     fn post_start(&self) -> Option<&LifecycleHandler> {
@@ -219,6 +262,7 @@ impl Slot {
     fn begin(&mut self, now_at: Instant) {
         self.state = State::Running { since: now_at, at: now() };
         self.is_started = self.container.startup_probe.is_none();
+        self.was_started |= self.is_started;
         self.is_ready = self.is_started && self.container.readiness_probe.is_none();
         self.kill_at = None;
         self.hook = if self.post_start().is_none() { Hook::Done } else { Hook::Due };
@@ -279,6 +323,11 @@ fn period(probe: &Probe) -> Duration {
     Duration::from_secs(u64::from(if probe.period_seconds == 0 { 10 } else { probe.period_seconds }))
 }
 
+/// The time between TERM and KILL.
+fn grace(seconds: Option<u64>) -> Duration {
+    seconds.map_or(GRACE, Duration::from_secs).min(GRACE_MAX)
+}
+
 fn threshold(value: u32, default: u32) -> u32 {
     if value == 0 { default } else { value }
 }
@@ -303,8 +352,9 @@ impl Worker {
             version.borrow_and_update();
             let Some((objects, object, pod)) = self.wanted() else { return };
             if self.slots.is_empty() {
-                let init = pod.spec.init_containers.iter().map(|c| Slot::new(c, c.restart_policy != "Always"));
-                self.slots = init.chain(pod.spec.containers.iter().map(|c| Slot::new(c, false))).collect();
+                let role = |c: &Container| if c.restart_policy == "Always" { Role::Sidecar } else { Role::Init };
+                let init = pod.spec.init_containers.iter().map(|c| Slot::new(c, role(c)));
+                self.slots = init.chain(pod.spec.containers.iter().map(|c| Slot::new(c, Role::Main))).collect();
             }
             match self.sandbox(&objects, &object, &pod).await {
                 Ok(()) => {}
@@ -318,21 +368,25 @@ impl Worker {
         }
         self.message = None;
         self.shared.set_finding(&self.key, None);
-        let mut answers: JoinSet<(usize, usize, Result<(), String>)> = JoinSet::new();
-        let mut renewal = Instant::now() + TOKEN_RENEWAL;
+        let mut answers = Answers::new();
+        let mut renewal_at = None;
         let mut filled = None;
         loop {
             let seen = *version.borrow_and_update();
             let Some((objects, object, pod)) = self.wanted() else { return };
-            let renews = Instant::now() >= renewal;
+            let now_at = Instant::now();
+            let mut renewal = *renewal_at.get_or_insert_with(|| now_at + token_renewal(&pod));
+            let renews = now_at >= renewal;
             // Probes wake us several times a second; they change no volume, and each filling mints tokens.
             if renews || filled != Some(seen) {
-                self.refresh_volumes(&objects, &object, &pod, renews).await;
+                let is_done = self.refresh_volumes(&objects, &object, &pod, renews).await;
                 filled = Some(seen);
+                if renews {
+                    renewal = Instant::now() + if is_done { token_renewal(&pod) } else { RENEWAL_RETRY };
+                    renewal_at = Some(renewal);
+                }
             }
-            if renews {
-                renewal = Instant::now() + TOKEN_RENEWAL;
-            }
+            self.end_sidecars(&pod, &mut answers).await;
             self.start_due(&objects, &object, &pod).await;
             self.ask_due(&mut answers);
             self.kill_due().await;
@@ -343,8 +397,8 @@ impl Worker {
             tokio::select! {
                 Some((container, code)) = self.exits.recv() => self.exited(&container, code, &pod.spec.restart_policy),
                 Some(answer) = answers.join_next() => {
-                    if let Ok((slot, which, outcome)) = answer {
-                        self.answered(slot, which, outcome).await;
+                    if let Ok(answer) = answer {
+                        self.answered(answer, &pod, &mut answers).await;
                     }
                 }
                 changed = version.changed() => if changed.is_err() { return },
@@ -354,16 +408,46 @@ impl Worker {
     }
 
     /// Init containers run one after the other; the rest waits for them, and for the `postStart` of
-    /// those listed before.
+    /// those listed before. What runs already waits for nobody.
     fn may_run(&self, slot: &Slot) -> bool {
-        let blocking =
-            self.slots.iter().find(|s| s.is_init && !matches!(&s.state, State::Ended(ended) if ended.code == 0));
-        match blocking {
-            None => {
+        if slot.role == Role::Sidecar && !slot.is_running() && self.is_over() {
+            return false;
+        }
+        let blocking = self.slots.iter().find(|one| !one.is_through());
+        if blocking.is_some_and(|first| first.container.name == slot.container.name) {
+            return true;
+        }
+        match (blocking, slot.role) {
+            (Some(_), Role::Sidecar) => slot.was_started,
+            (Some(_), _) => slot.is_running(),
+            (None, _) => {
                 let mut before = self.slots.iter().take_while(|s| s.container.name != slot.container.name);
                 slot.is_running() || !before.any(Slot::holds_others)
             }
-            Some(first) => slot.container.name == first.container.name,
+        }
+    }
+
+    /// Whether an init container has failed for good.
+    fn has_failed_early(&self) -> bool {
+        self.slots.iter().any(|slot| matches!(&slot.state, State::Ended(_)) && !slot.is_through())
+    }
+
+    /// Whether the pod has come to its own end.
+    fn is_over(&self) -> bool {
+        let mut main = self.slots.iter().filter(|slot| slot.role == Role::Main);
+        self.has_failed_early() || main.all(|slot| matches!(slot.state, State::Ended(_)))
+    }
+
+    /// Sidecars end with the containers that they are there for.
+    async fn end_sidecars(&mut self, pod: &k8s::Pod, answers: &mut Answers) {
+        if !self.is_over() {
+            return;
+        }
+        for index in (0..self.slots.len()).rev() {
+            let slot = &self.slots[index];
+            if slot.role == Role::Sidecar && slot.is_running() && slot.kill_at.is_none() {
+                self.end_container(index, grace(pod.spec.termination_grace_period_seconds), answers).await;
+            }
         }
     }
 
@@ -426,12 +510,14 @@ impl Worker {
         Contents { objects, tokens: &self.shared.options.tokens, now: jiff::Timestamp::now().as_second() }
     }
 
-    /// Files of ConfigMaps, Secrets and the downward API follow their objects; tokens are renewed.
-    async fn refresh_volumes(&mut self, objects: &ConfigSet, object: &Object, pod: &k8s::Pod, renew: bool) {
-        let Some(id) = self.id else { return };
+    /// Files of ConfigMaps, Secrets and the downward API follow their objects; tokens are renewed. Whether all
+    /// of it was done.
+    async fn refresh_volumes(&mut self, objects: &ConfigSet, object: &Object, pod: &k8s::Pod, renew: bool) -> bool {
+        let Some(id) = self.id else { return false };
         let facts = facts(object, pod, &self.ip);
         // What was removed stays as it was, as with a kubelet.
-        let Ok(made) = volumes(&facts, &self.contents(objects)) else { return };
+        let made: Vec<Volume> = each_volume(&facts, &self.contents(objects)).flatten().collect();
+        let mut is_done = true;
         for volume in made {
             let VolumeSource::Files(files) = volume.source else { continue };
             let Some(before) = self.volumes.get(&volume.name) else { continue };
@@ -440,9 +526,13 @@ impl Worker {
             }
             match self.shared.options.runtime.update_volume(id, &volume.name, files.clone()).await {
                 Ok(()) => drop(self.volumes.insert(volume.name, files)),
-                Err(error) => tracing::warn!(%error, pod = %self.key, volume = volume.name, "cannot refresh a volume"),
+                Err(error) => {
+                    is_done = false;
+                    tracing::warn!(%error, pod = %self.key, volume = volume.name, "cannot refresh a volume");
+                }
             }
         }
+        is_done
     }
 
     async fn start_due(&mut self, objects: &ConfigSet, object: &Object, pod: &k8s::Pod) {
@@ -524,26 +614,26 @@ impl Worker {
     }
 
     fn exited(&mut self, container: &str, code: i32, policy: &str) {
+        let is_over = self.is_over();
         let Some(slot) = self.slots.iter_mut().find(|slot| slot.container.name == container) else { return };
-        let again = if slot.is_init {
-            code != 0 && policy != "Never"
-        } else {
-            match policy {
-                "Never" => false,
-                "OnFailure" => code != 0,
-                _ => true,
-            }
+        let again = match (slot.role, policy) {
+            (Role::Init, _) => code != 0 && policy != "Never",
+            (Role::Sidecar, _) => !is_over,
+            (Role::Main, "Never") => false,
+            (Role::Main, "OnFailure") => code != 0,
+            (Role::Main, _) => true,
         };
         slot.ended(code, again);
     }
 
-    fn ask_due(&mut self, answers: &mut JoinSet<(usize, usize, Result<(), String>)>) {
+    fn ask_due(&mut self, answers: &mut Answers) {
         let (Some(id), Ok(ip)) = (self.id, self.ip.parse::<IpAddr>()) else { return };
         let at = Instant::now();
         for (index, slot) in self.slots.iter_mut().enumerate() {
             if !slot.is_running() {
                 continue;
             }
+            let restarts = slot.restarts;
             if slot.hook == Hook::Due && slot.waits_until_started() {
                 if slot.is_started {
                     slot.hook = Hook::Done;
@@ -554,7 +644,8 @@ impl Worker {
                 let Some(hook) = slot.post_start().cloned() else { continue };
                 answers.spawn(async move {
                     let target = Target { pod: id, ip, container: &container, from_switch: false };
-                    (index, POST_START, run_hook(&hook, target, POST_START_MAX, &runtime).await)
+                    let outcome = run_hook(&hook, target, POST_START_MAX, &runtime).await;
+                    Answer { slot: index, restarts, which: POST_START, outcome }
                 });
             }
             for which in [STARTUP, READINESS, LIVENESS] {
@@ -572,23 +663,32 @@ impl Worker {
                 answers.spawn(async move {
                     let from_switch = container.name == PROXY;
                     let target = Target { pod: id, ip, container: &container, from_switch };
-                    (index, which, probe::ask(&probe, target, &runtime).await)
+                    let outcome = probe::ask(&probe, target, &runtime).await;
+                    Answer { slot: index, restarts, which, outcome }
                 });
             }
         }
     }
 
-    async fn answered(&mut self, index: usize, which: usize, outcome: Result<(), String>) {
+    async fn answered(&mut self, answer: Answer, pod: &k8s::Pod, answers: &mut Answers) {
+        let Answer { slot: index, restarts, which, outcome } = answer;
         let at = Instant::now();
-        let Some(slot) = self.slots.get_mut(index) else { return };
+        let Some(slot) = self.slots.get_mut(index).filter(|slot| slot.restarts == restarts) else { return };
         let State::Running { since, .. } = slot.state else { return };
-        if which == POST_START {
-            return self.hooked(index, outcome).await;
+        match which {
+            POST_START => return self.hooked(index, outcome).await,
+            PRE_STOP => return self.left(index, outcome).await,
+            _ => {}
         }
         let Some(probe) = slot.probe(which).cloned() else { return };
         let is_young = since.elapsed() < EAGER_FOR;
         let check = &mut slot.probes[which];
         check.is_asking = false;
+        if let Err(Failure::Unasked(message)) = &outcome {
+            tracing::debug!(pod = %self.key, container = slot.container.name, message, "cannot ask");
+            check.next = Some(at + period(&probe));
+            return;
+        }
         let mut failed = false;
         if outcome.is_ok() {
             check.failures = 0;
@@ -609,6 +709,7 @@ impl Worker {
         match which {
             STARTUP if enough => {
                 slot.is_started = true;
+                slot.was_started = true;
                 slot.is_ready = slot.container.readiness_probe.is_none();
                 for later in [READINESS, LIVENESS] {
                     if slot.probe(later).is_some() {
@@ -619,27 +720,58 @@ impl Worker {
             READINESS if enough => slot.is_ready = true,
             READINESS if failed => slot.is_ready = false,
             STARTUP | LIVENESS if failed && slot.kill_at.is_none() => {
-                let message = outcome.err().unwrap_or_default();
+                let message = outcome.err().map(|failure| failure.to_string()).unwrap_or_default();
                 tracing::info!(pod = %self.key, container = slot.container.name, message, "restarted: its probe failed");
-                slot.kill_at = Some(at + Duration::from_secs(probe.termination_grace_period_seconds.unwrap_or(30)));
-                let name = slot.container.name.clone();
-                self.signal(&name, Signal::Term).await;
+                let seconds = probe.termination_grace_period_seconds.or(pod.spec.termination_grace_period_seconds);
+                self.end_container(index, grace(seconds), answers).await;
             }
             _ => {}
         }
     }
 
     /// A container whose `postStart` fails is ended and starts again, as on Kubernetes.
-    async fn hooked(&mut self, index: usize, outcome: Result<(), String>) {
+    async fn hooked(&mut self, index: usize, outcome: Result<(), Failure>) {
         let slot = &mut self.slots[index];
         match outcome {
             Ok(()) => slot.hook = Hook::Done,
-            Err(message) => {
-                tracing::warn!(pod = %self.key, container = slot.container.name, message, "postStart failed");
+            Err(error) => {
+                tracing::warn!(pod = %self.key, container = slot.container.name, %error, "postStart failed");
                 let name = slot.container.name.clone();
                 self.signal(&name, Signal::Kill).await;
             }
         }
+    }
+
+    /// Ends a container while its pod stays, as a kubelet does: `preStop` within the grace period, then TERM,
+    /// and KILL when that is over.
+    async fn end_container(&mut self, index: usize, grace: Duration, answers: &mut Answers) {
+        let slot = &mut self.slots[index];
+        slot.kill_at = Some(Instant::now() + grace);
+        let hook = slot.container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.clone());
+        if let (Some(hook), Some(id), Ok(ip), false) = (hook, self.id, self.ip.parse(), grace.is_zero()) {
+            let (runtime, container) = (self.shared.options.runtime.clone(), slot.container.clone());
+            let restarts = slot.restarts;
+            answers.spawn(async move {
+                let target = Target { pod: id, ip, container: &container, from_switch: false };
+                let outcome = run_hook(&hook, target, grace, &runtime).await;
+                Answer { slot: index, restarts, which: PRE_STOP, outcome }
+            });
+            return;
+        }
+        let name = slot.container.name.clone();
+        self.signal(&name, Signal::Term).await;
+    }
+
+    /// The `preStop` of a container that is to end is through.
+    async fn left(&mut self, index: usize, outcome: Result<(), Failure>) {
+        let slot = &mut self.slots[index];
+        if let Err(error) = outcome {
+            // As on Kubernetes, the container ends all the same.
+            tracing::warn!(pod = %self.key, container = slot.container.name, %error, "preStop failed");
+        }
+        slot.kill_at = slot.kill_at.max(Some(Instant::now() + GRACE_AFTER_HOOK));
+        let name = slot.container.name.clone();
+        self.signal(&name, Signal::Term).await;
     }
 
     async fn kill_due(&mut self) {
@@ -669,10 +801,10 @@ impl Worker {
     async fn end(&mut self) {
         if let Some(id) = self.id {
             let pod = self.current().map(|(_, _, pod)| pod);
-            let grace = pod.as_ref().and_then(|pod| pod.spec.termination_grace_period_seconds).unwrap_or(30);
-            let deadline = Instant::now() + Duration::from_secs(grace);
+            let grace = grace(pod.as_ref().and_then(|pod| pod.spec.termination_grace_period_seconds));
+            let deadline = Instant::now() + grace;
             self.publish();
-            if self.slots.iter().any(Slot::is_running) && pod.is_some() && grace > 0 {
+            if self.slots.iter().any(Slot::is_running) && pod.is_some() && !grace.is_zero() {
                 self.wait_until((Instant::now() + self.shared.options.drain_lead).min(deadline), |_| false).await;
                 // At the end of the mesh nobody is left to hear of it.
                 if let Some(settled) = &self.shared.options.settled
@@ -689,11 +821,11 @@ impl Worker {
                     let drained = (Instant::now() + PROXY_DRAIN).min(deadline);
                     self.wait_until(drained, |slot| is_proxy(&slot.container)).await;
                 }
-                let apps: Vec<String> =
-                    self.slots.iter().filter(|s| s.is_running()).map(|s| s.container.name.clone()).collect();
-                for name in apps {
-                    self.signal(&name, Signal::Term).await;
+                if self.slots.iter().any(|slot| slot.role == Role::Sidecar && slot.is_running()) {
+                    self.terminate(&[Role::Main]).await;
+                    self.wait_until(deadline, |slot| slot.role == Role::Main).await;
                 }
+                self.terminate(&[Role::Main, Role::Sidecar, Role::Init]).await;
                 self.wait_until(deadline, |_| true).await;
             }
             // Kills what is left.
@@ -708,6 +840,13 @@ impl Worker {
         }
     }
 
+    /// Asks the running containers of these roles to end, the last listed first.
+    async fn terminate(&self, roles: &[Role]) {
+        for slot in self.slots.iter().rev().filter(|slot| slot.is_running() && roles.contains(&slot.role)) {
+            self.signal(&slot.container.name, Signal::Term).await;
+        }
+    }
+
     async fn pre_stop(&mut self, id: PodId, deadline: Instant) {
         for slot in self.slots.iter().filter(|slot| slot.is_running()) {
             let Some(hook) = slot.container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref()) else {
@@ -718,9 +857,10 @@ impl Worker {
             let target = Target { pod: id, ip, container: &slot.container, from_switch: false };
             let run = run_hook(hook, target, left, &self.shared.options.runtime);
             let run = tokio::time::timeout_at(deadline, run).await;
-            if let Err(message) = run.unwrap_or_else(|_| Err("the grace period is over".to_owned())) {
+            let late = || Failure::Unwell("the grace period is over".to_owned());
+            if let Err(error) = run.unwrap_or_else(|_| Err(late())) {
                 // As on Kubernetes, the container ends all the same.
-                tracing::warn!(pod = %self.key, container = slot.container.name, message, "preStop failed");
+                tracing::warn!(pod = %self.key, container = slot.container.name, %error, "preStop failed");
             }
         }
     }
@@ -747,7 +887,7 @@ impl Worker {
     /// Writes the pod's status, if it changed.
     fn publish(&mut self) {
         let is_ready = self.id.is_some()
-            && self.slots.iter().filter(|slot| !slot.is_init).all(|slot| slot.is_running() && slot.is_ready)
+            && self.slots.iter().filter(|slot| slot.role != Role::Init).all(|slot| slot.is_running() && slot.is_ready)
             && self.slots.iter().all(|slot| self.may_run(slot));
         if self.ready_since.0 != is_ready {
             self.ready_since = (is_ready, now());
@@ -773,11 +913,12 @@ impl Worker {
 
     fn status(&self, is_ready: bool) -> Value {
         let word = |yes: bool| if yes { "True" } else { "False" };
-        let initialized =
-            self.slots.iter().filter(|s| s.is_init).all(|s| matches!(&s.state, State::Ended(e) if e.code == 0));
-        let main: Vec<&Slot> = self.slots.iter().filter(|slot| !slot.is_init).collect();
+        let initialized = self.slots.iter().all(Slot::is_through);
+        let main: Vec<&Slot> = self.slots.iter().filter(|slot| slot.role == Role::Main).collect();
         let has_ended = !main.is_empty() && main.iter().all(|slot| matches!(slot.state, State::Ended(_)));
-        let phase = if has_ended {
+        let phase = if self.has_failed_early() {
+            "Failed"
+        } else if has_ended {
             if main.iter().all(|slot| matches!(&slot.state, State::Ended(ended) if ended.code == 0)) {
                 "Succeeded"
             } else {
@@ -791,7 +932,8 @@ impl Worker {
         let since = self.ready_since.1.as_str();
         let condition = |kind: &str, yes: bool, since: &str| json!({"type": kind, "status": word(yes), "lastTransitionTime": since});
         let containers = |is_init: bool| -> Value {
-            self.slots.iter().filter(|slot| slot.is_init == is_init).map(|slot| self.container_status(slot)).collect()
+            let of_list = self.slots.iter().filter(|slot| (slot.role != Role::Main) == is_init);
+            of_list.map(|slot| self.container_status(slot)).collect()
         };
         let mut status = json!({
             "phase": phase,
@@ -805,7 +947,7 @@ impl Worker {
             ],
             "containerStatuses": containers(false),
         });
-        if self.slots.iter().any(|slot| slot.is_init) {
+        if self.slots.iter().any(|slot| slot.role != Role::Main) {
             status["initContainerStatuses"] = containers(true);
         }
         if !self.ip.is_empty() {
@@ -915,7 +1057,7 @@ async fn run_hook(
     target: Target<'_>,
     limit: Duration,
     runtime: &PodRuntime,
-) -> Result<(), String> {
+) -> Result<(), Failure> {
     if let Some(sleep) = &hook.sleep {
         tokio::time::sleep(Duration::from_secs(sleep.seconds)).await;
         return Ok(());
@@ -1014,7 +1156,7 @@ mod tests {
     #[test]
     fn a_container_that_keeps_failing_waits_longer_each_time() {
         let container = Container { name: "c".into(), ..Container::default() };
-        let mut slot = Slot::new(&container, false);
+        let mut slot = Slot::new(&container, Role::Main);
         for seconds in [0, 10, 20, 40, 80, 160, 300, 300] {
             slot.begin(Instant::now());
             let wait = Duration::from_secs(seconds);
@@ -1030,6 +1172,15 @@ mod tests {
         slot.ended(0, false);
         assert!(matches!(&slot.state, State::Ended(ended) if ended.code == 0));
         assert_eq!(slot.restarts, 9);
+    }
+
+    #[test]
+    fn a_grace_period_ends_however_long_it_is() {
+        assert_eq!(grace(None), Duration::from_secs(30));
+        assert_eq!(grace(Some(0)), Duration::ZERO);
+        for seconds in [i64::MAX.unsigned_abs(), u64::MAX] {
+            assert!(Instant::now().checked_add(grace(Some(seconds))).is_some(), "{seconds}");
+        }
     }
 
     #[test]
