@@ -116,11 +116,9 @@ impl Maker {
         for object in all {
             let Some(deployment) = object.typed::<Deployment>() else { continue };
             let namespace = &*object.meta.namespace;
-            let wanted = &deployment.spec.selector.match_labels;
-            let has_pods = self
-                .configs
-                .in_namespace::<Pod>(namespace)
-                .any(|(pod, _)| wanted.iter().all(|(key, value)| pod.meta.labels.get(key) == Some(value)));
+            let selector = &deployment.spec.selector;
+            let has_pods =
+                self.configs.in_namespace::<Pod>(namespace).any(|(pod, _)| selector.matches(&pod.meta.labels));
             let replicas = deployment.spec.replicas.unwrap_or(1).min(REPLICAS_MAX);
             if has_pods || replicas == 0 {
                 continue;

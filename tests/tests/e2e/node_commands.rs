@@ -16,15 +16,12 @@ fn text(bytes: &[u8]) -> String {
 
 /// The words of a table's head.
 fn head(table: &str) -> String {
-    table
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .split("   ")
-        .filter(|word| !word.is_empty())
-        .map(str::trim)
-        .collect::<Vec<_>>()
-        .join("|")
+    cells(table.lines().next().unwrap_or_default()).join("|")
+}
+
+/// The cells of a table's row.
+fn cells(row: &str) -> Vec<String> {
+    row.split("   ").map(str::trim).filter(|cell| !cell.is_empty()).map(str::to_owned).collect()
 }
 
 const MAP: &str = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: NAME, labels: {of: test}}\ndata: {k: v}\n";
@@ -88,6 +85,124 @@ fn objects_come_and_go_by_file_folder_and_standard_input() {
     assert_eq!(again.status.code(), Some(1));
     assert!(text(&again.stderr).contains("ConfigMap plain/c is not found"), "{}", text(&again.stderr));
     mesh.must(&["delete", "--ignore-not-found", "configmap", "c", "-n", "plain"], "");
+}
+
+/// A deployment is deleted by its name, whatever else its file says; what names nothing is told.
+#[test]
+fn what_is_not_admitted_any_more_is_deleted_by_its_name() {
+    let mesh = NODE.turn();
+    let keep = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: kept, namespace: plain}\ndata: {k: v}\n";
+    let _kept = mesh.with(keep);
+    mesh.apply(&map("edited").replace("{name: edited,", "{name: edited, namespace: plain,"));
+    let edited = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: edited, namespace: plain}\ndata: {k: [v]}\n";
+    assert_eq!(mesh.must(&["delete", "-f", "-"], edited), "configmap \"edited\" deleted\n");
+    for misnamed in [keep.replace("ConfigMap", "ConfigMpa"), keep.replace("namespace", "namespce")] {
+        let said = mesh.command(&["delete", "-f", "-"], &misnamed);
+        assert_eq!(said.status.code(), Some(1), "{}", text(&said.stderr));
+        assert!(text(&said.stderr).contains("did you mean"), "{}", text(&said.stderr));
+    }
+    assert_eq!(mesh.must(&["get", "cm", "kept", "-n", "plain", "-o", "name"], ""), "configmap/kept\n");
+}
+
+/// `deploy/NAME` means a pod of that deployment, however it selects its pods.
+#[test]
+fn a_deployment_that_selects_by_expressions_is_entered_by_its_own_pods() {
+    let mesh = NODE.turn();
+    let picked = "
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: picked, namespace: plain}
+spec:
+  selector: {matchExpressions: [{key: app, operator: In, values: [picked]}]}
+  template:
+    metadata: {labels: {app: picked}}
+    spec: {containers: [{name: main, image: local/shell, command: [sleep, infinity]}]}
+";
+    let _picked = mesh.with(picked);
+    mesh.must(&["rollout", "status", "deploy/picked", "-n", "plain"], "");
+    for name in ["picked", "curl", "httpbin"] {
+        let host = mesh.must(&["exec", &format!("deploy/{name}"), "-n", "plain", "--", "uname", "-n"], "");
+        assert!(host.starts_with(&format!("{name}-")), "{name}: {host}");
+    }
+}
+
+/// *Source*: `operations.md` F: istioctl's columns.
+#[test]
+fn what_a_proxy_runs_is_shown_in_istioctls_columns() {
+    let mesh = NODE.turn();
+    let version = |output: &str| mesh.must(&["version", "-o", output], "");
+    let versions: Value = serde_json::from_str(&version("json")).unwrap();
+    let proxies = versions["dataPlaneVersion"].as_array().unwrap();
+    assert!(proxies.iter().all(|proxy| proxy["IstioVersion"].is_string()), "{versions}");
+    let said = version("table");
+    for kind in ["client version: ", "control plane version: "] {
+        assert!(said.lines().any(|line| line.starts_with(kind) && line.len() > kind.len()), "{said}");
+    }
+    let data_plane = said.lines().find_map(|line| line.strip_prefix("data plane version: ")).expect("the proxies'");
+    assert!(data_plane.ends_with(&format!(" ({} proxies)", proxies.len())), "{said}");
+
+    let pods = mesh.must(&["get", "pods", "-n", "shop", "-o", "json"], "");
+    let pods: Value = serde_json::from_str(&pods).unwrap();
+    let pod = pods["items"].as_array().unwrap().iter().find_map(|pod| {
+        let name = pod["metadata"]["name"].as_str()?;
+        (name.starts_with("curl-") && pod["metadata"]["deletionTimestamp"].is_null()).then(|| name.to_owned())
+    });
+    let pod = pod.expect("curl's pod");
+    let status = mesh.must(&["proxy-status"], "");
+    assert_eq!(head(&status), "NAME|CLUSTER|ISTIOD|VERSION|SUBSCRIBED TYPES");
+    let row = cells(status.lines().find(|line| line.starts_with(&pod)).expect("a row of the pod"));
+    assert_eq!((row[0].as_str(), row[1].as_str()), (&*format!("{pod}.shop"), "Kubernetes"));
+    assert!(row[4].contains("CDS") && row[4].contains("LDS") && row[4].starts_with(char::is_numeric), "{row:?}");
+
+    let shown =
+        |section: &str, more: &[&str]| mesh.must(&[&["proxy-config", section, &pod, "-n", "shop"], more].concat(), "");
+    let host = "httpbin.plain.svc.cluster.local";
+    let cluster = format!("outbound|8000||{host}");
+    let backend = {
+        let pods = mesh.must(&["get", "pods", "-n", "plain", "-o", "json", "-l", "app=httpbin"], "");
+        let pods: Value = serde_json::from_str(&pods).unwrap();
+        format!("{}:80", pods["items"][0]["status"]["podIP"].as_str().unwrap())
+    };
+    let expected: [(&str, &str, Vec<&str>, Vec<&str>); 4] = [
+        (
+            "cluster",
+            "SERVICE FQDN|PORT|SUBSET|DIRECTION|TYPE|DESTINATION RULE",
+            vec![host, "8000", "-", "outbound", "EDS"],
+            vec!["--fqdn", host],
+        ),
+        (
+            "listener",
+            "ADDRESSES|PORT|MATCH|DESTINATION",
+            vec!["0.0.0.0", "8000", "Trans: raw_buffer; App: http/1.1,h2c", "Route: 8000"],
+            vec!["--port", "8000"],
+        ),
+        ("route", "NAME|VHOST NAME|DOMAINS|MATCH|VIRTUAL SERVICE", vec!["8000"], vec!["--table", "8000"]),
+        (
+            "endpoint",
+            "ENDPOINT|STATUS|OUTLIER CHECK|CLUSTER",
+            vec![&backend, "HEALTHY", "OK", &cluster],
+            vec!["--cluster", &cluster],
+        ),
+    ];
+    let all = shown("all", &[]);
+    for (section, columns, wanted, filter) in expected {
+        let table = shown(section, &filter);
+        assert_eq!(head(&table), columns, "{section}");
+        assert!(all.contains(table.lines().next().unwrap().split("   ").next().unwrap()), "{section}: {all}");
+        let rows: Vec<Vec<String>> = table.lines().skip(1).map(cells).collect();
+        assert!(
+            rows.iter().any(|row| row.starts_with(&wanted.iter().map(ToString::to_string).collect::<Vec<_>>())),
+            "{table}"
+        );
+        // The messages are those of the rows.
+        let (few, most) = (shown(section, &[&filter[..], &["-o", "json"]].concat()), shown(section, &["-o", "json"]));
+        let count = |text: &str| serde_json::from_str::<Value>(text).unwrap().as_array().unwrap().len();
+        assert!(count(&few) >= 1 && count(&few) < count(&most), "{section}: {few}");
+    }
+    let route = shown("route", &["--table", "8000"]);
+    let row = route.lines().map(cells).find(|row| row.get(1).is_some_and(|name| *name == format!("{host}:8000")));
+    let row = row.unwrap_or_else(|| panic!("no row of httpbin: {route}"));
+    assert!(row[2].contains("httpbin.plain") && row[3] == "/*", "{row:?}");
 }
 
 #[test]

@@ -141,16 +141,23 @@ pub(crate) struct DeleteArgs {
 
 pub(crate) fn delete(args: &DeleteArgs) -> Result<()> {
     let mut wanted: Vec<Named> = Vec::new();
+    let mut has_failed = false;
     for (name, text) in read_inputs(&args.files)? {
-        for parsed in parse(&name, &text, &args.namespace).objects.into_iter().rev() {
-            let object = parsed.object;
-            // Two groups have a kind `Gateway`; plurals are of one kind each.
-            wanted.push(Named {
-                kind: object.kind.info().plural.to_owned(),
-                namespace: object.meta.namespace.into(),
-                name: object.meta.name.into(),
-            });
+        let documents = parse(&name, &text, &args.namespace);
+        if documents.is_incomplete {
+            // Nobody knows which objects these are.
+            output::findings(&documents.findings);
+            has_failed = true;
         }
+        // A name is enough to delete by: what would not be admitted (any more) goes too.
+        let refused = documents.refused.into_iter().map(|refused| (refused.kind, refused.object));
+        let admitted = documents.objects.into_iter().map(|parsed| (parsed.object.kind, parsed.object.reference()));
+        // Two groups have a kind `Gateway`; plurals are of one kind each.
+        wanted.extend(refused.chain(admitted).rev().map(|(kind, object)| Named {
+            kind: kind.info().plural.to_owned(),
+            namespace: object.namespace.into(),
+            name: object.name.into(),
+        }));
     }
     let named = |kind: &str, name: &str| Named {
         kind: kind.to_owned(),
@@ -173,6 +180,9 @@ pub(crate) fn delete(args: &DeleteArgs) -> Result<()> {
             }
         }
     }
+    if wanted.is_empty() && has_failed {
+        return Err(ExitWith { code: exit::ERROR, message: String::new() }.into());
+    }
     if wanted.is_empty() {
         let message = "nothing to delete: give KIND/NAME or -f PATH".to_owned();
         return Err(ExitWith { code: exit::USAGE, message }.into());
@@ -180,7 +190,6 @@ pub(crate) fn delete(args: &DeleteArgs) -> Result<()> {
     let body = serde_json::to_vec(&wanted)?;
     let client = client(&args.mesh)?;
     let kept: Vec<Option<Kept>> = block_on(async { Ok(client.post("/objects/delete", body).await?) })?;
-    let mut has_failed = false;
     for (named, kept) in wanted.iter().zip(kept) {
         match kept {
             None => output::line(&format!("{} {:?} deleted", super::resource_named(&named.kind), named.name)),
@@ -216,7 +225,7 @@ pub(crate) fn validate(args: &ValidateArgs) -> Result<()> {
     let is_table = !matches!(args.output, Format::Json | Format::Yaml);
     for (name, text) in inputs {
         let documents = api::parse_documents(&name, &text);
-        unread |= documents.is_incomplete;
+        unread |= documents.findings.iter().any(|finding| *finding.code == *api::codes::SYNTAX);
         let errors = grave(&documents.findings);
         refused += errors;
         if is_table {

@@ -23,10 +23,14 @@ pub(crate) async fn find_pod(client: &Client, namespace: &str, what: &str) -> Re
     if kind != api::Kind::Deployment {
         bail!("{what:?}: give POD or deploy/NAME");
     }
-    let deployment: Value = client.get(&uri(&["objects", "Deployment", namespace, name], &[])).await?;
-    let wanted = deployment["spec"]["selector"]["matchLabels"].as_object().cloned().unwrap_or_default();
+    // Whether there is one: what is missing is said.
+    client.get::<Value>(&uri(&["objects", "Deployment", namespace, name], &[])).await?;
     let pods: Value = client.get(&uri(&["objects", "Pod"], &[("namespace", namespace)])).await?;
-    let fits = |pod: &&Value| wanted.iter().all(|(key, value)| pod["metadata"]["labels"][key] == *value);
+    // Its own, not all that its selector fits, which may be another's.
+    let fits = |pod: &&Value| {
+        let (object, _) = api::from_json(pod);
+        object.is_some_and(|object| node::inject::deployment_of(&object) == Some(name))
+    };
     let alive = |pod: &&Value| pod["metadata"]["deletionTimestamp"].is_null() && pod["status"]["phase"] == "Running";
     let mut pods = pods["items"].as_array().into_iter().flatten().filter(fits).filter(alive);
     pods.next().cloned().with_context(|| format!("deployment {namespace}/{name} has no running pod"))

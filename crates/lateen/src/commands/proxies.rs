@@ -1,5 +1,6 @@
 //! `wait`, `proxy-status`, `version`.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -152,7 +153,8 @@ pub(crate) fn version(args: &VersionArgs) -> Result<()> {
         let asked: Result<(Value, Value)> = block_on(async { tokio::time::timeout(REMOTE_MAX, ask).await? });
         if let Ok((version, proxies)) = asked {
             answer["controlPlaneVersion"] = version["version"].clone();
-            answer["dataPlaneProxies"] = json!(proxies.as_array().map_or(0, Vec::len));
+            let row = |proxy: &Value| json!({ "ID": proxy["proxy"], "IstioVersion": proxy["istio_version"] });
+            answer["dataPlaneVersion"] = proxies.as_array().into_iter().flatten().map(row).collect();
         }
     }
     match args.output {
@@ -162,9 +164,39 @@ pub(crate) fn version(args: &VersionArgs) -> Result<()> {
             output::line(&format!("client version: {}", env!("CARGO_PKG_VERSION")));
             if let Some(version) = answer["controlPlaneVersion"].as_str() {
                 output::line(&format!("control plane version: {version}"));
-                output::line(&format!("data plane version: {version} ({} proxies)", answer["dataPlaneProxies"]));
+                output::line(&format!("data plane version: {}", of_proxies(&answer["dataPlaneVersion"])));
             }
         }
     }
     Ok(())
+}
+
+/// `VERSION (n proxies)` of each version that proxies run, as istioctl says it.
+fn of_proxies(proxies: &Value) -> String {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for proxy in proxies.as_array().into_iter().flatten() {
+        let version = proxy["IstioVersion"].as_str().filter(|version| !version.is_empty()).unwrap_or("unknown");
+        *counts.entry(version).or_default() += 1;
+    }
+    if counts.is_empty() {
+        return "none".to_owned();
+    }
+    counts.iter().map(|(version, count)| format!("{version} ({count} proxies)")).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_data_plane_has_the_versions_of_its_proxies() {
+        let of = |versions: &[&str]| {
+            of_proxies(&versions.iter().map(|version| json!({ "ID": "a.b", "IstioVersion": version })).collect())
+        };
+        assert_eq!(of(&[]), "none");
+        assert_eq!(
+            of(&["1.31.0", "1.30.1", "1.31.0", ""]),
+            "1.30.1 (1 proxies), 1.31.0 (2 proxies), unknown (1 proxies)"
+        );
+    }
 }

@@ -105,7 +105,8 @@ pub(crate) fn proxy_config(args: &ProxyConfigArgs) -> Result<()> {
     };
     let sections = if args.section == Section::All { &SECTIONS[..] } else { std::slice::from_ref(&args.section) };
     if matches!(args.output, Format::Json | Format::Yaml) {
-        let value = if args.section == Section::All { dump } else { messages(args.section, &dump, health.as_ref()) };
+        let value =
+            if args.section == Section::All { dump } else { messages(args.section, &dump, health.as_ref(), &filter) };
         if args.output == Format::Json {
             output::json(&value);
         } else {
@@ -133,14 +134,14 @@ fn table(section: Section, dump: &Value, health: Option<&Value>, filter: &Filter
     }
 }
 
-fn messages(section: Section, dump: &Value, health: Option<&Value>) -> Value {
+fn messages(section: Section, dump: &Value, health: Option<&Value>, filter: &Filter) -> Value {
     match (section, health) {
-        (Section::Cluster, _) => columns::resources(dump, "cluster"),
-        (Section::Listener, _) => columns::resources(dump, "listener"),
-        (Section::Route, _) => columns::resources(dump, "route_config"),
-        (Section::Endpoint | Section::All, Some(health)) => health["cluster_statuses"].clone(),
-        (Section::Endpoint | Section::All, None) => columns::resources(dump, "endpoint_config"),
-        (Section::Secret, _) => columns::resources(dump, "secret"),
+        (Section::Cluster, _) => columns::resources(dump, "cluster", filter),
+        (Section::Listener, _) => columns::resources(dump, "listener", filter),
+        (Section::Route, _) => columns::resources(dump, "route_config", filter),
+        (Section::Endpoint | Section::All, Some(health)) => columns::statuses(health, filter),
+        (Section::Endpoint | Section::All, None) => columns::assignments(dump, filter),
+        (Section::Secret, _) => columns::resources(dump, "secret", filter),
     }
 }
 

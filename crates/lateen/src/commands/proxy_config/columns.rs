@@ -108,9 +108,47 @@ fn all<'a>(dump: &'a Value, key: &str) -> Vec<&'a Value> {
     found
 }
 
-/// The messages themselves, as a list.
-pub(super) fn resources(dump: &Value, key: &str) -> Value {
-    Value::Array(all(dump, key).into_iter().cloned().collect())
+/// The messages themselves, as a list: those that the table of the section would show.
+pub(super) fn resources(dump: &Value, key: &str, filter: &Filter) -> Value {
+    let wanted = |message: &&&Value| match key {
+        "cluster" => cluster_fits(message, filter),
+        "listener" => listener_fits(message, filter),
+        "route_config" => fits(filter.table.as_deref(), text(&message["name"])),
+        _ => true,
+    };
+    Value::Array(all(dump, key).iter().filter(wanted).map(|message| (*message).clone()).collect())
+}
+
+/// The assignments of the dump with the endpoints that are wanted; those without any are left out.
+pub(super) fn assignments(dump: &Value, filter: &Filter) -> Value {
+    let narrowed = all(dump, "endpoint_config").into_iter().filter_map(|assignment| {
+        let name = text(field(assignment, "cluster_name"));
+        let mut assignment = assignment.clone();
+        let mut count = 0;
+        for place in assignment["endpoints"].as_array_mut()? {
+            for list in ["lb_endpoints", "lbEndpoints"] {
+                if let Some(endpoints) = place.get_mut(list).and_then(Value::as_array_mut) {
+                    endpoints.retain(|endpoint| filter.takes(&Endpoint::of_assignment(endpoint), name));
+                    count += endpoints.len();
+                }
+            }
+        }
+        (count > 0).then_some(assignment)
+    });
+    Value::Array(narrowed.collect())
+}
+
+/// The clusters of `/clusters?format=json` with the hosts that are wanted; those without any are left out.
+pub(super) fn statuses(health: &Value, filter: &Filter) -> Value {
+    let narrowed = items(field(health, "cluster_statuses")).filter_map(|cluster| {
+        let name = text(&cluster["name"]);
+        let mut cluster = cluster.clone();
+        let key = if cluster.get("host_statuses").is_some() { "host_statuses" } else { "hostStatuses" };
+        let hosts = cluster[key].as_array_mut()?;
+        hosts.retain(|host| filter.takes(&Endpoint::of_status(host), name));
+        (!hosts.is_empty()).then_some(cluster)
+    });
+    Value::Array(narrowed.collect())
 }
 
 /// `name.namespace` of the object of `kind` (`virtual-service`) that Istio's metadata names.
@@ -126,23 +164,28 @@ fn dash(text: &str) -> String {
     if text.is_empty() { "-".to_owned() } else { text.to_owned() }
 }
 
+/// A cluster's name in parts: direction, port, subset, host.
+fn parts(cluster: &Value) -> (&str, &str, &str, &str) {
+    let name = text(&cluster["name"]);
+    match name.split('|').collect::<Vec<_>>()[..] {
+        [direction, port, subset, fqdn] => (direction, port, subset, fqdn),
+        _ => ("", "", "", name),
+    }
+}
+
+fn cluster_fits(cluster: &Value, filter: &Filter) -> bool {
+    let (direction, port, subset, fqdn) = parts(cluster);
+    fits(filter.fqdn.as_deref(), fqdn)
+        && filter.port.is_none_or(|wanted| port == wanted.to_string())
+        && fits(filter.subset.as_deref(), subset)
+        && fits(filter.direction.as_deref(), direction)
+}
+
 /// `SERVICE FQDN, PORT, SUBSET, DIRECTION, TYPE, DESTINATION RULE`
 pub(super) fn clusters(dump: &Value, filter: &Filter) -> Table {
     let mut rows: Vec<(String, String, u64, String, Vec<String>)> = Vec::new();
-    for cluster in all(dump, "cluster") {
-        let name = text(&cluster["name"]);
-        let parts: Vec<&str> = name.split('|').collect();
-        let (direction, port, subset, fqdn) = match parts[..] {
-            [direction, port, subset, fqdn] => (direction, port, subset, fqdn),
-            _ => ("", "", "", name),
-        };
-        let wanted = fits(filter.fqdn.as_deref(), fqdn)
-            && filter.port.is_none_or(|wanted| port == wanted.to_string())
-            && fits(filter.subset.as_deref(), subset)
-            && fits(filter.direction.as_deref(), direction);
-        if !wanted {
-            continue;
-        }
+    for cluster in all(dump, "cluster").into_iter().filter(|cluster| cluster_fits(cluster, filter)) {
+        let (direction, port, subset, fqdn) = parts(cluster);
         let kind = match (text(field(cluster, "type")), text(at(cluster, &["cluster_type", "name"]))) {
             ("", "") => "STATIC",
             ("", custom) => custom.rsplit('.').next().unwrap_or(custom),
@@ -170,16 +213,16 @@ fn socket(address: &Value) -> (String, u64) {
     (text(&socket["address"]).to_owned(), number(field(socket, "port_value")).unwrap_or(0))
 }
 
+fn listener_fits(listener: &Value, filter: &Filter) -> bool {
+    let (address, port) = socket(&listener["address"]);
+    fits(filter.address.as_deref(), &address) && filter.port.is_none_or(|wanted| u64::from(wanted) == port)
+}
+
 /// `ADDRESSES PORT MATCH DESTINATION`
 pub(super) fn listeners(dump: &Value, filter: &Filter) -> Table {
     let mut rows: Vec<(u64, String, Vec<Vec<String>>)> = Vec::new();
-    for listener in all(dump, "listener") {
+    for listener in all(dump, "listener").into_iter().filter(|listener| listener_fits(listener, filter)) {
         let (address, port) = socket(&listener["address"]);
-        let wanted =
-            fits(filter.address.as_deref(), &address) && filter.port.is_none_or(|wanted| u64::from(wanted) == port);
-        if !wanted {
-            continue;
-        }
         let extra = items(field(listener, "additional_addresses")).map(|more| socket(&more["address"]).0);
         let addresses: Vec<String> = std::iter::once(address.clone()).chain(extra).collect();
         let chains = items(field(listener, "filter_chains")).map(|chain| (chain_match(chain), chain));
@@ -334,44 +377,69 @@ fn host_address(address: &Value) -> String {
     if ip.contains(':') { format!("[{ip}]:{port}") } else { format!("{ip}:{port}") }
 }
 
+/// What the table says of an endpoint.
+struct Endpoint {
+    address: String,
+    status: String,
+    is_ejected: bool,
+}
+
+impl Endpoint {
+    /// As `/clusters?format=json` has it.
+    fn of_status(host: &Value) -> Self {
+        let state = field(host, "health_status");
+        let status = text(field(state, "eds_health_status"));
+        Self {
+            address: host_address(&host["address"]),
+            status: if status.is_empty() { "HEALTHY" } else { status }.to_owned(),
+            is_ejected: field(state, "failed_outlier_check").as_bool() == Some(true),
+        }
+    }
+
+    /// As the control plane assigned it.
+    fn of_assignment(endpoint: &Value) -> Self {
+        let status = match text(field(endpoint, "health_status")) {
+            "" | "UNKNOWN" => "HEALTHY",
+            other => other,
+        };
+        Self {
+            address: host_address(at(endpoint, &["endpoint", "address"])),
+            status: status.to_owned(),
+            is_ejected: false,
+        }
+    }
+}
+
+impl Filter {
+    fn takes(&self, endpoint: &Endpoint, cluster: &str) -> bool {
+        let (ip, port) = endpoint.address.rsplit_once(':').unwrap_or((&endpoint.address, ""));
+        fits(self.cluster.as_deref(), cluster)
+            && fits(self.status.as_deref(), &endpoint.status)
+            && fits(self.address.as_deref(), ip)
+            && self.port.is_none_or(|wanted| port == wanted.to_string())
+    }
+}
+
 /// `ENDPOINT, STATUS, OUTLIER CHECK, CLUSTER`; `health` is `/clusters?format=json`, without it the
 /// dump's endpoints stand with what the control plane said.
 pub(super) fn endpoints(dump: &Value, health: Option<&Value>, filter: &Filter) -> Table {
     let mut rows = Vec::new();
-    let mut push = |address: String, status: &str, outlier: &str, cluster: &str| {
-        let (ip, port) = address.rsplit_once(':').unwrap_or((&address, ""));
-        let wanted = fits(filter.cluster.as_deref(), cluster)
-            && fits(filter.status.as_deref(), status)
-            && fits(filter.address.as_deref(), ip)
-            && filter.port.is_none_or(|wanted| port == wanted.to_string());
-        if wanted {
-            rows.push(vec![address, status.to_owned(), outlier.to_owned(), cluster.to_owned()]);
+    let mut push = |endpoint: Endpoint, cluster: &str| {
+        if filter.takes(&endpoint, cluster) {
+            let outlier = if endpoint.is_ejected { "FAILED" } else { "OK" };
+            rows.push(vec![endpoint.address, endpoint.status, outlier.to_owned(), cluster.to_owned()]);
         }
     };
     if let Some(health) = health {
         for cluster in items(field(health, "cluster_statuses")) {
             for host in items(field(cluster, "host_statuses")) {
-                let state = field(host, "health_status");
-                let status = text(field(state, "eds_health_status"));
-                let ejected = field(state, "failed_outlier_check").as_bool() == Some(true);
-                let outlier = if ejected { "FAILED" } else { "OK" };
-                let status = if status.is_empty() { "HEALTHY" } else { status };
-                push(host_address(&host["address"]), status, outlier, text(&cluster["name"]));
+                push(Endpoint::of_status(host), text(&cluster["name"]));
             }
         }
     } else {
         for assignment in all(dump, "endpoint_config") {
             for endpoint in items(&assignment["endpoints"]).flat_map(|place| items(field(place, "lb_endpoints"))) {
-                let status = match text(field(endpoint, "health_status")) {
-                    "" | "UNKNOWN" => "HEALTHY",
-                    other => other,
-                };
-                push(
-                    host_address(at(endpoint, &["endpoint", "address"])),
-                    status,
-                    "OK",
-                    text(field(assignment, "cluster_name")),
-                );
+                push(Endpoint::of_assignment(endpoint), text(field(assignment, "cluster_name")));
             }
         }
     }
@@ -569,6 +637,29 @@ mod tests {
             &endpoints(&dump(), Some(&health), &Filter::default()),
             &["[::1]:80 ~ HEALTHY ~ FAILED ~ c", "unix:///run/x ~ HEALTHY ~ OK ~ c"],
         );
+        let at_80 = Filter { port: Some(80), ..Filter::default() };
+        let of_80 = statuses(&health, &at_80);
+        assert_eq!(of_80[0]["host_statuses"], json!([health["cluster_statuses"][0]["host_statuses"][0]]));
+        let elsewhere = Filter { cluster: Some("d".into()), ..Filter::default() };
+        assert_eq!(statuses(&health, &elsewhere), json!([]));
+    }
+
+    #[test]
+    fn messages_are_filtered_as_rows_are() {
+        let names = |key: &str, filter: Filter| {
+            let found = resources(&dump(), key, &filter);
+            found.as_array().unwrap().iter().map(|message| text(&message["name"]).to_owned()).collect::<Vec<_>>()
+        };
+        let subset = Filter { subset: Some("v1".into()), ..Filter::default() };
+        assert_eq!(names("cluster", subset), ["outbound|9080|v1|reviews.shop.svc.cluster.local"]);
+        let at_80 = || Filter { port: Some(80), ..Filter::default() };
+        assert_eq!(names("listener", at_80()), ["0.0.0.0_80"]);
+        assert_eq!(names("route_config", Filter { table: Some("9080".into()), ..Filter::default() }), ["9080"]);
+        assert!(names("route_config", Filter { table: Some("80".into()), ..Filter::default() }).is_empty());
+        let unwell = Filter { status: Some("unhealthy".into()), ..Filter::default() };
+        let left = assignments(&dump(), &unwell);
+        assert_eq!(left[0]["endpoints"][0]["lb_endpoints"].as_array().unwrap().len(), 1, "{left}");
+        assert_eq!(assignments(&dump(), &at_80()), json!([]));
     }
 
     #[test]
