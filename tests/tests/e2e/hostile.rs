@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -279,6 +280,20 @@ for at in "$@"; do for kind in noise tls h2 smuggled endless silent; do (
 for server in 127.0.0.1/15053 10.96.0.10/53; do (for size in 1 11 12 40 600; do head -c $size /dev/urandom >/dev/udp/$server; done) 2>/dev/null & done
 wait"#;
 
+/// All sockets of a folder and those in it.
+fn sockets_below(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    // What a running mesh replaces meanwhile is no socket.
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => found.extend(sockets_below(&entry.path())),
+            Ok(kind) if kind.is_socket() => found.push(entry.path()),
+            _ => {}
+        }
+    }
+    found
+}
+
 #[test]
 fn garbage_on_every_listener_of_a_mesh() {
     let mesh = TRAFFIC.turn();
@@ -314,6 +329,10 @@ fn garbage_on_every_listener_of_a_mesh() {
     ] {
         assert!(roles.contains(role), "{role} is not among {roles:?}");
     }
+    let sockets = sockets_below(&mesh.state_dir());
+    for name in ["api.sock", "istiod/debug.sock"] {
+        assert!(sockets.contains(&mesh.state_dir().join(name)), "{name} is not among {sockets:?}");
+    }
     let planes = || [mesh.processes(" proxy"), mesh.processes(" discovery")];
     let before = planes();
     assert!(before.iter().all(|processes| !processes.is_empty()), "{before:?}");
@@ -342,13 +361,11 @@ fn garbage_on_every_listener_of_a_mesh() {
                 );
             }
         });
-        for entry in std::fs::read_dir(mesh.state_dir()).expect("the state folder").flatten() {
-            if entry.file_type().is_ok_and(|kind| kind.is_socket()) {
-                let Ok(mut socket) = UnixStream::connect(entry.path()) else { continue };
-                // it may be closed before all is written
-                drop(socket.write_all(&vec![0xff; 30_000]));
-                drop(socket.write_all(b"\r\n\r\n"));
-            }
+        for path in &sockets {
+            let mut socket = UnixStream::connect(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            // it may be closed before all is written
+            drop(socket.write_all(&vec![0xff; 30_000]));
+            drop(socket.write_all(b"\r\n\r\n"));
         }
     });
     assert_eq!(planes(), before, "no process ended and none was started");
