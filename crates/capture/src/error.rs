@@ -197,20 +197,14 @@ fn reason(step: Step, errno: Errno, facts: &KernelFacts) -> (String, String) {
             | Step::Address
             | Step::Bridge,
             Errno::PERM | Errno::ACCESS,
-        ) if facts.apparmor_restricts_userns => say(
-            "kernel.apparmor_restrict_unprivileged_userns is 1: the user namespace is made but gives no capabilities",
-            APPARMOR_REMEDY,
-        ),
-        (
-            Step::SetGroups
-            | Step::IdMap
-            | Step::PrivateMounts
-            | Step::Capabilities
-            | Step::Loopback
-            | Step::Address
-            | Step::Bridge,
-            Errno::PERM | Errno::ACCESS,
-        ) => say("a security module takes the capabilities of a new user namespace away", APPARMOR_REMEDY),
+        ) => {
+            let why = if facts.apparmor_restricts_userns {
+                "kernel.apparmor_restrict_unprivileged_userns is 1: the user namespace is made but gives no capabilities"
+            } else {
+                "a security module takes the capabilities of a new user namespace away"
+            };
+            say(why, APPARMOR_REMEDY)
+        }
         (Step::NetNamespace | Step::OtherNamespaces, Errno::PERM) if facts.root => say(
             "this root lacks CAP_SYS_ADMIN, and user namespaces did not help",
             "give the container CAP_SYS_ADMIN and CAP_NET_ADMIN",

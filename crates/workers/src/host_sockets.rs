@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendFlags, recvmsg, sendmsg,
 };
@@ -33,7 +34,7 @@ struct Ask {
 /// The way to the machine's network.
 pub struct HostSockets {
     asks: mpsc::SyncSender<Ask>,
-    inside: Vec<(IpAddr, u8)>,
+    inside: Vec<IpNet>,
 }
 
 impl fmt::Debug for HostSockets {
@@ -56,13 +57,13 @@ impl HostSockets {
                 drop(ask.answer.send(fetch(&service, ask.kind, ask.v6)));
             }
         })?;
-        Ok(Self { asks, inside: ranges.split(',').filter_map(|range| parse_range(range.trim())).collect() })
+        Ok(Self { asks, inside: networks(ranges) })
     }
 
     /// Whether an address is beyond the pods' network.
     pub(crate) fn is_outside(&self, address: IpAddr) -> bool {
         let local = address.is_loopback() || address.is_unspecified();
-        !local && !self.inside.iter().any(|(network, length)| covers(*network, *length, address))
+        !local && !self.inside.iter().any(|network| network.contains(&address))
     }
 
     /// A socket to connect to `address`.
@@ -84,23 +85,9 @@ impl HostSockets {
     }
 }
 
-fn parse_range(range: &str) -> Option<(IpAddr, u8)> {
-    let (address, length) = range.split_once('/')?;
-    Some((address.parse().ok()?, length.parse().ok()?))
-}
-
-fn covers(network: IpAddr, length: u8, address: IpAddr) -> bool {
-    match (network, address) {
-        (IpAddr::V4(network), IpAddr::V4(address)) => {
-            let shift = 32_u32.saturating_sub(u32::from(length));
-            network.to_bits().checked_shr(shift) == address.to_bits().checked_shr(shift)
-        }
-        (IpAddr::V6(network), IpAddr::V6(address)) => {
-            let shift = 128_u32.saturating_sub(u32::from(length));
-            network.to_bits().checked_shr(shift) == address.to_bits().checked_shr(shift)
-        }
-        _ => false,
-    }
+/// CIDRs between commas.
+fn networks(ranges: &str) -> Vec<IpNet> {
+    ranges.split(',').filter_map(|range| range.trim().parse().ok()).collect()
 }
 
 fn fetch(service: &socket2::Socket, kind: u8, v6: bool) -> io::Result<OwnedFd> {
@@ -127,9 +114,8 @@ mod tests {
 
     #[test]
     fn ranges() {
-        let inside: Vec<_> =
-            "10.77.0.0/16, 10.96.0.0/12,fd77::/64".split(',').filter_map(|r| parse_range(r.trim())).collect();
-        let check = |address: &str| inside.iter().any(|(n, l)| covers(*n, *l, address.parse().unwrap()));
+        let inside = networks("10.77.0.0/16, 10.96.0.0/12,fd77::/64");
+        let check = |address: &str| inside.iter().any(|network| network.contains(&address.parse::<IpAddr>().unwrap()));
         assert!(check("10.77.3.4") && check("10.97.0.1") && check("fd77::9"));
         assert!(!check("10.78.0.1") && !check("1.1.1.1") && !check("fd78::9"));
     }
