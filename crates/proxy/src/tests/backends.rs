@@ -298,6 +298,34 @@ async fn raw_h2(frames: fn(u32) -> Vec<u8>) -> SocketAddr {
 }
 
 #[tokio::test]
+async fn an_upgrade_that_an_upstream_cannot_carry_ejects_nobody() {
+    use super::hostile_h2::{frame, literal};
+    use envoy_types::pb::envoy::config::cluster::v3 as cluster;
+    use envoy_types::pb::google::protobuf::UInt32Value;
+    let number = |value| Some(UInt32Value { value });
+    let up = raw_h2(|id| frame(1, 5, id, &literal(":status", "200"))).await;
+    let running = bed::edited(up, true, |_, made| {
+        made.outlier_detection = Some(cluster::OutlierDetection {
+            consecutive_5xx: number(1),
+            enforcing_success_rate: number(0),
+            max_ejection_percent: number(100),
+            ..Default::default()
+        });
+        made.common_lb_config = Some(cluster::cluster::CommonLbConfig {
+            healthy_panic_threshold: Some(envoy_types::pb::envoy::r#type::v3::Percent { value: 0.0 }),
+            ..Default::default()
+        });
+    })
+    .await;
+    let upgrade = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n";
+    let refused = bed::talk(running.at("in"), upgrade, |text| text.ends_with("local reset")).await;
+    assert!(refused.starts_with("HTTP/1.1 503 ") && refused.ends_with("local reset"), "{refused}");
+    let answer = bed::talk(running.at("in"), LAST.as_bytes(), |_| false).await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "the host serves on: {answer}");
+    running.end().await;
+}
+
+#[tokio::test]
 async fn what_http1_cannot_say_does_not_come_from_an_http2_upstream() {
     use super::hostile_h2::{frame, literal};
     let cases: [(&str, fn(u32) -> Vec<u8>); 7] = [
