@@ -326,8 +326,10 @@ fn a_container_that_its_probe_ends_hears_of_it_as_at_the_end_of_its_pod() {
         other => Err(other),
     });
     assert_eq!(heard(), "start\npreStop\nTERM\nstart\n");
-    let status = get(&mesh, "unwell");
-    assert_eq!(status["status"]["containerStatuses"][0]["lastState"]["terminated"]["exitCode"], 4);
+    eventually("its status tells it", || {
+        let status = get(&mesh, "unwell")["status"]["containerStatuses"][0].clone();
+        if status["lastState"]["terminated"]["exitCode"] == 4 { Ok(()) } else { Err(status.to_string()) }
+    });
     std::fs::remove_file(out.path().join("heard")).unwrap();
     mesh.must(&["delete", "pod", "unwell", "-n", "plain"], "");
     eventually("it is gone, though its grace period is not over", || match row(&mesh, "unwell") {
