@@ -3,6 +3,7 @@
 //! *Source*: xDS digest 4; `traffic.md` 8.3 ("order of work in one proxy").
 
 use envoy_types::pb::envoy::config::accesslog::v3::AccessLog;
+use envoy_types::pb::envoy::config::core::v3::Http2ProtocolOptions;
 use envoy_types::pb::envoy::config::listener::v3::{
     Filter, ListenerFilter, ListenerFilterChainMatchPredicate, filter, listener_filter,
 };
@@ -60,8 +61,6 @@ pub(crate) struct Http {
     pub(crate) policies: Vec<HttpFilter>,
     /// Browser gRPC is translated.
     pub(crate) has_grpc_web: bool,
-    /// The port is declared to speak HTTP/2.
-    pub(crate) is_http2: bool,
 }
 
 /// A network filter by its full name.
@@ -291,7 +290,9 @@ pub(crate) fn connection_manager(context: &Context<'_>, of: Http) -> Filter {
         http_filters,
         tracing: Some(telemetry::tracing(context, of.direction)),
         http_protocol_options: http1_options(context, is_gateway),
-        http2_protocol_options: of.is_http2.then(Default::default),
+        // A websocket comes over HTTP/2 where a proxy calls so; clients of gateways are offered none, as in Istio.
+        http2_protocol_options: (of.direction == Direction::Inbound)
+            .then(|| Http2ProtocolOptions { allow_connect: true, ..Default::default() }),
         server_name: server_name.to_owned(),
         server_header_transformation: server_header.into(),
         generate_request_id: headers.filter(|headers| headers.request_id.disabled).and_then(|_| boolean(false)),

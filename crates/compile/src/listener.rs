@@ -111,7 +111,6 @@ fn write(context: &Context<'_>, of: &Planned) -> Listener {
                 routes: Routes::Rds(http.table.clone()),
                 policies: Vec::new(),
                 has_grpc_web: http.has_grpc_web,
-                is_http2: false,
             },
         );
         listener.filter_chains.push(FilterChain {

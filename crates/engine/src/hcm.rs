@@ -122,6 +122,8 @@ pub struct CodecSettings {
     pub stream_window: u32,
     /// HTTP/2 window of a connection.
     pub connection_window: u32,
+    /// HTTP/2 clients are told that they may ask for upgrades (extended CONNECT, RFC 8441).
+    pub extended_connect: bool,
     /// Requests with `_` in a header name: rejected, or the header dropped, or let through.
     pub underscores: Underscores,
 }
@@ -149,6 +151,7 @@ impl Default for CodecSettings {
             concurrent_streams_max: 1024,
             stream_window: 16 * 1024 * 1024,
             connection_window: 24 * 1024 * 1024,
+            extended_connect: false,
             underscores: Underscores::Allow,
         }
     }

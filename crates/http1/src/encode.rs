@@ -11,7 +11,8 @@ use crate::{Framing, UnsafeHead};
 /// Framing fields are written from `framing`, never copied; hop-by-hop fields are left out; an
 /// upgrade is written from `head.protocol()`.
 ///
-/// *Errors*: nothing is written when a byte of the head is not allowed in HTTP/1 (property 4).
+/// *Errors*: nothing is written when a byte of the head is not allowed in HTTP/1 (property 4), nor for an upgrade
+/// by `CONNECT`, which HTTP/1 does not know.
 pub fn encode_request(out: &mut BytesMut, head: &RequestHead, framing: Framing) -> Result<(), UnsafeHead> {
     let connect = head.method() == "CONNECT" && head.protocol().is_none();
     let before = out.len();
@@ -37,7 +38,7 @@ pub fn encode_request(out: &mut BytesMut, head: &RequestHead, framing: Framing) 
 }
 
 fn check_request(head: &RequestHead, connect: bool) -> Result<(), UnsafeHead> {
-    if !is_token(head.method().as_bytes()) {
+    if !is_token(head.method().as_bytes()) || (head.method() == "CONNECT" && !connect) {
         return Err(UnsafeHead::Method);
     }
     let path = head.path();

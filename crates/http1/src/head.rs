@@ -220,8 +220,8 @@ pub fn parse_request(buf: &[u8], limits: &Limits, head: &mut RequestHead) -> Res
     if method == "CONNECT" && framing != Framing::None {
         return Err(InvalidMessage::UnexpectedBody);
     }
-    // an upgrade beside a body is not taken either: a tunnel begins where the head ends
-    let upgrade = options.upgrade && head.version == Version::Http11 && framing.is_empty();
+    // an upgrade beside a body is not taken either: a tunnel begins where the head ends; CONNECT asks for one already
+    let upgrade = options.upgrade && head.version == Version::Http11 && framing.is_empty() && method != "CONNECT";
     // h2c is never taken (prior knowledge only): the request is served as it stands
     let protocol = protocol.filter(|value| upgrade && !tokens(value).all(|item| item.eq_ignore_ascii_case(b"h2c")));
     head.set_protocol(protocol);

@@ -9,4 +9,6 @@ mod hostile;
 mod hostile_h2;
 mod http;
 mod mesh;
+mod mirrors;
 mod pools;
+mod tunnels;

@@ -372,6 +372,11 @@ impl RequestHead {
         self.protocol.map(|span| self.fields.value(span))
     }
 
+    /// Whether it asks for bytes both ways in place of a body: an upgrade, or CONNECT.
+    pub fn asks_for_tunnel(&self) -> bool {
+        self.protocol.is_some() || self.method() == "CONNECT"
+    }
+
     /// Sets or clears the upgrade protocol.
     pub fn set_protocol(&mut self, protocol: Option<&[u8]>) {
         self.protocol = protocol.map(|bytes| self.fields.store(bytes));

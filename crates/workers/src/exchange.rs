@@ -46,7 +46,8 @@ pub(crate) async fn serve(
 ) {
     let config = worker.config();
     let chain = conn.state.chain(&config);
-    let ended = down.is_finished();
+    // bytes for a tunnel wait until the upstream has agreed to it (property 6)
+    let ended = head.asks_for_tunnel() || down.is_finished();
     let seed = worker.seed();
     if let Some(manager) = &conn.state.manager {
         manager.begun();
@@ -360,24 +361,25 @@ impl Driver<'_, '_> {
         } else {
             self.upload.keep(attempt.replay_bytes_max as usize);
             let mirrors = std::mem::take(&mut attempt.mirrors);
-            self.mirrors.start(self.worker, self.conn, mirrors, self.upload.is_source_done());
+            self.mirrors.start(self.worker, self.conn, mirrors, &self.upload);
         }
         let leased = match self.lease(attempt).await {
             Ok(Ok(leased)) => leased,
             Ok(Err(failure)) => return Some(self.failed(failure)),
             Err(interrupt) => return self.interrupted(interrupt),
         };
-        if attempt.upgrade && !leased.takes_upgrades() {
+        if attempt.upgrade && self.head.protocol().is_some() && !leased.takes_upgrades() {
             return Some(self.failed(Failure::unsent(Cause::LocalReset)));
         }
         let endpoints = leased.endpoints.clone();
-        let over_http2 = leased.is_http2();
         self.moved = Instant::now();
         attempt.shared.tallies.requests.count();
-        let version = if over_http2 { Version::Http2 } else { Version::Http11 };
+        let version = if leased.is_http2() { Version::Http2 } else { Version::Http11 };
         self.log.sent(&endpoints, version, self.moved.into_std());
         let mut running = match leased.start(self.head, self.upload.ended) {
             Ok(running) => running,
+            // a host that HTTP/2 cannot carry is the client's doing
+            Err(Broken::Unwritable) => return self.interrupted(Interrupt::Garbled(Cause::BadRequest)),
             Err(broken) => return Some(self.failed(failure_of(broken, false))),
         };
         match self.await_head(&mut running).await {
@@ -399,7 +401,7 @@ impl Driver<'_, '_> {
                     return Some(step);
                 }
                 attempt.shared.tallies.answered(status);
-                self.respond(running, attempt, ended, over_http2).await;
+                self.respond(running, attempt, ended).await;
                 None
             }
             Awaited::Failed(failure) => {
@@ -515,6 +517,7 @@ impl Driver<'_, '_> {
         }
         if !self.complete && self.upload.is_source_done() {
             self.complete = true;
+            self.mirrors.end();
             self.exchange.request_complete(self.worker.now().mono);
         }
     }
@@ -529,14 +532,10 @@ impl Driver<'_, '_> {
     }
 
     /// Writes the edited head and relays the body; the request goes on meanwhile.
-    async fn respond(&mut self, mut running: Running, attempt: &Attempt, ended: bool, over_http2: bool) {
+    async fn respond(&mut self, mut running: Running, attempt: &Attempt, ended: bool) {
         let status = self.response.status;
-        let connect = self.head.method() == "CONNECT" && self.head.protocol().is_none();
-        let agreed = status == 101 || ((over_http2 || connect) && (200..300).contains(&status));
+        let agreed = status == 101 || (self.head.method() == "CONNECT" && (200..300).contains(&status));
         let tunnel = attempt.upgrade && agreed;
-        if tunnel && !connect {
-            self.translate_upgrade();
-        }
         if self.conn.is_draining() {
             self.down.close_after();
         }
@@ -566,25 +565,6 @@ impl Driver<'_, '_> {
             Err(cause) => {
                 running.cancel();
                 self.abort(cause);
-            }
-        }
-    }
-
-    /// A 101 for an HTTP/2 client is a 200, and the other way round.
-    fn translate_upgrade(&mut self) {
-        match &self.down {
-            Down::H1(_) => {
-                self.response.status = 101;
-                if !self.response.fields.contains("upgrade")
-                    && let Some(protocol) = self.head.protocol()
-                {
-                    self.response.fields.push("upgrade", protocol);
-                }
-            }
-            Down::H2(_) => {
-                self.response.status = 200;
-                self.response.fields.remove("upgrade");
-                self.response.fields.remove("content-length");
             }
         }
     }

@@ -323,7 +323,9 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
         head_bytes_max: hcm.settings.header_bytes_max,
     };
     let mut builder = server_builder(&settings);
-    builder.enable_connect_protocol();
+    if hcm.settings.extended_connect {
+        builder.enable_connect_protocol();
+    }
     let (io, flooded) = Guarded::server(io);
     let handshake = builder.handshake::<_, Bytes>(io);
     let Ok(Ok(mut connection)) = tokio::time::timeout(head_timeout(hcm), handshake).await else {

@@ -25,7 +25,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use types::{Cause, RequestHead};
 
-use crate::codec::flood::Guarded;
+use crate::codec::flood::{Guarded, PeerSettings};
 use crate::codec::h1::H1Client;
 use crate::codec::h2::{H2Settings, client_builder};
 use crate::codec::{Broken, Up};
@@ -129,6 +129,7 @@ struct Kept {
 struct H2Conn {
     sender: h2::client::SendRequest<Bytes>,
     closed: Rc<Cell<bool>>,
+    settings: Rc<PeerSettings>,
     active: Cell<u32>,
     requests: Cell<u32>,
     born: Instant,
@@ -329,7 +330,15 @@ impl Leased {
         matches!(self.kind, LeasedKind::H2(..))
     }
 
-    /// Whether it can carry an extended CONNECT.
+    /// Waits until the peer has said what it can do.
+    async fn settled(&self, connect_timeout: Duration) -> Result<(), Failure> {
+        let LeasedKind::H2(streaming, _) = &self.kind else { return Ok(()) };
+        let settling = tokio::time::timeout(connect_timeout, streaming.conn.settings.wait()).await;
+        settling.map_err(|_| Failure::unsent(Cause::ConnectTimeout))?;
+        if streaming.conn.closed.get() { Err(Failure::unsent(Cause::UpstreamClosed)) } else { Ok(()) }
+    }
+
+    /// Whether it can carry HTTP/1's upgrade, or an extended CONNECT; known for an attempt that wants one.
     pub(crate) fn takes_upgrades(&self) -> bool {
         match &self.kind {
             LeasedKind::H1(..) => true,
@@ -379,6 +388,14 @@ const PLACE_RETRY: Duration = Duration::from_millis(5);
 /// *Cancel safety*: dropping the future gives every place back; requests waiting for the same new
 /// connection make one themselves.
 pub(crate) async fn lease(worker: &Rc<Worker>, attempt: &Attempt, conn: &ConnFacts) -> Result<Leased, Failure> {
+    let leased = find(worker, attempt, conn).await?;
+    if attempt.upgrade {
+        Box::pin(leased.settled(attempt.cluster.connect_timeout)).await?;
+    }
+    Ok(leased)
+}
+
+async fn find(worker: &Rc<Worker>, attempt: &Attempt, conn: &ConnFacts) -> Result<Leased, Failure> {
     let tls = match &attempt.transport.tls {
         None => None,
         Some(tls) => Some(worker.tls.client(tls, attempt).map_err(|error| Failure {
@@ -398,6 +415,8 @@ pub(crate) async fn lease(worker: &Rc<Worker>, attempt: &Attempt, conn: &ConnFac
     };
     let http = &attempt.cluster.http;
     let pool = worker.pools.pool(key, &attempt.cluster);
+    // one place for the whole wait: who waits already does not lose it to who comes later
+    let mut pending = None;
     loop {
         if attempt.protocol != UpstreamProtocol::Http1
             && let Some(leased) = lease_shared(&pool, http).await
@@ -410,10 +429,13 @@ pub(crate) async fn lease(worker: &Rc<Worker>, attempt: &Attempt, conn: &ConnFac
             return Ok(leased);
         }
         let limits = &attempt.cluster.limits;
-        let Some(_pending) = attempt.shared.try_hold(Resource::Pending, limits.pending_max) else {
+        if pending.is_none() {
+            pending = attempt.shared.try_hold(Resource::Pending, limits.pending_max);
+        }
+        if pending.is_none() {
             attempt.shared.tallies.overflows.count();
             return Err(Failure::unsent(Cause::UpstreamOverflow));
-        };
+        }
         if attempt.protocol != UpstreamProtocol::Http1 {
             let waiting = pool.connecting.borrow().clone();
             if let Some(connecting) = waiting {
@@ -536,14 +558,15 @@ async fn connect(
         ..defaults
     };
     let failed = || Failure::unsent(Cause::UpstreamProtocolError);
-    let handshake = Box::pin(client_builder(&settings).handshake::<_, Bytes>(Guarded::client(io)));
+    let (io, peer_settings) = Guarded::client(io);
+    let handshake = Box::pin(client_builder(&settings).handshake::<_, Bytes>(io));
     let (sender, mut connection) = handshake.await.map_err(|_| failed())?;
     let pings = http.keepalive.and_then(|(interval, timeout)| {
         let pings = connection.ping_pong()?;
         Some(Box::pin(unanswered(pings, interval, timeout)))
     });
     let closed = Rc::new(Cell::new(false));
-    let flag = Rc::clone(&closed);
+    let (flag, settings) = (Rc::clone(&closed), Rc::clone(&peer_settings));
     worker.spawn(async move {
         // a peer that is silent for too long is gone: its streams end with the connection
         let ended = match pings {
@@ -557,10 +580,12 @@ async fn connect(
             tracing::debug!(%error, "upstream HTTP/2 connection ended");
         }
         flag.set(true);
+        settings.done();
     });
     let conn = Rc::new(H2Conn {
         sender: sender.clone(),
         closed,
+        settings: peer_settings,
         active: Cell::new(0),
         requests: Cell::new(0),
         born: now,

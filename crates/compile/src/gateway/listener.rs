@@ -99,7 +99,6 @@ fn manager(
             routes: Routes::Rds(table.to_owned()),
             policies: policies.http.clone(),
             has_grpc_web,
-            is_http2: false,
         },
     )
 }

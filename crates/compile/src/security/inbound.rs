@@ -210,7 +210,6 @@ struct Target {
     virtual_host: String,
     operation: String,
     is_grpc: bool,
-    is_http2: bool,
     metadata: Option<Metadata>,
 }
 
@@ -229,7 +228,6 @@ impl Target {
             virtual_host: "inbound|http|0".to_owned(),
             operation: ":0/*".to_owned(),
             is_grpc: false,
-            is_http2: false,
             metadata: None,
         }
     }
@@ -260,7 +258,6 @@ impl Target {
             virtual_host: format!("inbound|http|{}", port.number),
             operation,
             is_grpc: port.protocol.is_grpc(),
-            is_http2: port.protocol.is_http2(),
             metadata: port
                 .ingress
                 .as_ref()
@@ -336,7 +333,6 @@ fn chain(context: &Context<'_>, target: &Target, row: ChainRow, policies: &Polic
                 routes: Routes::Inline(Box::new(table(target))),
                 policies: policies.http.clone(),
                 has_grpc_web: false,
-                is_http2: target.is_http2,
             },
         ));
     } else {

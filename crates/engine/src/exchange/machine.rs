@@ -45,6 +45,8 @@ pub struct Exchange {
     is_head: bool,
     internal: bool,
     upgrade: bool,
+    /// The upstream has agreed to the upgrade.
+    is_tunnel: bool,
     replayable: bool,
     pub(super) filters: super::filters::Marks,
     timing: Timing,
@@ -137,6 +139,7 @@ impl Exchange {
             is_head: head.method() == "HEAD",
             internal: false,
             upgrade: false,
+            is_tunnel: false,
             replayable: true,
             filters: super::filters::Marks::default(),
             timing: Timing::default(),
@@ -171,7 +174,7 @@ impl Exchange {
                 return self.reply(env, Cause::Redirect, spec, head, recorder);
             }
         }
-        let wants_upgrade = head.protocol().is_some() || head.method() == "CONNECT";
+        let wants_upgrade = head.asks_for_tunnel();
         normalize::hop_by_hop(&mut head.fields, wants_upgrade);
         let internal_only = self.table.as_ref().map_or(&[][..], |table| &table.internal_only_headers);
         let caller = normalize::sanitize(&hcm, internal_only, &self.conn, head, self.draw);
@@ -721,6 +724,8 @@ impl Exchange {
         }
         self.info.details = Details::Static("via_upstream");
         self.phase = if ended { Phase::Done } else { Phase::Responding };
+        let agreed = response.status == 101 || (head.method() == "CONNECT" && (200..300).contains(&response.status));
+        self.is_tunnel = self.upgrade && agreed;
         if let (Some(completed), Some(hcm)) = (self.completed, self.hcm()) {
             if !hcm.suppresses_envoy_headers() {
                 let waited = env.now.mono.saturating_duration_since(completed);
@@ -750,8 +755,7 @@ impl Exchange {
     fn finish_response(&mut self, env: &Env<'_>, request: &RequestHead, response: &mut ResponseHead) {
         self.encode_filters(env, request, response);
         if let Some(hcm) = self.hcm() {
-            let upgraded = self.upgrade && (response.status == 101 || request.method() == "CONNECT");
-            normalize::response(&hcm, request, response, &self.info, &env.worker.date(env.now), upgraded);
+            normalize::response(&hcm, request, response, &self.info, &env.worker.date(env.now), self.is_tunnel);
         }
     }
 
@@ -919,7 +923,8 @@ impl Exchange {
         let receive = receive.map(|limit| (self.started + limit, Cause::RequestReceiveTimeout));
         let stream = self.timing.stream_max.map(|max| (self.started + max, Cause::MaxStreamDuration));
         let forwarding = matches!(self.phase, Phase::Attempting | Phase::BackingOff | Phase::Responding);
-        let completed = self.completed.filter(|_| forwarding);
+        // a tunnel lasts as long as both sides want
+        let completed = self.completed.filter(|_| forwarding && !self.is_tunnel);
         let route = completed.zip(self.timing.route).map(|(at, limit)| (at + limit, Cause::RequestTimeout));
         let trying = completed.filter(|_| self.phase == Phase::Attempting).zip(self.timing.try_started);
         let per_try = trying

@@ -264,6 +264,7 @@ fn settings(proto: &mut pb::HttpConnectionManager) -> Result<(CodecSettings, Htt
         set(&mut settings.concurrent_streams_max, http2.max_concurrent_streams.take());
         set(&mut settings.stream_window, http2.initial_stream_window_size.take());
         set(&mut settings.connection_window, http2.initial_connection_window_size.take());
+        settings.extended_connect = std::mem::take(&mut http2.allow_connect);
         http2.override_stream_error_on_invalid_http_message = None;
         nothing_left(&http2).within("http2_protocol_options")?;
     }

@@ -29,6 +29,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::io::Io;
@@ -80,11 +81,17 @@ struct Frames {
     skip: usize,
     header: [u8; 9],
     have: usize,
+    found: u64,
 }
 
 impl Frames {
     fn after(skip: usize) -> Self {
-        Self { skip, header: [0; 9], have: 0 }
+        Self { skip, header: [0; 9], have: 0, found: 0 }
+    }
+
+    /// Whether the first frame has passed whole.
+    fn has_passed_one(&self) -> bool {
+        self.found > 1 || (self.found == 1 && self.skip == 0)
     }
 
     fn take(&mut self, mut bytes: &[u8], mut found: impl FnMut(FrameHead)) {
@@ -98,6 +105,7 @@ impl Frames {
             bytes = &bytes[n..];
             if self.have == 9 {
                 self.have = 0;
+                self.found += 1;
                 let [a, b, c, kind, flags, ..] = self.header;
                 let length = u32::from_be_bytes([0, a, b, c]);
                 self.skip = length as usize;
@@ -136,6 +144,32 @@ impl Credit {
     }
 }
 
+/// Whether a peer's first SETTINGS are in: what it can do is not known before.
+#[derive(Debug, Default)]
+pub(crate) struct PeerSettings {
+    are_in: Cell<bool>,
+    came: Notify,
+}
+
+impl PeerSettings {
+    /// They are in, or will never be.
+    pub(crate) fn done(&self) {
+        self.are_in.set(true);
+        self.came.notify_waiters();
+    }
+
+    /// Returns once they are in, or the connection has ended.
+    pub(crate) async fn wait(&self) {
+        loop {
+            let coming = self.came.notified();
+            if self.are_in.get() {
+                return;
+            }
+            coming.await;
+        }
+    }
+}
+
 /// Bytes of an HTTP/2 connection, watched.
 #[derive(Debug)]
 pub(crate) struct Guarded {
@@ -146,6 +180,8 @@ pub(crate) struct Guarded {
     /// We had to refuse more than the peer has paid for.
     is_overdrawn: bool,
     flooded: Rc<Cell<bool>>,
+    /// Told once, by the peer's first frame.
+    settings: Option<Rc<PeerSettings>>,
 }
 
 impl Guarded {
@@ -154,9 +190,10 @@ impl Guarded {
         Self::new(io, PREFACE, 0)
     }
 
-    /// The client's side.
-    pub(crate) fn client(io: Io) -> Self {
-        Self::new(io, 0, PREFACE).0
+    /// The client's side, and word of the server's first SETTINGS, which are its first frame (RFC 9113, section 3.4).
+    pub(crate) fn client(io: Io) -> (Self, Rc<PeerSettings>) {
+        let settings = Rc::<PeerSettings>::default();
+        (Self { settings: Some(Rc::clone(&settings)), ..Self::new(io, 0, PREFACE).0 }, settings)
     }
 
     fn new(io: Io, incoming: usize, outgoing: usize) -> (Self, Rc<Cell<bool>>) {
@@ -168,15 +205,20 @@ impl Guarded {
             credit: Credit { left: CREDIT_MAX, refilled: Instant::now() },
             is_overdrawn: false,
             flooded: Rc::clone(&flooded),
+            settings: None,
         };
         (made, flooded)
     }
 
     /// Looks at what was read. `false`: the peer has nothing left.
     fn received(&mut self, bytes: &[u8]) -> bool {
-        let Self { incoming, credit, is_overdrawn, .. } = self;
+        let Self { incoming, credit, is_overdrawn, settings, .. } = self;
         let mut fits = !*is_overdrawn;
         incoming.take(bytes, |frame| fits &= !frame.is_empty_work() || credit.spend(Instant::now));
+        // whoever waits runs after the connection's task, which reads them now
+        if let Some(settings) = settings.take_if(|_| incoming.has_passed_one()) {
+            settings.done();
+        }
         fits
     }
 
@@ -254,8 +296,11 @@ mod tests {
         for size in 1..bytes.len() {
             let mut frames = Frames::after(PREFACE);
             let mut seen = Vec::new();
+            let mut taken = 0;
             for piece in bytes.chunks(size) {
                 frames.take(piece, |frame| seen.push((frame.length, frame.kind, frame.flags)));
+                taken += piece.len();
+                assert_eq!(frames.has_passed_one(), taken >= PREFACE + 9 + 6, "pieces of {size}, {taken} taken");
             }
             assert_eq!(seen, expect, "pieces of {size}");
         }

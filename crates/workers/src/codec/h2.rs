@@ -7,6 +7,7 @@ use h2::client::ResponseFuture;
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http::uri::PathAndQuery;
 use http1::rules::{is_authority, is_forbidden_trailer, is_hop_by_hop, is_target, is_token, is_value};
 use types::{Fields, RequestHead, ResponseHead, Scheme, Version};
 
@@ -248,6 +249,7 @@ impl H2Down {
         Ok(())
     }
 
+    /// Sends the head; a 101 becomes the 200 that opens the tunnel of an extended CONNECT.
     pub(crate) fn send_head(&mut self, head: &ResponseHead, end: bool) -> Result<(), Broken> {
         let end = end || self.head_request || matches!(head.status, 204 | 304);
         let stream = self.respond.send_response(response_to(head)?, end)?;
@@ -299,14 +301,18 @@ pub(crate) struct H2Up {
     response: ResponseFuture,
     receiving: Option<Receiving>,
     sending: Sending,
+    /// What the request asks to switch to.
+    protocol: Option<Box<[u8]>>,
 }
 
 impl H2Up {
-    pub(crate) fn new(response: ResponseFuture, stream: SendStream<Bytes>, end: bool) -> Self {
-        Self { response, receiving: None, sending: Sending::new(stream, end) }
+    /// A stream that was opened with `head`; `end`: there is no body.
+    pub(crate) fn new(response: ResponseFuture, stream: SendStream<Bytes>, head: &RequestHead, end: bool) -> Self {
+        let protocol = head.protocol().map(Box::from);
+        Self { response, receiving: None, sending: Sending::new(stream, end), protocol }
     }
 
-    /// Reads a head; `true` with it: it is an interim one.
+    /// Reads a head; `true` with it: it is an interim one. A 200 that agrees to an upgrade is read as a 101.
     pub(crate) fn poll_head(&mut self, cx: &mut Context<'_>, head: &mut ResponseHead) -> Poll<Result<bool, Broken>> {
         if let Poll::Ready(Some(interim)) = self.response.poll_informational(cx) {
             read_response(&interim?.into_parts().0, head)?;
@@ -315,6 +321,10 @@ impl H2Up {
         let (parts, body) = ready!(std::pin::Pin::new(&mut self.response).poll(cx))?.into_parts();
         self.receiving = Some(Receiving::new(body));
         read_response(&parts, head)?;
+        if let Some(protocol) = self.protocol.as_deref().filter(|_| head.status == 200) {
+            head.status = 101;
+            head.fields.push("upgrade", protocol);
+        }
         Poll::Ready(Ok(false))
     }
 
@@ -416,7 +426,8 @@ pub(crate) enum BadRequest {
 }
 
 /// Reads a request head; the grammar is HTTP/1's, so that it can be written either way
-/// (property 4). Cookies are joined (RFC 9113, section 8.2.3).
+/// (property 4). Cookies are joined (RFC 9113, section 8.2.3). An extended CONNECT is read as HTTP/1's upgrade, a `GET`
+/// that names its protocol: so whoever looks at it, routes and policies, sees the same request over either protocol.
 pub(crate) fn read_request(
     parts: &http::request::Parts,
     fields_max: usize,
@@ -460,18 +471,25 @@ pub(crate) fn read_request(
     {
         return Err(BadRequest::Malformed);
     }
-    head.set_method(parts.method.as_str());
+    let protocol = parts.extensions.get::<h2::ext::Protocol>().map(|protocol| protocol.as_str().as_bytes());
+    if protocol.is_some_and(|protocol| parts.method != http::Method::CONNECT || !is_token(protocol)) {
+        return Err(BadRequest::Malformed);
+    }
+    head.set_method(if protocol.is_some() { "GET" } else { parts.method.as_str() });
+    head.set_protocol(protocol);
+    if protocol.is_some() {
+        // what follows is no body
+        head.fields.remove("content-length");
+    }
     head.set_authority(authority);
     head.scheme = match parts.uri.scheme_str() {
         Some(scheme) if scheme.eq_ignore_ascii_case("https") => Scheme::Https,
         _ => Scheme::Http,
     };
-    let protocol = parts.extensions.get::<h2::ext::Protocol>();
-    head.set_protocol(protocol.map(|protocol| protocol.as_str().as_bytes()));
     if parts.method == http::Method::CONNECT && protocol.is_none() {
         return Ok(());
     }
-    let path = parts.uri.path_and_query().map_or("", http::uri::PathAndQuery::as_str).as_bytes();
+    let path = parts.uri.path_and_query().map_or("", PathAndQuery::as_str).as_bytes();
     if !is_target(path) || (path[0] != b'/' && !(path == b"*" && parts.method == http::Method::OPTIONS)) {
         return Err(BadRequest::Malformed);
     }
@@ -479,7 +497,9 @@ pub(crate) fn read_request(
     Ok(())
 }
 
-/// A request head for an HTTP/2 upstream.
+/// A request head for an HTTP/2 upstream; an upgrade is written as extended CONNECT.
+///
+/// *Errors*: [`Broken::Unwritable`] where the `http` crate does not take the authority.
 pub(crate) fn request_to(head: &RequestHead) -> Result<http::Request<()>, Broken> {
     let mut request = http::Request::new(());
     *request.version_mut() = http::Version::HTTP_2;
@@ -493,16 +513,38 @@ pub(crate) fn request_to(head: &RequestHead) -> Result<http::Request<()>, Broken
             Scheme::Http => http::uri::Scheme::HTTP,
             Scheme::Https => http::uri::Scheme::HTTPS,
         });
-        uri.path_and_query = Some(http::uri::PathAndQuery::try_from(head.path()).map_err(|_| Broken::Unwritable)?);
+        uri.path_and_query = Some(path_to(head.path())?);
     }
     *request.uri_mut() = http::Uri::from_parts(uri).map_err(|_| Broken::Unwritable)?;
     *request.method_mut() = http::Method::from_bytes(head.method().as_bytes()).map_err(|_| Broken::Unwritable)?;
     if let Some(protocol) = head.protocol() {
         *request.method_mut() = http::Method::CONNECT;
+        request.headers_mut().remove(http::header::CONTENT_LENGTH);
         let protocol = std::str::from_utf8(protocol).map_err(|_| Broken::Unwritable)?;
         request.extensions_mut().insert(h2::ext::Protocol::from(protocol));
     }
     Ok(request)
+}
+
+/// A path with its query. Bytes that HTTP/1 takes and the `http` crate does not (`"`, `<` and `>` in a query) are escaped,
+/// as whoever wrote the URL should have done (RFC 3986, section 2.1).
+fn path_to(path: &[u8]) -> Result<PathAndQuery, Broken> {
+    if let Ok(path) = PathAndQuery::try_from(path) {
+        return Ok(path);
+    }
+    let mut escaped = Vec::with_capacity(path.len() + 32);
+    let mut in_query = false;
+    for &byte in path {
+        in_query |= byte == b'?';
+        let alone: &[u8] = if in_query { &[b'/', b'?', byte] } else { &[b'/', byte] };
+        if PathAndQuery::try_from(alone).is_ok() {
+            escaped.push(byte);
+        } else {
+            const HEX: &[u8; 16] = b"0123456789ABCDEF";
+            escaped.extend([b'%', HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
+        }
+    }
+    PathAndQuery::try_from(escaped.as_slice()).map_err(|_| Broken::Unwritable)
 }
 
 fn read_response(parts: &http::response::Parts, head: &mut ResponseHead) -> Result<(), Broken> {
@@ -520,7 +562,10 @@ fn read_response(parts: &http::response::Parts, head: &mut ResponseHead) -> Resu
 fn response_to(head: &ResponseHead) -> Result<http::Response<()>, Broken> {
     let mut response = http::Response::new(());
     *response.version_mut() = http::Version::HTTP_2;
-    *response.status_mut() = http::StatusCode::from_u16(head.status).map_err(|_| Broken::Unwritable)?;
-    *response.headers_mut() = map_from(&head.fields, |_| false)?;
+    // an upgrade that was agreed to (RFC 8441, section 5); `upgrade` itself ends at this hop
+    let agreed = head.status == 101;
+    let status = if agreed { 200 } else { head.status };
+    *response.status_mut() = http::StatusCode::from_u16(status).map_err(|_| Broken::Unwritable)?;
+    *response.headers_mut() = map_from(&head.fields, |name| agreed && name == "content-length")?;
     Ok(response)
 }

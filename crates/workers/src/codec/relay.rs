@@ -71,6 +71,11 @@ impl Upload {
         self.source_done
     }
 
+    /// What was pulled so far; `None`: it is not kept whole.
+    pub(crate) fn pulled(&self) -> Option<&[Frame]> {
+        (!self.incomplete).then_some(&self.kept)
+    }
+
     /// From the start again, for another attempt.
     pub(crate) fn rewind(&mut self) {
         debug_assert!(self.is_replayable(), "a request that is not kept whole is not sent again");

@@ -31,7 +31,7 @@ impl Up {
     /// Sends `head` on an own connection.
     pub(crate) fn start_h1(mut connection: Box<H1Client>, head: &RequestHead, end: bool) -> Result<Self, Broken> {
         // nothing passes into a tunnel before the upstream has agreed to it (property 6)
-        let end = end || head.protocol().is_some() || head.method() == "CONNECT";
+        let end = end || head.asks_for_tunnel();
         connection.send_head(head, end)?;
         if end {
             connection.send_end(None)?;
@@ -39,14 +39,15 @@ impl Up {
         Ok(Self::H1(connection))
     }
 
-    /// Opens a stream; the sender must be ready.
+    /// Opens a stream; the sender must be ready. One that is to become a tunnel does not end with its head.
     pub(crate) fn start_h2(
         sender: &mut h2::client::SendRequest<Bytes>,
         head: &RequestHead,
         end: bool,
     ) -> Result<Self, Broken> {
+        let end = end && !head.asks_for_tunnel();
         let (response, stream) = sender.send_request(request_to(head)?, end)?;
-        Ok(Self::H2(Box::new(H2Up::new(response, stream, end))))
+        Ok(Self::H2(Box::new(H2Up::new(response, stream, head, end))))
     }
 
     /// Pulls a response head. `true` with it: an interim one, another head follows.

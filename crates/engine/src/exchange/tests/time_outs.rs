@@ -24,6 +24,31 @@ fn the_route_time_out_begins_with_the_end_of_the_request() {
 }
 
 #[test]
+fn a_tunnel_outlasts_the_route_time_out_once_it_is_open() {
+    let check = |head: RequestHead, status: u16, opens: bool| {
+        let one = with(to("/", "a"), |action| action.timeout = secs(1));
+        let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1])]);
+        let world = world.manager(|manager| {
+            manager.upgrade_configs =
+                vec![hcm::UpgradeConfig { upgrade_type: "websocket".into(), ..Default::default() }];
+        });
+        let world = world.build();
+        let mut call = world.start(head);
+        drop(call.attempt());
+        assert!(call.exchange.deadline().is_some(), "the answer is waited for");
+        let mut head = ResponseHead::new(status);
+        call.answer(Answer::Upstream { head: &mut head, ended: false });
+        assert!(matches!(call.step(), Step::Respond));
+        assert_eq!(call.exchange.deadline().is_none(), opens, "{status}");
+    };
+    let mut upgrade = get("a", "/");
+    upgrade.set_protocol(Some(b"websocket"));
+    check(upgrade.clone(), 101, true);
+    check(upgrade, 200, false);
+    check(get("a", "/"), 200, false);
+}
+
+#[test]
 fn a_response_that_takes_too_long_is_cut() {
     let one = with(to("/", "a"), |action| action.timeout = secs(1));
     let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1])]).build();
