@@ -81,6 +81,23 @@ fn an_upgrade_beside_a_body_is_not_taken() {
 }
 
 #[test]
+fn connect_and_an_upgrade_are_never_one() {
+    let mut head = RequestHead::default();
+    let mut buf =
+        BytesMut::from(&b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"[..]);
+    let meta = RequestDecoder::new(Limits::default()).decode_head(&mut buf, &mut head).unwrap().unwrap();
+    assert_eq!((meta.kind, head.protocol()), (RequestKind::Connect, None));
+    // nor can one be written
+    let mut head = RequestHead::new("CONNECT", "a", "/path");
+    head.set_protocol(Some(b"websocket"));
+    let mut out = BytesMut::new();
+    assert!(encode_request(&mut out, &head, Framing::None).is_err() && out.is_empty());
+    head.set_method("GET");
+    encode_request(&mut out, &head, Framing::None).unwrap();
+    assert_eq!(out, "GET /path HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n");
+}
+
+#[test]
 fn requests_that_are_understood() {
     check("GET / HTTP/1.1\r\nHost: a\r\n\r\n", &["GET a / None", "\"\""]);
     check("\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", &["GET a / None", "\"\""]);

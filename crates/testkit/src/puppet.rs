@@ -36,7 +36,8 @@ impl<'a> Puppet<'a> {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// What it answers from now on: `[{"path", "status", "headers", "body", "hangs", "closes", "truncates"}]`.
+    /// What it answers from now on: `[{"path", "status", "headers", "body", "hangs", "closes", "truncates",
+    /// "echoes"}]`.
     #[track_caller]
     pub fn answers(&self, answers: &Value) {
         self.ask("PUT", "answers", &answers.to_string());

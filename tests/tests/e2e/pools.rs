@@ -6,7 +6,7 @@ use std::io::{Read as _, Write as _};
 use serde_json::{Value, json};
 use testkit::{Client, Client2, Mesh, Puppet, eventually};
 
-use crate::apps::{COLLECTOR, TRAFFIC};
+use crate::apps::{COLLECTOR, TRAFFIC, puppet};
 use crate::destinations::address;
 
 const CLIENT: &str = "shop/curl";
@@ -64,6 +64,44 @@ fn connections_speak_what_the_rule_says_or_what_the_client_does() {
     mesh.apply(&pool("httpbin", "http: {useClientProtocol: true}"));
     check(false, "HTTP/1.1");
     check(true, "HTTP/2");
+}
+
+#[test]
+fn a_websocket_passes_between_proxies_over_either_protocol() {
+    const SERVER: &str = "shop/puppet";
+    let mesh = TRAFFIC.turn();
+    let _server = mesh.with(&puppet("shop"));
+    eventually("the server to answer", || {
+        let answer = mesh.curl(CLIENT, &["http://puppet.shop:8000/"]);
+        if answer.status == 200 { Ok(()) } else { Err(format!("{answer:?}")) }
+    });
+    let upgrade = json!({"upgrade": "websocket", "connection": "upgrade"});
+    Puppet::new(&mesh, SERVER).answers(&json!([{ "path": "/ws", "status": 101, "headers": upgrade, "echoes": true }]));
+    let talk = |number: u32, expect: &str| {
+        let path = format!("/ws?{number}");
+        let mut stream = mesh.dial(CLIENT, "puppet.shop", 8000);
+        let head = format!(
+            "GET {path} HTTP/1.1\r\nHost: puppet.shop:8000\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            answer.push(byte[0]);
+        }
+        let answer = String::from_utf8(answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 101 ") && answer.contains("upgrade: websocket\r\n"), "{answer}");
+        stream.write_all(b"said").unwrap();
+        let mut back = [0; 4];
+        stream.read_exact(&mut back).unwrap();
+        assert_eq!(&back, b"said");
+        drop(stream);
+        logged(&mesh, SERVER, &[&format!("\"GET {path} {expect}\" 101")]);
+    };
+    talk(1, "HTTP/1.1");
+    let _rule = mesh.with(&pool("puppet.shop.svc.cluster.local", "http: {h2UpgradePolicy: UPGRADE}"));
+    talk(2, "HTTP/2");
 }
 
 #[test]

@@ -152,7 +152,7 @@ async fn echo_h2() -> SocketAddr {
         let Ok(mut connection) = h2::server::handshake(stream).await else { return };
         while let Some(Ok((request, mut respond))) = connection.accept().await {
             tokio::spawn(async move {
-                let path = request.uri().path().to_owned();
+                let path = request.uri().path_and_query().map_or("", http::uri::PathAndQuery::as_str).to_owned();
                 let mut body = request.into_body();
                 let response =
                     http::Response::builder().header("content-type", "application/grpc").header("x-path", path);
@@ -240,6 +240,20 @@ async fn http2_and_http1_translate() {
     let request = b"POST /s/m HTTP/1.1\r\nHost: a\r\nContent-Type: application/grpc\r\nContent-Length: 5\r\n\r\nhello";
     let answer = bed::talk(running.at("in"), request, |text| text.contains("grpc-status: 0\r\n\r\n")).await;
     assert!(answer.contains("hello\r\n") && answer.contains("transfer-encoding: chunked"), "{answer}");
+    running.end().await;
+}
+
+#[tokio::test]
+async fn what_http2_cannot_carry_is_escaped_in_queries_and_refused_in_hosts() {
+    let running = gateway(echo_h2().await, true).await;
+    let ask = async |target: &str, host: &str| {
+        let request = format!("GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+        bed::talk(running.at("in"), request.as_bytes(), |_| false).await
+    };
+    let answer = ask("/x?filter={\"a\":<1>}", "a").await;
+    assert!(answer.contains("x-path: /x?filter={%22a%22:%3C1%3E}\r\n"), "{answer}");
+    let answer = ask("/", "a%41").await;
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
     running.end().await;
 }
 

@@ -138,7 +138,10 @@ async fn talks_over_h2(at: SocketAddr, up: &str) {
         assert_eq!(data, "PING");
     }
     send.send_data(Bytes::new(), true).unwrap();
-    assert!(body.data().await.is_none());
+    // the end may come as a frame of its own
+    while let Some(data) = body.data().await {
+        assert!(data.unwrap().is_empty());
+    }
 }
 
 #[tokio::test]
@@ -202,10 +205,10 @@ async fn an_http2_client_is_offered_upgrades_only_where_that_is_configured() {
 async fn an_http2_upstream_without_extended_connect_gets_no_upgrade() {
     let running = bed::edited(capitals_h2(false).await, true, |_, _| {}).await;
     let answer = bed::talk(running.at("in"), format!("GET /ws HTTP/1.1\r\n{UPGRADE}").as_bytes(), |text| {
-        text.contains("\r\n\r\n")
+        text.ends_with("local reset")
     })
     .await;
-    assert!(answer.starts_with("HTTP/1.1 502 "), "{answer}");
+    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.ends_with("reset reason: local reset"), "{answer}");
     running.end().await;
 }
 
@@ -222,7 +225,7 @@ async fn an_http2_client_that_leaves_ends_the_tunnel() {
             }
             drop(stream.write_all(agreed).await);
             if bed::is_closed(&mut stream).await {
-                drop(told.send(()));
+                told.send("closed").unwrap();
             }
         }
     })

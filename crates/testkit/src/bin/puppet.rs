@@ -6,7 +6,7 @@
 //!
 //! | page | what |
 //! |---|---|
-//! | `PUT /_/answers` | `[{"path", "status", "headers": {…}, "body", "hangs", "closes", "truncates"}]` |
+//! | `PUT /_/answers` | `[{"path", "status", "headers": {…}, "body", "hangs", "closes", "truncates", "echoes"}]` |
 //! | `GET /_/seen`, `DELETE /_/seen` | the requests, as `[{"method", "path", "headers": {name: […]}, "body", "connection"}]` |
 //! | `GET /_/raw` | the first bytes of each connection to `RAW_PORT`, in base64 |
 
@@ -97,7 +97,7 @@ fn serve(stream: TcpStream, number: usize, memory: &Shared) -> Option<()> {
         let mut request = read(&mut from)?;
         request["connection"] = json!(number);
         let [method, path] = ["method", "path"].map(|part| request[part].as_str().unwrap_or_default().to_owned());
-        let mut missing = 0;
+        let (mut missing, mut echoes) = (0, false);
         let (status, headers, body) = match (method.as_str(), path.as_str()) {
             ("PUT", "/_/answers") => {
                 let answers = serde_json::from_str(request["body"].as_str().unwrap_or_default());
@@ -124,13 +124,14 @@ fn serve(stream: TcpStream, number: usize, memory: &Shared) -> Option<()> {
                     return from.read(&mut [0]).ok().map(drop);
                 }
                 missing = usize::from(answer["truncates"] == true);
+                echoes = answer["echoes"] == true;
                 let status = answer["status"].as_u64().unwrap_or(200);
                 let body = answer["body"].as_str().unwrap_or_default().to_owned();
                 (status, answer["headers"].as_object().cloned().unwrap_or_default(), body)
             }
         };
         let mut head = format!("HTTP/1.1 {status} Told\r\n");
-        if status != 204 {
+        if !matches!(status, 101 | 204) {
             head.push_str(&format!("content-length: {}\r\n", body.len() + missing));
         }
         for (name, value) in &headers {
@@ -139,6 +140,9 @@ fn serve(stream: TcpStream, number: usize, memory: &Shared) -> Option<()> {
         out.write_all(format!("{head}\r\n{body}").as_bytes()).ok()?;
         if missing > 0 {
             return None;
+        }
+        if echoes {
+            return io::copy(&mut from, &mut out).ok().map(drop);
         }
     }
 }

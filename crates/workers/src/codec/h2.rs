@@ -569,3 +569,22 @@ fn response_to(head: &ResponseHead) -> Result<http::Response<()>, Broken> {
     *response.headers_mut() = map_from(&head.fields, |name| agreed && name == "content-length")?;
     Ok(response)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_http_crate_refuses_in_a_path_is_escaped_and_nothing_else() {
+        let check = |path: &str, expect: &str| assert_eq!(path_to(path.as_bytes()).unwrap().as_str(), expect);
+        check("/x?filter={\"a\":1}", "/x?filter={%22a%22:1}");
+        check("/x?a=<b>&c=?/%3C", "/x?a=%3Cb%3E&c=?/%3C");
+        check("/a<b?c=|^`\\{}", "/a%3Cb?c=|^`\\{}");
+        check("*", "*");
+        // every byte of a target can be written
+        let all: Vec<u8> = (0x21..=0x7e).filter(|byte| *byte != b'#').collect();
+        let all = [&b"/"[..], &all, b"?", &all].concat();
+        let written = path_to(&all).unwrap();
+        assert!(written.as_str().contains("?!%22$"), "{written}");
+    }
+}

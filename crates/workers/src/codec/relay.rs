@@ -73,7 +73,7 @@ impl Upload {
 
     /// What was pulled so far; `None`: it is not kept whole.
     pub(crate) fn pulled(&self) -> Option<&[Frame]> {
-        (!self.incomplete).then_some(&self.kept)
+        (!self.incomplete).then_some(self.kept.as_slice())
     }
 
     /// From the start again, for another attempt.

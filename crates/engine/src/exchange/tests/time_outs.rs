@@ -26,13 +26,13 @@ fn the_route_time_out_begins_with_the_end_of_the_request() {
 #[test]
 fn a_tunnel_outlasts_the_route_time_out_once_it_is_open() {
     let check = |head: RequestHead, status: u16, opens: bool| {
-        let one = with(to("/", "a"), |action| action.timeout = secs(1));
-        let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1])]);
-        let world = world.manager(|manager| {
-            manager.upgrade_configs =
-                vec![hcm::UpgradeConfig { upgrade_type: "websocket".into(), ..Default::default() }];
+        let one = with(to("/", "a"), |action| {
+            action.timeout = secs(1);
+            let websocket =
+                route::route_action::UpgradeConfig { upgrade_type: "websocket".into(), ..Default::default() };
+            action.upgrade_configs = vec![websocket];
         });
-        let world = world.build();
+        let world = Http::new(vec![host(&["*"], vec![one])], vec![cluster("a", &[1])]).build();
         let mut call = world.start(head);
         drop(call.attempt());
         assert!(call.exchange.deadline().is_some(), "the answer is waited for");
