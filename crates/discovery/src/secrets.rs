@@ -34,6 +34,7 @@ struct Flaw {
 const CERTIFICATE: [&str; 2] = ["cert", "tls.crt"];
 const KEY: [&str; 2] = ["key", "tls.key"];
 const ROOTS: [&str; 2] = ["cacert", "ca.crt"];
+const REVOKED: [&str; 2] = ["crl", "ca.crl"];
 
 /// Judges a secret that a proxy of `namespace` would be sent; `written` is the object it is made from.
 pub(crate) fn check(
@@ -98,8 +99,15 @@ fn judge(any: &Any, now: SystemTime) -> Option<(Option<Flaw>, Option<SystemTime>
             }
         }
         secret::Type::ValidationContext(context) => {
-            let error = TrustRoots::from_pem(inline(context.trusted_ca.as_ref())?).err();
-            (error.and_then(|error| flaw(ROOTS, describe(&error), "put in the CA's certificate as PEM")), None)
+            match (TrustRoots::from_pem(inline(context.trusted_ca.as_ref())?), inline(context.crl.as_ref())) {
+                (Err(error), _) => (flaw(ROOTS, describe(&error), "put in the CA's certificate as PEM"), None),
+                (Ok(_), None) => (None, None),
+                (Ok(roots), Some(lists)) => {
+                    let error = roots.revoking(lists).err();
+                    let hint = "put in the lists of the CA's as PEM";
+                    (error.and_then(|error| flaw(REVOKED, describe(&error), hint)), None)
+                }
+            }
         }
         secret::Type::SessionTicketKeys(_) | secret::Type::GenericSecret(_) => return None,
     })
@@ -219,5 +227,9 @@ mod tests {
         let of = |text: &str| CertificateValidationContext { trusted_ca: Some(bytes(text)), ..Default::default() };
         assert_eq!(found(secret::Type::ValidationContext(of(&pair().0)), now), None);
         assert!(found(secret::Type::ValidationContext(of("no PEM")), now).is_some());
+        let none = "-----BEGIN X509 CRL-----\nAA==\n-----END X509 CRL-----\n";
+        let revoking = CertificateValidationContext { crl: Some(bytes(none)), ..of(&pair().0) };
+        let told = found(secret::Type::ValidationContext(revoking), now).unwrap();
+        assert!(told.starts_with("data.ca.crl: a revocation list cannot be used"), "{told}");
     }
 }

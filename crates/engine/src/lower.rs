@@ -38,6 +38,7 @@ mod tests;
 pub(crate) use common::json_struct;
 pub use common::{config_source, nothing_left, socket_address};
 pub use endpoint::resolved_endpoints;
+pub use tls::secret;
 
 /// A resource as received.
 #[derive(Clone, Debug, PartialEq)]

@@ -70,6 +70,20 @@ pub enum RootSource {
     System,
 }
 
+/// What a secret of the discovery service says, before its bytes are read.
+#[derive(Clone, Debug)]
+pub enum SecretSettings {
+    /// A certificate with its key.
+    Certificate {
+        /// PEM chain.
+        chain: Source,
+        /// PEM key.
+        key: Source,
+    },
+    /// How peers are judged. Its roots are set, and are not a secret again.
+    Validation(Validation),
+}
+
 /// How the peer's certificate is judged.
 #[derive(Clone, Debug, Default)]
 pub struct Validation {
@@ -77,11 +91,11 @@ pub struct Validation {
     pub roots: Option<RootSource>,
     /// Any of these must match a SAN; empty: no name check.
     pub san_matchers: Vec<SanMatcher>,
-    /// SHA-256 of the certificate, lower-case hex without colons; any of them; empty: no check.
+    /// SHA-256 of certificates, lower-case hex without colons. One of these or of `spki` must fit, if there is any.
     pub hashes: Vec<Box<str>>,
-    /// Base64 of SHA-256 of the public key; any of them; empty: no check.
+    /// Base64 of SHA-256 of public keys.
     pub spki: Vec<Box<str>>,
-    /// Revocation list.
+    /// Revocation lists of the roots' authorities.
     pub crl: Option<Source>,
 }
 

@@ -12,6 +12,9 @@ pub enum InvalidPem {
     /// No certificate in it.
     #[error("holds no certificate (expected -----BEGIN CERTIFICATE-----)")]
     NoCertificate,
+    /// No revocation list in it.
+    #[error("holds no revocation list (expected -----BEGIN X509 CRL-----)")]
+    NoRevocationList,
     /// No private key in it.
     #[error("holds no private key (expected PKCS#8, PKCS#1 or SEC1 in PEM)")]
     NoKey,
@@ -35,9 +38,11 @@ pub fn private_key(text: &[u8]) -> Result<PrivateKeyDer<'static>, InvalidPem> {
     })
 }
 
-/// All revocation lists, perhaps none.
+/// All revocation lists; at least one.
 pub fn revocation_lists(text: &[u8]) -> Result<Vec<CertificateRevocationListDer<'static>>, InvalidPem> {
-    CertificateRevocationListDer::pem_slice_iter(text).collect::<Result<_, _>>().map_err(InvalidPem::Grammar)
+    let found: Result<Vec<_>, _> = CertificateRevocationListDer::pem_slice_iter(text).collect();
+    let found = found.map_err(InvalidPem::Grammar)?;
+    if found.is_empty() { Err(InvalidPem::NoRevocationList) } else { Ok(found) }
 }
 
 /// One certificate as PEM, ending in a newline.
@@ -130,6 +135,7 @@ mod tests {
     fn what_is_missing_is_named() {
         assert!(matches!(certificates(b""), Err(InvalidPem::NoCertificate)));
         assert!(matches!(private_key(b"nothing"), Err(InvalidPem::NoKey)));
+        assert!(matches!(revocation_lists(b"nothing"), Err(InvalidPem::NoRevocationList)));
         let damaged = b"-----BEGIN CERTIFICATE-----\n!!!\n-----END CERTIFICATE-----\n";
         assert!(matches!(certificates(damaged), Err(InvalidPem::Grammar(_))));
     }

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use aws_lc_rs::digest;
 use rustls::RootCertStore;
+use rustls::client::{VerifierBuilderError, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime};
 use rustls::sign::CertifiedKey;
@@ -20,7 +21,8 @@ use crate::tls::provider;
 pub struct TrustRoots {
     /// For rustls.
     pub(crate) store: Arc<RootCertStore>,
-    /// Revocation lists; empty: nothing is checked.
+    /// Revocation lists, which can be read; empty: nothing is checked. Else each certificate of a chain must be on
+    /// none of its issuer's, and a list of its issuer that is still valid must be there, as Envoy 1.40 wants it.
     pub(crate) revoked: Vec<CertificateRevocationListDer<'static>>,
     certificates: Vec<CertificateDer<'static>>,
     digest: [u8; 32],
@@ -33,7 +35,14 @@ impl TrustRoots {
         Self::new(certificates, Vec::new())
     }
 
-    /// From certificates and revocation lists. *Errors*: no certificate, or one that is no root.
+    /// These roots, with the lists of a PEM text beside their own.
+    pub fn revoking(&self, lists: &[u8]) -> Result<Self, InvalidIdentity> {
+        let mut revoked = self.revoked.clone();
+        revoked.extend(pem::revocation_lists(lists).map_err(InvalidIdentity::Revoked)?);
+        Self::new(self.certificates.clone(), revoked)
+    }
+
+    /// From certificates and revocation lists. *Errors*: no certificate, one that is no root, an unreadable list.
     pub fn new(
         certificates: Vec<CertificateDer<'static>>,
         revoked: Vec<CertificateRevocationListDer<'static>>,
@@ -52,7 +61,15 @@ impl TrustRoots {
         }
         let mut digest = [0; 32];
         digest.copy_from_slice(context.finish().as_ref());
-        Ok(Self { store: Arc::new(store), revoked, certificates, digest })
+        let store = Arc::new(store);
+        if !revoked.is_empty() {
+            // rustls reads lists when it makes a verifier: a bad one is known here, not at a handshake
+            WebPkiServerVerifier::builder_with_provider(Arc::clone(&store), Arc::clone(provider()))
+                .with_crls(revoked.iter().cloned())
+                .build()
+                .map_err(InvalidIdentity::RevocationList)?;
+        }
+        Ok(Self { store, revoked, certificates, digest })
     }
 
     /// The roots of the operating system.
@@ -219,6 +236,12 @@ pub enum InvalidIdentity {
     /// A certificate cannot be a root.
     #[error("a certificate of the root bundle cannot be used as a root")]
     Root(#[source] rustls::Error),
+    /// The revocation lists are unreadable.
+    #[error("revocation list {0}")]
+    Revoked(InvalidPem),
+    /// What a revocation list holds is none.
+    #[error("a revocation list cannot be used")]
+    RevocationList(#[source] VerifierBuilderError),
     /// The leaf is unreadable.
     #[error("leaf certificate {0}")]
     Leaf(InvalidCertificate),

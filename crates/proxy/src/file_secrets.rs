@@ -22,7 +22,7 @@ use identity::agent::describe;
 use identity::workload::{InvalidIdentity, KeyAndChain, TrustRoots, WorkloadIdentity};
 use thiserror::Error;
 
-use workers::secrets::Secret;
+use workers::secrets::{Secret, Trust};
 
 /// Whether a secret of this name is one of files.
 pub(crate) fn is_of_files(name: &str) -> bool {
@@ -202,9 +202,14 @@ fn read(files: Option<Files<'_>>) -> Result<Secret, Unreadable> {
         Files::Certificate(chain, key) => {
             Secret::Certificate(Arc::new(KeyAndChain::from_pem(&text(chain.as_ref())?, &text(key.as_ref())?)?))
         }
-        Files::Roots(roots) => Secret::Roots(Arc::new(TrustRoots::from_pem(&text(roots.as_ref())?)?)),
-        Files::System => Secret::Roots(Arc::new(TrustRoots::system().map_err(Unreadable::System)?)),
+        Files::Roots(roots) => anybody(TrustRoots::from_pem(&text(roots.as_ref())?)?),
+        Files::System => anybody(TrustRoots::system().map_err(Unreadable::System)?),
     })
+}
+
+/// Anybody of these roots.
+fn anybody(roots: TrustRoots) -> Secret {
+    Secret::Roots(Arc::new(Trust::from(Arc::new(roots))))
 }
 
 fn text(path: &Path) -> Result<Vec<u8>, Unreadable> {

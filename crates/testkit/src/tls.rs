@@ -4,6 +4,7 @@ use std::io;
 use std::net::TcpStream;
 use std::sync::Arc;
 
+use base64::Engine as _;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject as _;
@@ -11,6 +12,20 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, Serve
 use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, ServerConfig, ServerConnection, SignatureScheme, StreamOwned,
 };
+
+/// The SHA-256 of a certificate as a pin of it is written: hexadecimal.
+pub fn certificate_pin(der: &[u8]) -> String {
+    sha256(der).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The SHA-256 of a public key as a pin of it is written: base64.
+pub fn key_pin(spki: &[u8]) -> String {
+    base64::engine::general_purpose::STANDARD.encode(sha256(spki))
+}
+
+fn sha256(bytes: &[u8]) -> aws_lc_rs::digest::Digest {
+    aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes)
+}
 
 /// A client that trusts the certificate `root` only.
 pub(crate) fn client(root: &[u8], provider: CryptoProvider) -> io::Result<ClientConfig> {

@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use engine::config::Name;
-use identity::workload::{KeyAndChain, TrustRoots, WorkloadIdentity};
+use engine::tls::{RootSource, SecretSettings, Source, Validation};
+use identity::workload::{InvalidIdentity, KeyAndChain, TrustRoots, WorkloadIdentity};
+use thiserror::Error;
 
 /// The SDS name of the workload's own certificate.
 pub const WORKLOAD: &str = "default";
@@ -21,8 +23,77 @@ pub const ROOTS: &str = "ROOTCA";
 pub enum Secret {
     /// A key with its chain.
     Certificate(Arc<KeyAndChain>),
-    /// Roots to verify against.
-    Roots(Arc<TrustRoots>),
+    /// How peers are verified.
+    Roots(Arc<Trust>),
+}
+
+/// How peers are verified.
+#[derive(Debug)]
+pub struct Trust {
+    /// Whom certificates must come from, and what these revoked.
+    pub roots: Arc<TrustRoots>,
+    /// Names and pins, beside those of the settings that name the secret. (What it says of roots is in `roots`.)
+    pub rules: Validation,
+}
+
+impl From<Arc<TrustRoots>> for Trust {
+    /// Anybody of these roots.
+    fn from(roots: Arc<TrustRoots>) -> Self {
+        Self { roots, rules: Validation::default() }
+    }
+}
+
+/// Why the bytes of a certificate, a key, roots or revocation lists cannot be had or used.
+#[derive(Debug, Error)]
+pub enum Unreadable {
+    /// A file.
+    #[error("{0} cannot be read")]
+    File(String, #[source] std::io::Error),
+    /// An environment variable.
+    #[error("${0} is not set")]
+    Environment(String),
+    /// Not what they should be.
+    #[error("certificate, key, roots or revocation list are not usable: {0}")]
+    Unusable(#[from] InvalidIdentity),
+}
+
+impl Secret {
+    /// Reads what a secret's settings name.
+    pub fn read(settings: SecretSettings) -> Result<Self, Unreadable> {
+        Ok(match settings {
+            SecretSettings::Certificate { chain, key } => {
+                Self::Certificate(Arc::new(KeyAndChain::from_pem(&read(&chain)?, &read(&key)?)?))
+            }
+            SecretSettings::Validation(rules) => {
+                let roots = match &rules.roots {
+                    Some(RootSource::Static(source)) => TrustRoots::from_pem(&read(source)?)?,
+                    // settings of a secret name no other, and are not without any
+                    Some(RootSource::System | RootSource::Secret(_)) | None => TrustRoots::system()?,
+                };
+                let roots = revoking(Arc::new(roots), rules.crl.as_ref())?;
+                Self::Roots(Arc::new(Trust { roots, rules }))
+            }
+        })
+    }
+}
+
+/// Roots with the revocation lists of settings.
+pub(crate) fn revoking(roots: Arc<TrustRoots>, crl: Option<&Source>) -> Result<Arc<TrustRoots>, Unreadable> {
+    match crl {
+        None => Ok(roots),
+        Some(crl) => Ok(Arc::new(roots.revoking(&read(crl)?)?)),
+    }
+}
+
+/// The bytes of a source.
+pub(crate) fn read(source: &Source) -> Result<Vec<u8>, Unreadable> {
+    match source {
+        Source::Inline(bytes) => Ok(bytes.to_vec()),
+        Source::File(path) => std::fs::read(&**path).map_err(|error| Unreadable::File(path.to_string(), error)),
+        Source::Environment(name) => {
+            std::env::var(&**name).map(String::into_bytes).map_err(|_| Unreadable::Environment(name.to_string()))
+        }
+    }
 }
 
 /// All secrets of one moment.
@@ -44,10 +115,10 @@ impl SecretStore {
         }
     }
 
-    /// The roots of this name.
-    pub fn roots(&self, name: &str) -> Option<&Arc<TrustRoots>> {
+    /// How peers are verified by the secret of this name.
+    pub fn trust(&self, name: &str) -> Option<&Arc<Trust>> {
         match self.by_name.get(name)? {
-            Secret::Roots(roots) => Some(roots),
+            Secret::Roots(trust) => Some(trust),
             Secret::Certificate(_) => None,
         }
     }
@@ -100,7 +171,7 @@ impl Secrets {
     pub fn set_identity(&self, identity: &Arc<WorkloadIdentity>) {
         let mut next = self.next();
         next.by_name.insert(WORKLOAD.into(), Secret::Certificate(Arc::new(identity.keys.clone())));
-        next.by_name.insert(ROOTS.into(), Secret::Roots(Arc::clone(&identity.roots)));
+        next.by_name.insert(ROOTS.into(), Secret::Roots(Arc::new(Trust::from(Arc::clone(&identity.roots)))));
         next.workload = Some(Arc::clone(identity));
         self.0.store(Arc::new(next));
     }

@@ -19,17 +19,15 @@ use rustls::ClientConfig;
 use rustls::pki_types::CertificateDer;
 use thiserror::Error;
 
-use crate::secrets::{ROOTS, SecretStore, Secrets};
+use crate::secrets::{ROOTS, SecretStore, Secrets, Trust, Unreadable, read, revoking};
 
 /// Why there is no TLS context.
 #[derive(Debug, Error)]
 pub(crate) enum NoContext {
     #[error("secret {0} is not there")]
     SecretMissing(String),
-    #[error("{0} cannot be read")]
-    File(String, #[source] std::io::Error),
-    #[error("certificate, key or roots are not usable: {0}")]
-    Unusable(#[from] identity::workload::InvalidIdentity),
+    #[error(transparent)]
+    Unreadable(#[from] Unreadable),
     #[error("TLS settings are not usable: {0}")]
     Settings(#[from] identity::tls::InvalidTls),
     #[error("a pin is not base64 of a SHA-256")]
@@ -49,17 +47,26 @@ pub(crate) struct Contexts {
 #[derive(Clone, Debug, Default)]
 struct Parts {
     certificates: Vec<Arc<KeyAndChain>>,
-    roots: Option<Arc<TrustRoots>>,
+    trusted: Option<Trusted>,
+}
+
+/// How a peer is verified.
+#[derive(Clone, Debug)]
+struct Trusted {
+    /// As the secret or the settings give it.
+    by: Arc<Trust>,
+    /// Its roots, with the revocation lists of the settings.
+    roots: Arc<TrustRoots>,
 }
 
 impl Parts {
     fn same(&self, other: &Self) -> bool {
-        let roots = match (&self.roots, &other.roots) {
+        let trusted = match (&self.trusted, &other.trusted) {
             (None, None) => true,
-            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            (Some(a), Some(b)) => Arc::ptr_eq(&a.by, &b.by),
             _ => false,
         };
-        roots
+        trusted
             && self.certificates.len() == other.certificates.len()
             && self.certificates.iter().zip(&other.certificates).all(|(a, b)| Arc::ptr_eq(a, b))
     }
@@ -120,16 +127,16 @@ impl Contexts {
                     certificate(&store, source, cached.as_ref().and_then(|server| server.parts.certificates.get(at)))
                 })
                 .collect::<Result<_, _>>()?,
-            roots: roots_of(&store, tls.validation.as_ref(), cached.as_ref().map(|server| &server.parts))?,
+            trusted: trusted(&store, tls.validation.as_ref(), cached.as_ref().map(|server| &server.parts))?,
         };
         if let Some(server) = cached
             && server.parts.same(&parts)
         {
             return Ok(server.configs);
         }
-        let client_auth = match (&tls.validation, &parts.roots) {
-            (Some(validation), Some(roots)) => {
-                let verify = verify(validation, Arc::clone(roots), None)?;
+        let client_auth = match (&tls.validation, &parts.trusted) {
+            (Some(validation), Some(trusted)) => {
+                let verify = verify(validation, trusted, None)?;
                 if tls.require_client_certificate { ClientAuth::Required(verify) } else { ClientAuth::Optional(verify) }
             }
             // a certificate is wanted and nothing can verify it: nobody gets in
@@ -180,7 +187,7 @@ impl Contexts {
             .map(|source| certificate(&store, source, before.and_then(|parts| parts.certificates.first())))
             .transpose()?;
         let parts =
-            Parts { certificates: own.into_iter().collect(), roots: roots_of(&store, Some(&tls.validation), before)? };
+            Parts { certificates: own.into_iter().collect(), trusted: trusted(&store, Some(&tls.validation), before)? };
         if let Some(client) = &mut cached
             && client.parts.same(&parts)
         {
@@ -191,8 +198,8 @@ impl Contexts {
         let named = attempt.sni.is_some();
         let config = ClientTls {
             certificate: parts.certificates.first().map(|keys| KeyAndChain::clone(keys)),
-            verify: match &parts.roots {
-                Some(roots) => Some(verify(&tls.validation, Arc::clone(roots), attempt.required_san.as_deref())?),
+            verify: match &parts.trusted {
+                Some(trusted) => Some(verify(&tls.validation, trusted, attempt.required_san.as_deref())?),
                 None => None,
             },
             alpn: alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect(),
@@ -220,18 +227,6 @@ impl Contexts {
     }
 }
 
-fn read(source: &settings::Source) -> Result<Vec<u8>, NoContext> {
-    match source {
-        settings::Source::Inline(bytes) => Ok(bytes.to_vec()),
-        settings::Source::File(path) => {
-            std::fs::read(&**path).map_err(|error| NoContext::File(path.to_string(), error))
-        }
-        settings::Source::Environment(name) => {
-            std::env::var(&**name).map(String::into_bytes).map_err(|_| NoContext::SecretMissing(format!("in ${name}")))
-        }
-    }
-}
-
 /// A certificate by its source; static ones are read once (`before` is the one in use).
 fn certificate(
     store: &SecretStore,
@@ -244,47 +239,63 @@ fn certificate(
         }
         CertificateSource::Static { chain, key } => match before {
             Some(before) => Ok(Arc::clone(before)),
-            None => Ok(Arc::new(KeyAndChain::from_pem(&read(chain)?, &read(key)?)?)),
+            None => {
+                let made = KeyAndChain::from_pem(&read(chain)?, &read(key)?).map_err(Unreadable::Unusable)?;
+                Ok(Arc::new(made))
+            }
         },
     }
 }
 
-fn roots_of(
+/// How a peer is verified; what settings give is read once (`before` is the one in use), what a secret gives again
+/// with each version of it.
+fn trusted(
     store: &SecretStore,
     validation: Option<&Validation>,
     before: Option<&Parts>,
-) -> Result<Option<Arc<TrustRoots>>, NoContext> {
-    let Some(source) = validation.and_then(|validation| validation.roots.as_ref()) else { return Ok(None) };
-    let kept = || before.and_then(|parts| parts.roots.clone());
-    Ok(Some(match source {
-        RootSource::Secret(name) => {
-            store.roots(name).cloned().ok_or_else(|| NoContext::SecretMissing(name.to_string()))?
+) -> Result<Option<Trusted>, NoContext> {
+    let Some(validation) = validation else { return Ok(None) };
+    let Some(source) = &validation.roots else { return Ok(None) };
+    let before = before.and_then(|parts| parts.trusted.as_ref());
+    let by = match (source, before) {
+        (RootSource::Secret(name), _) => {
+            let found = store.trust(name).ok_or_else(|| NoContext::SecretMissing(name.to_string()))?;
+            if let Some(before) = before
+                && Arc::ptr_eq(&before.by, found)
+            {
+                return Ok(Some(before.clone()));
+            }
+            Arc::clone(found)
         }
-        RootSource::Static(source) => match kept() {
-            Some(roots) => roots,
-            None => Arc::new(TrustRoots::from_pem(&read(source)?)?),
-        },
-        RootSource::System => match kept() {
-            Some(roots) => roots,
-            None => Arc::new(TrustRoots::system()?),
-        },
-    }))
+        (RootSource::Static(_) | RootSource::System, Some(before)) => return Ok(Some(before.clone())),
+        (RootSource::Static(source), None) => {
+            let roots = TrustRoots::from_pem(&read(source)?).map_err(Unreadable::Unusable)?;
+            Arc::new(Trust::from(Arc::new(roots)))
+        }
+        (RootSource::System, None) => {
+            Arc::new(Trust::from(Arc::new(TrustRoots::system().map_err(Unreadable::Unusable)?)))
+        }
+    };
+    let roots = revoking(Arc::clone(&by.roots), validation.crl.as_ref())?;
+    Ok(Some(Trusted { by, roots }))
 }
 
 /// Mesh roots vouch for SPIFFE IDs and nothing else (property 17); other roots for any chain.
-fn verify(validation: &Validation, roots: Arc<TrustRoots>, required: Option<&str>) -> Result<Verify, NoContext> {
+fn verify(validation: &Validation, trusted: &Trusted, required: Option<&str>) -> Result<Verify, NoContext> {
     let mesh = matches!(&validation.roots, Some(RootSource::Secret(name)) if &**name == ROOTS);
-    let mut sans: Vec<SanMatch> = validation.san_matchers.iter().map(san).collect();
+    // Envoy merges a secret's context into the one that stands beside it: lists follow each other.
+    let both = [validation, &trusted.by.rules];
+    let mut sans: Vec<SanMatch> = both.iter().flat_map(|rules| &rules.san_matchers).map(san).collect();
     if let (Some(required), true) = (required, sans.is_empty()) {
         sans.push(SanMatch { kind: SanKind::Any, rule: SanRule::Exact(required.to_owned()) });
         sans.push(SanMatch { kind: SanKind::Dns, rule: SanRule::Exact(required.to_owned()) });
     }
     Ok(Verify {
-        roots,
+        roots: Arc::clone(&trusted.roots),
         form: if mesh { NameForm::Spiffe } else { NameForm::Chain },
         sans,
-        spki_pins: validation.spki.iter().map(|pin| spki(pin)).collect::<Result<_, _>>()?,
-        certificate_pins: validation.hashes.iter().map(ToString::to_string).collect(),
+        spki_pins: both.iter().flat_map(|rules| &rules.spki).map(|pin| spki(pin)).collect::<Result<_, _>>()?,
+        certificate_pins: both.iter().flat_map(|rules| &rules.hashes).map(ToString::to_string).collect(),
     })
 }
 

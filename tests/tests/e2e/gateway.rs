@@ -1,8 +1,9 @@
 //! The ingress gateway: hosts, TLS, redirects.
 
+use std::net::TcpStream;
 use std::time::{Duration, SystemTime};
 
-use testkit::{Client, eventually};
+use testkit::{Client, TlsClient, eventually};
 
 use crate::apps::{TRAFFIC, virtual_service};
 use crate::rollouts::under_load;
@@ -318,6 +319,7 @@ impl Authority {
     fn new() -> Self {
         let mut parameters = rcgen::CertificateParams::default();
         parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        parameters.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign, rcgen::KeyUsagePurpose::CrlSign];
         Self(rcgen::CertifiedIssuer::self_signed(parameters, rcgen::KeyPair::generate().unwrap()).unwrap())
     }
 
@@ -330,6 +332,81 @@ impl Authority {
         let certificate = parameters.signed_by(&key, &self.0).unwrap();
         named_credential(name, &certificate.pem(), &key.serialize_pem(), &ca.0.pem())
     }
+
+    /// A client with a certificate of this serial number.
+    fn client(&self, serial: u64) -> TlsClient {
+        let mut parameters = rcgen::CertificateParams::new(vec!["client.example".to_owned()]).unwrap();
+        parameters.serial_number = Some(rcgen::SerialNumber::from(serial));
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = parameters.signed_by(&key, &self.0).unwrap();
+        TlsClient::new(&[], Some((&certificate.pem(), &key.serialize_pem())))
+    }
+
+    /// A list that revokes these serial numbers, in PEM.
+    fn revokes(&self, serials: &[u64]) -> String {
+        let from = SystemTime::now() - Duration::from_hours(1);
+        let revoked = |serial: &u64| rcgen::RevokedCertParams {
+            serial_number: rcgen::SerialNumber::from(*serial),
+            revocation_time: from.into(),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let list = rcgen::CertificateRevocationListParams {
+            this_update: from.into(),
+            next_update: (from + Duration::from_hours(48)).into(),
+            crl_number: rcgen::SerialNumber::from(1_u64),
+            issuing_distribution_point: None,
+            revoked_certs: serials.iter().map(revoked).collect(),
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        list.signed_by(&self.0).unwrap().pem().unwrap()
+    }
+}
+
+/// `ca.crl` of the Secret counts for the next handshake, also when it is replaced.
+#[test]
+fn a_client_on_the_revocation_list_of_the_secret_is_refused() {
+    let mesh = TRAFFIC.turn();
+    let host = "revoked.shop.test";
+    let (server, clients) = (pair(host), Authority::new());
+    let credential = |revoked: Option<&[u64]>| {
+        let mut secret: serde_json::Value = serde_json::from_str(&server.secret).unwrap();
+        secret["stringData"]["ca.crt"] = clients.0.pem().into();
+        if let Some(serials) = revoked {
+            secret["stringData"]["ca.crl"] = clients.revokes(serials).into();
+        }
+        secret.to_string()
+    };
+    let gateway = https("revoked").replace("mode: SIMPLE", "mode: MUTUAL");
+    let _objects = mesh.with(&format!("{}\n---\n{gateway}", credential(Some(&[66]))));
+    let (good, bad) = (clients.client(1), clients.client(66));
+    // In TLS 1.3 a client hears of a refusal when it reads.
+    let ask = |client: &TlsClient| {
+        let answer = client
+            .connect(TcpStream::connect(mesh.https).unwrap(), host)
+            .and_then(|stream| Client::over(stream).send("GET", host, "/status/200", &[]));
+        answer.map(|answer| answer.status).map_err(|error| error.to_string())
+    };
+    let taken = |what: &str, client: &TlsClient| {
+        eventually(what, || match ask(client) {
+            Ok(200) => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+    };
+    let refused = |what: &str, client: &TlsClient| {
+        eventually(what, || match ask(client) {
+            Err(_) => Ok(()),
+            Ok(status) => Err(status.to_string()),
+        });
+    };
+    taken("the good client", &good);
+    ask(&bad).expect_err("the revoked client");
+    mesh.apply(&credential(Some(&[1])));
+    refused("a client that is revoked now", &good);
+    taken("a client that is not revoked any more", &bad);
+    mesh.apply(&credential(None));
+    taken("nobody is revoked", &good);
+    taken("nobody is revoked", &bad);
 }
 
 /// A server of the egress gateway that wants a certificate, on the way to httpbin.

@@ -16,3 +16,4 @@ mod resources;
 mod roots;
 mod sources;
 mod standalone;
+mod trust;

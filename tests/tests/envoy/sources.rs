@@ -12,7 +12,7 @@ use crate::filters::{address, bootstrap, cluster, hcm, listener, typed};
 use crate::standalone::{Pair, Standalone};
 
 /// Replaces a file as watchers expect: by a rename.
-fn put(dir: &Path, name: &str, resources: &[Value]) {
+pub(crate) fn put(dir: &Path, name: &str, resources: &[Value]) {
     let text =
         json!({ "version_info": "1", "resources": resources }).to_string().replace("@DIR@", dir.to_str().unwrap());
     let fresh = dir.join(format!(".{name}.new"));
@@ -20,12 +20,12 @@ fn put(dir: &Path, name: &str, resources: &[Value]) {
     std::fs::rename(&fresh, dir.join(name)).unwrap();
 }
 
-fn with_type(kind: &str, mut resource: Value) -> Value {
+pub(crate) fn with_type(kind: &str, mut resource: Value) -> Value {
     resource["@type"] = format!("type.googleapis.com/{kind}").into();
     resource
 }
 
-fn file(name: &str) -> Value {
+pub(crate) fn file(name: &str) -> Value {
     json!({ "resource_api_version": "V3", "path_config_source": { "path": format!("@DIR@/{name}") } })
 }
 
@@ -33,7 +33,7 @@ const CLUSTER: &str = "envoy.config.cluster.v3.Cluster";
 const LISTENER: &str = "envoy.config.listener.v3.Listener";
 const ROUTES: &str = "envoy.config.route.v3.RouteConfiguration";
 const ENDPOINTS: &str = "envoy.config.endpoint.v3.ClusterLoadAssignment";
-const SECRET: &str = "envoy.extensions.transport_sockets.tls.v3.Secret";
+pub(crate) const SECRET: &str = "envoy.extensions.transport_sockets.tls.v3.Secret";
 
 fn listeners() -> Vec<Value> {
     let more = json!({ "rds": { "route_config_name": "routes", "config_source": file("rds.yaml") } });

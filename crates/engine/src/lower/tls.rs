@@ -12,8 +12,8 @@ use envoy_types::pb::google::protobuf::Any;
 use super::common::{fingerprint, nothing_left};
 use crate::matcher::StringMatcher;
 use crate::tls::{
-    CertificateSource, DownstreamTls, ProxyProtocol, RootSource, SanKind, SanMatcher, Source, TlsParams, TlsVersion,
-    UpstreamTls, Validation,
+    CertificateSource, DownstreamTls, ProxyProtocol, RootSource, SanKind, SanMatcher, SecretSettings, Source,
+    TlsParams, TlsVersion, UpstreamTls, Validation,
 };
 use crate::unsupported::{Unsupported, Within, each, type_name, unpack};
 
@@ -147,7 +147,8 @@ fn common_parts(mut common: pb::CommonTlsContext) -> Result<Parts, Unsupported> 
         certificates.push(CertificateSource::Secret(name));
     }
     for (index, certificate) in std::mem::take(&mut common.tls_certificates).into_iter().enumerate() {
-        certificates.push(static_certificate(certificate).within_item("tls_certificates", index)?);
+        let (chain, key) = key_pair(certificate).within_item("tls_certificates", index)?;
+        certificates.push(CertificateSource::Static { chain, key });
     }
     let validation = match common.validation_context_type.take() {
         None => None,
@@ -173,7 +174,50 @@ fn common_parts(mut common: pb::CommonTlsContext) -> Result<Parts, Unsupported> 
         Some(_) => return Err(Unsupported::not_built("validation_context_certificate_provider")),
     };
     nothing_left(&common)?;
+    if let Some(validation) = &validation {
+        needs_roots(validation).within("validation_context")?;
+    }
     Ok(Parts { params, alpn, certificates, validation })
+}
+
+/// Without roots nothing is verified: whoever names conditions beside must not believe that they hold. (Envoy refuses
+/// the first two as well; it verifies pins alone.)
+fn needs_roots(validation: &Validation) -> Result<(), Unsupported> {
+    if validation.roots.is_some() {
+        return Ok(());
+    }
+    if !validation.san_matchers.is_empty() {
+        return Err(Unsupported::new("match_typed_subject_alt_names", "needs trusted_ca"));
+    }
+    if validation.crl.is_some() {
+        return Err(Unsupported::new("crl", "needs trusted_ca"));
+    }
+    if !validation.hashes.is_empty() || !validation.spki.is_empty() {
+        return Err(Unsupported::not_built("verify_certificate_hash or verify_certificate_spki without trusted_ca"));
+    }
+    Ok(())
+}
+
+/// A secret of the discovery service, or of a bootstrap.
+pub fn secret(any: &Any) -> Result<SecretSettings, Unsupported> {
+    use pb::secret::Type;
+    let message: pb::Secret = unpack(any, "")?;
+    match message.r#type {
+        Some(Type::TlsCertificate(pair)) => {
+            let (chain, key) = key_pair(pair).within("tls_certificate")?;
+            Ok(SecretSettings::Certificate { chain, key })
+        }
+        Some(Type::ValidationContext(context)) => {
+            let validation = validation(context).within("validation_context")?;
+            if validation.roots.is_none() {
+                return Err(Unsupported::missing("validation_context.trusted_ca"));
+            }
+            Ok(SecretSettings::Validation(validation))
+        }
+        Some(Type::SessionTicketKeys(_)) => Err(Unsupported::not_built("session_ticket_keys")),
+        Some(Type::GenericSecret(_)) => Err(Unsupported::not_built("generic_secret")),
+        None => Err(Unsupported::missing("tls_certificate")),
+    }
 }
 
 /// The name of a secret. Who answers (ADS, the agent) is the proxy's choice by name, so the config
@@ -199,14 +243,12 @@ fn source(data: core::DataSource) -> Result<Source, Unsupported> {
     })
 }
 
-fn static_certificate(mut proto: pb::TlsCertificate) -> Result<CertificateSource, Unsupported> {
+/// A chain and its key.
+fn key_pair(mut proto: pb::TlsCertificate) -> Result<(Source, Source), Unsupported> {
     let chain = proto.certificate_chain.take().ok_or_else(|| Unsupported::missing("certificate_chain"))?;
     let key = proto.private_key.take().ok_or_else(|| Unsupported::missing("private_key"))?;
     nothing_left(&proto)?;
-    Ok(CertificateSource::Static {
-        chain: source(chain).within("certificate_chain")?,
-        key: source(key).within("private_key")?,
-    })
+    Ok((source(chain).within("certificate_chain")?, source(key).within("private_key")?))
 }
 
 fn params(mut proto: pb::TlsParameters) -> Result<TlsParams, Unsupported> {

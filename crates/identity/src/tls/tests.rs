@@ -378,39 +378,98 @@ fn bounds_hold() {
     }
 }
 
-#[test]
-fn revoked_peers_are_refused_on_both_sides() {
+/// An authority that signs revocation lists.
+fn revoking_authority(name: &str) -> CertifiedIssuer<'static, KeyPair> {
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign, rcgen::KeyUsagePurpose::CrlSign];
-    let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-    let now = SystemTime::now();
+    params.distinguished_name.push(rcgen::DnType::CommonName, name);
+    CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
+}
+
+/// A list that revokes the serial number 66 and is valid for a day from `from`, in PEM.
+fn revoked(by: &CertifiedIssuer<'static, KeyPair>, from: SystemTime) -> String {
     let list = rcgen::CertificateRevocationListParams {
-        this_update: now.into(),
-        next_update: (now + Duration::from_hours(24)).into(),
+        this_update: from.into(),
+        next_update: (from + Duration::from_hours(24)).into(),
         crl_number: rcgen::SerialNumber::from(1_u64),
         issuing_distribution_point: None,
         revoked_certs: vec![rcgen::RevokedCertParams {
             serial_number: rcgen::SerialNumber::from(66_u64),
-            revocation_time: now.into(),
+            revocation_time: from.into(),
             reason_code: None,
             invalidity_date: None,
         }],
         key_identifier_method: rcgen::KeyIdMethod::Sha256,
     };
-    let list = list.signed_by(&issuer).unwrap();
-    let roots = Arc::new(TrustRoots::new(vec![issuer.der().clone()], vec![list.der().clone()]).unwrap());
-    let authority = Authority { issuer, roots };
-    let with_serial = |uri_text: &str, serial: u64| {
+    list.signed_by(by).unwrap().pem().unwrap()
+}
+
+/// What is refused is what Envoy 1.40 refuses.
+#[test]
+fn revoked_peers_are_refused_on_both_sides() {
+    let (issuer, other) = (revoking_authority("ours"), revoking_authority("other"));
+    let now = SystemTime::now();
+    let lists = [&issuer, &other].map(|by| revoked(by, now));
+    let old = revoked(&issuer, now - Duration::from_hours(48));
+    let bare = Arc::new(TrustRoots::new(vec![issuer.der().clone()], Vec::new()).unwrap());
+    let authority = Authority { issuer, roots: Arc::clone(&bare) };
+    let with_serial = |uri_text: &str, serial: u64, roots: &Arc<TrustRoots>| {
         let keys = authority.keys(|params| {
             params.subject_alt_names = vec![uri(uri_text)];
             params.serial_number = Some(rcgen::SerialNumber::from(serial));
         });
-        WorkloadIdentity::new(keys, Arc::clone(&authority.roots), 1).unwrap()
+        WorkloadIdentity::new(keys, Arc::clone(roots), 1).unwrap()
     };
-    let client = |serial| ClientTls::mesh(&with_serial(CLIENT, serial), vec![SanMatch::uri(SERVER)], Vec::new());
-    let server = |serial| ServerTls::mesh(&with_serial(SERVER, serial), mesh_prefix(), Vec::new());
-    check("both good", &client(1), &server(2), Ok(()));
-    check("client revoked", &client(66), &server(2), Err("server: invalid peer certificate: Revoked"));
-    check("server revoked", &client(1), &server(66), Err("client: invalid peer certificate: Revoked"));
+    let refused = "invalid peer certificate: ";
+    for (what, list, good, revoked) in [
+        ("the authority's list", &lists[0], Ok(()), "Revoked"),
+        ("it and another's", &lists.concat(), Ok(()), "Revoked"),
+        ("another's alone", &lists[1], Err("UnknownRevocationStatus"), "UnknownRevocationStatus"),
+        ("a list of the past", &old, Err("certificate revocation list expired"), "certificate revocation list expired"),
+    ] {
+        let roots = Arc::new(bare.revoking(list.as_bytes()).unwrap());
+        for (serial, expect) in [(1, good), (66, Err(revoked))] {
+            let words = expect.map_err(|word| format!("{refused}{word}"));
+            let expect = |side: &str| words.clone().map_err(|words| format!("{side}: {words}"));
+            for (side, client, server) in [
+                ("server", with_serial(CLIENT, serial, &bare), with_serial(SERVER, 2, &roots)),
+                ("client", with_serial(CLIENT, 2, &roots), with_serial(SERVER, serial, &bare)),
+            ] {
+                let client = ClientTls::mesh(&client, vec![SanMatch::uri(SERVER)], Vec::new());
+                let server = ServerTls::mesh(&server, mesh_prefix(), Vec::new());
+                let expect = expect(side);
+                let expect = expect.as_ref().map(|()| ()).map_err(String::as_str);
+                check(&format!("{what}, {serial}"), &client, &server, expect);
+            }
+        }
+    }
+    for none in ["", "no list", "-----BEGIN X509 CRL-----\nAA==\n-----END X509 CRL-----\n"] {
+        bare.revoking(none.as_bytes()).unwrap_err();
+    }
+}
+
+#[test]
+fn one_pin_of_either_kind_is_enough() {
+    let mesh = Authority::new();
+    let server = ServerTls::mesh(&mesh.workload(SERVER), mesh_prefix(), Vec::new());
+    let leaf = server.certificates[0].facts().unwrap();
+    let client = |spki: &[[u8; 32]], certificates: &[&str]| {
+        let mut client = ClientTls::mesh(&mesh.workload(CLIENT), Vec::new(), Vec::new());
+        let verify = client.verify.as_mut().unwrap();
+        verify.spki_pins = spki.to_vec();
+        verify.certificate_pins = certificates.iter().map(|&pin| pin.to_owned()).collect();
+        client
+    };
+    let (key, certificate, other) = (leaf.spki_sha256, &*leaf.sha256, "00");
+    for (spki, certificates, expect) in [
+        (&[key][..], &[][..], Ok(())),
+        (&[[0; 32], key], &[other], Ok(())),
+        (&[[0; 32]], &[certificate], Ok(())),
+        (&[[0; 32]], &[], Err("pinned")),
+        (&[], &[other], Err("pinned")),
+        (&[[0; 32]], &[other], Err("pinned")),
+    ] {
+        check(&format!("{spki:?} {certificates:?}"), &client(spki, certificates), &server, expect);
+    }
 }

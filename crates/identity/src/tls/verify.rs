@@ -130,7 +130,8 @@ pub enum NameForm {
     ServerName,
 }
 
-/// How a peer's certificate is checked. All that is given must hold.
+/// How a peer's certificate is checked: by its roots, its names and its pins. All that is given must hold, and of the
+/// two kinds of pins one.
 #[derive(Clone, Debug)]
 pub struct Verify {
     /// Where a chain must end.
@@ -139,9 +140,9 @@ pub struct Verify {
     pub form: NameForm,
     /// At least one of these matches; empty: no rule.
     pub sans: Vec<SanMatch>,
-    /// SHA-256 of the public key is one of these; empty: no pins.
+    /// SHA-256 of public keys.
     pub spki_pins: Vec<[u8; 32]>,
-    /// SHA-256 of the leaf, lower-case hexadecimal, is one of these; empty: no pins.
+    /// SHA-256 of leaves, lower-case hexadecimal.
     pub certificate_pins: Vec<String>,
 }
 
@@ -166,11 +167,10 @@ impl Verify {
             let names = [facts.uris.as_slice(), facts.dns_names.as_slice()].concat();
             return Err(refuse(format!("certificate names {names:?} match none of {:?}", self.sans)));
         }
-        if !self.spki_pins.is_empty() && !self.spki_pins.contains(&facts.spki_sha256) {
-            return Err(refuse("public key is not one of the pinned ones".to_owned()));
-        }
-        if !self.certificate_pins.is_empty() && !self.certificate_pins.contains(&facts.sha256) {
-            return Err(refuse("certificate is not one of the pinned ones".to_owned()));
+        let has_pins = !self.spki_pins.is_empty() || !self.certificate_pins.is_empty();
+        let is_pinned = self.spki_pins.contains(&facts.spki_sha256) || self.certificate_pins.contains(&facts.sha256);
+        if has_pins && !is_pinned {
+            return Err(refuse("neither the certificate nor its public key is one of the pinned ones".to_owned()));
         }
         Ok(())
     }
@@ -182,7 +182,7 @@ impl Verify {
     ) -> Result<Arc<dyn ClientCertVerifier>, InvalidTls> {
         let builder = WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.roots.store), Arc::clone(provider))
             .with_crls(self.roots.revoked.iter().cloned())
-            .allow_unknown_revocation_status();
+            .enforce_revocation_expiration();
         let builder = if mandatory { builder } else { builder.allow_unauthenticated() };
         let chain = builder.build().map_err(InvalidTls::Verifier)?;
         Ok(Arc::new(ClientVerifier { chain, verify: self.clone() }))
@@ -198,7 +198,7 @@ impl Verify {
             let builder =
                 WebPkiServerVerifier::builder_with_provider(Arc::clone(&self.roots.store), Arc::clone(provider))
                     .with_crls(self.roots.revoked.iter().cloned())
-                    .allow_unknown_revocation_status();
+                    .enforce_revocation_expiration();
             Some(builder.build().map_err(InvalidTls::Verifier)?)
         };
         Ok(Arc::new(ServerVerifier { verify: Some(self.clone()), revocation, provider: Arc::clone(provider) }))

@@ -200,9 +200,9 @@ fn secrets(context: &Context) -> Value {
                         "private_key": { "inline_bytes": base64(b"[redacted]") },
                     });
                 }
-                Secret::Roots(roots) => {
+                Secret::Roots(trust) => {
                     message["validation_context"] =
-                        json!({ "trusted_ca": { "inline_bytes": base64(roots.to_pem().as_bytes()) } });
+                        json!({ "trusted_ca": { "inline_bytes": base64(trust.roots.to_pem().as_bytes()) } });
                 }
             }
             json!({ "name": &**name, "secret": message })

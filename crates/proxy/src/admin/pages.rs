@@ -84,7 +84,7 @@ fn all_metrics(context: &Context) -> String {
 fn ends(secrets: &SecretStore) -> Vec<(String, SystemTime)> {
     let end = |secret: &Secret| match secret {
         Secret::Certificate(keys) => keys.facts().ok().map(|facts| facts.not_after),
-        Secret::Roots(roots) => roots.not_after(),
+        Secret::Roots(trust) => trust.roots.not_after(),
     };
     secrets.sorted().into_iter().filter_map(|(name, secret)| Some((name.to_string(), end(secret)?))).collect()
 }

@@ -114,7 +114,8 @@ async fn provide(
                 name,
                 match secret {
                     Secret::Certificate(keys) => certificate(keys),
-                    Secret::Roots(roots) => validation(roots),
+                    // roots in files have no rules beside
+                    Secret::Roots(trust) => validation(&trust.roots),
                 },
             );
         }

@@ -1,13 +1,8 @@
 //! Secrets as messages: parsed, checked, stored.
 
-use std::sync::Arc;
-
 use engine::config::Name;
 use engine::lower::Raw;
-use envoy_types::pb::envoy::config::core::v3::{DataSource, data_source::Specifier};
-use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{Secret as Message, secret::Type};
-use identity::workload::{KeyAndChain, TrustRoots};
-use prost::Message as _;
+use identity::agent::describe;
 use xds::client::Rejected;
 
 use workers::secrets::{ROOTS, Secret, Secrets, WORKLOAD};
@@ -35,32 +30,6 @@ pub(crate) fn apply(secrets: &Secrets, raws: &[Raw], removed: &[Name]) -> Vec<Re
 }
 
 fn parse(raw: &Raw) -> Result<Secret, String> {
-    let message = Message::decode(raw.body.value.as_slice()).map_err(|error| error.to_string())?;
-    match message.r#type.ok_or("it is empty")? {
-        Type::TlsCertificate(certificate) => {
-            let chain = bytes(certificate.certificate_chain.as_ref(), "certificate_chain")?;
-            let key = bytes(certificate.private_key.as_ref(), "private_key")?;
-            KeyAndChain::from_pem(&chain, &key)
-                .map(|keys| Secret::Certificate(Arc::new(keys)))
-                .map_err(|e| e.to_string())
-        }
-        Type::ValidationContext(validation) => {
-            let roots = bytes(validation.trusted_ca.as_ref(), "trusted_ca")?;
-            TrustRoots::from_pem(&roots).map(|roots| Secret::Roots(Arc::new(roots))).map_err(|e| e.to_string())
-        }
-        Type::SessionTicketKeys(_) => Err("session_ticket_keys is not built: sessions are not resumed".into()),
-        Type::GenericSecret(_) => Err("generic_secret is not built".into()),
-    }
-}
-
-fn bytes(source: Option<&DataSource>, field: &str) -> Result<Vec<u8>, String> {
-    match source.and_then(|source| source.specifier.as_ref()) {
-        None => Err(format!("{field} is missing")),
-        Some(Specifier::InlineBytes(bytes)) => Ok(bytes.clone()),
-        Some(Specifier::InlineString(text)) => Ok(text.clone().into_bytes()),
-        Some(Specifier::Filename(path)) => std::fs::read(path).map_err(|error| format!("{field}: {path}: {error}")),
-        Some(Specifier::EnvironmentVariable(name)) => {
-            std::env::var(name).map(String::into_bytes).map_err(|_| format!("{field}: ${name} is not set"))
-        }
-    }
+    let settings = engine::lower::secret(&raw.body).map_err(|refused| refused.to_string())?;
+    Secret::read(settings).map_err(|error| describe(&error))
 }
