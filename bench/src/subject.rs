@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use engine::access_log::LogRecord;
-use engine::assembly::{AllSecrets, Assembly};
+use engine::assembly::Assembly;
 use engine::chain::Terminal;
 use engine::config::NodeFacts;
 use engine::exchange::{Answer, Env, Exchange, Start, Step};
@@ -79,7 +79,7 @@ pub(crate) fn exchange(file: &Path, requests: u64) -> Result<()> {
     let mut refused = assembly.apply_clusters(&resources.clusters, &[]);
     refused.extend(assembly.apply_listeners(&resources.listeners, &[]));
     ensure!(refused.is_empty(), "refused: {refused:?}");
-    let config = Rc::new(assembly.publish(&AllSecrets));
+    let config = Rc::new(assembly.publish());
     let listener = config.listeners.iter().next().context("a listener")?.1;
     let chain = Arc::clone(listener.all_chains().next().context("a chain")?);
     let Terminal::Http(hcm) = &chain.terminal else { bail!("a chain of HTTP") };

@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::access_log::AccessLog;
 use crate::config::{Name, RuntimeConfig};
 use crate::facts::{ConnFacts, Transport};
-use crate::hcm::Hcm;
+use crate::hcm::{Hcm, RouteSource};
 use crate::matcher::Cidr;
 use crate::record::{Provenance, Recorder, Stage, note};
 use crate::stream::{NetworkFilter, TcpProxy};
@@ -221,6 +221,21 @@ impl Listener {
         names.sort();
         names.dedup();
         names
+    }
+
+    /// Names of the clusters that its connections and requests go to, as often as they are named; those of received
+    /// route tables aside.
+    pub fn clusters(&self) -> impl Iterator<Item = &Name> {
+        self.all_chains().flat_map(|chain| {
+            let (tcp, table) = match &chain.terminal {
+                Terminal::Tcp(tcp) => (&tcp.clusters[..], None),
+                Terminal::Http(hcm) => match &hcm.routes {
+                    RouteSource::Inline(table) => (&[][..], Some(table)),
+                    RouteSource::Rds(_) => (&[][..], None),
+                },
+            };
+            tcp.iter().map(|(name, _)| name).chain(table.into_iter().flat_map(|table| table.clusters()))
+        })
     }
 
     /// Names of secrets that its chains use.

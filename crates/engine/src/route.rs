@@ -53,6 +53,25 @@ pub struct RouteTable {
     pub fingerprint: u64,
 }
 
+impl RouteTable {
+    /// Names of the clusters that its requests go to, as often as they are named. (Copies, and names that requests
+    /// bring along, aside.)
+    pub fn clusters(&self) -> impl Iterator<Item = &Name> {
+        let routes = self.virtual_hosts.iter().flat_map(|host| &host.routes);
+        routes.flat_map(|route| {
+            let (one, several) = match &route.action {
+                Action::Forward(forward) => match &forward.target {
+                    Target::Cluster(name) => (Some(name), &[][..]),
+                    Target::Weighted { clusters, .. } => (None, &clusters[..]),
+                    Target::Header(_) => (None, &[][..]),
+                },
+                Action::Redirect(_) | Action::Direct(_) => (None, &[][..]),
+            };
+            one.into_iter().chain(several.iter().map(|choice| &choice.name))
+        })
+    }
+}
+
 /// Edits of request and response heads at one level.
 #[derive(Debug, Default)]
 pub struct Edits {

@@ -16,7 +16,7 @@ use envoy_types::pb::google::protobuf::{Any, Duration as ProtoDuration, UInt32Va
 use proto::any::pack;
 use types::{RequestHead, ResponseHead};
 
-use crate::assembly::{AllSecrets, Assembly};
+use crate::assembly::Assembly;
 use crate::chain::FilterChain;
 use crate::config::{NodeFacts, RuntimeConfig};
 use crate::exchange::{Answer, Attempt, Env, Exchange, Failure, LocalReply, Start, Step};
@@ -202,7 +202,7 @@ impl World {
         let clusters: Vec<_> = clusters.iter().map(|cluster| raw(&cluster.name, pack(cluster))).collect();
         assert_eq!(assembly.apply_clusters(&clusters, &[]), []);
         assert_eq!(assembly.apply_listeners(&listeners, &[]), []);
-        let config = Rc::new(assembly.publish(&AllSecrets));
+        let config = Rc::new(assembly.publish());
         let mono = Instant::now();
         Self {
             config,

@@ -84,6 +84,26 @@ pub enum SecretSettings {
     Validation(Validation),
 }
 
+impl SecretSettings {
+    /// Files that it names.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        let sources = match self {
+            Self::Certificate { chain, key } => [Some(chain), Some(key)],
+            Self::Validation(validation) => {
+                let roots = match &validation.roots {
+                    Some(RootSource::Static(source)) => Some(source),
+                    Some(RootSource::Secret(_) | RootSource::System) | None => None,
+                };
+                [roots, validation.crl.as_ref()]
+            }
+        };
+        sources.into_iter().flatten().filter_map(|source| match source {
+            Source::File(path) => Some(&**path),
+            Source::Inline(_) | Source::Environment(_) => None,
+        })
+    }
+}
+
 /// How the peer's certificate is judged.
 #[derive(Clone, Debug, Default)]
 pub struct Validation {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use compile::{Interception, ProxyKind, View};
-use engine::assembly::{AllSecrets, Assembly};
+use engine::assembly::Assembly;
 use engine::config::{Name, NodeFacts};
 use engine::exchange::Env;
 use engine::lower::{self, Raw};
@@ -235,7 +235,7 @@ impl<'a> World<'a> {
         for (name, endpoints) in resolved {
             assembly.apply_resolved(&name, endpoints);
         }
-        assembly.publish(&AllSecrets)
+        assembly.publish()
     }
 
     /// In what a running proxy differs from what the objects say, among the resources that a call

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use engine::assembly::{AllSecrets, Assembly};
+use engine::assembly::Assembly;
 use engine::config::NodeFacts;
 use engine::exchange::{Env, Exchange, Start};
 use engine::facts::{ConnFacts, Now};
@@ -48,7 +48,7 @@ pub(crate) fn lowers(any: &Any) -> Result<String, String> {
     if let Some(bad) = rejected.into_iter().next() {
         return Err(bad.reason);
     }
-    let config = Rc::new(assembly.publish(&AllSecrets));
+    let config = Rc::new(assembly.publish());
     let mono = Instant::now();
     let worker = Worker::new(Arc::new(SharedTable::new(mono)));
     let now = Now { mono, wall_nanos: 1_700_000_000_000_000_000 };

@@ -12,8 +12,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 /// What can be given a level of its own, beside everything else.
-const COMPONENTS: [&str; 10] =
-    ["discovery", "engine", "h2", "http1", "identity", "lateen", "proxy", "rustls", "telemetry", "xds"];
+const COMPONENTS: [&str; 11] =
+    ["discovery", "engine", "h2", "http1", "identity", "lateen", "proxy", "rustls", "telemetry", "workers", "xds"];
 
 /// Puts a new filter in place.
 type Reload = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>;
@@ -51,27 +51,27 @@ pub(crate) struct Settings<'a> {
 /// Where we do what one of Envoy's loggers tells of. Most of Envoy's have no counterpart.
 const ENVOYS: [(&str, &str); 22] = [
     ("admin", "proxy"),
-    ("client", "proxy"),
+    ("client", "workers"),
     ("config", "xds"),
-    ("conn_handler", "proxy"),
-    ("connection", "proxy"),
+    ("conn_handler", "workers"),
+    ("connection", "workers"),
     ("dns", "proxy"),
     ("ext_authz", "engine"),
-    ("file", "proxy"),
+    ("file", "workers"),
     ("filter", "engine"),
     ("grpc", "xds"),
     ("hc", "engine"),
-    ("http", "proxy"),
+    ("http", "workers"),
     ("http2", "h2"),
     ("jwt", "engine"),
     ("main", "proxy"),
-    ("pool", "proxy"),
+    ("pool", "workers"),
     ("rbac", "engine"),
     ("router", "engine"),
     ("secret", "identity"),
     ("stats", "telemetry"),
     ("tracing", "telemetry"),
-    ("upstream", "proxy"),
+    ("upstream", "workers"),
 ];
 
 /// From least to most.
@@ -187,7 +187,7 @@ mod tests {
         assert_eq!(levels(&[("misc", "error"), ("upstream", "critical")]).unwrap(), []);
         assert_eq!(
             levels(&[("config", "trace"), ("upstream", "debug"), ("http", "info")]).unwrap(),
-            [("proxy", "debug"), ("xds", "trace")]
+            [("workers", "debug"), ("xds", "trace")]
         );
         assert_eq!(levels(&[("proxy", "off")]).unwrap(), [("proxy", "off")]);
         assert!(levels(&[("config", "loud")]).unwrap_err().to_string().contains("loud"));

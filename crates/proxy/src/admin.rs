@@ -276,16 +276,20 @@ async fn admin(context: &Context, path: &str, query: &str, post: bool) -> Page {
                 return text(StatusCode::SERVICE_UNAVAILABLE, "ending\n");
             };
             let as_json = parameter("format") == Some("json");
-            match path {
-                "/clusters" if as_json => json(pages::clusters_json(context, &inspection)),
-                "/clusters" => text(StatusCode::OK, pages::clusters(context, &inspection)),
+            let (context, path, query) = (context.clone(), path.to_owned(), query.to_owned());
+            let resource = parameter("resource").map(str::to_owned);
+            // All of a large mesh takes its time, and this thread answers readiness and the control plane.
+            let made = tokio::task::spawn_blocking(move || match path.as_str() {
+                "/clusters" if as_json => json(pages::clusters_json(&context, &inspection)),
+                "/clusters" => text(StatusCode::OK, pages::clusters(&context, &inspection)),
                 "/listeners" if as_json => json(pages::listeners_json(&inspection)),
                 "/listeners" => text(StatusCode::OK, pages::listeners(&inspection)),
-                _ => match dump::config(context, &inspection, query.contains("include_eds"), parameter("resource")) {
+                _ => match dump::config(&context, &inspection, query.contains("include_eds"), resource.as_deref()) {
                     Ok(dump) => json(dump),
                     Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error),
                 },
-            }
+            });
+            made.await.unwrap_or_else(|_| text(StatusCode::INTERNAL_SERVER_ERROR, "the page could not be made\n"))
         }
         "/" | "/help" => text(StatusCode::OK, HELP),
         _ => text(StatusCode::NOT_FOUND, format!("invalid path: {path}\n{HELP}")),
@@ -325,7 +329,7 @@ const HELP: &str = "admin commands are:
   /clusters: upstream cluster status (?format=json)
   /config_dump: current configuration (?include_eds, ?resource=NAME)
   /drain_listeners (POST): connections leave and listeners close (?inboundonly, ?graceful, ?skip_exit)
-  /healthcheck/fail (POST), /healthcheck/ok (POST): readiness
+  /healthcheck/fail (POST), /healthcheck/ok (POST): readiness, and whether connections are to leave
   /lateen/state: requests and connections under way, by cluster
   /listeners: listening addresses (?format=json)
   /logging (POST): levels of the log (?level=LEVEL, ?paths=NAME:LEVEL,...)

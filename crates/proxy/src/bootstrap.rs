@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use engine::config::Name;
 use engine::lower::{Raw, config_source, nothing_left};
 use engine::unsupported::{Unsupported, Within};
 use envoy_types::pb::envoy::config::bootstrap::v3::bootstrap::DynamicResources;
@@ -139,14 +140,14 @@ pub fn options(text: &str, flags: &Flags) -> Result<Options, InvalidBootstrap> {
         options.addresses.admin = server::admin(admin).within("admin")?;
     }
     server_settings(&mut top)?;
-    let mut files = Files::default();
+    let mut files = Referred::default();
     if let Some(resources) = top.remove("static_resources") {
         options.resources = static_resources(resources, &mut files)?;
     }
     if let Some(dynamic) = top.remove("dynamic_resources") {
         dynamic_resources(dynamic, &mut options, &mut files)?;
     }
-    options.files = files.paths.into_iter().collect();
+    options.files = files;
     if let Some(unknown) = top.keys().find(|key| !WITHOUT_MEANING.contains(&key.as_str())) {
         return Err(InvalidBootstrap::NotBuilt(unknown.clone()));
     }
@@ -227,33 +228,74 @@ fn decode<M: prost::Message + Default>(path: &str, name: &str, json: Value) -> R
 }
 
 /// Files named by `path_config_source`; they are watched, and hold whatever they hold.
-#[derive(Default)]
-struct Files {
-    paths: BTreeSet<PathBuf>,
+#[derive(Clone, Default, Debug, PartialEq, Eq)]
+pub struct Referred {
+    /// The files.
+    pub paths: BTreeSet<PathBuf>,
+    /// Names of resources that are said to be in files, by type.
+    pub names: BTreeSet<(&'static str, Name)>,
 }
 
-impl Files {
+/// Where a source stands beside the name of what comes from it; without a name it is that of the whole resource.
+const REFERENCES: [(&str, &str, &str); 3] = [
+    ("eds_config", "service_name", type_urls::ENDPOINT),
+    ("config_source", "route_config_name", type_urls::ROUTE),
+    ("sds_config", "name", type_urls::SECRET),
+];
+
+/// A field of a message by the name that the `.proto` file has for it.
+fn field<'a>(json: &'a Value, name: &str) -> Option<&'a Value> {
+    let fields = json.as_object()?;
+    fields.get(name).or_else(|| fields.get(&camel(name)))
+}
+
+/// `static_resources` is `staticResources`.
+fn camel(name: &str) -> String {
+    let mut parts = name.split('_');
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |mut out, part| {
+        let (initial, rest) = part.split_at(part.len().min(1));
+        out.push_str(&initial.to_ascii_uppercase());
+        out.push_str(rest);
+        out
+    })
+}
+
+/// A text; empty without one.
+fn text<'a>(json: &'a Value, name: &str) -> &'a str {
+    field(json, name).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// The file that a source of configuration names.
+fn file_of(source: &Value) -> Option<&str> {
+    let path = match field(source, "path_config_source") {
+        Some(source) => source.get("path"),
+        // the older way to say it, told from other messages with a path by the version beside
+        None => field(source, "resource_api_version").and_then(|_| source.get("path")),
+    };
+    path.and_then(Value::as_str)
+}
+
+impl Referred {
     /// Takes files out of a resource: what comes from them comes as if by ADS.
-    fn extract(&mut self, json: &mut Value) {
-        match json {
-            Value::Object(fields) => {
-                let of = |snake: &str, camel: &str| fields.get(snake).or_else(|| fields.get(camel));
-                let path = match of("path_config_source", "pathConfigSource") {
-                    Some(source) => source.get("path"),
-                    // the older way to say it, told from other messages with a path by the version beside
-                    None => of("resource_api_version", "resourceApiVersion").and_then(|_| fields.get("path")),
-                };
-                if let Some(path) = path.and_then(Value::as_str) {
-                    self.paths.insert(path.into());
-                    let mut ads = Map::new();
-                    ads.insert("ads".into(), Value::Object(Map::new()));
-                    ads.insert("resource_api_version".into(), "V3".into());
-                    *json = Value::Object(ads);
-                    return;
-                }
-                fields.values_mut().for_each(|value| self.extract(value));
+    fn extract(&mut self, json: &mut Value, owner: &str) {
+        if let Some(path) = file_of(json) {
+            self.paths.insert(path.into());
+            let mut ads = Map::new();
+            ads.insert("ads".into(), Value::Object(Map::new()));
+            ads.insert("resource_api_version".into(), "V3".into());
+            *json = Value::Object(ads);
+            return;
+        }
+        for (source, name, url) in REFERENCES {
+            if field(json, source).and_then(file_of).is_some() {
+                let name = Some(text(json, name)).filter(|name| !name.is_empty()).unwrap_or(owner);
+                self.names.insert((url, name.into()));
             }
-            Value::Array(items) => items.iter_mut().for_each(|value| self.extract(value)),
+        }
+        match json {
+            Value::Object(fields) => fields.values_mut().for_each(|value| self.extract(value, owner)),
+            Value::Array(items) => items.iter_mut().for_each(|value| self.extract(value, owner)),
             _ => {}
         }
     }
@@ -272,15 +314,14 @@ fn resource(
     path: &str,
     url: &str,
     mut json: Value,
-    files: &mut Files,
+    files: &mut Referred,
 ) -> Result<(&'static str, Raw), InvalidBootstrap> {
-    let (message, url, field) = KINDS
+    let (message, url, key) = KINDS
         .into_iter()
         .find(|(_, known, _)| *known == url)
         .ok_or_else(|| InvalidBootstrap::NotBuilt(format!("{path}: {url}")))?;
-    files.extract(&mut json);
-    let camel = if field == "cluster_name" { "clusterName" } else { "name" };
-    let name = json.get(field).or_else(|| json.get(camel)).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let name = text(&json, key).to_owned();
+    files.extract(&mut json, &name);
     if let Value::Object(fields) = &mut json {
         fields.remove("@type");
     }
@@ -302,7 +343,7 @@ fn misfit(path: &str, reason: String, json: &Value) -> InvalidBootstrap {
     }
 }
 
-fn static_resources(json: Value, files: &mut Files) -> Result<StaticResources, InvalidBootstrap> {
+fn static_resources(json: Value, files: &mut Referred) -> Result<StaticResources, InvalidBootstrap> {
     let Value::Object(sections) = json else {
         return Err(InvalidBootstrap::Message { path: "static_resources".into(), reason: "not a mapping".into() });
     };
@@ -350,14 +391,13 @@ fn unnamed(mut raw: Raw, name: &str) -> Raw {
     raw
 }
 
-fn dynamic_resources(mut json: Value, options: &mut Options, files: &mut Files) -> Result<(), InvalidBootstrap> {
+fn dynamic_resources(mut json: Value, options: &mut Options, files: &mut Referred) -> Result<(), InvalidBootstrap> {
     const PATH: &str = "dynamic_resources";
-    let asks = |names: [&str; 2]| {
-        let source = names.iter().find_map(|name| json.get(name));
-        source.is_some_and(|source| source.get("ads").is_some())
-    };
-    let wants_ads = asks(["lds_config", "ldsConfig"]) || asks(["cds_config", "cdsConfig"]);
-    files.extract(&mut json);
+    let asks = |name: &str| field(&json, name).is_some_and(|source| source.get("ads").is_some());
+    let by_ads = [("cds_config", type_urls::CLUSTER), ("lds_config", type_urls::LISTENER)];
+    options.subscriptions = by_ads.into_iter().filter(|(name, _)| asks(name)).map(|(_, url)| url).collect();
+    let wants_ads = !options.subscriptions.is_empty();
+    files.extract(&mut json, "");
     let mut proto: DynamicResources = decode(PATH, "envoy.config.bootstrap.v3.Bootstrap.DynamicResources", json)?;
     for (field, source) in [("lds_config", proto.lds_config.take()), ("cds_config", proto.cds_config.take())] {
         source.as_ref().map_or(Ok(()), config_source).within(field).within(PATH)?;
@@ -518,14 +558,29 @@ fn plane_tls(
     Ok(Some(PlaneTls { server_name, roots }))
 }
 
-/// Resources with their types, and further files.
-type FileContent = (Vec<(&'static str, Raw)>, Vec<PathBuf>);
+/// What a watched file holds.
+pub(crate) struct FileContent {
+    /// Resources with their types.
+    pub(crate) resources: Vec<(&'static str, Raw)>,
+    /// Further files.
+    pub(crate) referred: Referred,
+}
 
-/// Resources of a watched file: a `DiscoveryResponse`. Further files it names come with it.
+/// Reads a watched file: a `DiscoveryResponse`. An unknown field is refused, where Envoy would take the file as one
+/// without resources and drop all that it gave.
 pub(crate) fn read_file(text: &str) -> Result<FileContent, InvalidBootstrap> {
-    let response = parse(text)?;
-    let resources = response.get("resources").and_then(Value::as_array).cloned().unwrap_or_default();
-    let mut files = Files::default();
+    const MESSAGE: &str = "envoy.service.discovery.v3.DiscoveryResponse";
+    let Value::Object(mut response) = parse(text)? else {
+        return Err(InvalidBootstrap::Syntax("the document is not a mapping".into()));
+    };
+    let resources = match response.remove("resources") {
+        None | Some(Value::Null) => Vec::new(),
+        Some(Value::Array(resources)) => resources,
+        Some(_) => return Err(InvalidBootstrap::Message { path: "resources".into(), reason: "not a list".into() }),
+    };
+    let rest = Value::Object(response);
+    from_json(MESSAGE, rest).map_err(|reason| InvalidBootstrap::Message { path: MESSAGE.into(), reason })?;
+    let mut files = Referred::default();
     let mut made = Vec::with_capacity(resources.len());
     for (at, item) in resources.into_iter().enumerate() {
         let path = format!("resources[{at}]");
@@ -535,7 +590,7 @@ pub(crate) fn read_file(text: &str) -> Result<FileContent, InvalidBootstrap> {
         }
         made.push(resource(&path, &url, item, &mut files)?);
     }
-    Ok((made, files.paths.into_iter().collect()))
+    Ok(FileContent { resources: made, referred: files })
 }
 
 #[cfg(test)]
@@ -737,7 +792,8 @@ static_resources:
     load_assignment: { cluster_name: plane, endpoints: [{ lb_endpoints: [{ endpoint: { address: { socket_address: { address: 127.0.0.1, port_value: 15010 } } } }] }] }
 ";
         let options = options(text, &Flags::default()).unwrap();
-        assert_eq!(options.files, [PathBuf::from("/etc/envoy/cds.yaml")]);
+        assert_eq!(options.files.paths, BTreeSet::from(["/etc/envoy/cds.yaml".into()]));
+        assert_eq!(options.subscriptions, [type_urls::LISTENER]);
         assert_eq!(options.xds.unwrap().address, "127.0.0.1:15010");
         assert!(options.state_of_the_world);
         let secure = |more: &str| {
@@ -753,12 +809,17 @@ static_resources:
         let Err(refused) = secure(", tls_params: { cipher_suites: [x] }") else { panic!("taken") };
         assert!(refused.to_string().contains("clusters[plane].transport_socket"), "{refused}");
         let file = "resources: [{ '@type': type.googleapis.com/envoy.config.cluster.v3.Cluster, name: c, type: EDS, eds_cluster_config: { eds_config: { path_config_source: { path: /e } } } }]";
-        let (made, more) = read_file(file).unwrap();
-        assert_eq!((&*made[0].1.name, more), ("c", vec![PathBuf::from("/e")]));
+        let content = read_file(file).unwrap();
+        let of_files = |url: &'static str, name: &str| BTreeSet::from([(url, Name::from(name))]);
+        let referred = Referred { paths: BTreeSet::from(["/e".into()]), names: of_files(type_urls::ENDPOINT, "c") };
+        assert_eq!((&*content.resources[0].1.name, content.referred), ("c", referred));
         for source in ["pathConfigSource: { path: /e }", "path: /e, resourceApiVersion: V3, initial_fetch_timeout: 1s"]
         {
-            let (_, more) = read_file(&file.replace("path_config_source: { path: /e }", source)).unwrap();
-            assert_eq!(more, [PathBuf::from("/e")], "{source}");
+            let of =
+                |text: &str| read_file(&text.replace("path_config_source: { path: /e }", source)).unwrap().referred;
+            assert_eq!(of(file).paths, BTreeSet::from(["/e".into()]), "{source}");
+            let named = file.replace("eds_cluster_config: {", "eds_cluster_config: { serviceName: s,");
+            assert_eq!(of(&named).names, of_files(type_urls::ENDPOINT, "s"), "{source}");
         }
     }
 }

@@ -7,10 +7,9 @@
 //!  signal, admin ─► drain ─► end
 //! ```
 //!
-//! *Received* is the last good version of every resource; *published* is what workers run. A
-//! cluster is published once its endpoints are known, a listener once its route tables are
-//! (make before break); until then its published version stays. An update is answered when every
-//! worker runs the generation it led to.
+//! *Received* is the last good version of every resource; *published* is what workers run, as
+//! [`engine::assembly`] chooses it (make before break). An update is answered when every worker runs
+//! the generation it led to.
 
 mod files;
 pub(crate) mod lowering;
@@ -20,6 +19,7 @@ mod warming;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use engine::RuntimeConfig;
@@ -33,7 +33,7 @@ use types::wellknown::type_urls;
 use xds::client::{Dialed, Event, Handle, Names, Rejected, Update};
 
 use crate::dns::NameTable;
-use crate::file_secrets::{FileSecrets, IdentityFiles};
+use crate::file_secrets::{FileSecrets, IdentityFiles, is_of_files};
 use crate::options::{Options, Role, StaticResources, Termination};
 use crate::proxy::{Proxy, RunError, State};
 use lowering::{Lowered, Lowering};
@@ -67,6 +67,17 @@ pub(crate) enum Listening {
     EndsLater,
 }
 
+/// Where a resource comes from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Origin {
+    /// The bootstrap. Nobody else replaces or removes what is of there.
+    Bootstrap,
+    /// A watched file.
+    File,
+    /// The control plane.
+    Plane,
+}
+
 /// A look at the control side's state.
 pub(crate) struct Inspection {
     pub(crate) config: Arc<RuntimeConfig>,
@@ -95,13 +106,19 @@ pub(crate) struct Control {
     xds: Option<Handle>,
     raw: lowering::RawTables,
     versions: std::collections::BTreeMap<&'static str, String>,
-    /// Types of which a first update has been applied.
+    /// Types that the control plane is asked for as a whole, and those of which a first update has been applied.
+    subscriptions: Vec<&'static str>,
     first: BTreeSet<&'static str>,
+    /// Names of the bootstrap's own resources, by type.
+    fixed: BTreeSet<(&'static str, Name)>,
+    /// The workload has a certificate of its own.
+    has_identity: bool,
     started: Instant,
     resolved: mpsc::UnboundedSender<warming::Resolved>,
     resolvers: warming::Resolvers,
     files: files::Files,
     file_secrets: FileSecrets,
+    secret_files: secret::OfFiles,
     identity_files: Option<IdentityFiles>,
     /// When listeners of drained connections close.
     stop_at: Option<(Instant, DrainScope)>,
@@ -127,11 +144,13 @@ pub(crate) fn check(resources: &StaticResources) -> Result<(), RunError> {
     for (url, kind, raws) in by_type(resources.clone()) {
         let first = match url {
             type_urls::SECRET => {
-                let bad = secret::apply(&workers::secrets::Secrets::default(), &raws, &[]).into_iter().next();
+                let nowhere = workers::secrets::Secrets::default();
+                let bad =
+                    secret::apply(&nowhere, &mut secret::OfFiles::default(), &raws, &[], |_| false).into_iter().next();
                 bad.map(|bad| (bad.name, bad.reason))
             }
             _ => {
-                let rejected = lowering::lower_one(url, lowering::Tables::default(), &raws, &[]).rejected;
+                let rejected = lowering::lower_one(url, engine::assembly::Tables::default(), &raws, &[]).rejected;
                 rejected.into_iter().next().map(|bad| (bad.name.to_string(), bad.reason))
             }
         };
@@ -192,12 +211,16 @@ impl Control {
             xds: None,
             raw: lowering::RawTables::default(),
             versions: std::collections::BTreeMap::new(),
+            subscriptions: if options.xds.is_some() { options.subscriptions } else { Vec::new() },
             first: BTreeSet::new(),
+            fixed: BTreeSet::new(),
+            has_identity: options.ca.is_some() || options.identity_files.is_some(),
             started: Instant::now(),
             resolved,
             resolvers: warming::Resolvers::default(),
             files: files::Files::new(options.files),
             file_secrets: FileSecrets::default(),
+            secret_files: secret::OfFiles::default(),
             identity_files: options.identity_files.map(IdentityFiles::new),
             stop_at: None,
             trim: options.trim,
@@ -239,13 +262,14 @@ impl Control {
         let mut events = None;
         let mut driver = None;
         if let Some(plane) = options.xds {
-            let (handle, receiver, run) = connect(plane, options.node, options.state_of_the_world, identities.clone());
+            let (handle, receiver, run) =
+                connect(plane, options.node, options.state_of_the_world, &control.subscriptions, identities.clone());
             control.xds = Some(handle);
+            control.subscribe();
             driver = Some(tokio::spawn(run.run()));
             events = Some(receiver);
-        } else {
-            control.configured();
         }
+        control.check_configured();
         let exporter = Some(tokio::spawn(workers::tracing_spans::export(Arc::clone(&shared))));
         let take_signals = options.take_signals;
         let task = tokio::spawn(async move {
@@ -267,8 +291,9 @@ impl Control {
             }
             any = true;
             let names: Vec<Name> = raws.iter().map(|raw| Name::clone(&raw.name)).collect();
-            let rejected = self.apply(url, raws, Vec::new()).await;
+            let rejected = self.apply(url, raws, Vec::new(), Origin::Bootstrap).await;
             self.raw.mark_static(url, &names);
+            self.fixed.extend(names.into_iter().map(|name| (url, name)));
             if let Some(bad) = rejected.into_iter().next() {
                 return Err(RunError::Bootstrap { kind, name: bad.name, reason: bad.reason });
             }
@@ -335,6 +360,7 @@ impl Control {
                 }
                 Input::Asked(Request::Health(ok)) => {
                     self.state.send_modify(|state| state.failed = !ok);
+                    self.shared.is_leaving.store(!ok, Ordering::Relaxed);
                 }
                 Input::Asked(Request::Inspect(answer)) => {
                     // who asked may be gone
@@ -353,8 +379,12 @@ impl Control {
 
     /// Applies what changed in watched files.
     async fn look_at_files(&mut self) {
-        for (url, raws, removed) in self.files.look() {
-            for bad in self.apply(url, raws, removed).await {
+        let changes = self.files.look();
+        if changes.is_empty() {
+            return;
+        }
+        for (url, raws, removed) in changes {
+            for bad in self.apply(url, raws, removed, Origin::File).await {
                 tracing::warn!(
                     kind = type_urls::short(url),
                     name = bad.name,
@@ -363,6 +393,7 @@ impl Control {
                 );
             }
         }
+        self.subscribe();
         self.publish_logged().await;
     }
 
@@ -375,7 +406,8 @@ impl Control {
     }
 
     fn look_at_secrets(&mut self) {
-        let changed = self.file_secrets.look();
+        let mut changed = self.file_secrets.look();
+        changed.extend(self.secret_files.look());
         if !changed.is_empty() {
             self.shared.secrets.change(|store| store.extend(changed));
         }
@@ -403,7 +435,7 @@ impl Control {
         if !self.files.is_empty() {
             self.look_at_files().await;
         }
-        if !self.file_secrets.is_empty() {
+        if !self.file_secrets.is_empty() || !self.secret_files.is_empty() {
             self.look_at_secrets();
         }
         if let Some(Err(reason)) = self.look_at_identity() {
@@ -418,9 +450,6 @@ impl Control {
             self.stop_listening(scope);
         }
         self.shared.hosts.sweep(&self.published, Instant::now().into_std());
-        if self.xds.is_some() && !self.state.borrow().configured {
-            self.check_configured();
-        }
     }
 
     /// Applies an update and answers it.
@@ -440,8 +469,11 @@ impl Control {
         );
         self.versions.insert(known, update.version.clone());
         let raws = update.added.into_iter().map(|(name, _, body)| Raw { name: name.into(), body }).collect();
-        let mut rejected = self.apply(known, raws, update.removed.into_iter().map(Name::from).collect()).await;
+        let removed = update.removed.into_iter().map(Name::from).collect();
+        let mut rejected = self.apply(known, raws, removed, Origin::Plane).await;
         self.first.insert(known);
+        // before anybody waits for it
+        self.subscribe();
         let failed = self.publish().await;
         if known == type_urls::LISTENER {
             rejected.extend(failed);
@@ -456,25 +488,52 @@ impl Control {
         }
         if let Some(handle) = &self.xds {
             handle.answer(&update.id, &rejected);
-            self.subscribe(handle);
         }
         self.check_configured();
     }
 
-    /// Asks for what the received resources refer to.
-    fn subscribe(&self, handle: &Handle) {
-        let wanted = self.received.wanted();
-        handle.subscribe(type_urls::ENDPOINT, Names::Only(wanted.endpoints));
-        handle.subscribe(type_urls::ROUTE, Names::Only(wanted.routes));
-        if !wanted.secrets.is_empty() {
-            handle.subscribe(type_urls::SECRET, Names::Only(wanted.secrets));
+    /// Asks the control plane for what the received resources refer to, and nobody else gives.
+    fn subscribe(&mut self) {
+        let Some(handle) = &self.xds else { return };
+        let wanted = self.received.tables.wanted();
+        for (url, names) in self.received.forget(&wanted) {
+            self.raw.forget(url, &names);
         }
+        let of_plane = |url: &'static str, names: BTreeSet<Name>| {
+            let names = names
+                .into_iter()
+                .filter(|name| !self.fixed.contains(&(url, Name::clone(name))) && !self.files.names(url, name));
+            names.map(|name| name.to_string()).collect::<BTreeSet<String>>()
+        };
+        let mut secrets = of_plane(type_urls::SECRET, wanted.secrets);
+        secrets.retain(|name| !is_of_files(name) && !(self.has_identity && secret::is_own(name)));
+        handle.subscribe(type_urls::ENDPOINT, Names::Only(of_plane(type_urls::ENDPOINT, wanted.endpoints)));
+        handle.subscribe(type_urls::ROUTE, Names::Only(of_plane(type_urls::ROUTE, wanted.routes)));
+        handle.subscribe(type_urls::SECRET, Names::Only(secrets));
     }
 
     /// Lowers resources of one type into the received tables.
-    async fn apply(&mut self, url: &'static str, raws: Vec<Raw>, removed: Vec<Name>) -> Vec<Rejected> {
+    async fn apply(
+        &mut self,
+        url: &'static str,
+        mut raws: Vec<Raw>,
+        mut removed: Vec<Name>,
+        origin: Origin,
+    ) -> Vec<Rejected> {
+        if origin != Origin::Bootstrap {
+            // As in Envoy, what is in the bootstrap stays as it is, without a word to who sends it.
+            let is_fixed = |name: &Name| self.fixed.contains(&(url, Name::clone(name)));
+            raws.retain(|raw| !is_fixed(&raw.name));
+            removed.retain(|name| !is_fixed(name));
+        }
         let rejected = match url {
-            type_urls::SECRET => secret::apply(&self.shared.secrets, &raws, &removed),
+            type_urls::SECRET => {
+                let is_own = |name: &str| self.has_identity && secret::is_own(name);
+                // Envoy does not follow the files of its bootstrap's own secrets.
+                let mut fixed = secret::OfFiles::default();
+                let of_files = if origin == Origin::Bootstrap { &mut fixed } else { &mut self.secret_files };
+                secret::apply(&self.shared.secrets, of_files, &raws, &removed, is_own)
+            }
             type_urls::NAME_TABLE => {
                 match raws.first().map(|raw| NameTable::parse(&raw.body)) {
                     Some(Ok(table)) => self.names.store(Arc::new(table)),
@@ -487,7 +546,7 @@ impl Control {
                 let lowered =
                     self.lowering.lower(url, self.received.tables.clone(), raws.clone(), removed.clone()).await;
                 let Lowered { tables, rejected } = lowered;
-                self.received.take(tables, url, &raws, &removed);
+                self.received.take(tables, url, &raws, &removed, origin);
                 rejected.into_iter().map(|bad| Rejected { name: bad.name.to_string(), reason: bad.reason }).collect()
             }
         };
@@ -499,16 +558,20 @@ impl Control {
         for bad in self.publish().await {
             tracing::warn!(name = bad.name, reason = bad.reason, "a listener cannot listen");
         }
+        self.check_configured();
     }
 
     /// Publishes what is warm, if anything changed, and waits until every worker runs it.
     async fn publish(&mut self) -> Vec<Rejected> {
         let waited = self.started.elapsed();
         self.resolvers.sync(&self.received, &self.resolved);
-        let Some(mut next) = self.received.warm(&self.published, waited) else { return Vec::new() };
-        // Handshakes find what the next configuration names, and until every worker has left it what the old one does.
-        self.follow_secrets();
-        self.look_at_secrets();
+        if self.received.is_due() {
+            // Handshakes find what the next configuration names, and until every worker has left it what the old one does.
+            self.follow_secrets();
+            self.look_at_secrets();
+        }
+        let warm = self.received.warm(&self.published, &self.shared.secrets.load(), waited);
+        let Some(mut next) = warm else { return Vec::new() };
         self.generation += 1;
         next.generation = self.generation;
         let next = Arc::new(next);
@@ -543,9 +606,9 @@ impl Control {
             .collect()
     }
 
-    fn check_configured(&mut self) {
-        let first = [type_urls::CLUSTER, type_urls::LISTENER].iter().all(|url| self.first.contains(url));
-        if first && !self.received.is_warming() {
+    fn check_configured(&self) {
+        let has_come = |url: &&'static str| *url == type_urls::NAME_TABLE || self.first.contains(url);
+        if self.subscriptions.iter().all(has_come) && !self.received.is_warming() {
             self.configured();
         }
     }
@@ -564,8 +627,8 @@ impl Control {
         }
     }
 
+    /// Lets connections leave. As in Envoy, that alone leaves the proxy ready.
     fn drain(&self, scope: DrainScope) {
-        self.state.send_modify(|state| state.draining = true);
         for worker in &self.workers {
             worker.drain(scope);
         }
@@ -579,6 +642,7 @@ impl Control {
 
     fn begin_end(&mut self) -> Ending {
         let scope = if self.role == Role::Sidecar { DrainScope::Inbound } else { DrainScope::All };
+        self.state.send_modify(|state| state.draining = true);
         self.drain(scope);
         let now = Instant::now();
         tracing::info!(?scope, connections = self.dispatch.live(), "draining before the end");
@@ -714,6 +778,7 @@ fn connect(
     plane: identity::channel::ControlPlane,
     node: envoy_types::pb::envoy::config::core::v3::Node,
     state_of_the_world: bool,
+    types: &[&'static str],
     identities: Option<Identities>,
 ) -> (Handle, mpsc::Receiver<Event>, xds::client::Driver) {
     let options = xds::client::Options {
@@ -723,11 +788,7 @@ fn connect(
         } else {
             xds::client::Protocol::Delta
         },
-        subscriptions: vec![
-            (type_urls::CLUSTER.to_owned(), Names::All),
-            (type_urls::LISTENER.to_owned(), Names::All),
-            (type_urls::NAME_TABLE.to_owned(), Names::All),
-        ],
+        subscriptions: types.iter().map(|url| ((*url).to_owned(), Names::All)).collect(),
         ..xds::client::Options::default()
     };
     xds::client::new(options, dialer(plane, identities))

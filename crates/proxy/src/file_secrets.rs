@@ -38,33 +38,52 @@ pub(crate) fn stamp(path: &Path) -> Option<Stamp> {
     Some((data.ino(), data.size(), data.mtime(), data.mtime_nsec()))
 }
 
+/// Why what files hold cannot be had.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    /// With its causes.
+    pub(crate) reason: String,
+    /// Another try may end otherwise though no file was replaced.
+    pub(crate) may_pass: bool,
+}
+
 /// What is known of files.
-#[derive(Debug, Default)]
-struct Known<S> {
+#[derive(Debug)]
+pub(crate) struct Known<S> {
     /// As they were when they were read last; `None`: they are still to be read.
     stamps: Option<S>,
     /// The failure that was told last, while it may pass.
     told: Option<String>,
 }
 
+impl<S> Default for Known<S> {
+    fn default() -> Self {
+        Self { stamps: None, told: None }
+    }
+}
+
 impl<S: PartialEq> Known<S> {
+    /// That files with these stamps were read.
+    pub(crate) fn of(stamps: S) -> Self {
+        Self { stamps: Some(stamps), told: None }
+    }
+
     /// Whether files with these stamps were read already.
-    fn is_of(&self, stamps: &S) -> bool {
+    pub(crate) fn is_of(&self, stamps: &S) -> bool {
         self.stamps.as_ref() == Some(stamps)
     }
 
     /// Takes what came of reading files that had these stamps right before: what was read, or a failure to tell;
     /// `None` when that was told.
-    fn note<T>(&mut self, stamps: S, read: Result<T, Unreadable>) -> Option<Result<T, String>> {
-        let error = match read {
+    pub(crate) fn note<T>(&mut self, stamps: S, read: Result<T, impl Into<Failure>>) -> Option<Result<T, String>> {
+        let Failure { reason, may_pass } = match read {
             Ok(read) => {
                 *self = Self { stamps: Some(stamps), told: None };
                 return Some(Ok(read));
             }
-            Err(error) => error,
+            Err(error) => error.into(),
         };
-        let reason = describe(&error);
-        if !error.may_pass() {
+        if !may_pass {
             *self = Self { stamps: Some(stamps), told: None };
             return Some(Err(reason));
         }
@@ -99,15 +118,21 @@ enum Unreadable {
     Unusable(#[from] InvalidIdentity),
 }
 
-impl Unreadable {
-    /// Whether another try may end otherwise though no file was replaced: too many files are open, the disk fails,
-    /// somebody may not read. A file that is not there has another stamp when it is; the system's roots have none.
-    fn may_pass(&self) -> bool {
-        match self {
-            Self::File(_, error) => error.kind() != std::io::ErrorKind::NotFound,
-            Self::System(_) => true,
-            Self::Name | Self::Unusable(_) => false,
-        }
+/// Whether another try to read a file may end otherwise though it was not replaced: too many files are open, the disk
+/// fails, somebody may not read. A file that is not there has another stamp when it is.
+pub(crate) fn may_pass(error: &std::io::Error) -> bool {
+    !matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::InvalidData)
+}
+
+impl From<Unreadable> for Failure {
+    fn from(error: Unreadable) -> Self {
+        let may_pass = match &error {
+            Unreadable::File(_, error) => may_pass(error),
+            // they have no stamp
+            Unreadable::System(_) => true,
+            Unreadable::Name | Unreadable::Unusable(_) => false,
+        };
+        Self { reason: describe(&error), may_pass }
     }
 }
 

@@ -13,7 +13,9 @@ use envoy_types::pb::google::protobuf::{ListValue, Struct, Value, value::Kind};
 use identity::agent::KeyKind;
 use identity::channel::{ControlPlane, Source};
 use thiserror::Error;
-use types::wellknown::{DEFAULT_DOMAIN_SUFFIX, ports};
+use types::wellknown::{DEFAULT_DOMAIN_SUFFIX, ports, type_urls};
+
+use crate::bootstrap::Referred;
 
 /// What kind of proxy this is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,8 +84,10 @@ pub struct Options {
     pub identity_files: Option<[PathBuf; 3]>,
     /// State-of-the-world in place of delta.
     pub state_of_the_world: bool,
+    /// Types that the control plane is asked for as a whole; others by the names that these bring.
+    pub subscriptions: Vec<&'static str>,
     /// Files of resources, watched.
-    pub files: Vec<PathBuf>,
+    pub files: Referred,
     /// Resources of a bootstrap file.
     pub resources: StaticResources,
     /// Workers; 0: one a core.
@@ -221,7 +225,8 @@ impl Options {
             ca: None,
             identity_files: None,
             state_of_the_world: false,
-            files: Vec::new(),
+            subscriptions: vec![type_urls::CLUSTER, type_urls::LISTENER, type_urls::NAME_TABLE],
+            files: Referred::default(),
             resources: StaticResources::default(),
             concurrency: 1,
             addresses: Addresses::default(),

@@ -66,7 +66,7 @@ pub enum RunError {
 pub(crate) struct State {
     /// The first full configuration runs.
     pub(crate) configured: bool,
-    /// It takes no new work gladly.
+    /// It is about to end.
     pub(crate) draining: bool,
     /// An operator failed the health check.
     pub(crate) failed: bool,

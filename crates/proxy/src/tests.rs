@@ -10,5 +10,6 @@ mod hostile_h2;
 mod http;
 mod mesh;
 mod mirrors;
+mod plane;
 mod pools;
 mod tunnels;

@@ -47,7 +47,7 @@ pub(crate) struct Conn {
 impl Conn {
     /// Whether it should end after what is in flight.
     pub(crate) fn is_draining(&self) -> bool {
-        self.state.is_draining()
+        self.state.is_told_to_leave()
     }
 }
 

@@ -107,6 +107,11 @@ pub struct SecretStore {
 }
 
 impl SecretStore {
+    /// Whether there is one of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.by_name.contains_key(name)
+    }
+
     /// The key and chain of this name.
     pub fn certificate(&self, name: &str) -> Option<&Arc<KeyAndChain>> {
         match self.by_name.get(name)? {

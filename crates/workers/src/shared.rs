@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -53,6 +53,9 @@ pub struct Shared {
     pub is_standalone: bool,
     /// How long connections have to end once told to.
     pub drain_time: Duration,
+    /// The health check is failed: each HTTP connection is told to leave when it is used, for as long as this holds
+    /// (Envoy's `/healthcheck/fail`).
+    pub is_leaving: Arc<AtomicBool>,
     pub(crate) log_flush_interval: Duration,
     pub(crate) connection_ids: AtomicU64,
     /// Spans on their way to a collector.
@@ -83,6 +86,7 @@ impl Shared {
             is_gateway,
             is_standalone,
             drain_time,
+            is_leaving: Arc::default(),
             log_flush_interval,
             connection_ids: AtomicU64::new(1),
             spans: crate::tracing_spans::Spans::default(),

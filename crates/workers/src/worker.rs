@@ -10,7 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::panic::AssertUnwindSafe;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -115,6 +115,8 @@ pub(crate) struct ConnState {
     /// The newest version of its chain: the one that was chosen, or what stood in its place later.
     chain: RefCell<Arc<FilterChain>>,
     draining: Cell<bool>,
+    /// All of the proxy's HTTP connections should end, for as long as this holds.
+    is_leaving: Arc<AtomicBool>,
     /// The connection's task, when it waits for [`Self::drain`]. No other task does.
     waiting: Cell<Option<Waker>>,
     /// What is left after this is cut.
@@ -129,6 +131,11 @@ impl ConnState {
     /// Whether the connection should end after what is in flight.
     pub(crate) fn is_draining(&self) -> bool {
         self.draining.get()
+    }
+
+    /// Whether a connection of HTTP should be told to end the next time that something is said on it.
+    pub(crate) fn is_told_to_leave(&self) -> bool {
+        self.is_draining() || self.is_leaving.load(Relaxed)
     }
 
     pub(crate) fn drain(&self) {
@@ -269,6 +276,7 @@ impl Worker {
             listener: Arc::clone(listener),
             chain: RefCell::new(current),
             draining: Cell::new(self.draining.get().is_some_and(|scope| scope.covers(direction))),
+            is_leaving: Arc::clone(&self.shared.is_leaving),
             waiting: Cell::default(),
             drain_time: self.shared.drain_time,
             is_gateway: self.shared.is_gateway,

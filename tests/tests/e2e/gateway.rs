@@ -112,6 +112,45 @@ fn tls_ends_at_the_gateway_and_its_secret_is_replaced_without_a_drop() {
     assert!(Client::tls(mesh.https, "other.shop.test", &new.root).is_err(), "no chain for another server name");
 }
 
+/// The listener waits for the secret that it names now; until it came, the old one serves.
+#[test]
+fn another_credential_is_named_under_load_without_a_failed_handshake() {
+    let mesh = TRAFFIC.turn();
+    let host = "renamed.shop.test";
+    let pairs = [0, 1].map(|number| {
+        let pair = pair(host);
+        Pair { secret: pair.secret.replace("shop-credential", &format!("renamed-{number}")), ..pair }
+    });
+    let gateway = |number: usize| https("renamed").replace("shop-credential", &format!("renamed-{number}"));
+    let _objects = mesh.with(&format!("{}\n---\n{}\n---\n{}", pairs[0].secret, pairs[1].secret, gateway(0)));
+    let open = |root: &[u8]| Client::tls(mesh.https, host, root);
+    let shown = |number: usize| {
+        eventually(&format!("certificate {number}"), || {
+            open(&pairs[number].root).map(|_| ()).map_err(|error| error.to_string())
+        });
+    };
+    shown(0);
+    // Whichever of the two is shown.
+    let any = TlsClient::new(&[], None);
+    let ask = |(): &mut ()| {
+        let stream = any.connect(TcpStream::connect(mesh.https)?, host)?;
+        Client::over(stream).send("GET", host, "/status/200", &[])
+    };
+    let served = under_load(
+        &mesh,
+        1,
+        || Ok(()),
+        ask,
+        || {
+            for round in 1..=4 {
+                mesh.apply(&gateway(round % 2));
+                shown(round % 2);
+            }
+        },
+    );
+    assert!(served > 5, "the load was on: {served}");
+}
+
 /// A certificate for `host` that ends at this second since 1970, with its key.
 fn until(host: &str, seconds: u64) -> Pair {
     let signer = rcgen::KeyPair::generate().unwrap();

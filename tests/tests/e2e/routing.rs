@@ -283,6 +283,39 @@ fn weights_shift_under_load_without_a_failed_request() {
     assert!(served > 20, "the load was on: {served}");
 }
 
+/// Each time the route's old cluster goes in the same step in which its new one comes.
+#[test]
+fn a_new_subset_takes_over_under_load_without_a_failed_request() {
+    let mesh = TRAFFIC.turn();
+    let host = "subsets.shop.test";
+    let step = |round: u32| {
+        let rule = format!(
+            "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: subsets, namespace: shop}}
+spec: {{host: httpbin.shop.svc.cluster.local, subsets: [{{name: round-{round}, labels: {{app: httpbin}}}}]}}
+---"
+        );
+        let route =
+            format!("  - route: [{{destination: {{host: httpbin, subset: round-{round}, port: {{number: 8000}}}}}}]");
+        rule + &virtual_service("subsets", &route)
+    };
+    let _objects = mesh.with(&step(0));
+    let served = under_load(
+        &mesh,
+        2,
+        || Client::plain(mesh.http),
+        |client| client.send("GET", host, "/status/200", &[]),
+        || {
+            for round in 1..=6 {
+                mesh.apply(&step(round));
+            }
+        },
+    );
+    assert!(served > 20, "the load was on: {served}");
+}
+
 #[test]
 fn weights_hold_between_sidecars() {
     let mesh = TRAFFIC.turn();

@@ -253,7 +253,6 @@ fn rbac_decides_the_same_way() {
                 { "not_rule": { "header": { "name": "x-ok", "present_match": true } } }] } }], "principals": any },
             "ips": { "permissions": [{ "any": true }], "principals": [{ "remote_ip": { "address_prefix": "10.0.0.0", "prefix_len": 8 } }] },
             "direct": { "permissions": [{ "url_path": { "path": { "exact": "/me" } } }], "principals": [{ "direct_remote_ip": { "address_prefix": "127.0.0.1", "prefix_len": 32 } }] },
-            "sni": { "permissions": [{ "requested_server_name": { "exact": "a.example" } }], "principals": any },
         },
     });
     let more = json!({ "use_remote_address": false, "xff_num_trusted_hops": 0 });
@@ -268,6 +267,60 @@ fn rbac_decides_the_same_way() {
     assert_eq!(status("GET", "/public", &[("x-forwarded-for", "10.1.1.1")]), 403);
     assert_eq!(status("GET", "/public", &[("x-forwarded-for", "11.1.1.1")]), 200);
     assert_eq!(status("GET", "/me", &[("x-forwarded-for", "11.1.1.1")]), 403);
+}
+
+#[test]
+fn rbac_judges_server_names_and_in_the_shadow_the_same_way() {
+    let any = json!([{ "any": true }]);
+    let policy = |name: &str, permission: Value| json!({ "action": "DENY", "policies": { name: { "permissions": [permission], "principals": any } } });
+    let filter = typed(
+        "envoy.filters.http.rbac",
+        "envoy.extensions.filters.http.rbac.v3.RBAC",
+        json!({
+            "rules": policy("names", json!({ "requested_server_name": { "exact": "a.example" } })),
+            "shadow_rules": policy("private", json!({ "url_path": { "path": { "prefix": "/private" } } })),
+        }),
+    );
+    let of = |key: &str| format!("%DYNAMIC_METADATA(envoy.filters.http.rbac:shadow_{key})%");
+    let routes = json!([{ "match": { "prefix": "/" }, "direct_response": { "status": 200 },
+        "response_headers_to_add": [
+            { "header": { "key": "x-shadow", "value": of("engine_result") } },
+            { "header": { "key": "x-policy", "value": of("effective_policy_id") } },
+        ] }]);
+    let names = ["a.example", "b.example"].map(str::to_owned);
+    let made = rcgen::generate_simple_self_signed(names).unwrap();
+    let (chain, key) = (made.cert.pem(), made.signing_key.serialize_pem());
+    let certificate =
+        json!({ "certificate_chain": { "inline_string": chain }, "private_key": { "inline_string": key } });
+    let mut secure = listener("secure", &[hcm(&[filter], &routes, &json!({}))]);
+    secure["filter_chains"][0]["transport_socket"] = typed(
+        "envoy.transport_sockets.tls",
+        "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+        json!({ "common_tls_context": { "tls_certificates": [certificate] } }),
+    );
+    secure["listener_filters"] = json!([typed(
+        "envoy.filters.listener.tls_inspector",
+        "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector",
+        json!({})
+    )]);
+    let pair = Pair::start(&bootstrap(&[secure], &[]));
+    for (name, path, status, shadow) in [
+        ("a.example", "/", 403, None),
+        ("b.example", "/", 200, Some("allowed")),
+        ("b.example", "/private", 200, Some("denied")),
+    ] {
+        for proxy in pair.both() {
+            let mut client = Client::tls(proxy.listener("secure"), name, made.cert.der()).unwrap();
+            let answer = client.send("GET", name, path, &[]).unwrap();
+            assert_eq!(answer.status, status, "{} {name}{path}: {answer:?}", proxy.kind);
+            if let Some(shadow) = shadow {
+                assert_eq!(answer.header("x-shadow"), Some(shadow), "{} {name}{path}", proxy.kind);
+            }
+            if shadow == Some("denied") {
+                assert_eq!(answer.header("x-policy"), Some("private"), "{}", proxy.kind);
+            }
+        }
+    }
 }
 
 #[test]

@@ -139,6 +139,62 @@ fn every_kind_of_resource_follows_its_file() {
             if page.contains("secure::") { Err(page) } else { Ok(()) }
         });
         assert_eq!(get("/only/x").unwrap().0, 200, "{}", proxy.kind);
+        // What is named stays, though its file has nothing any more; clusters and listeners are gone with theirs.
+        for name in ["eds.yaml", "rds.yaml", "sds.yaml"] {
+            put(dir, name, &[]);
+        }
+        put(dir, "cds.yaml", &clusters());
+        eventually(&format!("{}: one cluster less", proxy.kind), || {
+            let page = proxy.page("/clusters");
+            if page.contains("more::") { Err(page) } else { Ok(()) }
+        });
+        assert_eq!(get("/only/x").unwrap(), (200, "two".to_owned()), "{}", proxy.kind);
+        // Envoy takes a mistyped file as one without resources.
+        if proxy.kind == "lateen" {
+            std::fs::write(dir.join(".mistyped"), "version_info: '2'\nresource: []\n").unwrap();
+            std::fs::rename(dir.join(".mistyped"), dir.join("lds.yaml")).unwrap();
+            eventually(
+                "it is told",
+                || if proxy.log().contains("DiscoveryResponse") { Ok(()) } else { Err(proxy.log()) },
+            );
+            assert_eq!(get("/only/x").unwrap().0, 200);
+        }
+        put(dir, "lds.yaml", &[]);
+        eventually(&format!("{}: no listener", proxy.kind), || {
+            let page = proxy.page("/listeners");
+            if page.contains("http::") { Err(page) } else { Ok(()) }
+        });
+    }
+}
+
+/// A certificate is replaced in its own files; the file of the secret that names them stays as it is.
+#[test]
+fn files_that_a_secret_names_are_followed() {
+    let make = || rcgen::generate_simple_self_signed(["a.example".to_owned()]).unwrap();
+    let (old, new) = (make(), make());
+    let mut secure = listeners().remove(1);
+    secure.as_object_mut().unwrap().remove("@type");
+    secure["filter_chains"][0]["filters"] = json!([hcm(&[], &json!([]), &json!({}))]);
+    let replace = |dir: &Path, pair: &rcgen::CertifiedKey<rcgen::KeyPair>| {
+        for (name, text) in [("chain.pem", pair.cert.pem()), ("key.pem", pair.signing_key.serialize_pem())] {
+            std::fs::write(dir.join(".new"), text).unwrap();
+            std::fs::rename(dir.join(".new"), dir.join(name)).unwrap();
+        }
+    };
+    let path = |name: &str| json!({ "filename": format!("@DIR@/{name}") });
+    let named = json!({ "name": "pair", "tls_certificate": { "certificate_chain": path("chain.pem"), "private_key": path("key.pem") } });
+    let pair = Pair::with_files(&bootstrap(&[secure], &[]), |dir| {
+        replace(dir, &old);
+        put(dir, "sds.yaml", &[with_type(SECRET, named.clone())]);
+    });
+    for proxy in pair.both() {
+        let tls = |root: &[u8]| {
+            Client::tls(proxy.listener("secure"), "a.example", root).map(|_| ()).map_err(|error| error.to_string())
+        };
+        eventually(&format!("{}: the first certificate", proxy.kind), || tls(old.cert.der()));
+        replace(proxy.dir.path(), &new);
+        eventually(&format!("{}: another certificate", proxy.kind), || tls(new.cert.der()));
+        assert!(tls(old.cert.der()).is_err(), "{}", proxy.kind);
     }
 }
 
@@ -279,6 +335,29 @@ fn in_tls(plane: SocketAddr, pair: &rcgen::CertifiedKey<rcgen::KeyPair>) -> Stan
         }] } }),
     );
     Standalone::start("envoy", &bootstrap(&[front], &[cluster("plane", &[plane])]), |_| {})
+}
+
+/// Each type comes from where the bootstrap says, and nothing else is asked for.
+#[test]
+fn listeners_of_a_file_lead_to_clusters_of_a_control_plane() {
+    let back = Backend::echo("back");
+    let port = TcpListener::bind("127.78.0.1:0").unwrap().local_addr().unwrap().port();
+    let plane = Plane::start(&edge(port, back.address, "/"));
+    let to_back = json!([{ "match": { "prefix": "/" }, "route": { "cluster": "outbound|80||back.test" } }]);
+    let own = with_type(LISTENER, listener("own", &[hcm(&[], &to_back, &json!({}))]));
+    for kind in ["envoy", "lateen"] {
+        let mut bootstrap: Value = serde_json::from_str(&from_plane("GRPC", plane.plaintext, None)).unwrap();
+        bootstrap["dynamic_resources"]["lds_config"] = file("lds.yaml");
+        let proxy =
+            Standalone::start(kind, &bootstrap.to_string(), |dir| put(dir, "lds.yaml", std::slice::from_ref(&own)));
+        eventually(&format!("{kind}: the cluster"), || {
+            let ask = || Client::plain(proxy.listener("own"))?.send("GET", "a.test", "/", &[]);
+            let answer = ask().map_err(|error| error.to_string())?;
+            if answer.status == 200 { Ok(()) } else { Err(format!("{answer:?}\n{}", proxy.log())) }
+        });
+        let page = proxy.page("/listeners");
+        assert!(!page.contains(&format!(":{port}")), "{kind}: {page}");
+    }
 }
 
 #[test]

@@ -129,11 +129,11 @@ fn what_stands_beside_the_roots_counts_in_place_and_in_a_secret() {
     for (name, beside, expect) in &cases {
         let mut context = beside.clone();
         context["trusted_ca"] = inline(&ours.0.pem());
-        let by_name = json!({ "name": name, "sds_config": file("sds.yaml") });
+        let by_name = json!({ "name": name, "sds_config": file(&format!("{name}.yaml")) });
         listeners.push(secure(name, &server, ("validation_context", context.clone())));
         let secret = format!("{name}-in-a-secret");
         listeners.push(secure(&secret, &server, ("validation_context_sds_secret_config", by_name)));
-        secrets.push(with_type(SECRET, json!({ "name": name, "validation_context": context })));
+        secrets.push((name, with_type(SECRET, json!({ "name": name, "validation_context": context }))));
         expected.extend([((*name).to_owned(), *expect), (secret, *expect)]);
     }
     // Both at once: the lists follow each other.
@@ -144,12 +144,17 @@ fn what_stands_beside_the_roots_counts_in_place_and_in_a_secret() {
     ] {
         let combined = json!({
             "default_validation_context": default,
-            "validation_context_sds_secret_config": { "name": of_secret, "sds_config": file("sds.yaml") },
+            "validation_context_sds_secret_config": { "name": of_secret, "sds_config": file(&format!("{of_secret}.yaml")) },
         });
         listeners.push(secure(name, &server, ("combined_validation_context", combined)));
         expected.push((name.to_owned(), expect));
     }
-    let pair = Pair::with_files(&bootstrap(&listeners, &[]), |dir| put(dir, "sds.yaml", &secrets));
+    // Envoy takes one secret from a file.
+    let pair = Pair::with_files(&bootstrap(&listeners, &[]), |dir| {
+        for (name, secret) in &secrets {
+            put(dir, &format!("{name}.yaml"), std::slice::from_ref(secret));
+        }
+    });
     let clients = [good.client(), bad.client()];
     for proxy in pair.both() {
         for (name, expect) in &expected {
@@ -160,10 +165,9 @@ fn what_stands_beside_the_roots_counts_in_place_and_in_a_secret() {
             }
         }
         // Whom a new list revokes is not taken any more.
-        let mut next = secrets.clone();
-        let revoked = ours.revoked(&[1], now);
-        next[0]["validation_context"]["crl"] = inline(&revoked);
-        put(proxy.dir.path(), "sds.yaml", &next);
+        let mut next = secrets[0].1.clone();
+        next["validation_context"]["crl"] = inline(&ours.revoked(&[1], now));
+        put(proxy.dir.path(), "nothing.yaml", &[next]);
         eventually(&format!("{}: a revoked client", proxy.kind), || {
             match takes(proxy.listener("nothing-in-a-secret"), &clients[0]) {
                 Ok(()) => Err("it is taken".to_owned()),

@@ -1,16 +1,17 @@
 //! Files of resources: read at the start, and again whenever one is replaced.
 //!
-//! A file that cannot be read or does not fit keeps what it gave before; the reason is logged.
+//! A file that cannot be read or does not fit keeps what it gave before; the reason is logged. Clusters and listeners
+//! that a file gave and gives no more are gone; other resources go with what names them, as in Envoy.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 use engine::config::Name;
 use engine::lower::Raw;
 use types::wellknown::type_urls;
 
-use crate::bootstrap::read_file;
-use crate::file_secrets::{Stamp, stamp};
+use crate::bootstrap::{FileContent, Referred, read_file};
+use crate::file_secrets::{Failure, Known, Stamp, may_pass, stamp};
 
 /// What changed, by type, in an order in which nothing refers to what is not there yet.
 pub(crate) type Changes = Vec<(&'static str, Vec<Raw>, Vec<Name>)>;
@@ -18,12 +19,14 @@ pub(crate) type Changes = Vec<(&'static str, Vec<Raw>, Vec<Name>)>;
 /// The files that are watched.
 #[derive(Default)]
 pub(crate) struct Files {
-    known: BTreeMap<PathBuf, Known>,
+    followed: BTreeMap<PathBuf, Followed>,
+    /// Names of resources that come from files, by type.
+    names: BTreeSet<(&'static str, Name)>,
 }
 
 #[derive(Default)]
-struct Known {
-    stamp: Option<Stamp>,
+struct Followed {
+    known: Known<Stamp>,
     gave: BTreeMap<(&'static str, Name), Raw>,
 }
 
@@ -31,47 +34,127 @@ const ORDER: [&str; 5] =
     [type_urls::SECRET, type_urls::CLUSTER, type_urls::ENDPOINT, type_urls::ROUTE, type_urls::LISTENER];
 
 impl Files {
-    pub(crate) fn new(paths: Vec<PathBuf>) -> Self {
-        Self { known: paths.into_iter().map(|path| (path, Known::default())).collect() }
+    pub(crate) fn new(referred: Referred) -> Self {
+        let mut made = Self::default();
+        made.follow(referred);
+        made
     }
 
     /// Whether there is any.
     pub(crate) fn is_empty(&self) -> bool {
-        self.known.is_empty()
+        self.followed.is_empty()
+    }
+
+    /// Whether who refers to this resource refers to a file.
+    pub(crate) fn names(&self, url: &'static str, name: &Name) -> bool {
+        self.names.contains(&(url, Name::clone(name)))
+    }
+
+    /// Follows what is referred to; answers the files that were not known.
+    fn follow(&mut self, referred: Referred) -> Vec<PathBuf> {
+        self.names.extend(referred.names);
+        let new: Vec<PathBuf> = referred.paths.into_iter().filter(|path| !self.followed.contains_key(path)).collect();
+        self.followed.extend(new.iter().map(|path| (path.clone(), Followed::default())));
+        new
     }
 
     /// Looks at every file; says what changed since the last look.
     pub(crate) fn look(&mut self) -> Changes {
         let mut changed: BTreeMap<&'static str, (Vec<Raw>, Vec<Name>)> = BTreeMap::new();
-        let mut todo: Vec<PathBuf> = self.known.keys().cloned().collect();
+        let mut todo: Vec<PathBuf> = self.followed.keys().cloned().collect();
         while let Some(path) = todo.pop() {
-            let known = self.known.entry(path.clone()).or_default();
-            let now = stamp(&path);
-            if now.is_none() || now == known.stamp {
-                continue;
-            }
-            known.stamp = now;
-            let text = std::fs::read_to_string(&path).map_err(|error| error.to_string());
-            let (resources, more) = match text.and_then(|text| read_file(&text).map_err(|error| error.to_string())) {
-                Ok(read) => read,
-                Err(reason) => {
+            let Some(followed) = self.followed.get_mut(&path) else { continue };
+            let Some(now) = stamp(&path).filter(|now| !followed.known.is_of(now)) else { continue };
+            let content = match followed.known.note(now, read(&path)) {
+                Some(Ok(content)) => content,
+                Some(Err(reason)) => {
                     tracing::warn!(path = %path.display(), reason, "a file of resources is refused; what it gave before stays");
                     continue;
                 }
+                None => continue,
             };
-            let mut gone = std::mem::take(&mut known.gave);
-            for (url, raw) in resources {
+            let mut gone = std::mem::take(&mut followed.gave);
+            for (url, raw) in content.resources {
                 let key = (url, Name::clone(&raw.name));
                 if gone.remove(&key).as_ref() != Some(&raw) {
                     changed.entry(url).or_default().0.push(raw.clone());
                 }
-                known.gave.insert(key, raw);
+                followed.gave.insert(key, raw);
             }
             for (url, name) in gone.into_keys() {
-                changed.entry(url).or_default().1.push(name);
+                if matches!(url, type_urls::CLUSTER | type_urls::LISTENER) {
+                    changed.entry(url).or_default().1.push(name);
+                }
             }
-            todo.extend(more.into_iter().filter(|path| !self.known.contains_key(path)));
+            todo.extend(self.follow(content.referred));
         }
         ORDER.into_iter().filter_map(|url| changed.remove(url).map(|(raws, removed)| (url, raws, removed))).collect()
+    }
+}
+
+fn read(path: &Path) -> Result<FileContent, Failure> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| Failure { may_pass: may_pass(&error), reason: error.to_string() })?;
+    read_file(&text).map_err(|error| Failure { may_pass: false, reason: error.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(resources: &str) -> String {
+        format!("version_info: '1'\nresources: [{resources}]")
+    }
+
+    fn resource(kind: &str, name: &str) -> String {
+        let field = if kind.ends_with("ClusterLoadAssignment") { "cluster_name" } else { "name" };
+        format!("{{ '@type': type.googleapis.com/{kind}, {field}: {name} }}")
+    }
+
+    #[test]
+    fn only_clusters_and_listeners_go_when_they_are_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("all.yaml");
+        let put = |text: &str| {
+            std::fs::write(dir.path().join("new"), text).unwrap();
+            std::fs::rename(dir.path().join("new"), &path).unwrap();
+        };
+        let mut files = Files::new(Referred { paths: BTreeSet::from([path.clone()]), ..Referred::default() });
+        assert!(files.look().is_empty(), "nothing is there");
+        let kinds = [
+            ("envoy.extensions.transport_sockets.tls.v3.Secret", type_urls::SECRET),
+            ("envoy.config.cluster.v3.Cluster", type_urls::CLUSTER),
+            ("envoy.config.endpoint.v3.ClusterLoadAssignment", type_urls::ENDPOINT),
+            ("envoy.config.route.v3.RouteConfiguration", type_urls::ROUTE),
+            ("envoy.config.listener.v3.Listener", type_urls::LISTENER),
+        ];
+        let all = file(&kinds.map(|(kind, _)| resource(kind, "a")).join(", "));
+        put(&all);
+        let given: Vec<_> = files.look().into_iter().map(|(url, raws, gone)| (url, raws.len(), gone.len())).collect();
+        assert_eq!(given, kinds.map(|(_, url)| (url, 1, 0)));
+        // What is no such file, or empty before it is written, takes nothing away.
+        for bad in
+            ["", "resource: []", "[]", "resources: {}", "resources: []\nmore: 1", "version_info: 1\nresources: ["]
+        {
+            put(bad);
+            assert!(files.look().is_empty(), "{bad:?}");
+        }
+        put(&file(""));
+        let given = files.look();
+        let gone: Vec<_> = given.iter().map(|(url, raws, gone)| (*url, raws.len(), gone.len())).collect();
+        assert_eq!(gone, [(type_urls::CLUSTER, 0, 1), (type_urls::LISTENER, 0, 1)]);
+        put(&all);
+        assert_eq!(files.look().len(), 5);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_for_now_is_read_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lds.yaml");
+        std::fs::create_dir(&path).unwrap();
+        let mut files = Files::new(Referred { paths: BTreeSet::from([path.clone()]), ..Referred::default() });
+        assert!(files.look().is_empty(), "a folder");
+        let now = stamp(&path).unwrap();
+        assert!(!files.followed[&path].known.is_of(&now), "it is tried again");
     }
 }

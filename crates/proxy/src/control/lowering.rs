@@ -5,23 +5,12 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc as blocking;
 
-use engine::chain::Listener;
-use engine::cluster::{Cluster, EndpointSet};
-use engine::config::{Name, Table};
+use engine::assembly::Tables;
+use engine::config::Name;
 use engine::lower::{self, Raw, Rejected};
-use engine::route::RouteTable;
 use envoy_types::pb::google::protobuf::Any;
 use tokio::sync::oneshot;
 use types::wellknown::type_urls;
-
-/// The tables of one moment.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Tables {
-    pub(crate) listeners: Arc<Table<Listener>>,
-    pub(crate) clusters: Arc<Table<Cluster>>,
-    pub(crate) routes: Arc<Table<RouteTable>>,
-    pub(crate) endpoints: Arc<Table<EndpointSet>>,
-}
 
 /// The next tables, and what was refused.
 pub(crate) struct Lowered {
@@ -120,7 +109,7 @@ pub(crate) struct RawTables {
 /// One resource as received.
 #[derive(Clone, Debug)]
 pub(crate) struct Kept {
-    pub(crate) body: Any,
+    pub(crate) body: Arc<Any>,
     pub(crate) updated_nanos: u64,
     /// Why its newest version was refused.
     pub(crate) error: Option<String>,
@@ -156,13 +145,21 @@ impl RawTables {
                 }
                 None => {
                     let name = Name::clone(&raw.name);
-                    let before = table
-                        .insert(raw.name, Kept { body: raw.body, updated_nanos: now, error: None, is_static: false });
+                    let body = Arc::new(raw.body);
+                    let kept = Kept { body, updated_nanos: now, error: None, is_static: false };
+                    let before = table.insert(raw.name, kept);
                     if let Some(before) = before {
                         self.replaced.entry((url, name)).or_insert(before);
                     }
                 }
             }
+        }
+    }
+
+    /// Forgets these.
+    pub(crate) fn forget(&mut self, url: &'static str, names: &[Name]) {
+        if let Some(table) = self.by_type.get_mut(url) {
+            table.retain(|name, _| !names.contains(name));
         }
     }
 

@@ -6,13 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::RuntimeConfig;
-use engine::cluster::{Cluster, Discovery, DnsSpec, EndpointSet};
+use engine::assembly::{self, Kind, Tables, There, Wanted};
+use engine::cluster::{Discovery, DnsSpec, EndpointSet};
 use engine::config::{Name, Table};
 use engine::lower::{Raw, resolved_endpoints};
 use tokio::sync::mpsc;
 use types::wellknown::type_urls;
+use workers::secrets::SecretStore;
 
-use super::lowering::Tables;
+use super::Origin;
 use crate::file_secrets::is_of_files;
 
 /// The last good version of everything.
@@ -21,35 +23,52 @@ pub(crate) struct Received {
     pub(crate) tables: Tables,
     /// EDS names that have been answered, be it with nothing.
     answered: BTreeSet<Name>,
+    /// Endpoints and route tables that come again when the control plane is asked for them again.
+    asked: BTreeSet<(&'static str, Name)>,
     /// Endpoints of names, by cluster.
     resolved: BTreeMap<Name, Arc<EndpointSet>>,
     dirty: bool,
-    warming: bool,
-    warming_since: Option<Duration>,
+    /// What does not serve yet, and since when it waits.
+    waiting: BTreeMap<(Kind, Name), Duration>,
 }
 
-/// Names the received resources refer to.
-#[derive(Default)]
-pub(crate) struct Wanted {
-    pub(crate) endpoints: BTreeSet<String>,
-    pub(crate) routes: BTreeSet<String>,
-    /// Of the control plane.
-    pub(crate) secrets: BTreeSet<String>,
-}
-
-/// What an absent endpoint or route table may hold up; then its user is published without it
-/// (Envoy's `initial_fetch_timeout`).
+/// How long a resource waits for what it needs; then it serves without (Envoy's `initial_fetch_timeout`).
 const WAIT_MAX: Duration = Duration::from_secs(15);
 
 impl Received {
     /// Takes the outcome of lowering.
-    pub(crate) fn take(&mut self, tables: Tables, url: &str, raws: &[Raw], removed: &[Name]) {
+    pub(crate) fn take(&mut self, tables: Tables, url: &'static str, raws: &[Raw], removed: &[Name], origin: Origin) {
         self.tables = tables;
         self.dirty = true;
+        let names = || raws.iter().map(|raw| &raw.name);
         if url == type_urls::ENDPOINT {
-            self.answered.extend(raws.iter().map(|raw| Name::clone(&raw.name)));
-            self.answered.extend(removed.iter().cloned());
+            self.answered.extend(names().chain(removed).cloned());
         }
+        if origin == Origin::Plane && matches!(url, type_urls::ENDPOINT | type_urls::ROUTE) {
+            self.asked.extend(names().map(|name| (url, Name::clone(name))));
+        }
+    }
+
+    /// Forgets what the control plane answered for names that are not `wanted` any more; it comes again with the
+    /// names. What serves still has it. Answers names by type.
+    pub(crate) fn forget(&mut self, wanted: &Wanted) -> BTreeMap<&'static str, Vec<Name>> {
+        let mut gone: BTreeMap<&'static str, Vec<Name>> = BTreeMap::new();
+        self.answered.retain(|name| wanted.endpoints.contains(name));
+        self.asked.retain(|(url, name)| {
+            let names = if *url == type_urls::ENDPOINT { &wanted.endpoints } else { &wanted.routes };
+            let stays = names.contains(name);
+            if !stays {
+                gone.entry(*url).or_default().push(Name::clone(name));
+            }
+            stays
+        });
+        if let Some(names) = gone.get(type_urls::ENDPOINT) {
+            Arc::make_mut(&mut self.tables.endpoints).retain(|name, _| !names.iter().any(|gone| **gone == *name));
+        }
+        if let Some(names) = gone.get(type_urls::ROUTE) {
+            Arc::make_mut(&mut self.tables.routes).retain(|name, _| !names.iter().any(|gone| **gone == *name));
+        }
+        gone
     }
 
     /// Takes a resolver's answer; says whether it changes anything.
@@ -62,7 +81,7 @@ impl Received {
         !same
     }
 
-    /// Whether the received version of a cluster or listener is not the published one.
+    /// Whether the received version of a resource is not the published one.
     pub(crate) fn waits(&self, published: &RuntimeConfig, url: &str, name: &str) -> bool {
         fn differ<T>(received: &Table<T>, published: &Table<T>, name: &str) -> bool {
             match (received.get(name), published.get(name)) {
@@ -79,111 +98,88 @@ impl Received {
 
     /// Whether something received is not published yet.
     pub(crate) fn is_warming(&self) -> bool {
-        self.warming
+        !self.waiting.is_empty()
     }
 
-    /// Names to subscribe to.
-    pub(crate) fn wanted(&self) -> Wanted {
-        let mut wanted = Wanted::default();
-        let mut secret = |name: &Name| {
-            if name.starts_with("kubernetes://") || name.starts_with("configmap://") {
-                wanted.secrets.insert(name.to_string());
-            }
-        };
-        for (_, cluster) in self.tables.clusters.iter() {
-            let needs = cluster.needs();
-            needs.secrets.iter().for_each(&mut secret);
-            if let Some(name) = needs.endpoints {
-                wanted.endpoints.insert(name.to_string());
-            }
-        }
-        for (_, listener) in self.tables.listeners.iter() {
-            listener.secrets().iter().for_each(&mut secret);
-            wanted.routes.extend(listener.route_tables().iter().map(ToString::to_string));
-        }
-        wanted
+    /// Whether the next call of [`Self::warm`] looks at anything.
+    pub(crate) fn is_due(&self) -> bool {
+        self.dirty || self.is_warming()
     }
 
     /// Secrets in files that received resources name, and those that published ones do.
     pub(crate) fn file_secrets(&self, published: &RuntimeConfig) -> BTreeSet<Name> {
-        let mut names: BTreeSet<Name> = BTreeSet::new();
-        for clusters in [&self.tables.clusters, &published.clusters] {
-            names.extend(clusters.iter().flat_map(|(_, cluster)| cluster.needs().secrets));
-        }
-        for listeners in [&self.tables.listeners, &published.listeners] {
-            names.extend(listeners.iter().flat_map(|(_, listener)| listener.secrets()));
-        }
+        let mut names = self.tables.wanted().secrets;
+        names.extend(Tables::from(published).wanted().secrets);
         names.retain(|name| is_of_files(name));
         names
     }
 
     /// The next configuration, if it differs from the published one. `now` is the time since the start.
-    pub(crate) fn warm(&mut self, published: &RuntimeConfig, now: Duration) -> Option<RuntimeConfig> {
-        if !self.dirty && !self.warming {
+    pub(crate) fn warm(
+        &mut self,
+        published: &RuntimeConfig,
+        secrets: &SecretStore,
+        now: Duration,
+    ) -> Option<RuntimeConfig> {
+        if !self.is_due() {
             return None;
         }
-        let since = *self.warming_since.get_or_insert(now);
-        let patience = now.saturating_sub(since) < WAIT_MAX;
         self.dirty = false;
-        self.warming = false;
-        let mut endpoints = Table::clone(&self.tables.endpoints);
+        let clusters = &self.tables.clusters;
+        self.resolved.retain(|name, _| clusters.get(name).is_some());
+        let mut newest = self.tables.clone();
         for (name, set) in &self.resolved {
-            if self.tables.clusters.get(name).is_some_and(|cluster| matches!(cluster.discovery, Discovery::Dns(_))) {
-                endpoints.insert(Name::clone(name), Arc::clone(set));
+            if newest.clusters.get(name).is_some_and(|cluster| matches!(cluster.discovery, Discovery::Dns(_))) {
+                Arc::make_mut(&mut newest.endpoints).insert(Name::clone(name), Arc::clone(set));
             }
         }
-        let mut clusters = Table::default();
-        for (name, cluster) in self.tables.clusters.iter() {
-            let warm = !patience || self.is_warm(name, cluster);
-            self.warming |= !warm;
-            match (warm, published.clusters.get(name)) {
-                (true, _) => clusters.insert(Name::clone(name), Arc::clone(cluster)),
-                (false, Some(old)) => clusters.insert(Name::clone(name), Arc::clone(old)),
-                (false, None) => {}
-            }
-        }
-        let mut routes = Table::clone(&self.tables.routes);
-        let mut listeners = Table::default();
-        for (name, listener) in self.tables.listeners.iter() {
-            let warm = !patience || listener.route_tables().iter().all(|table| self.tables.routes.get(table).is_some());
-            self.warming |= !warm;
-            match (warm, published.listeners.get(name)) {
-                (true, _) => listeners.insert(Name::clone(name), Arc::clone(listener)),
-                (false, Some(old)) => {
-                    // what the old one uses stays with it
-                    for table in old.route_tables() {
-                        if let (None, Some(kept)) = (routes.get(&table), published.routes.get(&table)) {
-                            routes.insert(table, Arc::clone(kept));
-                        }
-                    }
-                    listeners.insert(Name::clone(name), Arc::clone(old));
-                }
-                (false, None) => {}
-            }
-        }
-        if !self.warming {
-            self.warming_since = None;
-        }
-        let same = same_table(&clusters, &published.clusters)
-            && same_table(&listeners, &published.listeners)
-            && same_table(&routes, &published.routes)
-            && same_table(&endpoints, &published.endpoints);
+        let serving = Tables::from(published);
+        let next = assembly::next(&newest, &serving, &AtHand { received: self, secrets, now });
+        let before = std::mem::take(&mut self.waiting);
+        let waits = |key: (Kind, Name)| {
+            let since = before.get(&key).copied().unwrap_or(now);
+            (key, since)
+        };
+        self.waiting = next.waiting.into_iter().map(waits).collect();
+        let Tables { listeners, routes, clusters, endpoints } = next.tables;
+        let same = same_table(&clusters, &serving.clusters)
+            && same_table(&listeners, &serving.listeners)
+            && same_table(&routes, &serving.routes)
+            && same_table(&endpoints, &serving.endpoints);
         (!same).then(|| RuntimeConfig {
             generation: 0,
-            listeners: Arc::new(listeners),
-            routes: Arc::new(routes),
-            clusters: Arc::new(clusters),
-            endpoints: Arc::new(endpoints),
+            listeners,
+            routes,
+            clusters,
+            endpoints,
             node: Arc::clone(&published.node),
         })
     }
+}
 
-    fn is_warm(&self, name: &Name, cluster: &Cluster) -> bool {
-        let needs = cluster.needs();
-        let endpoints = needs
-            .endpoints
-            .is_none_or(|service| self.tables.endpoints.get(&service).is_some() || self.answered.contains(&service));
-        endpoints && (!needs.dns || self.resolved.contains_key(name))
+/// What is there at one moment.
+struct AtHand<'a> {
+    received: &'a Received,
+    secrets: &'a SecretStore,
+    now: Duration,
+}
+
+impl There for AtHand<'_> {
+    fn has_secret(&self, name: &str) -> bool {
+        self.secrets.has(name)
+    }
+
+    fn has_endpoints(&self, service: &str) -> bool {
+        self.received.tables.endpoints.get(service).is_some() || self.received.answered.contains(service)
+    }
+
+    fn is_resolved(&self, cluster: &str) -> bool {
+        self.received.resolved.contains_key(cluster)
+    }
+
+    fn gives_up(&self, kind: Kind, name: &Name) -> bool {
+        let since = self.received.waiting.get(&(kind, Name::clone(name)));
+        since.is_some_and(|since| self.now.saturating_sub(*since) >= WAIT_MAX)
     }
 }
 
@@ -262,6 +258,7 @@ async fn resolve(cluster: Name, spec: Arc<DnsSpec>, to: mpsc::UnboundedSender<Re
 mod tests {
     use envoy_types::pb::envoy::config::cluster::v3 as cluster;
     use envoy_types::pb::envoy::config::core::v3 as core;
+    use envoy_types::pb::envoy::config::endpoint::v3 as endpoint;
     use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 
     use super::*;
@@ -286,6 +283,19 @@ mod tests {
         Tables { clusters: Arc::new(clusters), ..Tables::default() }
     }
 
+    /// A store with these secrets.
+    fn having(names: &[&str]) -> workers::secrets::Secrets {
+        let certificate = rcgen::generate_simple_self_signed(["a.example".to_owned()]).unwrap().cert.pem();
+        let roots = Arc::new(identity::workload::TrustRoots::from_pem(certificate.as_bytes()).unwrap());
+        let trust = Arc::new(workers::secrets::Trust::from(roots));
+        let secrets = workers::secrets::Secrets::default();
+        secrets.change(|store| {
+            store
+                .extend(names.iter().map(|name| ((*name).into(), workers::secrets::Secret::Roots(Arc::clone(&trust)))));
+        });
+        secrets
+    }
+
     #[test]
     fn a_secret_in_files_is_followed_until_nothing_published_names_it() {
         fn check(received: &Received, published: &RuntimeConfig, expect: &[&str]) {
@@ -293,17 +303,94 @@ mod tests {
             assert_eq!(names.iter().map(|name| &**name).collect::<Vec<&str>>(), expect);
         }
         let mut received = Received::default();
+        let secrets = having(&["file-root:/first", "file-root:/second", "ROOTCA"]);
+        let secrets = secrets.load();
         let published = RuntimeConfig::default();
         check(&received, &published, &[]);
-        received.take(trusting("file-root:/first"), type_urls::CLUSTER, &[], &[]);
+        let take = |received: &mut Received, roots: &str| {
+            received.take(trusting(roots), type_urls::CLUSTER, &[], &[], Origin::Plane);
+        };
+        take(&mut received, "file-root:/first");
         check(&received, &published, &["file-root:/first"]);
-        let published = received.warm(&published, Duration::ZERO).unwrap();
-        received.take(trusting("file-root:/second"), type_urls::CLUSTER, &[], &[]);
+        let published = received.warm(&published, &secrets, Duration::ZERO).unwrap();
+        take(&mut received, "file-root:/second");
         check(&received, &published, &["file-root:/first", "file-root:/second"]);
-        let published = received.warm(&published, Duration::ZERO).unwrap();
+        let published = received.warm(&published, &secrets, Duration::ZERO).unwrap();
         check(&received, &published, &["file-root:/second"]);
-        received.take(trusting("ROOTCA"), type_urls::CLUSTER, &[], &[]);
-        let published = received.warm(&published, Duration::ZERO).unwrap();
+        take(&mut received, "ROOTCA");
+        let published = received.warm(&published, &secrets, Duration::ZERO).unwrap();
         check(&received, &published, &[]);
+    }
+
+    #[test]
+    fn a_resource_waits_for_its_own_time() {
+        let mut received = Received::default();
+        let (published, none) = (RuntimeConfig::default(), having(&[]));
+        let none = none.load();
+        let at = Duration::from_secs;
+        let warm = |received: &mut Received, seconds| received.warm(&published, &none, at(seconds)).is_some();
+        received.take(trusting("a"), type_urls::CLUSTER, &[], &[], Origin::Plane);
+        assert!(!warm(&mut received, 100) && received.is_warming());
+        assert!(!warm(&mut received, 114), "not yet");
+        // Another version that lacks something goes on waiting: whoever changes often serves, too.
+        received.take(trusting("b"), type_urls::CLUSTER, &[], &[], Origin::Plane);
+        assert!(!warm(&mut received, 114));
+        assert!(warm(&mut received, 115) && !received.is_warming());
+        received.take(trusting("c"), type_urls::CLUSTER, &[], &[], Origin::Plane);
+        assert!(!warm(&mut received, 200), "its time begins again");
+    }
+
+    /// A cluster that comes back after it was removed waits for its endpoints again.
+    #[test]
+    fn what_nobody_names_is_forgotten_and_asked_for_again() {
+        fn eds(name: &str) -> cluster::Cluster {
+            cluster::Cluster {
+                name: name.into(),
+                cluster_discovery_type: Some(cluster::cluster::ClusterDiscoveryType::Type(3)),
+                eds_cluster_config: Some(cluster::cluster::EdsClusterConfig::default()),
+                ..Default::default()
+            }
+        }
+        let assignment = |name: &str| {
+            bed::raw(name, &endpoint::ClusterLoadAssignment { cluster_name: name.into(), ..Default::default() })
+        };
+        let mut received = Received::default();
+        let secrets = having(&[]);
+        let secrets = secrets.load();
+        let mut published = RuntimeConfig::default();
+        let mut apply = |received: &mut Received, url, raws: &[Raw], removed: &[Name], origin| {
+            let lowered = super::super::lowering::lower_one(url, received.tables.clone(), raws, removed);
+            assert_eq!(lowered.rejected, []);
+            received.take(lowered.tables, url, raws, removed, origin);
+            let wanted = received.tables.wanted();
+            let forgotten = received.forget(&wanted);
+            if let Some(next) = received.warm(&published, &secrets, Duration::ZERO) {
+                published = next;
+            }
+            let serves: Vec<String> = published.clusters.iter().map(|(name, _)| name.to_string()).collect();
+            (serves.join(" "), forgotten)
+        };
+        let nothing = BTreeMap::new();
+        let both = ["a", "b"].map(|name| bed::raw(name, &eds(name)));
+        assert_eq!(
+            apply(&mut received, type_urls::CLUSTER, &both, &[], Origin::Plane),
+            (String::new(), nothing.clone())
+        );
+        let of_plane = [assignment("a")];
+        assert_eq!(
+            apply(&mut received, type_urls::ENDPOINT, &of_plane, &[], Origin::Plane),
+            ("a".into(), nothing.clone())
+        );
+        let of_file = [assignment("b")];
+        assert_eq!(
+            apply(&mut received, type_urls::ENDPOINT, &of_file, &[], Origin::File),
+            ("a b".into(), nothing.clone())
+        );
+        let names: [Name; 2] = ["a".into(), "b".into()];
+        let forgotten = BTreeMap::from([(type_urls::ENDPOINT, vec!["a".into()])]);
+        assert_eq!(apply(&mut received, type_urls::CLUSTER, &[], &names, Origin::Plane), (String::new(), forgotten));
+        // A file says nothing twice.
+        assert_eq!(apply(&mut received, type_urls::CLUSTER, &both, &[], Origin::Plane), ("b".into(), nothing.clone()));
+        assert_eq!(apply(&mut received, type_urls::ENDPOINT, &of_plane, &[], Origin::Plane).0, "a b");
     }
 }

@@ -118,6 +118,9 @@ struct Subscription {
     wanted: Names,
     /// What the server of this stream was told; `None` before the first request.
     asked: Option<Names>,
+    /// Names that the server was asked for, and that were not wanted for a while since: wanted again, they are asked
+    /// for again, or they would not come again.
+    lapsed: BTreeSet<String>,
     /// Accepted resources and their versions.
     running: BTreeMap<String, String>,
     /// `version_info` of the last accepted response.
@@ -150,6 +153,9 @@ impl State {
             // What is no longer wanted does not count as running: asked for again, it must come.
             if let Names::Only(only) = &names {
                 subscription.running.retain(|name, _| only.contains(name));
+                if let Some(Names::Only(asked)) = &subscription.asked {
+                    subscription.lapsed.extend(asked.difference(only).cloned());
+                }
             }
             subscription.wanted = names;
             return;
@@ -157,6 +163,7 @@ impl State {
         let subscription = Subscription {
             wanted: names,
             asked: None,
+            lapsed: BTreeSet::new(),
             running: BTreeMap::new(),
             accepted: String::new(),
             nonce: String::new(),
@@ -171,16 +178,20 @@ impl State {
         self.stream += 1;
         for subscription in self.subscriptions.values_mut() {
             subscription.asked = None;
+            subscription.lapsed.clear();
             subscription.nonce.clear();
             subscription.answer = None;
         }
     }
 
-    /// The next request to send, if one is due. Types go out in push order.
+    /// The next request to send, if one is due. Types go out in push order, questions before answers.
     pub(crate) fn next_request(&mut self) -> Option<RequestOut> {
         let ordered = type_urls::PUSH_ORDER.iter().map(|url| (*url).to_owned());
         let others = self.subscriptions.keys().filter(|url| !type_urls::PUSH_ORDER.contains(&url.as_str())).cloned();
-        let order: Vec<String> = ordered.chain(others).collect();
+        let mut order: Vec<String> = ordered.chain(others).collect();
+        // What is asked for anew goes before answers, so that nobody takes an answer for the last word on an update
+        // that led to further questions.
+        order.sort_by_key(|url| !self.subscriptions.get(url).is_some_and(Subscription::asks_anew));
         let protocol = self.protocol;
         order.into_iter().find_map(|type_url| {
             let subscription = self.subscriptions.get_mut(&type_url)?;
@@ -269,6 +280,11 @@ impl Subscription {
         }
     }
 
+    /// Whether the server does not know yet what is wanted.
+    fn asks_anew(&self) -> bool {
+        !self.lapsed.is_empty() || self.asked.as_ref() != Some(&self.wanted)
+    }
+
     /// Names the consumer runs or is about to.
     fn known(&self) -> BTreeSet<String> {
         let mut names: BTreeSet<String> = self.running.keys().cloned().collect();
@@ -282,7 +298,17 @@ impl Subscription {
     }
 
     fn next_request(&mut self, protocol: Protocol, type_url: String) -> Option<RequestOut> {
-        if self.answer.is_none() && self.asked.as_ref() == Some(&self.wanted) {
+        if self.answer.is_none() && !self.asks_anew() {
+            return None;
+        }
+        // What lapsed is left out this time, and asked for the next time if it is wanted.
+        let wanted = match (&self.wanted, std::mem::take(&mut self.lapsed)) {
+            (Names::Only(only), lapsed) if !lapsed.is_empty() => {
+                Names::Only(only.difference(&lapsed).cloned().collect())
+            }
+            (wanted, _) => wanted.clone(),
+        };
+        if self.answer.is_none() && self.asked.as_ref() == Some(&wanted) {
             return None;
         }
         let first = self.asked.is_none();
@@ -290,7 +316,7 @@ impl Subscription {
         match protocol {
             Protocol::StateOfTheWorld => {
                 // Nothing is asked for that was never asked for: the empty list would mean all.
-                if first && self.wanted == Names::Only(BTreeSet::new()) {
+                if first && wanted == Names::Only(BTreeSet::new()) {
                     self.answer = None;
                     return None;
                 }
@@ -298,14 +324,14 @@ impl Subscription {
                 request.nonce = nonce;
                 request.error = error;
                 request.version.clone_from(&self.accepted);
-                request.names = match &self.wanted {
+                request.names = match &wanted {
                     Names::All if is_whole(&request.type_url) => Vec::new(),
                     Names::All => vec!["*".to_owned()],
                     Names::Only(only) => only.iter().cloned().collect(),
                 };
             }
             Protocol::Delta => {
-                if first && self.wanted == Names::Only(BTreeSet::new()) {
+                if first && wanted == Names::Only(BTreeSet::new()) {
                     self.answer = None;
                     return None;
                 }
@@ -314,7 +340,7 @@ impl Subscription {
                     request.error = error;
                 }
                 let star = || vec!["*".to_owned()];
-                (request.subscribe, request.unsubscribe) = match (&self.asked, &self.wanted) {
+                (request.subscribe, request.unsubscribe) = match (&self.asked, &wanted) {
                     (None, Names::All) if is_whole(&request.type_url) => (Vec::new(), Vec::new()),
                     (None, Names::All) => (star(), Vec::new()),
                     (Some(Names::All), Names::All) => (Vec::new(), Vec::new()),
@@ -330,7 +356,7 @@ impl Subscription {
                 }
             }
         }
-        self.asked = Some(self.wanted.clone());
+        self.asked = Some(wanted);
         Some(request)
     }
 }
@@ -442,6 +468,36 @@ mod tests {
         assert_eq!((request.subscribe, request.unsubscribe), (strings(&["c"]), strings(&["a"])));
         state.subscribe(type_urls::ENDPOINT, Names::Only(BTreeSet::new()));
         assert_eq!(state.next_request().unwrap().unsubscribe, strings(&["b", "c"]));
+    }
+
+    /// Though both changes come before the server heard of the first.
+    #[test]
+    fn a_name_that_is_wanted_again_is_asked_for_again() {
+        for protocol in [Protocol::Delta, Protocol::StateOfTheWorld] {
+            let mut state = State::new(protocol);
+            state.subscribe(type_urls::ENDPOINT, Names::only(["a", "b"]));
+            state.connected();
+            state.next_request().unwrap();
+            state.subscribe(type_urls::ENDPOINT, Names::only(["b"]));
+            state.subscribe(type_urls::ENDPOINT, Names::only(["a", "b"]));
+            let (first, second) = (state.next_request().unwrap(), state.next_request().unwrap());
+            match protocol {
+                Protocol::Delta => {
+                    assert_eq!((first.subscribe, first.unsubscribe), (strings(&[]), strings(&["a"])));
+                    assert_eq!((second.subscribe, second.unsubscribe), (strings(&["a"]), strings(&[])));
+                }
+                Protocol::StateOfTheWorld => {
+                    assert_eq!((first.names, second.names), (strings(&["b"]), strings(&["a", "b"])));
+                }
+            }
+            assert_eq!(state.next_request(), None, "{protocol:?}");
+            // On another stream nothing was asked for before.
+            state.subscribe(type_urls::ENDPOINT, Names::only(["b"]));
+            state.subscribe(type_urls::ENDPOINT, Names::only(["a", "b"]));
+            state.connected();
+            state.next_request().unwrap();
+            assert_eq!(state.next_request(), None, "{protocol:?}");
+        }
     }
 
     #[test]
