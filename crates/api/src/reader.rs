@@ -64,8 +64,8 @@ pub struct Documents {
     pub refused: Vec<Refused>,
     /// Everything there is to say, in the order of the text.
     pub findings: Vec<Finding>,
-    /// Whether a document does not tell for certain which object it is about (no YAML, an unknown kind, a
-    /// slip in the metadata): what it held is unknown, so nothing may be taken as deleted.
+    /// Whether a document does not tell for certain which object it is about (no YAML, a kind that looks like
+    /// one of ours, a slip in the metadata): what it held is unknown, so nothing may be taken as deleted.
     pub is_incomplete: bool,
 }
 
@@ -147,7 +147,7 @@ fn take(node: Node, file: &Arc<str>, options: ReadOptions<'_>, out: &mut Documen
     match (read.object, read.refused) {
         (Some(object), _) => out.objects.push(ParsedObject { object, positions }),
         (None, Some(refused)) => out.refused.push(refused),
-        (None, None) => out.is_incomplete = true,
+        (None, None) => out.is_incomplete |= !read.is_stranger,
     }
 }
 
@@ -209,11 +209,20 @@ struct Read {
     object: Option<Object>,
     /// Without an object: which one the text is about, if it tells for certain.
     refused: Option<Refused>,
+    /// It is about nothing that a mesh has, and meant so.
+    is_stranger: bool,
     findings: Vec<Finding>,
 }
 
 fn read_object(node: &Node, default_namespace: &str) -> Read {
-    let mut report = Report { reference: None, kind: None, is_certain: true, is_security: false, findings: Vec::new() };
+    let mut report = Report {
+        reference: None,
+        kind: None,
+        is_certain: true,
+        is_stranger: false,
+        is_security: false,
+        findings: Vec::new(),
+    };
     let object = decode_object(node, default_namespace, &mut report);
     let object = object.filter(|_| !report.has_errors()).and_then(|object| {
         report.findings.extend(validate(&object));
@@ -221,7 +230,7 @@ fn read_object(node: &Node, default_namespace: &str) -> Read {
     });
     let known = report.kind.zip(report.reference).filter(|_| report.is_certain && object.is_none());
     let refused = known.map(|(kind, object)| Refused { kind, object });
-    Read { object, refused, findings: report.findings }
+    Read { object, refused, is_stranger: report.is_stranger, findings: report.findings }
 }
 
 struct Report {
@@ -229,6 +238,7 @@ struct Report {
     kind: Option<Kind>,
     /// Whether metadata hold no slip that could make another object of it.
     is_certain: bool,
+    is_stranger: bool,
     is_security: bool,
     findings: Vec<Finding>,
 }
@@ -317,6 +327,9 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
         Ok(kind) => kind,
         Err(unknown) => {
             report.reference = Some(ObjectRef::new(kind_name, namespace, name));
+            // A CronJob among the manifests is no slip; what looks like a kind of ours, or claims to be Istio's, may be one.
+            let is_istios = api_version.split('/').next().is_some_and(|group| group.ends_with("istio.io"));
+            report.is_stranger = matches!(unknown, UnknownKind::Name { near: None, .. }) && !is_istios;
             let (field, hint) = match &unknown {
                 UnknownKind::Name { near: Some(near), .. } => ("kind", format!("did you mean {near:?}?")),
                 UnknownKind::Name { .. } => {
