@@ -19,7 +19,7 @@ pub(crate) struct Browser {
     _said: BufReader<ChildStdout>,
     address: SocketAddr,
     session: String,
-    _profile: tempfile::TempDir,
+    profile: tempfile::TempDir,
 }
 
 impl Browser {
@@ -39,13 +39,8 @@ impl Browser {
             }
         };
         let profile = tempfile::tempdir().unwrap();
-        let mut browser = Self {
-            driver,
-            _said: said,
-            address: ([127, 0, 0, 1], port).into(),
-            session: String::new(),
-            _profile: profile,
-        };
+        let mut browser =
+            Self { driver, _said: said, address: ([127, 0, 0, 1], port).into(), session: String::new(), profile };
         let args = [
             "--headless".to_owned(),
             "--no-sandbox".to_owned(),
@@ -59,7 +54,7 @@ impl Browser {
             // Nobody but this machine is asked, whatever the page names.
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE *.localhost".to_owned(),
             "--window-size=1200,900".to_owned(),
-            format!("--user-data-dir={}", browser._profile.path().display()),
+            format!("--user-data-dir={}", browser.profile.path().display()),
         ];
         let wanted = json!({ "capabilities": { "alwaysMatch": {
             "browserName": "chrome",
@@ -161,9 +156,9 @@ impl Drop for Browser {
         if !self.session.is_empty()
             && let Ok(mut client) = Client::plain(self.address)
         {
-            let _ = client.send("DELETE", &self.address.to_string(), &self.session, &[]);
+            drop(client.send("DELETE", &self.address.to_string(), &self.session, &[]));
         }
-        let _ = self.driver.kill();
-        let _ = self.driver.wait();
+        drop(self.driver.kill());
+        drop(self.driver.wait());
     }
 }

@@ -726,11 +726,11 @@ impl Exchange {
         self.phase = if ended { Phase::Done } else { Phase::Responding };
         let agreed = response.status == 101 || (head.method() == "CONNECT" && (200..300).contains(&response.status));
         self.is_tunnel = self.upgrade && agreed;
-        if let (Some(completed), Some(hcm)) = (self.completed, self.hcm()) {
-            if !hcm.suppresses_envoy_headers() {
-                let waited = env.now.mono.saturating_duration_since(completed);
-                set_number(&mut response.fields, "x-envoy-upstream-service-time", millis(waited));
-            }
+        if let (Some(completed), Some(hcm)) = (self.completed, self.hcm())
+            && !hcm.suppresses_envoy_headers()
+        {
+            let waited = env.now.mono.saturating_duration_since(completed);
+            set_number(&mut response.fields, "x-envoy-upstream-service-time", millis(waited));
         }
         if let Some(cookie) = self.cookie.take() {
             response.fields.push("set-cookie", cookie.as_bytes());
