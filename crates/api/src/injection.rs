@@ -1,6 +1,6 @@
 //! Which pods get a proxy: a rule over the labels of pod and namespace.
 //!
-//! *Source*: `operations.md` D1 (matrix, without other revisions).
+//! *Source*: Istio, "Installing the Sidecar", the table of labels; without other revisions.
 
 use types::Labels;
 use types::wellknown::{annotations, labels};

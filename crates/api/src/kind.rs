@@ -140,7 +140,7 @@ impl Kind {
         self.info().namespaced
     }
 
-    /// Whether nothing about it may ever be ignored (`design.md`, decision 5).
+    /// Whether nothing about it may ever be ignored.
     pub fn is_security(self) -> bool {
         matches!(
             self,

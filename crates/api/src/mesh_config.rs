@@ -1,6 +1,6 @@
 //! `meshConfig`: settings of the whole mesh, as written, with Istio's defaults on request.
 //!
-//! *Source*: `traffic.md` 5.8, `security.md`, `operations.md` B and C. Absent fields stay `None` so
+//! *Source*: Istio, "Global Mesh Options"; `docs/parity.md`, Traffic 5.8. Absent fields stay `None` so
 //! that files merge; the methods answer with the default.
 
 #![expect(missing_docs, reason = "a field is named and means what Istio's API reference says")]

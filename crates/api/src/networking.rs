@@ -1,7 +1,7 @@
 //! `networking.istio.io`: the specs of Istio's traffic kinds, as written.
 //!
 //! Names are Istio's in snake case, defaults are protobuf's (absent is empty, zero, `None`); what an
-//! absent field *means* is decided where the object is compiled. Source: `traffic.md` 2 to 5.
+//! absent field *means* is decided where the object is compiled. Source: `docs/parity.md`, Traffic 2 to 5.
 
 #![expect(missing_docs, reason = "a field is named and means what Istio's API reference says")]
 
@@ -313,7 +313,7 @@ records! {
         pub traffic_policy: Option<TrafficPolicy>,
     }
 
-    /// `trafficPolicy`. Blocks are replaced whole between levels (`traffic.md` 3.2).
+    /// `trafficPolicy`. Blocks are replaced whole between levels (`docs/parity.md`, Traffic 3.2).
     pub struct TrafficPolicy {
         pub load_balancer: Option<LoadBalancerSettings>,
         pub connection_pool: Option<ConnectionPoolSettings>,

@@ -5,7 +5,7 @@ const SIZE_MAX_BYTES: usize = 1 << 20;
 
 /// Whether `pattern` is one that the proxy will accept; the message says why not.
 ///
-/// *Source*: `dependencies.md` 5, "RE2 against `regex`": what RE2 has and the engine lacks is
+/// *Source*: RE2's syntax beside the `regex` crate's: what RE2 has and the engine lacks is
 /// refused here, and repetitions of repetitions, which RE2 refuses, too.
 pub fn check(pattern: &str) -> Result<(), String> {
     for (feature, why) in [("\\C", "\\C is not supported"), ("\\Q", "\\Q…\\E is not supported: escape the characters")]

@@ -1,6 +1,6 @@
 //! `security.istio.io`: the specs of Istio's security kinds, as written.
 //!
-//! Source: `security.md` 7 to 9.
+//! Source: `docs/parity.md`, Security 7 to 9.
 
 #![expect(missing_docs, reason = "a field is named and means what Istio's API reference says")]
 

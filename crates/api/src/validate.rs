@@ -1,6 +1,6 @@
 //! What an API server with Istio's webhook would refuse or warn about, one object at a time.
 //!
-//! *Source*: `traffic.md` 5.10 and the sections of each kind, `security.md` 8.1 and 9. A field that
+//! *Source*: `docs/parity.md`, Traffic 5.10 and the sections of each kind, Security 8.1 and 9. A field that
 //! Istio has and this mesh does not build yet is a warning, and refused where it is about security.
 
 mod destination_rule;

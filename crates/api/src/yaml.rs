@@ -216,7 +216,7 @@ pub(crate) fn push_key(path: &mut String, key: &str) {
 
 /// What a plain scalar means.
 ///
-/// *Source*: the rules of `kubectl`'s reader (YAML 1.1 in parts), see `dependencies.md` 5.
+/// *Source*: the rules of `kubectl`'s reader (YAML 1.1 in parts).
 pub fn resolve(text: &str) -> Result<Tree, String> {
     let tree = match text {
         "" | "~" | "null" | "Null" | "NULL" => Tree::Null,

@@ -1,6 +1,6 @@
 //! Clusters: services and subsets, the local workload's ports, and the fixed ones.
 //!
-//! *Source*: xDS digest 6; `traffic.md` 3.2 to 3.6.
+//! *Source*: `docs/parity.md`, Traffic 3.2 to 3.6.
 
 mod policy;
 mod tls;

@@ -1,6 +1,6 @@
 //! Endpoints of clusters.
 //!
-//! *Source*: xDS digest 7; `traffic.md` 1.7.
+//! *Source*: `docs/parity.md`, Traffic 1.7.
 
 use std::collections::BTreeMap;
 

@@ -1,6 +1,6 @@
 //! Network and HTTP filters, and the connection manager around them.
 //!
-//! *Source*: xDS digest 4; `traffic.md` 8.3 ("order of work in one proxy").
+//! *Source*: `docs/parity.md`, Traffic 8.3 ("order of work in one proxy").
 
 use envoy_types::pb::envoy::config::accesslog::v3::AccessLog;
 use envoy_types::pb::envoy::config::core::v3::Http2ProtocolOptions;

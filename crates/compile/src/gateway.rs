@@ -1,6 +1,6 @@
 //! What a gateway opens: Gateway servers as listeners and route tables.
 //!
-//! Source: `traffic.md` 4, `security.md` 12, xds digest 8. [`servers`] decides which servers hold
+//! Source: `docs/parity.md`, Traffic 4, Security 12. [`servers`] decides which servers hold
 //! and which share a listener, [`listener`] builds listeners, [`tables`] their route tables.
 //!
 //! **Invariants.** A server that cannot be opened closes no other one. A missing secret leaves its

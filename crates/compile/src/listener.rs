@@ -3,7 +3,7 @@
 //! [`plan`] decides which listeners there are and who owns them; this module writes them.
 //! Listener 15006 is `security::inbound`, listeners of gateways are `gateway::listener`.
 //!
-//! *Source*: xDS digest 2; `traffic.md` 1.3.
+//! *Source*: `docs/parity.md`, Traffic 1.3.
 
 mod plan;
 mod tcp;

@@ -1,6 +1,6 @@
 //! Localities of endpoints: failover, label priorities, distribution.
 //!
-//! *Source*: `traffic.md` 3.3 ("localityLbSetting" and below); xDS digest 7.
+//! *Source*: `docs/parity.md`, Traffic 3.3 ("localityLbSetting" and below).
 
 use std::collections::BTreeMap;
 

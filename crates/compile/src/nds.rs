@@ -1,6 +1,6 @@
 //! The table from which a proxy answers its application's DNS.
 //!
-//! *Source*: xDS digest 11; `traffic.md` 5.7.
+//! *Source*: `docs/parity.md`, Traffic 5.7.
 
 use std::collections::BTreeMap;
 

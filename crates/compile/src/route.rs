@@ -3,7 +3,7 @@
 //! [`http::routes`] serves sidecars and gateways alike; [`table`] makes what a sidecar asks for by
 //! RDS.
 //!
-//! *Source*: xDS digest 5; `traffic.md` 1.4, 1.5, 2.
+//! *Source*: `docs/parity.md`, Traffic 1.4, 1.5, 2.
 
 pub(crate) mod http;
 mod matching;

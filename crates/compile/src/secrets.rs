@@ -1,6 +1,6 @@
 //! Secrets that gateway servers and DestinationRules name, from the Secrets of the proxy's own namespace.
 //!
-//! Source: `traffic.md` 3.6, 4.3 "Certificates", `security.md` TLSO-2, xds digest 8, 11; property 29: a secret goes
+//! Source: `docs/parity.md`, Traffic 3.6, 4.3 "Certificates", Security TLSO-2, property 29: a secret goes
 //! only to the namespace it is of. Whether a certificate, its key and roots are any good is judged where there
 //! are a clock and cryptography.
 

@@ -1,6 +1,6 @@
 //! Access logs and tracing of one proxy.
 //!
-//! *Source*: xDS digest 4 (tracing is in every connection manager) and 10.
+//! Tracing is in every connection manager, also where nothing is sampled. *Source*: `docs/parity.md`, Traffic 8.3.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

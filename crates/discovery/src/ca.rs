@@ -178,7 +178,7 @@ impl Ca {
     /// must stay trusted, but for what has ended, and a signer whom not all know yet waits. `None` when nothing
     /// is to change yet.
     ///
-    /// *Source*: `security.md`, CA-2, CA-3, ROT-2.
+    /// *Source*: `docs/parity.md`, Security CA-2, CA-3, ROT-2.
     pub fn successor(&self, next: Self, now: SystemTime) -> Result<Option<Self>, store::StoreError> {
         let (have, wanted) = (self.roots().certificates(), next.roots().certificates());
         if have.iter().any(|root| store::is_alive(root, now) && !wanted.contains(root)) {

@@ -15,7 +15,7 @@
 //! blocked address (this machine, link-local, the metadata services of clouds); https never leads to
 //! http. Bodies, redirects, time and the number of fetches at once are bounded.
 //!
-//! *Source*: `security.md` 9.1; OpenID Connect Discovery 1.0, section 4.
+//! *Source*: `docs/parity.md`, Security 9.1; OpenID Connect Discovery 1.0, section 4.
 
 mod fetch;
 

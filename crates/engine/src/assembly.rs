@@ -7,7 +7,7 @@
 //! The control side of a proxy feeds it with resources as they come, and with a clock. An [`Assembly`] is for those
 //! who have all resources at hand (`explain`, fuzzing): nothing waits there for what is not among them for ever.
 //!
-//! *Source*: `design.md`, decision 4; `properties.md`, 26.
+//! *Source*: `docs/properties.md`, 26.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

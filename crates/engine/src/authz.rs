@@ -4,7 +4,7 @@
 //! allows is read strictly and one that denies widely ([`Reading`]), and a negation turns the
 //! reading: what cannot be evaluated (an HTTP attribute on a bare connection) never allows and
 //! always denies (property 11). An attribute that is merely absent (no client certificate, no
-//! token) does not match, and its negation does (`security.md` AP-3).
+//! token) does not match, and its negation does (`docs/parity.md`, Security AP-3).
 //!
 //! **Differences from Envoy, on purpose.** A principal is the peer's mesh identity and nothing else
 //! in the certificate (property 17). Rules over `:authority` ignore case and a trailing dot; those

@@ -1,6 +1,6 @@
 //! Cross-origin requests: preflights answered here, headers added to responses.
 //!
-//! *Source*: Envoy's CORS filter; `traffic.md` 2.5. An origin that is not allowed gets no headers,
+//! *Source*: Envoy's CORS filter; `docs/parity.md`, Traffic 2.5. An origin that is not allowed gets no headers,
 //! and its request is served all the same.
 
 use std::sync::Arc;

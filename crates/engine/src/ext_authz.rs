@@ -4,7 +4,7 @@
 //! ([`ExtAuthz::answer`]). Both services of Envoy are known: plain HTTP, where the status decides,
 //! and gRPC (`envoy.service.auth.v3.Authorization`).
 //!
-//! *Source*: Envoy, "External Authorization"; `security.md` 8.10. Fields of framing and of one hop
+//! *Source*: Envoy, "External Authorization"; `docs/parity.md`, Security 8.10. Fields of framing and of one hop
 //! never pass from an authorizer into a request or response, whatever the lists say.
 
 use bytes::{BufMut as _, Bytes, BytesMut};

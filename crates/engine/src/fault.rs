@@ -3,7 +3,7 @@
 //! Faults that a client could ask for by header are refused: nothing a client sends may steer the
 //! mesh (property 13).
 //!
-//! *Source*: Envoy, "Fault injection"; `traffic.md` 2.6.
+//! *Source*: Envoy, "Fault injection"; `docs/parity.md`, Traffic 2.6.
 
 use std::time::Duration;
 

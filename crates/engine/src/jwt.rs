@@ -10,7 +10,7 @@
 //! by one of them, even if the tree is satisfied without it (property 14). Headers that claims are
 //! written to are the proxy's alone: a client's copy is removed first (property 13).
 //!
-//! *Source*: Envoy, "JWT Authentication"; `security.md` 9.
+//! *Source*: Envoy, "JWT Authentication"; `docs/parity.md`, Security 9.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};

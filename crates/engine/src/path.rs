@@ -1,7 +1,7 @@
 //! Path normalisation, as Envoy does it, once, before anybody looks at the path.
 //!
 //! *Source*: Envoy `normalize_path` (Chromium's URL canonicaliser), `merge_slashes`,
-//! `path_with_escaped_slashes_action`; `security.md` 10.1. The query is never touched, a fragment
+//! `path_with_escaped_slashes_action`; `docs/parity.md`, Security 10.1. The query is never touched, a fragment
 //! is cut off.
 //!
 //! **Difference, on purpose.** Decoding never makes a new escape: in `/%%32e`, where Chromium leaves

@@ -307,7 +307,7 @@ fn mesh_host_conflicts(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
 /// said at least. Routing the calls of one's own namespace is nobody else's matter, and the root namespace is the
 /// mesh's own.
 ///
-/// *Source*: `security.md` 14, class 27.
+/// *Source*: `docs/parity.md`, Security 14, class 27.
 fn foreign_hosts(snapshot: &MeshSnapshot, findings: &mut Vec<Finding>) {
     for vs in snapshot.virtual_services().all() {
         let home = &*vs.object.namespace;

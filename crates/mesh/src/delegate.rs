@@ -1,6 +1,6 @@
 //! A root entry and a delegate's entry made into one.
 //!
-//! *Source*: `traffic.md` 2.7.
+//! *Source*: `docs/parity.md`, Traffic 2.7.
 
 use std::collections::BTreeMap;
 

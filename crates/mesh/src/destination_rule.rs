@@ -1,6 +1,6 @@
 //! DestinationRules: merged per host, and found by the three-level search.
 //!
-//! *Source*: `traffic.md` 3.1 and 3.2.
+//! *Source*: `docs/parity.md`, Traffic 3.1 and 3.2.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -55,7 +55,7 @@ impl DestinationRule {
         &self.from[0]
     }
 
-    /// What holds for a port, and for a subset of it: the layers of `traffic.md` 3.2 flattened.
+    /// What holds for a port, and for a subset of it: the layers of `docs/parity.md`, Traffic 3.2 flattened.
     pub fn policy_for(
         &self,
         mesh: Option<&api::mesh_config::DefaultTrafficPolicy>,

@@ -1,6 +1,6 @@
 //! Host names as Istio compares them: lower-case text with at most one `*`, at the start.
 //!
-//! *Source*: `traffic.md` 1.4 ("wildcard hosts") and 1.8 ("short hosts"). VirtualService,
+//! *Source*: `docs/parity.md`, Traffic 1.4 ("wildcard hosts") and 1.8 ("short hosts"). VirtualService,
 //! DestinationRule and ServiceEntry hosts may hold a partial first label (`*-foo.com`), so a plain
 //! string suffix decides, not whole labels.
 

@@ -1,7 +1,7 @@
 //! Key sets of token issuers that somebody fetched: an input of the snapshot, so that compiling asks
 //! nobody.
 //!
-//! *Source*: `security.md` 9.1.
+//! *Source*: `docs/parity.md`, Security 9.1.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! Security policies by namespace and selector, and the mTLS mode that holds for a workload.
 //!
-//! *Source*: `security.md` 7.1, 8.7, 9.
+//! *Source*: `docs/parity.md`, Security 7.1, 8.7, 9.
 
 use std::collections::BTreeMap;
 

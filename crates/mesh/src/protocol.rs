@@ -1,6 +1,6 @@
 //! Protocol selection.
 //!
-//! *Source*: `traffic.md` 1.1.
+//! *Source*: `docs/parity.md`, Traffic 1.1.
 
 /// What a port speaks.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]

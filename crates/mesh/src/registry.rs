@@ -1,6 +1,6 @@
 //! Services and endpoints, from Kubernetes' objects and ServiceEntries.
 //!
-//! *Source*: `traffic.md` 1.1, 1.7, 5.1, 5.2.
+//! *Source*: `docs/parity.md`, Traffic 1.1, 1.7, 5.1, 5.2.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};

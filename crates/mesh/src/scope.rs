@@ -1,6 +1,6 @@
 //! What one proxy sees: services and VirtualServices, cut by `exportTo` and Sidecar.
 //!
-//! *Source*: `traffic.md` 1.7 (one host in several namespaces), 1.8, 5.3.
+//! *Source*: `docs/parity.md`, Traffic 1.7 (one host in several namespaces), 1.8, 5.3.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

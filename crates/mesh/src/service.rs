@@ -13,7 +13,7 @@ use crate::visibility::Visibility;
 
 /// When an object was made. Conflicts go to the older one: creation, then name, then namespace.
 ///
-/// *Source*: `traffic.md` 1.3, "ordering for conflicts".
+/// *Source*: `docs/parity.md`, Traffic 1.3, "ordering for conflicts".
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Age {
     /// Larger is younger.

@@ -1,6 +1,6 @@
 //! VirtualServices with names expanded and delegates merged.
 //!
-//! *Source*: `traffic.md` 1.8 (names), 2.1 (which one applies), 2.7 (delegation).
+//! *Source*: `docs/parity.md`, Traffic 1.8 (names), 2.1 (which one applies), 2.7 (delegation).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -215,7 +215,7 @@ impl VirtualServiceIndex {
     }
 
     fn has_mesh_match(vs: &VirtualService, namespace: &str) -> bool {
-        // An entry's own `gateways` replaces the top level for that entry (`traffic.md` 2.2).
+        // An entry's own `gateways` replaces the top level for that entry (`docs/parity.md`, Traffic 2.2).
         vs.visibility.is_visible_to(namespace)
             && !vs.binds_to(MESH_GATEWAY)
             && vs

@@ -1,6 +1,6 @@
 //! `exportTo`.
 //!
-//! *Source*: `traffic.md` 1.8.
+//! *Source*: `docs/parity.md`, Traffic 1.8.
 
 use std::collections::BTreeSet;
 

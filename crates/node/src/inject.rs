@@ -1,6 +1,6 @@
 //! Which pods get a proxy, and what that changes in them.
 //!
-//! *Source*: `operations.md` D1 (matrix, without other revisions) and D2.
+//! *Source*: Istio, "Installing the Sidecar" and "Sidecar Injection".
 
 use std::collections::BTreeMap;
 
@@ -189,7 +189,7 @@ const OVERRIDES: &str = "proxy.istio.io/overrides";
 
 /// Where a pod says that its own metrics are; `None` when they are not served beside the proxy's.
 ///
-/// *Source*: `operations.md` SCR-1.
+/// *Source*: Istio, "Metrics merging".
 fn merged_metrics(annotations: &Value, mesh: &Mesh) -> Option<BTreeMap<&'static str, String>> {
     let text = |name: &str| annotations.get(name).and_then(Value::as_str);
     let wants =

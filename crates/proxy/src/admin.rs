@@ -146,7 +146,7 @@ where
 
 /// Whether a change of the proxy's life may be asked for from there.
 ///
-/// *Source*: `operations.md`, agent 15020: `/quitquitquit` and `/drain`, loopback only, else 403; POST
+/// *Source*: Istio's agent, port 15020: `/quitquitquit` and `/drain`, loopback only, else 403; POST
 /// only, else 405.
 pub(crate) fn refusal(peer: SocketAddr, post: bool) -> Option<Page> {
     if !peer.ip().to_canonical().is_loopback() {

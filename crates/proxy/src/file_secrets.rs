@@ -10,7 +10,7 @@
 //! fit leaves what was there before, and is told once; where nothing was, handshakes that need it fail. A file that
 //! is there and cannot be read for now is tried again at every look.
 //!
-//! *Source*: `security.md` 5, ROT-3.
+//! *Source*: `docs/parity.md`, Security 5, ROT-3.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt as _;

@@ -4,7 +4,7 @@
 //! cause is finer, and every rendering (status, flag, details, gRPC code, remedy) is read from
 //! the same row. Causes never reach a client as bytes beyond what Istio sends.
 //!
-//! *Source*: Envoy's response flags and response code details; `traffic.md` 8.1 and 8.2.
+//! *Source*: Envoy's response flags and response code details; `docs/parity.md`, Traffic 8.1 and 8.2.
 
 use serde::{Deserialize, Serialize};
 

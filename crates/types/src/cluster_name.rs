@@ -9,7 +9,7 @@ use crate::names::Hostname;
 
 /// The name of a cluster, in every form Istio writes.
 ///
-/// *Source*: `traffic.md` 1.4: `outbound|<port>|<subset>|<fqdn>`, `inbound|<port>||`, fixed names.
+/// *Source*: `docs/parity.md`, Traffic 1.4: `outbound|<port>|<subset>|<fqdn>`, `inbound|<port>||`, fixed names.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum ClusterName {
     /// Towards a service, one of its subsets, or a host outside.

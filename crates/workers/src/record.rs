@@ -290,7 +290,7 @@ impl Telemetry {
     /// The service a request or connection was for. `host` stands in for a service that nobody names, if it may:
     /// a client's word makes no series of a gateway or a server.
     ///
-    /// *Source*: `operations.md`, LBL-2 and LBL-5; Istio's `istio_stats` for the names of the routes that stand for
+    /// *Source*: Istio, "Istio Standard Metrics" (`destination_service`); Istio's `istio_stats` for the names of the routes that stand for
     /// hosts which no service has.
     fn service_of(&self, conn: &Conn, info: &StreamInfo, host: &str) -> Arc<Destination> {
         let own = self.peers.own();
@@ -535,7 +535,7 @@ impl RequestLog {
     /// Counts the gRPC messages that have passed, once the peer is known: a client's metadata comes with the request,
     /// a server's with its answer.
     ///
-    /// *Source*: `operations.md`, A1 and MET-2. Istio tells every five seconds what we tell at once.
+    /// *Source*: Istio, "Istio Standard Metrics". Istio tells every five seconds what we tell at once.
     pub(crate) fn messages(
         &mut self,
         worker: &Worker,

@@ -1,7 +1,7 @@
 //! Secrets by name: the workload's own, and those received.
 //!
 //! The control side replaces the whole store; workers look names up at each handshake, so that a
-//! renewed certificate counts for the next one (`design.md`, decision 4).
+//! renewed certificate counts for the next one.
 
 use std::collections::HashMap;
 use std::fmt;

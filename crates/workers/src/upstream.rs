@@ -1,7 +1,7 @@
 //! Connections to upstreams: pools of one worker, and how a connection is made.
 //!
 //! A pool is all that may be shared: cluster, address, TLS context (identity, trust, names, ALPN),
-//! server name, protocol, source address, PROXY preamble (`design.md`, decision 7). Counts and
+//! server name, protocol, source address, PROXY preamble. Counts and
 //! limits are the proxy's ([`engine::shared`]), connections are the worker's.
 
 use std::cell::{Cell, RefCell};

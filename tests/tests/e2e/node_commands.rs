@@ -126,7 +126,7 @@ spec:
     }
 }
 
-/// *Source*: `operations.md` F: istioctl's columns.
+/// *Source*: `istioctl`'s columns.
 #[test]
 fn what_a_proxy_runs_is_shown_in_istioctls_columns() {
     let mesh = NODE.turn();

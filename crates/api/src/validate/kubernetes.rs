@@ -58,7 +58,7 @@ pub(super) fn metadata(check: &mut Check<'_>) {
     injection(check, "metadata", &object.meta.labels, &object.meta.annotations);
 }
 
-/// *Source*: `operations.md` INJ-1: any other word than the two is warned about and counts as unset.
+/// *Source*: Istio, "Installing the Sidecar": any other word than the two is warned about and counts as unset.
 fn injection(check: &mut Check<'_>, at: &str, labels: &Labels, annotations: &BTreeMap<String, String>) {
     use types::wellknown;
     for (list, value) in [

@@ -1,6 +1,6 @@
 //! PeerAuthentication, RequestAuthentication, AuthorizationPolicy.
 //!
-//! *Source*: `security.md` 7.1, 8.1, 8.5, 9. What is not built yet is refused, never left out.
+//! *Source*: `docs/parity.md`, Security 7.1, 8.1, 8.5, 9. What is not built yet is refused, never left out.
 
 use serde_json::Value;
 

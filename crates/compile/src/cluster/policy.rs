@@ -1,6 +1,6 @@
 //! A traffic policy on a cluster: balancing, pools, outliers, protocols.
 //!
-//! *Source*: `traffic.md` 3.3 to 3.5; xDS digest 6.
+//! *Source*: `docs/parity.md`, Traffic 3.3 to 3.5.
 
 use api::networking as net;
 use envoy_types::pb::envoy::config::cluster::v3::{

@@ -1,6 +1,6 @@
 //! TLS towards upstreams: mesh mTLS found out per endpoint, explicit mesh mTLS, and TLS to others.
 //!
-//! *Source*: `traffic.md` 3.6; `security.md` 7.2 (MTLS-3, MTLS-5, MTLS-9, MTLS-10), 7.4; xDS digest 6.
+//! *Source*: `docs/parity.md`, Traffic 3.6; Security 7.2 (MTLS-3, MTLS-5, MTLS-9, MTLS-10), 7.4.
 
 use api::networking::{self as net, ClientTlsMode};
 use api::security::MtlsMode;

@@ -1,6 +1,6 @@
 //! Listeners of gateways.
 //!
-//! Source: `traffic.md` 4.2 to 4.4, xds digest 8.
+//! Source: `docs/parity.md`, Traffic 4.2 to 4.4.
 
 use std::collections::BTreeSet;
 

@@ -1,6 +1,6 @@
 //! Which servers a gateway opens, on which ports, and which of them share a listener.
 //!
-//! Source: `traffic.md` 4.1, 4.2.
+//! Source: `docs/parity.md`, Traffic 4.1, 4.2.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,6 +1,6 @@
 //! Route tables of gateways.
 //!
-//! Source: `traffic.md` 4.2, xds digest 1, 5, 8.
+//! Source: `docs/parity.md`, Traffic 4.2.
 
 use std::collections::BTreeMap;
 

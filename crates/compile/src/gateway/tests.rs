@@ -1,5 +1,4 @@
-//! Gateways as their listeners, tables and secrets. Source: xds digest 8 and the scenarios
-//! `gateway-http-tls`, `gateway-modes`, `jwt-authz` of the reference.
+//! Gateways as their listeners, tables and secrets.
 
 use envoy_types::pb::envoy::config::route::v3::{RouteConfiguration, route, route_action};
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::Secret;

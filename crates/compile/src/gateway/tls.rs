@@ -1,7 +1,7 @@
 //! TLS contexts of gateway servers.
 //!
-//! Source: `traffic.md` 4.3, `security.md` 12, xds digest 8. Deviation from Istio, settled in
-//! `security.md` MTLS-4: ISTIO_MUTUAL asks for an identity of the mesh's trust domains here too.
+//! Source: `docs/parity.md`, Traffic 4.3, Security 12. Deviation from Istio, settled in
+//! `docs/parity.md`, Security MTLS-4: ISTIO_MUTUAL asks for an identity of the mesh's trust domains here too.
 
 use api::networking::{ServerTlsMode, ServerTlsSettings, TlsProtocol};
 use envoy_types::pb::envoy::config::core::v3::{DataSource, data_source};

@@ -1,6 +1,6 @@
 //! Chains of a sidecar that relay bytes: a service's own, and those of TCP and TLS routes.
 //!
-//! *Source*: `traffic.md` 2.8.
+//! *Source*: `docs/parity.md`, Traffic 2.8.
 
 use std::sync::Arc;
 

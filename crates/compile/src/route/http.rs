@@ -1,6 +1,6 @@
 //! A VirtualService's HTTP entries as routes.
 //!
-//! *Source*: `traffic.md` 2.2 to 2.6; xDS digest 5.
+//! *Source*: `docs/parity.md`, Traffic 2.2 to 2.6.
 
 use api::networking as net;
 use base64_free::decode_base64;

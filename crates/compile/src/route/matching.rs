@@ -1,6 +1,6 @@
 //! Matches of an HTTP entry: those decided now, and those that the proxy decides per request.
 //!
-//! *Source*: `traffic.md` 2.2; xDS digest 5.
+//! *Source*: `docs/parity.md`, Traffic 2.2.
 
 use std::collections::BTreeMap;
 

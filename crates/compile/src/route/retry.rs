@@ -1,6 +1,6 @@
 //! Retry policies.
 //!
-//! *Source*: `traffic.md` 2.6.
+//! *Source*: `docs/parity.md`, Traffic 2.6.
 
 use api::MeshConfig;
 use api::networking::HttpRetry;

@@ -1,6 +1,6 @@
 //! The tables of a sidecar: one per HTTP port, one per service with a port of unknown protocol.
 //!
-//! *Source*: xDS digest 5; `traffic.md` 1.4, 1.5, 2.1.
+//! *Source*: `docs/parity.md`, Traffic 1.4, 1.5, 2.1.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! AuthorizationPolicies of one workload, as RBAC filters.
 //!
-//! Source: `security.md` 8, xds digest 9. Order: CUSTOM, then (tokens), then DENY, then ALLOW. One
+//! Source: `docs/parity.md`, Security 8. Order: CUSTOM, then (tokens), then DENY, then ALLOW. One
 //! filter an action; what is only tried out (`istio.io/dry-run`) stands in it as shadow rules.
 
 use std::collections::BTreeMap;

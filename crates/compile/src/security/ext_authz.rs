@@ -1,6 +1,6 @@
 //! External authorizers of CUSTOM policies.
 //!
-//! Source: `security.md` 8.10; xds digest 9. The filter runs only on what the shadow rules before it
+//! Source: `docs/parity.md`, Security 8.10. The filter runs only on what the shadow rules before it
 //! have marked.
 
 use api::mesh_config::{ExtAuthzBody, ExtAuthzGrpc, ExtAuthzHttp};

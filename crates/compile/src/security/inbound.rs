@@ -1,6 +1,6 @@
 //! Listener 15006: what a sidecar accepts, by mTLS mode and declared protocol.
 //!
-//! Source: `security.md` 7.1, 7.2; `traffic.md` 1.6; xds digest 3. The table of chains is
+//! Source: `docs/parity.md`, Security 7.1, 7.2; Traffic 1.6. The table of chains is
 //! [`chains_of`]; everything else fills its rows.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -170,7 +170,7 @@ impl Class {
     }
 }
 
-/// The chains of one port, in order (xds digest 3). A mode that is not known is STRICT.
+/// The chains of one port, in order. A mode that is not known is STRICT.
 pub(crate) fn chains_of(mode: MtlsMode, class: Class) -> Vec<ChainRow> {
     const TLS: &str = "tls";
     const RAW: &str = "raw_buffer";

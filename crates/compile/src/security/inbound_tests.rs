@@ -48,7 +48,7 @@ fn check(mode: &str, port: u16, expect: &[&str]) {
     assert_eq!(of_port, expect, "{mode} {port}");
 }
 
-// security.md 7.2
+// `docs/parity.md`, Security 7.2
 
 #[test]
 fn permissive() {
@@ -189,7 +189,7 @@ fn inspectors_run_only_where_needed() {
     assert_eq!(inspectors(&listener), ["original_dst", "http_inspector but 7071 8080 8443 9001 15006"]);
 }
 
-// security.md 7.1
+// `docs/parity.md`, Security 7.1
 
 #[test]
 fn ports_have_modes_of_their_own() {

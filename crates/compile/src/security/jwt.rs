@@ -1,7 +1,7 @@
 //! RequestAuthentications of one workload, as a token filter.
 //!
-//! Source: `security.md` 9, xds digest 9. All matching objects are merged. Deviation from Istio,
-//! settled in `design.md`: every token a request carries must be valid, not just one of them.
+//! Source: `docs/parity.md`, Security 9. All matching objects are merged. Deviation from Istio
+//! (`docs/decisions/security-and-gateways.md`): every token a request carries must be valid, not just one of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 

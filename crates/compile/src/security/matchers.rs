@@ -1,6 +1,6 @@
 //! The small matchers that policies are made of.
 //!
-//! Source: `security.md` 8.3 to 8.5; Envoy `type.matcher.v3`. Envoy's `safe_regex` matches whole
+//! Source: `docs/parity.md`, Security 8.3 to 8.5; Envoy `type.matcher.v3`. Envoy's `safe_regex` matches whole
 //! strings, so no pattern here is anchored.
 
 use std::net::IpAddr;

@@ -1,5 +1,4 @@
-//! Whole policies of a workload, as their filters. Source: xds digest 9 and the scenarios
-//! `jwt-authz`, `authz-tcp`, `authz-custom` of the reference.
+//! Whole policies of a workload, as their filters.
 
 use super::*;
 use crate::view::ProxyKind;
@@ -36,7 +35,7 @@ fn tokens(name: &str, spec: &str) -> String {
 
 const KEYS: &str = r#"{"keys":[{"kty":"RSA","kid":"k1","alg":"RS256","e":"AQAB","n":"3QbXrZS5"}]}"#;
 
-// security.md 8.2, AP-1
+// `docs/parity.md`, Security 8.2, AP-1
 
 #[test]
 fn empty_policies() {
@@ -101,7 +100,7 @@ fn dry_run_stands_in_the_shadow() {
     check(&allow, &[rule], &[rule]);
 }
 
-// security.md 8.10
+// `docs/parity.md`, Security 8.10
 
 const MESH: &str = r"
 apiVersion: install.istio.io/v1alpha1
@@ -205,7 +204,7 @@ fn the_order_is_custom_tokens_deny_allow() {
     assert_eq!(names, ["rbac", "ext_authz", "jwt_authn", "rbac", "rbac"]);
 }
 
-// security.md 9
+// `docs/parity.md`, Security 9
 
 #[test]
 fn one_issuer() {

@@ -1,7 +1,7 @@
 //! One rule of an AuthorizationPolicy, as an RBAC policy.
 //!
 //! `from` and the conditions on the caller become principals, `to` and the conditions on the
-//! destination become permissions. Source: `security.md` 8.2 to 8.6, xds digest 9.
+//! destination become permissions. Source: `docs/parity.md`, Security 8.2 to 8.6.
 //!
 //! **Invariants.** A rule that cannot be judged never grants: in a policy that refuses (DENY) or asks
 //! (CUSTOM) it matches everything, in one that grants (ALLOW) nothing. On TCP an attribute of HTTP
@@ -519,7 +519,7 @@ fn request_principal(text: &str) -> (StringMatcher, StringMatcher) {
 
 /// A principal under every name of its trust domain.
 ///
-/// *Source*: `security.md` 8.8.
+/// *Source*: `docs/parity.md`, Security 8.8.
 fn aliases_of_principal(text: &str, trust_domains: &[String]) -> Vec<String> {
     let parts: Vec<&str> = text.split('/').collect();
     let (Some(&domain), 5) = (parts.first(), parts.len()) else {

@@ -56,7 +56,7 @@ fn when_not(key: &str, values: &[&str]) -> serde_json::Value {
     json!({"when": [{"key": key, "notValues": values}]})
 }
 
-// security.md 8.2
+// `docs/parity.md`, Security 8.2
 
 #[test]
 fn an_empty_rule_matches_everything() {
@@ -89,7 +89,7 @@ fn both_signs_of_a_field_hold_together() {
     );
 }
 
-// security.md 8.3
+// `docs/parity.md`, Security 8.3
 
 #[test]
 fn principals() {
@@ -163,7 +163,7 @@ fn addresses() {
     }
 }
 
-// security.md 8.4
+// `docs/parity.md`, Security 8.4
 
 #[test]
 fn hosts_ignore_the_port_where_a_match_refuses() {
@@ -225,7 +225,7 @@ fn empty_sources_and_operations_fail_closed() {
     }
 }
 
-// security.md 8.5
+// `docs/parity.md`, Security 8.5
 
 #[test]
 fn conditions() {
@@ -255,7 +255,7 @@ fn conditions() {
     }
 }
 
-// security.md 8.6
+// `docs/parity.md`, Security 8.6
 
 #[test]
 fn attributes_of_http_on_tcp() {
@@ -278,7 +278,7 @@ fn attributes_of_http_on_tcp() {
     );
 }
 
-// security.md 8.8
+// `docs/parity.md`, Security 8.8
 
 #[test]
 fn trust_domain_aliases() {
@@ -301,7 +301,7 @@ fn trust_domain_aliases() {
     check(source(json!({"trustDomains": ["x"]})), "any <- peer=spiffe://x/*");
 }
 
-// security.md 8.10
+// `docs/parity.md`, Security 8.10
 
 #[test]
 fn a_custom_rule_over_what_is_not_known_yet_asks_about_everything() {

@@ -1,6 +1,6 @@
 //! TLS contexts of servers, and where their secrets come from.
 //!
-//! Source: `security.md` 7.2 (MTLS-3 to MTLS-6), 12; xds digest 3, 8. Workload keys never cross ADS:
+//! Source: `docs/parity.md`, Security 7.2 (MTLS-3 to MTLS-6), 12. Workload keys never cross ADS:
 //! `default` and `ROOTCA` come from the proxy's own agent.
 
 use api::mesh_config::TlsConfig;

@@ -1,5 +1,5 @@
 //! VirtualServices, DestinationRules and Sidecars: which of them hold, and what they make of clusters.
-//! Source: `traffic.md` 2.1, 2.3, 2.7, 3.1, 3.4, 5.3.
+//! Source: `docs/parity.md`, Traffic 2.1, 2.3, 2.7, 3.1, 3.4, 5.3.
 
 use envoy_types::pb::envoy::config::core::v3::TcpKeepalive;
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::{HttpProtocolOptions, http_protocol_options as http};

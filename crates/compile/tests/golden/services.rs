@@ -1,4 +1,4 @@
-//! Services and ServiceEntries: listeners, names, endpoints. Source: `traffic.md` 1.3, 1.4, 1.7, 2.8, 5.1.
+//! Services and ServiceEntries: listeners, names, endpoints. Source: `docs/parity.md`, Traffic 1.3, 1.4, 1.7, 2.8, 5.1.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! The decisions of `security.md` 8, and that doubt never lets anybody in.
+//! The decisions of `docs/parity.md`, Security 8, and that doubt never lets anybody in.
 
 use std::collections::HashMap;
 

@@ -1,6 +1,6 @@
 //! Local replies and redirects.
 //!
-//! *Source*: `traffic.md` 8.2; design decision 6: one cause, one table.
+//! *Source*: `docs/parity.md`, Traffic 8.2. One cause, one table.
 
 use bytes::Bytes;
 use types::{Cause, GrpcCode, RequestHead, ResponseHead, Version};

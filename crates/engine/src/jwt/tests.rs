@@ -1,4 +1,4 @@
-//! Tokens as `security.md` 9 wants them judged, and none that was tampered with.
+//! Tokens as `docs/parity.md`, Security 9 wants them judged, and none that was tampered with.
 
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{self, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _, RsaKeyPair};

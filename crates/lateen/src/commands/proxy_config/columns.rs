@@ -1,6 +1,6 @@
 //! From a config dump in Envoy's form to istioctl's columns. Pure.
 //!
-//! *Source*: `operations.md` F (`proxy-config`). Both spellings of field names are read, so that a
+//! *Source*: `istioctl proxy-config`. Both spellings of field names are read, so that a
 //! dump of an Envoy does as well.
 
 use std::time::{SystemTime, UNIX_EPOCH};
