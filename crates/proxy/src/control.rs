@@ -506,7 +506,7 @@ impl Control {
             names.map(|name| name.to_string()).collect::<BTreeSet<String>>()
         };
         let mut secrets = of_plane(type_urls::SECRET, wanted.secrets);
-        secrets.retain(|name| !is_of_files(name) && !(self.has_identity && secret::is_own(name)));
+        secrets.retain(|name| !(is_of_files(name) || self.has_identity && secret::is_own(name)));
         handle.subscribe(type_urls::ENDPOINT, Names::Only(of_plane(type_urls::ENDPOINT, wanted.endpoints)));
         handle.subscribe(type_urls::ROUTE, Names::Only(of_plane(type_urls::ROUTE, wanted.routes)));
         handle.subscribe(type_urls::SECRET, Names::Only(secrets));

@@ -439,7 +439,7 @@ fn revoked_peers_are_refused_on_both_sides() {
                 let client = ClientTls::mesh(&client, vec![SanMatch::uri(SERVER)], Vec::new());
                 let server = ServerTls::mesh(&server, mesh_prefix(), Vec::new());
                 let expect = expect(side);
-                let expect = expect.as_ref().map(|()| ()).map_err(String::as_str);
+                let expect = expect.as_ref().copied().map_err(String::as_str);
                 check(&format!("{what}, {serial}"), &client, &server, expect);
             }
         }
