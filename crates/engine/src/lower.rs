@@ -10,7 +10,7 @@
 //! time to live), `cleanup_interval`, `drain_type`, `proxy_100_continue` (a 100 of the application is passed on anyhow),
 //! overrides of Istio's metrics (`stats.PluginConfig.metrics`),
 //! `ignore_health_on_host_removal`, `delayed_close_timeout` and `drain_timeout_jitter` (how a connection that has
-//! ended is let go), and `validate_clusters` (a missing cluster is found per request).
+//! ended is let go), `ocsp_staple` and its policy (nothing is stapled), and `validate_clusters` (a missing cluster is found per request).
 
 use std::sync::Arc;
 

@@ -216,8 +216,8 @@ impl HeaderMatcher {
     ///
     /// *Source*: Envoy `envoy.reloadable_features.match_headers_individually`.
     pub fn matches(&self, head: &RequestHead) -> bool {
-        // `host` is another name of `:authority`, as everywhere in Envoy
-        if self.name.starts_with(':') || &*self.name == "host" {
+        // `host` is another name of `:authority`, as everywhere in Envoy; `upgrade` is no field here either
+        if self.name.starts_with(':') || matches!(&*self.name, "host" | "upgrade") {
             return self.matches_value(head.header(&self.name).as_deref());
         }
         self.matches_each(head.fields.get_all(&self.name))

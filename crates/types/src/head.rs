@@ -383,7 +383,7 @@ impl RequestHead {
     }
 
     /// Value of a header or of the pseudo-header `:method`, `:path`, `:authority` (or `host`),
-    /// `:scheme`, every occurrence joined by `,`.
+    /// `:scheme` (`upgrade` is what the client wants to go on with, over HTTP/2 too), every occurrence joined by `,`.
     pub fn header(&self, name: &str) -> Option<std::borrow::Cow<'_, [u8]>> {
         self.pseudo(name).map(Into::into).or_else(|| self.fields.joined(name))
     }
@@ -399,6 +399,7 @@ impl RequestHead {
             ":path" => Some(self.path()),
             ":authority" | "host" => Some(self.authority()),
             ":scheme" => Some(self.scheme.as_str().as_bytes()),
+            "upgrade" => self.protocol(),
             _ => None,
         }
     }

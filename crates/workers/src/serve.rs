@@ -333,6 +333,7 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
     };
     let mut draining = false;
     let mut drain_until: Option<Instant> = None;
+    let mut is_cut = false;
     let mut idle_since = Instant::now();
     let mut served: u32 = 0;
     let active: Rc<Cell<u32>> = Rc::default();
@@ -340,6 +341,9 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
         if conn.is_draining() && !draining {
             draining = true;
             connection.graceful_shutdown();
+        }
+        // A proxy that is only said to be unwell stays, and so do the streams that run.
+        if conn.state.is_draining() && drain_until.is_none() && !is_cut {
             drain_until = Some(Instant::now() + hcm.timeouts.drain.max(worker.shared.drain_time));
         }
         let idle_until = hcm.timeouts.idle.filter(|_| !draining).map(|idle| idle_since + idle);
@@ -356,11 +360,12 @@ async fn serve_h2(worker: &Rc<Worker>, conn: &Rc<Conn>, hcm: &Hcm, io: Io) {
         let accepted = tokio::select! {
             biased;
             accepted = poll_fn(|cx| connection.poll_accept(cx)) => accepted,
-            () = poll_fn(|cx| conn.state.poll_draining(cx)), if !draining => continue,
+            () = poll_fn(|cx| conn.state.poll_draining(cx)), if !conn.state.is_draining() => continue,
             () = sleep_until(until) => {
                 if drain_until.is_some() {
                     connection.abrupt_shutdown(h2::Reason::NO_ERROR);
                     drain_until = None;
+                    is_cut = true;
                     draining = true;
                 } else if quiet {
                     connection.graceful_shutdown();

@@ -622,7 +622,7 @@ impl Exchange {
                 avoid_priorities: &[],
                 resolved: None,
                 alpn: hcm.as_deref().and_then(Hcm::alpn),
-                upgrade: false,
+                upgrade: self.upgrade,
             };
             // A copy that cannot be sent is dropped: it never affects the client. Where it goes is no
             // decision about the request.
@@ -998,6 +998,8 @@ impl Exchange {
         request: &RequestHead,
         recorder: &mut dyn Recorder,
     ) -> Step {
+        // A try that ends in an answer of ours is no retry any more, however long the answer takes to be written.
+        self.attempt.retrying = None;
         self.info.causes.push(cause);
         if self.info.details == Details::None {
             self.info.details = Details::Static(cause.surface().details);

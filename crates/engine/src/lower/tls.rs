@@ -247,6 +247,8 @@ fn source(data: core::DataSource) -> Result<Source, Unsupported> {
 fn key_pair(mut proto: pb::TlsCertificate) -> Result<(Source, Source), Unsupported> {
     let chain = proto.certificate_chain.take().ok_or_else(|| Unsupported::missing("certificate_chain"))?;
     let key = proto.private_key.take().ok_or_else(|| Unsupported::missing("private_key"))?;
+    // Istio sends what the Secret has; nothing is stapled.
+    proto.ocsp_staple = None;
     nothing_left(&proto)?;
     Ok((source(chain).within("certificate_chain")?, source(key).within("private_key")?))
 }

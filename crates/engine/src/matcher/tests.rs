@@ -105,6 +105,14 @@ fn the_host_is_the_authority() {
         assert!(matcher(name, false).matches(&head(&[])), "{name}");
         assert!(!matcher(name, true).matches(&head(&[])), "not {name}");
     }
+    // What a client wants to go on with is no field of ours, and is matched all the same.
+    let mut upgrade = head(&[]);
+    upgrade.set_protocol(Some(b"h"));
+    for reading in [Reading::Wide, Reading::Strict] {
+        assert!(matcher("upgrade", false).matches_under(&upgrade, reading), "{reading:?}");
+        assert!(!matcher("upgrade", false).matches_under(&head(&[]), reading), "{reading:?}");
+    }
+    assert!(matcher("upgrade", false).matches(&upgrade) && !matcher("upgrade", true).matches(&upgrade));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! HTTP/2 streams over the `h2` crate, and heads between its types and ours.
 
+use std::sync::LazyLock;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -499,8 +500,12 @@ pub(crate) fn read_request(
 
 /// A request head for an HTTP/2 upstream; an upgrade is written as extended CONNECT.
 ///
-/// *Errors*: [`Broken::Unwritable`] where the `http` crate does not take the authority.
+/// *Errors*: [`Broken::Unwritable`] where the `http` crate does not take the authority, and for an upgrade by another
+/// method than GET, which extended CONNECT has no word for: the peer would judge another request than we did.
 pub(crate) fn request_to(head: &RequestHead) -> Result<http::Request<()>, Broken> {
+    if head.protocol().is_some() && head.method() != "GET" {
+        return Err(Broken::Unwritable);
+    }
     let mut request = http::Request::new(());
     *request.version_mut() = http::Version::HTTP_2;
     // the authority stands for it
@@ -526,9 +531,19 @@ pub(crate) fn request_to(head: &RequestHead) -> Result<http::Request<()>, Broken
     Ok(request)
 }
 
+/// What the `http` crate takes, byte by byte: in a path, and in a query.
+static PLAIN: LazyLock<[[bool; 256]; 2]> = LazyLock::new(|| {
+    let is_plain = |byte: u8, in_query: bool| {
+        let alone: &[u8] = if in_query { &[b'/', b'?', byte] } else { &[b'/', byte] };
+        PathAndQuery::try_from(alone).is_ok()
+    };
+    [false, true].map(|in_query| std::array::from_fn(|byte| u8::try_from(byte).is_ok_and(|b| is_plain(b, in_query))))
+});
+
 /// A path with its query. Bytes that HTTP/1 takes and the `http` crate does not (`"`, `<` and `>` in a query) are escaped,
 /// as whoever wrote the URL should have done (RFC 3986, section 2.1).
 fn path_to(path: &[u8]) -> Result<PathAndQuery, Broken> {
+    const HEX: &[u8; 16] = b"0123456789ABCDEF";
     if let Ok(path) = PathAndQuery::try_from(path) {
         return Ok(path);
     }
@@ -536,11 +551,9 @@ fn path_to(path: &[u8]) -> Result<PathAndQuery, Broken> {
     let mut in_query = false;
     for &byte in path {
         in_query |= byte == b'?';
-        let alone: &[u8] = if in_query { &[b'/', b'?', byte] } else { &[b'/', byte] };
-        if PathAndQuery::try_from(alone).is_ok() {
+        if PLAIN[usize::from(in_query)][usize::from(byte)] {
             escaped.push(byte);
         } else {
-            const HEX: &[u8; 16] = b"0123456789ABCDEF";
             escaped.extend([b'%', HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
         }
     }
@@ -586,5 +599,18 @@ mod tests {
         let all = [&b"/"[..], &all, b"?", &all].concat();
         let written = path_to(&all).unwrap();
         assert!(written.as_str().contains("?!%22$"), "{written}");
+    }
+
+    #[test]
+    fn only_a_get_is_upgraded_by_connect() {
+        let request = |method: &str| {
+            let mut head = RequestHead::new(method, "a", "/x");
+            head.set_protocol(Some(b"websocket"));
+            request_to(&head).map(|request| request.method().as_str().to_owned())
+        };
+        assert_eq!(request("GET").unwrap(), "CONNECT");
+        for method in ["POST", "HEAD", "CONNECT"] {
+            assert!(matches!(request(method), Err(Broken::Unwritable)), "{method}");
+        }
     }
 }

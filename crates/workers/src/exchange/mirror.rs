@@ -90,6 +90,9 @@ struct Body {
 
 async fn send(worker: &Rc<Worker>, conn: &Rc<Conn>, mirror: Mirror, body: Body) -> Result<(), Broken> {
     let leased = upstream::lease(worker, &mirror.attempt, &conn.facts).await.map_err(|_| Broken::Closed)?;
+    if mirror.head.protocol().is_some() && !leased.takes_upgrades() {
+        return Err(Broken::Unwritable);
+    }
     let mut running = leased.start(&mirror.head, body.is_whole && body.begun.is_empty())?;
     match copy(&mut running, body).await {
         // nobody is there to speak in a tunnel
