@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -388,7 +388,7 @@ impl Alone {
                 "clusters": [
                     cluster("silent", silent[0].address),
                     cluster("full", silent[1].address),
-                    http2("http2", silent[0].address),
+                    http2("http2", bare_http2()),
                     {
                         "name": "anywhere", "lb_policy": "CLUSTER_PROVIDED",
                         "cluster_type": {"name": "envoy.clusters.dynamic_forward_proxy", "typed_config": {
@@ -446,6 +446,21 @@ fn cluster(name: &str, at: SocketAddr) -> Value {
     })
 }
 
+/// A server of HTTP/2 that says so, and that it can do nothing special.
+fn bare_http2() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut open = Vec::new();
+        for mut stream in listener.incoming().flatten() {
+            if stream.write_all(&frame(4, 0, 0, &[])).is_ok() {
+                open.push(stream);
+            }
+        }
+    });
+    address
+}
+
 fn http2(name: &str, at: SocketAddr) -> Value {
     let options = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
     let mut made = cluster(name, at);
@@ -487,7 +502,9 @@ fn manager(dir: &Path, issuer: &Issuer) -> Value {
             route("/long", json!({"cluster": "silent", "timeout": "0s", "max_stream_duration": {"max_stream_duration": "0.3s"}})),
             route("/full", json!({"cluster": "full", "timeout": "0s"})),
             route("/anywhere", json!({"cluster": "anywhere", "timeout": "0s"})),
-            route("/http2", json!({"cluster": "http2", "timeout": "0s"})),
+            route("/http2", json!({
+                "cluster": "http2", "timeout": "0s", "upgrade_configs": [{"upgrade_type": "websocket"}],
+            })),
             route("/", json!({"cluster": "silent", "timeout": "0s"})),
         ]}]},
         "http_filters": [
@@ -518,8 +535,8 @@ fn a_proxy_tells_whom_it_waited_for_and_what_it_refused() {
         (Cause::MaxStreamDuration, "/long", get("/long", "")),
         (Cause::ConnectTimeout, "/full", get("/full", "")),
         (Cause::DnsFailed, "/anywhere", nowhere),
-        // HTTP/2 cannot carry such a host.
-        (Cause::LocalReset, "/http2", get("/http2", "").replace("host: a", "host: a%41")),
+        // This one cannot carry an upgrade.
+        (Cause::LocalReset, "/http2", get("/http2", "connection: upgrade\r\nupgrade: websocket\r\n")),
         (Cause::ConfigRefused, "/web", get("/web", "content-type: application/grpc-web\r\n")),
         // Half a body, and half a head: of that, nothing is known.
         (Cause::RequestReceiveTimeout, "/body", get("/body", "content-length: 9\r\n") + "half"),
