@@ -163,13 +163,15 @@ impl Drop for Down<'_> {
     }
 }
 
-/// A command as it is typed here: other ports, another place for a second mesh, an end for what follows a log.
+/// A command as it is typed here: other ports, another place for a second mesh, an end for what follows a log,
+/// patience with a busy machine.
 /// `None`: it builds or starts what runs already, or needs a program that is not everywhere.
 fn typed(command: &str, http: u16, https: u16) -> Option<String> {
     if ["cargo ", "export PATH", "lateen demo", "openssl "].iter().any(|start| command.starts_with(start)) {
         return None;
     }
     let command = command.replace("--name shop", "--name shop --state-dir shop");
+    let command = command.replace("lateen apply ", "lateen apply --timeout 90 ");
     let command = command.replace(":8080", &format!(":{http}")).replace(":8443", &format!(":{https}"));
     Some(if command.starts_with("lateen logs -f") {
         format!("timeout 60 grep -m 1 via_upstream < <({command} 2>/dev/null)")

@@ -8,11 +8,12 @@ use types::{Finding, ObjectRef, Position, Severity};
 
 use crate::decode::{InvalidValue, Notes, UnknownField, decode};
 use crate::k8s::ObjectMeta;
-use crate::kind::{Kind, Support, UnknownKind};
+use crate::kind::{KINDS, Kind, Support, UnknownKind};
 use crate::object::{DecodeSpec, Metadata, Object, Typed, decode_spec};
 use crate::yaml::{InvalidYaml, Limits, Node, Tree, read};
 use crate::{
     codes, known, scalar,
+    suggest::nearest,
     validate::{may_be_named, validate},
 };
 
@@ -64,8 +65,9 @@ pub struct Documents {
     pub refused: Vec<Refused>,
     /// Everything there is to say, in the order of the text.
     pub findings: Vec<Finding>,
-    /// Whether a document does not tell for certain which object it is about (no YAML, a kind that looks like
-    /// one of ours, a slip in the metadata): what it held is unknown, so nothing may be taken as deleted.
+    /// Whether a document does not tell for certain which object it is about (no YAML, an unknown kind or version
+    /// of a group that is ours, looks like one of ours or is Istio's, a slip in the metadata): what it held is
+    /// unknown, so nothing may be taken as deleted.
     pub is_incomplete: bool,
 }
 
@@ -327,9 +329,12 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
         Ok(kind) => kind,
         Err(unknown) => {
             report.reference = Some(ObjectRef::new(kind_name, namespace, name));
-            // A CronJob among the manifests is no slip; what looks like a kind of ours, or claims to be Istio's, may be one.
-            let is_istios = api_version.split('/').next().is_some_and(|group| group.ends_with("istio.io"));
-            report.is_stranger = matches!(unknown, UnknownKind::Name { near: None, .. }) && !is_istios;
+            // A ServiceMonitor among the manifests is no slip; what is of a group of ours, or of one that looks like
+            // it or claims to be Istio's, may be one.
+            let group = api_version.rsplit_once('/').map_or("", |(group, _)| group);
+            let mut groups = KINDS.iter().map(|info| info.group);
+            let near = nearest(group, groups.clone().filter(|known| !known.is_empty()));
+            report.is_stranger = !group.ends_with("istio.io") && near.is_none() && groups.all(|known| known != group);
             let (field, hint) = match &unknown {
                 UnknownKind::Name { near: Some(near), .. } => ("kind", format!("did you mean {near:?}?")),
                 UnknownKind::Name { .. } => {
@@ -394,7 +399,7 @@ fn decode_object(node: &Node, default_namespace: &str, report: &mut Report) -> O
                 key: entry.key.clone(),
                 line: entry.line,
                 column: entry.column,
-                near: crate::suggest::nearest(&entry.key, fields),
+                near: nearest(&entry.key, fields),
             });
         }
     }

@@ -190,9 +190,7 @@ impl Builder {
         spawn::prepare(&mut command, entry, keep, inherit);
         let mut known = programs.lock();
         let program = plan.request.argv.first().cloned().unwrap_or_default();
-        let child = command
-            .spawn()
-            .map_err(|error| Refusal::Program { program, errno: error.raw_os_error().unwrap_or(libc::EIO) })?;
+        let child = command.spawn().map_err(|error| not_started(program, &error))?;
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(Refusal::NoSuchPod)?;
         let pidfd =
             rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(Refusal::step("opening a process"))?;
@@ -284,6 +282,16 @@ impl Builder {
         enter(&self.home.net, LinkNameSpaceType::Network)?;
         enter(&self.home.uts, LinkNameSpaceType::HostNameAndNISDomainName)?;
         enter(&self.home.pid, LinkNameSpaceType::ProcessID)
+    }
+}
+
+/// Why a program was not started: it cannot be run, or the machine lacks what one more takes.
+fn not_started(program: String, error: &std::io::Error) -> Refusal {
+    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+    if matches!(errno, libc::EMFILE | libc::ENFILE | libc::EAGAIN | libc::ENOMEM) {
+        Refusal::Step { step: "starting a program".into(), errno }
+    } else {
+        Refusal::Program { program, errno }
     }
 }
 

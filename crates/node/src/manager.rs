@@ -139,7 +139,10 @@ fn build(mut builder: Builder, calls: &mpsc::Receiver<(Numbered, Passed)>, sende
             Err(refusal) => (Err(refusal), Vec::new()),
         };
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        if sender.send(&Report::Reply { id, result }, &fds).is_err() {
+        let is_sent = sender.send(&Report::Reply { id, result }, &fds).is_ok();
+        // Where only the descriptors found no way, the answer still tells what was done; who needs them finds none.
+        let is_sent = is_sent || (!fds.is_empty() && sender.send(&Report::Reply { id, result: Ok(()) }, &[]).is_ok());
+        if !is_sent {
             return;
         }
     }

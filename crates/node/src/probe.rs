@@ -85,6 +85,16 @@ fn not_run(error: &RuntimeError) -> Failure {
     }
 }
 
+/// What it means that there is no connection: nobody took it, or none could be made here.
+fn not_dialed(error: &RuntimeError) -> Failure {
+    match error {
+        RuntimeError::Io(io) if !matches!(io.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+            Failure::Unwell(error.to_string())
+        }
+        _ => Failure::Unasked(error.to_string()),
+    }
+}
+
 /// Asks once.
 pub(crate) async fn ask(probe: &Probe, target: Target<'_>, runtime: &PodRuntime) -> Result<(), Failure> {
     let limit = Duration::from_secs(u64::from(probe.timeout_seconds.max(1)));
@@ -108,11 +118,11 @@ pub(crate) async fn ask(probe: &Probe, target: Target<'_>, runtime: &PodRuntime)
     if target.from_switch {
         let to = SocketAddr::new(target.ip, question.port);
         let asking = async {
-            let stream = runtime.dial(to).await.map_err(|error| error.to_string())?;
-            talk(stream, &question).await
+            let stream = runtime.dial(to).await.map_err(|error| not_dialed(&error))?;
+            talk(stream, &question).await.map_err(Failure::Unwell)
         };
-        let asked = tokio::time::timeout(limit, asking).await.unwrap_or_else(|_| Err(LATE.to_owned()));
-        return asked.map_err(Failure::Unwell);
+        let asked = tokio::time::timeout(limit, asking).await;
+        return asked.unwrap_or_else(|_| Err(Failure::Unwell(LATE.to_owned())));
     }
     let text = serde_json::to_string(&question).map_err(|error| Failure::Unasked(error.to_string()))?;
     let argv = vec![SELF_EXE.to_owned(), ASK.to_owned(), text];
@@ -252,6 +262,14 @@ mod tests {
         assert!(answer("HTTP/1.1 503 Service Unavailable\r\n\r\n").await.unwrap_err().contains("503"));
         assert!(answer("SSH-2.0-x\r\n").await.unwrap_err().contains("not HTTP"));
         assert!(answer("").await.is_err());
+    }
+
+    #[test]
+    fn only_who_takes_no_connection_is_unwell() {
+        let io = |errno| RuntimeError::Io(std::io::Error::from_raw_os_error(errno));
+        assert!(matches!(not_dialed(&io(libc::ECONNREFUSED)), Failure::Unwell(_)));
+        assert!(matches!(not_dialed(&io(libc::EMFILE)), Failure::Unasked(_)));
+        assert!(matches!(not_dialed(&RuntimeError::Down), Failure::Unasked(_)));
     }
 
     #[test]

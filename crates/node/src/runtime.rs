@@ -384,31 +384,31 @@ impl PodRuntime {
         let answer = self.call(Call::Start(Box::new(plan)), &fds).await;
         drop(fds);
         drop(passed);
-        let started = match answer.map(|fds| host_pid(&fds)) {
-            Ok(Err(error)) => {
-                // It runs, but nobody could tell which process it is: it must not stay beside the next try.
-                drop(self.signal(pod, &name, Signal::Kill).await);
-                Err(error)
-            }
-            Ok(pid) => pid,
-            Err(error) => Err(error),
-        };
-        match started {
-            Ok(host_pid) => {
+        let (error, is_left) = match answer.map(|fds| host_pid(&fds)) {
+            Ok(Ok(host_pid)) => {
                 if let Some(running) = self.state().container(pod, &name, serial) {
                     running.host_pid = host_pid;
                 }
                 self.follow(pod, &name, Stream::Stdout, stdout)?;
-                self.follow(pod, &name, Stream::Stderr, stderr)
+                return self.follow(pod, &name, Stream::Stderr, stderr);
             }
-            Err(error) => {
-                let mut state = self.state();
-                state.programs.remove(&serial);
-                if let Some(entry) = state.pods.get_mut(&pod) {
-                    entry.containers.remove(&name);
-                }
-                Err(error)
-            }
+            Ok(Err(error)) => (error, true),
+            Err(error) => (error, false),
+        };
+        // First, so that no end is reported of what has not started.
+        self.forget(pod, &name, serial);
+        if is_left {
+            // It runs, but nobody could tell which process it is: it must not stay beside the next try.
+            drop(self.signal(pod, &name, Signal::Kill).await);
+        }
+        Err(error)
+    }
+
+    fn forget(&self, pod: PodId, container: &str, serial: u64) {
+        let mut state = self.state();
+        state.programs.remove(&serial);
+        if let Some(entry) = state.pods.get_mut(&pod) {
+            entry.containers.remove(container);
         }
     }
 

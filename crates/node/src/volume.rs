@@ -66,6 +66,13 @@ pub(crate) fn token_renewal(pod: &k8s::Pod) -> Duration {
     Duration::from_secs(shortest.unwrap_or(TOKEN_SECONDS).min(TOKEN_SECONDS) / 5 * 4)
 }
 
+/// Whether the volume of this name has tokens in it, which need renewal.
+pub(crate) fn has_token(pod: &k8s::Pod, volume: &str) -> bool {
+    let of_name = pod.spec.volumes.iter().filter(|one| one.name == volume);
+    let mut sources = of_name.filter_map(|one| one.projected.as_ref()).flat_map(|projected| &projected.sources);
+    sources.any(|part| part.service_account_token.is_some())
+}
+
 /// Seconds that a token is good for. Kubernetes makes none for less than ten minutes.
 fn good_for(token: &k8s::ServiceAccountTokenProjection) -> u64 {
     token.expiration_seconds.unwrap_or(3600).max(600)
@@ -295,6 +302,7 @@ mod tests {
         };
         let renewal = token_renewal(&typed);
         assert_eq!(renewal, Duration::from_secs(480));
+        assert!(has_token(&typed, "token") && !has_token(&typed, "gone"));
         let (mut now, mut token) = (1_000, token_at(1_000));
         for _ in 0..20 {
             now += i64::try_from(renewal.as_secs()).unwrap();

@@ -105,6 +105,7 @@ pub(crate) fn cases<R: Round>(round: &mut R, draws: usize) -> Vec<R::Case> {
             taken += 1;
         } else {
             refused += 1;
+            assert!(refused <= draws, "{refused} draws are no configuration, {taken} are");
         }
     }
     assert!(draws == 0 || refused < draws / 3, "{refused} draws are no configuration, {draws} are");

@@ -275,7 +275,7 @@ fn run(seed: u64, namespaces: usize) {
         "{delivered} of {} are delivered",
         all.len()
     );
-    assert!(explained >= all.len() * 9 / 10, "only {explained} of {} are explained", all.len());
+    assert!(namespaces == 0 || explained >= all.len() * 9 / 10, "only {explained} of {} are explained", all.len());
     round::settle(&sidecars, &all, &said);
 }
 

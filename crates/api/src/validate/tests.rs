@@ -434,14 +434,20 @@ fn an_object_is_known_only_where_nothing_that_names_it_is_wrong() {
         let unknown = read(from, to);
         assert_eq!((unknown.refused.len(), unknown.is_incomplete), (0, true), "{to}");
     }
-    // A kind that nobody could have meant for one of ours hides no object; one that says it is Istio's may.
-    let stranger = |api_version: &str| {
-        let read =
-            parse_documents("t.yaml", &format!("apiVersion: {api_version}\nkind: CronJob\nmetadata: {{name: a}}\n"));
-        (read.refused.len(), read.is_incomplete, read.findings.len())
-    };
-    assert_eq!(stranger("batch/v1"), (0, false, 1));
-    assert_eq!(stranger("security.istio.io/v1"), (0, true, 1));
+    // A kind of a group that nobody could have meant for one of ours hides no object, whatever its name.
+    for (api_version, kind, is_incomplete) in [
+        ("monitoring.coreos.com/v1", "ServiceMonitor", false),
+        ("serving.knative.dev/v1", "Service", false),
+        ("apps/v1", "Deploy", true),
+        ("app/v1", "Deployment", true),
+        ("security.istio.io/v1", "CronJob", true),
+        ("security.istio.io/v1", "Foo", true),
+    ] {
+        let text = format!("apiVersion: {api_version}\nkind: {kind}\nmetadata: {{name: a}}\n");
+        let read = parse_documents("t.yaml", &text);
+        let found = (read.refused.len(), read.is_incomplete, read.findings.len());
+        assert_eq!(found, (0, is_incomplete, 1), "{api_version} {kind}");
+    }
 }
 
 #[test]

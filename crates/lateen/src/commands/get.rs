@@ -228,7 +228,11 @@ pub(crate) fn pod_status(pod: &Value) -> String {
     let statuses = |list: &str| pod["status"][list].as_array().map_or(&[][..], Vec::as_slice);
     let init = statuses("initContainerStatuses");
     let ended = |status: &Value| status["state"]["terminated"]["exitCode"].as_i64();
-    if let Some(failed) = init.iter().find(|status| ended(status).is_some_and(|code| code != 0))
+    let conditions = pod["status"]["conditions"].as_array().map_or(&[][..], Vec::as_slice);
+    let is_initialized = conditions.iter().any(|one| one["type"] == "Initialized" && one["status"] == "True");
+    // A sidecar that ended after the main containers has kept nothing from starting.
+    if !is_initialized
+        && let Some(failed) = init.iter().find(|status| ended(status).is_some_and(|code| code != 0))
         && pod["status"]["phase"] == "Failed"
     {
         return format!("Init:{}", failed["state"]["terminated"]["reason"].as_str().unwrap_or("Error"));
@@ -437,6 +441,15 @@ mod tests {
         assert_eq!(status(json!({ "phase": "Succeeded", "containerStatuses": [ended(0, "Completed")] })), "Completed");
         assert_eq!(status(json!({ "phase": "Failed", "containerStatuses": [ended(1, "Error")] })), "Error");
         assert_eq!(status(json!({ "phase": "Running", "containerStatuses": [ended(1, "Error"), running] })), "Running");
+        let sidecar = |initialized: &str| {
+            json!({
+                "phase": "Failed",
+                "conditions": [{ "type": "Initialized", "status": initialized }],
+                "initContainerStatuses": [ended(143, "Error")],
+                "containerStatuses": [ended(1, "Error")],
+            })
+        };
+        assert_eq!((status(sidecar("True")), status(sidecar("False"))), ("Error".into(), "Init:Error".into()));
         let init = json!([ended(0, "Completed"), running]);
         let main = json!([waits]);
         let starting = json!({ "phase": "Pending", "initContainerStatuses": init, "containerStatuses": main });

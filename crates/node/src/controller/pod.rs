@@ -33,7 +33,7 @@ use crate::spec::{
     VolumeSource,
 };
 use crate::store::now;
-use crate::volume::{Contents, UnfilledVolume, each_volume, mounts, token_renewal, volumes};
+use crate::volume::{Contents, UnfilledVolume, each_volume, has_token, mounts, token_renewal, volumes};
 
 /// [`crate::SWITCH_IP`] as text.
 const HOST_IP: &str = "10.77.0.1";
@@ -58,7 +58,7 @@ const RENEWAL_RETRY: Duration = Duration::from_secs(10);
 const GRACE: Duration = Duration::from_secs(30);
 /// A longer grace period is as good as none that ends.
 const GRACE_MAX: Duration = Duration::from_hours(24 * 365);
-/// What a container has after a `preStop` that took all of its grace period.
+/// What a container has between TERM and KILL where all of its grace period is over before.
 const GRACE_AFTER_HOOK: Duration = Duration::from_secs(2);
 
 /// Runs the pod until it is gone; returns its name.
@@ -515,9 +515,15 @@ impl Worker {
     async fn refresh_volumes(&mut self, objects: &ConfigSet, object: &Object, pod: &k8s::Pod, renew: bool) -> bool {
         let Some(id) = self.id else { return false };
         let facts = facts(object, pod, &self.ip);
-        // What was removed stays as it was, as with a kubelet.
-        let made: Vec<Volume> = each_volume(&facts, &self.contents(objects)).flatten().collect();
         let mut is_done = true;
+        let mut made: Vec<Volume> = Vec::new();
+        for volume in each_volume(&facts, &self.contents(objects)) {
+            match volume {
+                Ok(volume) => made.push(volume),
+                // What was removed stays as it was, as with a kubelet. A token beside it must not run out.
+                Err(unfilled) => is_done &= !has_token(pod, &unfilled.volume),
+            }
+        }
         for volume in made {
             let VolumeSource::Files(files) = volume.source else { continue };
             let Some(before) = self.volumes.get(&volume.name) else { continue };
@@ -746,14 +752,17 @@ impl Worker {
     /// and KILL when that is over.
     async fn end_container(&mut self, index: usize, grace: Duration, answers: &mut Answers) {
         let slot = &mut self.slots[index];
-        slot.kill_at = Some(Instant::now() + grace);
+        let kill_at = Instant::now() + grace;
+        slot.kill_at = Some(kill_at);
         let hook = slot.container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.clone());
         if let (Some(hook), Some(id), Ok(ip), false) = (hook, self.id, self.ip.parse(), grace.is_zero()) {
+            slot.kill_at = Some(kill_at + GRACE_AFTER_HOOK);
             let (runtime, container) = (self.shared.options.runtime.clone(), slot.container.clone());
             let restarts = slot.restarts;
             answers.spawn(async move {
                 let target = Target { pod: id, ip, container: &container, from_switch: false };
-                let outcome = run_hook(&hook, target, grace, &runtime).await;
+                let run = tokio::time::timeout(grace, run_hook(&hook, target, grace, &runtime)).await;
+                let outcome = run.unwrap_or_else(|_| Err(late()));
                 Answer { slot: index, restarts, which: PRE_STOP, outcome }
             });
             return;
@@ -769,7 +778,9 @@ impl Worker {
             // As on Kubernetes, the container ends all the same.
             tracing::warn!(pod = %self.key, container = slot.container.name, %error, "preStop failed");
         }
-        slot.kill_at = slot.kill_at.max(Some(Instant::now() + GRACE_AFTER_HOOK));
+        // What was added for the time after the hook counts only if the hook left less of the grace period.
+        let of_grace = slot.kill_at.and_then(|kill_at| kill_at.checked_sub(GRACE_AFTER_HOOK));
+        slot.kill_at = of_grace.max(Some(Instant::now() + GRACE_AFTER_HOOK));
         let name = slot.container.name.clone();
         self.signal(&name, Signal::Term).await;
     }
@@ -821,6 +832,8 @@ impl Worker {
                     let drained = (Instant::now() + PROXY_DRAIN).min(deadline);
                     self.wait_until(drained, |slot| is_proxy(&slot.container)).await;
                 }
+                // A `preStop` or the proxy may have taken all of it.
+                let deadline = deadline.max(Instant::now() + GRACE_AFTER_HOOK);
                 if self.slots.iter().any(|slot| slot.role == Role::Sidecar && slot.is_running()) {
                     self.terminate(&[Role::Main]).await;
                     self.wait_until(deadline, |slot| slot.role == Role::Main).await;
@@ -857,7 +870,6 @@ impl Worker {
             let target = Target { pod: id, ip, container: &slot.container, from_switch: false };
             let run = run_hook(hook, target, left, &self.shared.options.runtime);
             let run = tokio::time::timeout_at(deadline, run).await;
-            let late = || Failure::Unwell("the grace period is over".to_owned());
             if let Err(error) = run.unwrap_or_else(|_| Err(late())) {
                 // As on Kubernetes, the container ends all the same.
                 tracing::warn!(pod = %self.key, container = slot.container.name, %error, "preStop failed");
@@ -1070,6 +1082,11 @@ async fn run_hook(
         ..Probe::default()
     };
     probe::ask(&question, target, runtime).await
+}
+
+/// A `preStop` that the grace period was too short for.
+fn late() -> Failure {
+    Failure::Unwell("the grace period is over".to_owned())
 }
 
 fn facts<'a>(object: &'a Object, pod: &'a k8s::Pod, ip: &'a str) -> PodFacts<'a> {

@@ -140,7 +140,7 @@ pub(crate) fn answer(message: &[u8], names: &Names, transport: Transport) -> Out
 }
 
 /// The answer to `message`, once the machine's resolvers have told what is at the end of the alias: the
-/// aliases, and what of their answer a client looks for.
+/// aliases, and what of their answer a client looks for. Where theirs was cut off, this one is.
 ///
 /// *Source*: RFC 1034 section 3.6.2.
 pub(crate) fn followed(message: &[u8], alias: &Alias, told: &[u8], transport: Transport) -> Vec<u8> {
@@ -152,7 +152,11 @@ pub(crate) fn followed(message: &[u8], alias: &Alias, told: &[u8], transport: Tr
     };
     let mut all = records(&question, &alias.chain, &[]);
     all.extend(answers(told).unwrap_or_default());
-    reply(message, &question, rcode, &all, transport)
+    let mut out = reply(message, &question, rcode, &all, transport);
+    if is_truncated(told) {
+        out[2] |= 2;
+    }
+    out
 }
 
 /// Whether an answer was cut off.
@@ -463,6 +467,9 @@ mod tests {
                 "a.example.org 1 30 [192, 0, 2, 1]",
             ]
         );
+        assert!(!is_truncated(&far));
+        told[2] |= 2;
+        assert!(is_truncated(&followed(&message, &alias, &told, Transport::Tcp)), "a part says that it is one");
         told[3] |= 3;
         assert_eq!(followed(&message, &alias, &told, Transport::Udp)[3] & 15, 3, "no such name");
         for cut in 0..told.len() {
