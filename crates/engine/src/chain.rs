@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::access_log::AccessLog;
 use crate::config::{Name, RuntimeConfig};
 use crate::facts::{ConnFacts, Transport};
-use crate::hcm::{Hcm, RouteSource};
+use crate::hcm::{Filter, FilterKind, Hcm, RouteSource};
 use crate::matcher::Cidr;
 use crate::record::{Provenance, Recorder, Stage, note};
 use crate::stream::{NetworkFilter, TcpProxy};
@@ -223,8 +223,8 @@ impl Listener {
         names
     }
 
-    /// Names of the clusters that its connections and requests go to, as often as they are named; those of received
-    /// route tables aside.
+    /// Names of the clusters that its connections and requests go to and that its authorizers are in, as often as they
+    /// are named; those of received route tables aside.
     pub fn clusters(&self) -> impl Iterator<Item = &Name> {
         self.all_chains().flat_map(|chain| {
             let (tcp, table) = match &chain.terminal {
@@ -234,7 +234,16 @@ impl Listener {
                     RouteSource::Rds(_) => (&[][..], None),
                 },
             };
-            tcp.iter().map(|(name, _)| name).chain(table.into_iter().flat_map(|table| table.clusters()))
+            let filters: &[Filter] = match &chain.terminal {
+                Terminal::Tcp(_) => &[],
+                Terminal::Http(hcm) => &hcm.filters,
+            };
+            let asked = filters.iter().filter_map(|filter| match &filter.kind {
+                FilterKind::ExtAuthz(authz) => Some(&authz.cluster),
+                _ => None,
+            });
+            let named = table.into_iter().flat_map(|table| table.clusters());
+            tcp.iter().map(|(name, _)| name).chain(named).chain(asked)
         })
     }
 

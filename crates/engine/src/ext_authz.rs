@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 use types::{Fields, RequestHead, ResponseHead};
 
+use crate::config::Name;
 use crate::headers::{Context, HeaderEdits};
 use crate::lower::{json_struct, nothing_left};
 use crate::matcher::{AnyOf, Metadata, MetadataMatcher};
@@ -33,7 +34,7 @@ const CHECK: &str = "/envoy.service.auth.v3.Authorization/Check";
 #[derive(Debug)]
 pub struct ExtAuthz {
     /// Where the authorizer is.
-    pub cluster: Box<str>,
+    pub cluster: Name,
     /// Until a call is given up; `None`: never.
     pub timeout: Option<Duration>,
     /// How much of the request's body it wants.
@@ -660,7 +661,7 @@ fn must_be_whole(enabled: &core::RuntimeFractionalPercent) -> Result<(), Unsuppo
     Err(Unsupported::new("", "must be 100 %: a share of requests is not supported"))
 }
 
-type Lowered = (Service, Box<str>, Option<Duration>);
+type Lowered = (Service, Name, Option<Duration>);
 
 fn http_service(proto: &pb::HttpService) -> Result<Lowered, Unsupported> {
     if proto.retry_policy.is_some() {

@@ -1,5 +1,6 @@
 //! A workload's certificate, key and trust roots.
 
+use std::cmp::Reverse;
 use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -12,6 +13,7 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKey
 use rustls::sign::CertifiedKey;
 use thiserror::Error;
 use types::SpiffeId;
+use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 
 use crate::peer::{InvalidCertificate, PeerFacts};
 use crate::pem::{self, InvalidPem};
@@ -22,7 +24,8 @@ pub struct TrustRoots {
     /// For rustls.
     pub(crate) store: Arc<RootCertStore>,
     /// Revocation lists, which can be read; empty: nothing is checked. Else each certificate of a chain must be on
-    /// none of its issuer's, and a list of its issuer that is still valid must be there, as Envoy 1.40 wants it.
+    /// none of its issuer's, and a list of its issuer that is still valid must be there, as Envoy 1.40 wants it. The
+    /// newest come first: rustls looks at the first one of an issuer alone.
     pub(crate) revoked: Vec<CertificateRevocationListDer<'static>>,
     certificates: Vec<CertificateDer<'static>>,
     digest: [u8; 32],
@@ -45,8 +48,9 @@ impl TrustRoots {
     /// From certificates and revocation lists. *Errors*: no certificate, one that is no root, an unreadable list.
     pub fn new(
         certificates: Vec<CertificateDer<'static>>,
-        revoked: Vec<CertificateRevocationListDer<'static>>,
+        mut revoked: Vec<CertificateRevocationListDer<'static>>,
     ) -> Result<Self, InvalidIdentity> {
+        revoked.sort_by_cached_key(|list| Reverse(issued_at(list)));
         let mut store = RootCertStore::empty();
         let mut context = digest::Context::new(&digest::SHA256);
         for certificate in &certificates {
@@ -106,6 +110,12 @@ impl TrustRoots {
     pub fn to_pem(&self) -> String {
         pem::encode_all(&self.certificates)
     }
+}
+
+/// When a revocation list was issued, in seconds; `None`: it cannot be read.
+fn issued_at(list: &CertificateRevocationListDer<'_>) -> Option<i64> {
+    let (_, read) = CertificateRevocationList::from_der(list.as_ref()).ok()?;
+    Some(read.last_update().timestamp())
 }
 
 impl PartialEq for TrustRoots {

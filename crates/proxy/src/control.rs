@@ -119,6 +119,8 @@ pub(crate) struct Control {
     files: files::Files,
     file_secrets: FileSecrets,
     secret_files: secret::OfFiles,
+    /// Names of the secrets that the control plane gave.
+    plane_secrets: BTreeSet<Name>,
     identity_files: Option<IdentityFiles>,
     /// When listeners of drained connections close.
     stop_at: Option<(Instant, DrainScope)>,
@@ -221,6 +223,7 @@ impl Control {
             files: files::Files::new(options.files),
             file_secrets: FileSecrets::default(),
             secret_files: secret::OfFiles::default(),
+            plane_secrets: BTreeSet::new(),
             identity_files: options.identity_files.map(IdentityFiles::new),
             stop_at: None,
             trim: options.trim,
@@ -405,6 +408,22 @@ impl Control {
         }
     }
 
+    /// Forgets the control plane's secrets that neither received nor published resources name. It does not tell of their
+    /// end, since it is not asked for them any more; it gives them again when they are named again.
+    fn forget_secrets(&mut self) {
+        if self.plane_secrets.is_empty() {
+            return;
+        }
+        let named = self.received.secrets(&self.published);
+        let gone: BTreeSet<Name> = self.plane_secrets.difference(&named).cloned().collect();
+        if gone.is_empty() {
+            return;
+        }
+        self.plane_secrets.retain(|name| !gone.contains(name));
+        self.secret_files.forget(&gone);
+        self.shared.secrets.change(|store| store.retain(|name, _| !gone.contains(name)));
+    }
+
     fn look_at_secrets(&mut self) {
         let mut changed = self.file_secrets.look();
         changed.extend(self.secret_files.look());
@@ -532,7 +551,18 @@ impl Control {
                 // Envoy does not follow the files of its bootstrap's own secrets.
                 let mut fixed = secret::OfFiles::default();
                 let of_files = if origin == Origin::Bootstrap { &mut fixed } else { &mut self.secret_files };
-                secret::apply(&self.shared.secrets, of_files, &raws, &removed, is_own)
+                let rejected = secret::apply(&self.shared.secrets, of_files, &raws, &removed, is_own);
+                for raw in raws.iter().filter(|raw| !rejected.iter().any(|bad| *bad.name == *raw.name)) {
+                    if origin == Origin::Plane {
+                        self.plane_secrets.insert(Name::clone(&raw.name));
+                    } else {
+                        self.plane_secrets.remove(&raw.name);
+                    }
+                }
+                for name in &removed {
+                    self.plane_secrets.remove(name);
+                }
+                rejected
             }
             type_urls::NAME_TABLE => {
                 match raws.first().map(|raw| NameTable::parse(&raw.body)) {
@@ -571,7 +601,12 @@ impl Control {
             self.look_at_secrets();
         }
         let warm = self.received.warm(&self.published, &self.shared.secrets.load(), waited);
-        let Some(mut next) = warm else { return Vec::new() };
+        let Some(mut next) = warm else {
+            // what came may be what serves, and what was named may have gone before it served
+            self.raw.published(|url, name| self.received.waits(&self.published, url, name));
+            self.forget_secrets();
+            return Vec::new();
+        };
         self.generation += 1;
         next.generation = self.generation;
         let next = Arc::new(next);
@@ -592,6 +627,7 @@ impl Control {
         if !self.file_secrets.is_empty() {
             self.follow_secrets();
         }
+        self.forget_secrets();
         self.raw.published(|url, name| self.received.waits(&self.published, url, name));
         self.shared.published.store(Arc::clone(&self.published));
         self.shared.hosts.reconcile(&self.published);

@@ -1,8 +1,11 @@
 use envoy_types::pb::envoy::config::cluster::v3 as cluster_pb;
-use envoy_types::pb::envoy::config::core::v3::{TransportSocket, TypedExtensionConfig, transport_socket};
+use envoy_types::pb::envoy::config::core::v3::{
+    HttpUri, TransportSocket, TypedExtensionConfig, http_uri, transport_socket,
+};
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use envoy_types::pb::envoy::config::listener::v3 as listener;
 use envoy_types::pb::envoy::config::route::v3::RouteConfiguration;
+use envoy_types::pb::envoy::extensions::filters::http::ext_authz::v3 as ext_authz;
 use envoy_types::pb::envoy::extensions::filters::http::router::v3::Router;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::{TcpProxy, tcp_proxy};
@@ -239,6 +242,39 @@ fn a_listener_that_names_clusters_itself_waits_for_them() {
     assert_eq!(side.publish(), "Cluster a, Routes l, Listener l");
     side.facts.endpoints.insert("a");
     assert_eq!(side.publish(), "");
+}
+
+#[test]
+fn a_listener_waits_for_its_authorizer_and_the_old_one_keeps_its_own() {
+    let asking = |cluster: &str| {
+        let service = ext_authz::HttpService {
+            server_uri: Some(HttpUri {
+                http_upstream_type: Some(http_uri::HttpUpstreamType::Cluster(cluster.to_owned())),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let filter = ext_authz::ExtAuthz {
+            services: Some(ext_authz::ext_authz::Services::HttpService(service)),
+            ..Default::default()
+        };
+        let mut manager = manager_of("table");
+        manager.http_filters.insert(0, http_filter("authz", pack(&filter)));
+        listener_with(&manager)
+    };
+    let mut side = Side::default();
+    side.facts.endpoints.insert("old");
+    side.clusters(&[cluster("up", &[1]), eds("old")], &[]);
+    side.routes("up");
+    side.listener(&asking("old"));
+    assert_eq!(side.publish(), "");
+    side.clusters(&[eds("new")], &["old"]);
+    side.listener(&asking("new"));
+    assert_eq!(side.publish(), "Cluster new, Routes l, Listener l");
+    assert_eq!(names(&side.serving.clusters), ["up", "old"]);
+    side.facts.endpoints.insert("new");
+    assert_eq!(side.publish(), "");
+    assert_eq!(names(&side.serving.clusters), ["up", "new"]);
 }
 
 #[test]

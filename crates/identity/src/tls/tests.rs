@@ -387,15 +387,15 @@ fn revoking_authority(name: &str) -> CertifiedIssuer<'static, KeyPair> {
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
 
-/// A list that revokes the serial number 66 and is valid for a day from `from`, in PEM.
-fn revoked(by: &CertifiedIssuer<'static, KeyPair>, from: SystemTime) -> String {
+/// A list that revokes this serial number and is valid for a day from `from`, in PEM.
+fn revoked(by: &CertifiedIssuer<'static, KeyPair>, from: SystemTime, serial: u64) -> String {
     let list = rcgen::CertificateRevocationListParams {
         this_update: from.into(),
         next_update: (from + Duration::from_hours(24)).into(),
         crl_number: rcgen::SerialNumber::from(1_u64),
         issuing_distribution_point: None,
         revoked_certs: vec![rcgen::RevokedCertParams {
-            serial_number: rcgen::SerialNumber::from(66_u64),
+            serial_number: rcgen::SerialNumber::from(serial),
             revocation_time: from.into(),
             reason_code: None,
             invalidity_date: None,
@@ -410,8 +410,9 @@ fn revoked(by: &CertifiedIssuer<'static, KeyPair>, from: SystemTime) -> String {
 fn revoked_peers_are_refused_on_both_sides() {
     let (issuer, other) = (revoking_authority("ours"), revoking_authority("other"));
     let now = SystemTime::now();
-    let lists = [&issuer, &other].map(|by| revoked(by, now));
-    let old = revoked(&issuer, now - Duration::from_hours(48));
+    let lists = [&issuer, &other].map(|by| revoked(by, now, 66));
+    let old = revoked(&issuer, now - Duration::from_hours(48), 66);
+    let both = revoked(&issuer, now - Duration::from_hours(1), 67) + &lists[0];
     let bare = Arc::new(TrustRoots::new(vec![issuer.der().clone()], Vec::new()).unwrap());
     let authority = Authority { issuer, roots: Arc::clone(&bare) };
     let with_serial = |uri_text: &str, serial: u64, roots: &Arc<TrustRoots>| {
@@ -425,6 +426,7 @@ fn revoked_peers_are_refused_on_both_sides() {
     for (what, list, good, revoked) in [
         ("the authority's list", &lists[0], Ok(()), "Revoked"),
         ("it and another's", &lists.concat(), Ok(()), "Revoked"),
+        ("it behind an older one that is still valid", &both, Ok(()), "Revoked"),
         ("another's alone", &lists[1], Err("UnknownRevocationStatus"), "UnknownRevocationStatus"),
         ("a list of the past", &old, Err("certificate revocation list expired"), "certificate revocation list expired"),
     ] {

@@ -20,6 +20,8 @@ pub(crate) type Changes = Vec<(&'static str, Vec<Raw>, Vec<Name>)>;
 #[derive(Default)]
 pub(crate) struct Files {
     followed: BTreeMap<PathBuf, Followed>,
+    /// What the bootstrap refers to.
+    bootstrap: Referred,
     /// Names of resources that come from files, by type.
     names: BTreeSet<(&'static str, Name)>,
 }
@@ -28,6 +30,8 @@ pub(crate) struct Files {
 struct Followed {
     known: Known<Stamp>,
     gave: BTreeMap<(&'static str, Name), Raw>,
+    /// What it refers to.
+    referred: Referred,
 }
 
 const ORDER: [&str; 5] =
@@ -35,8 +39,9 @@ const ORDER: [&str; 5] =
 
 impl Files {
     pub(crate) fn new(referred: Referred) -> Self {
-        let mut made = Self::default();
-        made.follow(referred);
+        let mut made = Self { names: referred.names.clone(), ..Self::default() };
+        made.follow(referred.paths.clone());
+        made.bootstrap = referred;
         made
     }
 
@@ -50,18 +55,45 @@ impl Files {
         self.names.contains(&(url, Name::clone(name)))
     }
 
-    /// Follows what is referred to; answers the files that were not known.
-    fn follow(&mut self, referred: Referred) -> Vec<PathBuf> {
-        self.names.extend(referred.names);
-        let new: Vec<PathBuf> = referred.paths.into_iter().filter(|path| !self.followed.contains_key(path)).collect();
+    /// Follows these files as well; answers those that were not known.
+    fn follow(&mut self, paths: BTreeSet<PathBuf>) -> Vec<PathBuf> {
+        let new: Vec<PathBuf> = paths.into_iter().filter(|path| !self.followed.contains_key(path)).collect();
         self.followed.extend(new.iter().map(|path| (path.clone(), Followed::default())));
         new
+    }
+
+    /// Lets go of the files that nothing refers to any more; answers the resources that only these gave.
+    fn let_go(&mut self) -> BTreeSet<(&'static str, Name)> {
+        let mut reached = self.bootstrap.clone();
+        let mut todo: Vec<PathBuf> = reached.paths.iter().cloned().collect();
+        while let Some(path) = todo.pop() {
+            let Some(followed) = self.followed.get(&path) else { continue };
+            reached.names.extend(followed.referred.names.iter().cloned());
+            for further in &followed.referred.paths {
+                if reached.paths.insert(further.clone()) {
+                    todo.push(further.clone());
+                }
+            }
+        }
+        let Referred { paths, names } = reached;
+        self.names = names;
+        let mut gone = BTreeSet::new();
+        self.followed.retain(|path, followed| {
+            let stays = paths.contains(path);
+            if !stays {
+                gone.extend(std::mem::take(&mut followed.gave).into_keys());
+            }
+            stays
+        });
+        gone.retain(|key| !self.followed.values().any(|followed| followed.gave.contains_key(key)));
+        gone
     }
 
     /// Looks at every file; says what changed since the last look.
     pub(crate) fn look(&mut self) -> Changes {
         let mut changed: BTreeMap<&'static str, (Vec<Raw>, Vec<Name>)> = BTreeMap::new();
         let mut todo: Vec<PathBuf> = self.followed.keys().cloned().collect();
+        let mut refers_anew = false;
         while let Some(path) = todo.pop() {
             let Some(followed) = self.followed.get_mut(&path) else { continue };
             let Some(now) = stamp(&path).filter(|now| !followed.known.is_of(now)) else { continue };
@@ -74,9 +106,11 @@ impl Files {
                 None => continue,
             };
             let mut gone = std::mem::take(&mut followed.gave);
+            // A resource that is now asked for elsewhere looks the same: its source reads as ADS in both cases.
+            let is_anew = followed.referred != content.referred;
             for (url, raw) in content.resources {
                 let key = (url, Name::clone(&raw.name));
-                if gone.remove(&key).as_ref() != Some(&raw) {
+                if gone.remove(&key).as_ref() != Some(&raw) || is_anew {
                     changed.entry(url).or_default().0.push(raw.clone());
                 }
                 followed.gave.insert(key, raw);
@@ -86,7 +120,19 @@ impl Files {
                     changed.entry(url).or_default().1.push(name);
                 }
             }
-            todo.extend(self.follow(content.referred));
+            if is_anew {
+                refers_anew = true;
+                followed.referred = content.referred.clone();
+                todo.extend(self.follow(content.referred.paths));
+            }
+        }
+        let gone = if refers_anew { self.let_go() } else { BTreeSet::new() };
+        for (url, name) in gone {
+            if matches!(url, type_urls::CLUSTER | type_urls::LISTENER) {
+                let (raws, removed) = changed.entry(url).or_default();
+                raws.retain(|raw| raw.name != name);
+                removed.push(name);
+            }
         }
         ORDER.into_iter().filter_map(|url| changed.remove(url).map(|(raws, removed)| (url, raws, removed))).collect()
     }
@@ -145,6 +191,30 @@ mod tests {
         assert_eq!(gone, [(type_urls::CLUSTER, 0, 1), (type_urls::LISTENER, 0, 1)]);
         put(&all);
         assert_eq!(files.look().len(), 5);
+    }
+
+    #[test]
+    fn a_source_that_moves_out_of_files_is_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let put = |name: &str, text: &str| {
+            std::fs::write(path("new"), text).unwrap();
+            std::fs::rename(path("new"), path(name)).unwrap();
+        };
+        let cluster = |source: &str| {
+            file(&format!(
+                "{{ '@type': type.googleapis.com/envoy.config.cluster.v3.Cluster, name: a, type: EDS, eds_cluster_config: {{ eds_config: {{ {source} }} }} }}"
+            ))
+        };
+        let mut files = Files::new(Referred { paths: BTreeSet::from([path("cds")]), ..Referred::default() });
+        put("cds", &cluster(&format!("path_config_source: {{ path: {} }}", path("eds").display())));
+        put("eds", &file(&resource("envoy.config.endpoint.v3.ClusterLoadAssignment", "a")));
+        assert_eq!(files.look().len(), 2);
+        assert!(files.names(type_urls::ENDPOINT, &"a".into()));
+        put("cds", &cluster("ads: {}, resource_api_version: V3"));
+        assert_eq!(files.look().len(), 1);
+        assert!(!files.names(type_urls::ENDPOINT, &"a".into()));
+        assert_eq!(files.followed.keys().collect::<Vec<_>>(), [&path("cds")]);
     }
 
     #[test]

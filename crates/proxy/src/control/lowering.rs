@@ -159,7 +159,9 @@ impl RawTables {
     /// Forgets these.
     pub(crate) fn forget(&mut self, url: &'static str, names: &[Name]) {
         if let Some(table) = self.by_type.get_mut(url) {
-            table.retain(|name, _| !names.contains(name));
+            for name in names {
+                table.remove(name);
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! Secrets as messages: parsed, checked, stored.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use engine::config::Name;
@@ -52,6 +52,11 @@ impl OfFiles {
             }
         }
         changed
+    }
+
+    /// Forgets these.
+    pub(crate) fn forget(&mut self, gone: &BTreeSet<Name>) {
+        self.by_name.retain(|name, _| !gone.contains(name));
     }
 
     /// Takes what is to be followed of a secret that was just read from files with these stamps.

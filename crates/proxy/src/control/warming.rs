@@ -52,6 +52,9 @@ impl Received {
     /// Forgets what the control plane answered for names that are not `wanted` any more; it comes again with the
     /// names. What serves still has it. Answers names by type.
     pub(crate) fn forget(&mut self, wanted: &Wanted) -> BTreeMap<&'static str, Vec<Name>> {
+        fn is_absent(sorted: &[Name], name: &str) -> bool {
+            sorted.binary_search_by(|gone| (**gone).cmp(name)).is_err()
+        }
         let mut gone: BTreeMap<&'static str, Vec<Name>> = BTreeMap::new();
         self.answered.retain(|name| wanted.endpoints.contains(name));
         self.asked.retain(|(url, name)| {
@@ -63,10 +66,10 @@ impl Received {
             stays
         });
         if let Some(names) = gone.get(type_urls::ENDPOINT) {
-            Arc::make_mut(&mut self.tables.endpoints).retain(|name, _| !names.iter().any(|gone| **gone == *name));
+            Arc::make_mut(&mut self.tables.endpoints).retain(|name, _| is_absent(names, name));
         }
         if let Some(names) = gone.get(type_urls::ROUTE) {
-            Arc::make_mut(&mut self.tables.routes).retain(|name, _| !names.iter().any(|gone| **gone == *name));
+            Arc::make_mut(&mut self.tables.routes).retain(|name, _| is_absent(names, name));
         }
         gone
     }
@@ -92,6 +95,7 @@ impl Received {
         match url {
             type_urls::CLUSTER => differ(&self.tables.clusters, &published.clusters, name),
             type_urls::LISTENER => differ(&self.tables.listeners, &published.listeners, name),
+            type_urls::ROUTE => differ(&self.tables.routes, &published.routes, name),
             _ => false,
         }
     }
@@ -106,10 +110,16 @@ impl Received {
         self.dirty || self.is_warming()
     }
 
-    /// Secrets in files that received resources name, and those that published ones do.
-    pub(crate) fn file_secrets(&self, published: &RuntimeConfig) -> BTreeSet<Name> {
+    /// Secrets that received resources name, and those that published ones do.
+    pub(crate) fn secrets(&self, published: &RuntimeConfig) -> BTreeSet<Name> {
         let mut names = self.tables.wanted().secrets;
         names.extend(Tables::from(published).wanted().secrets);
+        names
+    }
+
+    /// Those of [`Self::secrets`] that are in files.
+    pub(crate) fn file_secrets(&self, published: &RuntimeConfig) -> BTreeSet<Name> {
+        let mut names = self.secrets(published);
         names.retain(|name| is_of_files(name));
         names
     }

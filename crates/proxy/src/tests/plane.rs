@@ -181,9 +181,35 @@ async fn secrets_are_asked_for_by_any_name_and_every_version_is_taken() {
     let running = bed::start_by(Vec::new(), Vec::new(), plane.of(&[type_urls::CLUSTER, type_urls::LISTENER])).await;
     assert_eq!(running.proxy.listeners().len(), 2, "they are there with their secrets");
     let accepted = |said: &Said| said.accepted.get(type_urls::SECRET).copied().unwrap_or(0);
+    plane.hears("the first version", |said| accepted(said) > 0).await;
     let before = accepted(&plane.said.borrow());
     give(&make());
     plane.hears("the second version", |said| accepted(said) > before).await;
+    assert_eq!(plane.said.borrow().refused, [""; 0]);
+    running.end().await;
+}
+
+/// What was named once and is named again waits for what the control plane has of that name now.
+#[tokio::test]
+async fn a_secret_that_nobody_names_is_forgotten() {
+    let plane = Plane::start().await;
+    let key = rcgen::generate_simple_self_signed(["a.example".to_owned()]).unwrap();
+    let up = ("up", bed::any(&bed::cluster("up", bed::NOBODY, false)));
+    let [stays, goes] = ["stays", "goes"].map(|name| (name, bed::any(&secure(name, name))));
+    let [kept, gone] = ["stays", "goes"].map(|name| (name, certificate(name, &key)));
+    plane.give(&[up.clone(), stays.clone(), goes.clone(), kept.clone(), gone]);
+    let running = bed::start_by(Vec::new(), Vec::new(), plane.of(&[type_urls::CLUSTER, type_urls::LISTENER])).await;
+    assert_eq!(running.proxy.listeners().len(), 2, "they are there with their secrets");
+    let accepted = |said: &Said| said.accepted.get(type_urls::LISTENER).copied().unwrap_or(0);
+    plane.hears("the first version", |said| accepted(said) > 0).await;
+    let before = accepted(&plane.said.borrow());
+    plane.give(&[up.clone(), stays.clone(), kept.clone()]);
+    plane.hears("that one goes", |said| accepted(said) > before).await;
+    assert_eq!(running.proxy.listeners().len(), 1);
+    let before = accepted(&plane.said.borrow());
+    plane.give(&[up, stays, goes, kept]);
+    plane.hears("that it is back", |said| accepted(said) > before).await;
+    assert_eq!(running.proxy.listeners().len(), 1, "it waits for its key");
     assert_eq!(plane.said.borrow().refused, [""; 0]);
     running.end().await;
 }

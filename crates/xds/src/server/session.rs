@@ -12,7 +12,8 @@
 //! may need endpoints before it acknowledges clusters).
 //!
 //! **Make before break.** A cluster, and its endpoints, are taken away only when no listener or
-//! route of the old push is left unanswered or refused; until then they stay as they were.
+//! route of the old push is left unanswered or refused, and a route only when no listener is; until then they stay as
+//! they were.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -397,6 +398,7 @@ impl Session {
             })
         };
         match type_url {
+            type_urls::ROUTE => open(type_urls::LISTENER),
             type_urls::CLUSTER => open(type_urls::LISTENER) || open(type_urls::ROUTE),
             type_urls::ENDPOINT => open(type_urls::CLUSTER) || open(type_urls::LISTENER) || open(type_urls::ROUTE),
             // Istio keeps serving a secret that was deleted: what is open would break for nothing.

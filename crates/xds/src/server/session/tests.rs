@@ -237,6 +237,25 @@ fn clusters_go_last() {
 }
 
 #[test]
+fn a_refused_listener_keeps_its_routes() {
+    both(|mut client| {
+        client.session.update(set(1, &[("a", 1)]));
+        client.settle();
+        let before = client.tables[type_urls::ROUTE].clone();
+        let mut next = ResourceSet::new(2, "v2");
+        next.insert("a", toy(type_urls::CLUSTER, "a", 1, &[]));
+        next.insert("a", toy(type_urls::ENDPOINT, "a", 1, &[]));
+        next.insert("80", toy(type_urls::LISTENER, "80", 1, &[]));
+        client.session.update(Arc::new(next));
+        while client.receive() {
+            let refuses = *client.unanswered[0].type_url == *type_urls::LISTENER;
+            client.answer(0, refuses.then_some("no"));
+        }
+        assert_eq!(client.tables[type_urls::ROUTE], before, "{:?}", client.trace);
+    });
+}
+
+#[test]
 fn a_refusal_is_not_repeated_until_the_content_changes() {
     both(|mut client| {
         client.session.update(set(1, &[("a", 1)]));
